@@ -1,0 +1,73 @@
+"""Timing that survives a noisy machine: two callables in turn, in one process, compared pair by pair."""
+
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def _once(function: Callable[[], Any], calls: int) -> float:
+    """Seconds a call."""
+    start = time.perf_counter()
+    for _ in range(calls):
+        function()
+    return (time.perf_counter() - start) / calls
+
+
+def interleaved(ours: Callable[[], Any], theirs: Callable[[], Any], *, pairs: int = 20, at_least: float = 2e-3) -> dict[str, float]:
+    """Times the two in turn, ours theirs ours theirs ...; the speed-up is the median over pairs of theirs / ours.
+
+    Args:
+        ours, theirs: callables without arguments.
+        pairs: how often each is timed.
+        at_least: seconds that one timing lasts; short calls are repeated to fill it.
+
+    Returns:
+        ours_ms and theirs_ms (medians, milliseconds a call) and speedup (above 1: ours is faster).
+    """
+    seconds = max(_once(ours, 1), _once(theirs, 1))  # the first calls warm up
+    seconds = min(seconds, max(_once(ours, 3), _once(theirs, 3)))
+    calls = max(1, round(at_least / max(seconds, 1e-7)))
+    measured = [(_once(ours, calls), _once(theirs, calls)) for _ in range(pairs)]
+    return {
+        "ours_ms": 1e3 * statistics.median(a for a, _ in measured),
+        "theirs_ms": 1e3 * statistics.median(b for _, b in measured),
+        "speedup": statistics.median(b / a for a, b in measured),
+    }
+
+
+def machine() -> dict[str, Any]:
+    """The machine and the versions that a result belongs to."""
+    facts: dict[str, Any] = {
+        "cpu": _cpu_name(),
+        "cores": len(os.sched_getaffinity(0)),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+    if torch.cuda.is_available():
+        facts |= {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda}
+    return facts
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def write_json(name: str, cases: list[dict[str, Any]]) -> Path:
+    """Writes benchmarks/results/<name>.json: the machine, the date and one entry a case."""
+    path = RESULTS / f"{name}.json"
+    path.write_text(json.dumps({"machine": machine(), "date": time.strftime("%Y-%m-%d"), "cases": cases}, indent=1) + "\n")
+    return path

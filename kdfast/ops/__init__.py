@@ -1,0 +1,1 @@
+"""One file an operator: input checks, choice of backend, autograd, registration with torch.library."""

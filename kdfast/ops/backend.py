@@ -1,0 +1,105 @@
+"""Which implementation an operator runs: its Triton kernel or PyTorch.
+
+    auto     the kernel for CUDA tensors (with TRITON_INTERPRET=1 for CPU tensors too), PyTorch otherwise
+    triton   the kernel, or one clear error where it cannot run
+    torch    PyTorch always
+
+The choice is set with set_backend(), for a block with backend(), or at start-up by the environment variable KDFAST_BACKEND.
+"""
+
+import contextvars
+import importlib
+import importlib.util
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+NAMES = ("auto", "triton", "torch")
+KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def _checked(name: str, source: str) -> str:
+    if name not in NAMES:
+        raise ValueError(f"{source} must be one of {', '.join(NAMES)}, got {name!r}")
+    return name
+
+
+# a block's choice holds for its own context (thread, task); set_backend's for the whole process
+_process_wide = _checked(os.environ.get("KDFAST_BACKEND", "auto"), "the environment variable KDFAST_BACKEND")
+_in_block: contextvars.ContextVar[str | None] = contextvars.ContextVar("kdfast_backend", default=None)
+
+
+def set_backend(name: str) -> None:
+    """Chooses the backend of all operators, for the whole process.
+
+    Args:
+        name: "auto", "triton" or "torch".
+
+    Raises:
+        ValueError: any other name.
+    """
+    global _process_wide
+    _process_wide = _checked(name, "set_backend: name")
+
+
+@contextmanager
+def backend(name: str) -> Iterator[None]:
+    """Chooses the backend within a `with` block: `with kdfast.backend("torch"): ...`.
+
+    Gradients of what was computed inside use the same backend, wherever backward() is called.
+
+    Args:
+        name: "auto", "triton" or "torch".
+
+    Raises:
+        ValueError: any other name.
+    """
+    token = _in_block.set(_checked(name, "backend: name"))
+    try:
+        yield
+    finally:
+        _in_block.reset(token)
+
+
+def current() -> str:
+    """The backend in force here: "auto", "triton" or "torch"."""
+    return _in_block.get() or _process_wide
+
+
+@cache
+def _kernel_module(operator: str) -> ModuleType | None:
+    """kdfast.kernels.<operator>, or None where there is no such kernel or no Triton."""
+    name = f"kdfast.kernels.{operator}"
+    if importlib.util.find_spec(name) is None or importlib.util.find_spec("triton") is None:
+        return None
+    return importlib.import_module(name)
+
+
+def _interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def kernel(operator: str, *tensors: Tensor) -> ModuleType | None:
+    """The kernel module that `operator` should launch for these tensors, or None for its PyTorch form.
+
+    Raises:
+        RuntimeError: the backend is "triton", and there is no such kernel or it does not take these tensors.
+    """
+    choice = current()
+    if choice == "torch":
+        return None
+    runs_here = all((t.is_cuda or _interpreted()) and t.dtype in KERNEL_DTYPES for t in tensors if t.is_floating_point())
+    if choice == "auto":
+        return _kernel_module(operator) if runs_here else None
+    module = _kernel_module(operator)
+    if module is None:
+        raise RuntimeError(f"{operator}: the backend is 'triton', but there is no Triton kernel for it in this installation")
+    if not runs_here:
+        seen = ", ".join(sorted({f"{t.dtype} on {t.device.type}" for t in tensors}))
+        raise RuntimeError(f"{operator}: the backend is 'triton', which needs float32, bfloat16 or float16 CUDA tensors, got {seen}")
+    return module

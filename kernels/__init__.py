@@ -1,0 +1,1 @@
+"""Triton kernels, one file an operator, installed as kdfast.kernels. Tensors in, tensors out; nothing here imports kdfast."""
