@@ -19,7 +19,19 @@ if TYPE_CHECKING:
 
 _SUBMODULES = ("data", "engine", "functional", "losses", "models", "optim", "recipes", "reference")
 
-__all__ = ["__version__", "backend", "set_backend", *_SUBMODULES]
+__all__ = [
+    "__version__",
+    "backend",
+    "data",
+    "engine",
+    "functional",
+    "losses",
+    "models",
+    "optim",
+    "recipes",
+    "reference",
+    "set_backend",
+]
 
 
 def __getattr__(name: str) -> Any:

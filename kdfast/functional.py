@@ -4,10 +4,212 @@ Shapes: N rows, C classes, B samples, V views, D features. Arithmetic is float32
 inputs, and float64 for float64. Every function raises ValueError or TypeError in one sentence that names the argument.
 """
 
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kdfast import reference
+from kdfast.ops import attention_map, distill_kl, supcon
+
 # ---- logit distillation ----------------------------------------------------------------------------------------------
+
+
+def kd_loss(
+    student: Tensor,
+    teacher: Tensor | Sequence[Tensor],
+    labels: Tensor | None = None,
+    *,
+    temperature: float = 4.0,
+    standardize: bool = False,
+    eps: float = 1e-7,
+    kd_weight: float = 1.0,
+    ce_weight: float = 0.0,
+    teacher_weights: Sequence[float] | None = None,
+    label_smoothing: float = 0.0,
+    ignore_index: int = -100,
+    divergence: str = "forward",
+    reduction: str = "mean",
+) -> Tensor:
+    """Logit distillation from one or several teachers, optionally with standardized logits, optionally with cross-entropy.
+
+    With T = temperature, p_k = softmax(z(teacher_k) / T) and q = softmax(z(student) / T), each row has the loss
+
+        ce_weight * CE(student, label) + kd_weight * sum_k teacher_weights[k] * T^2 * D(p_k, q)
+
+    where z is the identity, or with `standardize` (x - mean) / (sd + eps) over the row's classes, sd unbiased. The
+    cross-entropy sees the logits as they are. Gradients flow to whichever of student and teachers require them; there is no
+    second derivative. Papers: Hinton et al., Distilling the Knowledge in a Neural Network (2015); Sun et al., Logit
+    Standardization in Knowledge Distillation (CVPR 2024).
+
+    Args:
+        student: logits [..., C], floating, any strides.
+        teacher: logits in student's shape; or a sequence of K such, or one tensor [K, ..., C]. On student's device; the floating
+            dtype may differ.
+        labels: class indices, int64 [...]. Needed where ce_weight is not 0; otherwise they only tell which rows count.
+        temperature: T > 0.
+        standardize: standardizes each row of logits first, which takes scale and offset out of the comparison.
+        eps: added to the standard deviation.
+        kd_weight: weight of the distillation term; at 0 the teachers are not read.
+        ce_weight: weight of the cross-entropy; at 0 it is not computed.
+        teacher_weights: K numbers; None: ones.
+        label_smoothing: of the cross-entropy, in [0, 1], as torch.nn.functional.cross_entropy has it.
+        ignore_index: a row with this label adds nothing to either term, whatever its logits.
+        divergence: D. "forward" is KL(p || q), "reverse" is KL(q || p), "js" the Jensen-Shannon divergence with the equal
+            mixture m = (p + q) / 2, that is (KL(p || m) + KL(q || m)) / 2. All three are scaled by T^2.
+        reduction: "mean" over the rows that count (0 if none does), "sum", or "none".
+
+    Returns:
+        [], or [...] for reduction "none"; float32, or float64 if an input is. A class of probability 0 (a logit of -inf) adds
+        nothing; a row's loss depends on that row alone; equal inputs give equal bits.
+
+    Raises:
+        ValueError: shapes or devices differ, the temperature is not positive, C = 1 with standardize, labels are missing, a number
+            of weights is wrong, an option is unknown, or (on the CPU) a label is out of range. On a GPU, where reading labels
+            would wait for the device, such a row's loss and gradient are NaN.
+        TypeError: logits are not floating, or labels not int64.
+        RuntimeError: the gradient is itself differentiated (create_graph=True).
+    """
+    teachers = distill_kl.separate(teacher, student)
+    weights = (1.0,) * len(teachers) if teacher_weights is None else tuple(teacher_weights)
+    options = distill_kl.Options(
+        temperature, standardize, eps, kd_weight, ce_weight, weights, label_smoothing, ignore_index, divergence, reduction
+    )
+    return distill_kl.kd_loss(student, teachers, labels, options)
+
 
 
 # ---- supervised contrastive loss -------------------------------------------------------------------------------------
 
 
+def supcon_loss(
+    features: Tensor,
+    labels: Tensor | None = None,
+    *,
+    mask: Tensor | None = None,
+    contrast: Tensor | None = None,
+    contrast_labels: Tensor | None = None,
+    temperature: float = 0.07,
+    base_temperature: float | None = None,
+    contrast_mode: str = "all",
+    self_positive: bool = False,
+    duplicates: int = 1,
+    normalize: bool = False,
+    reduction: str = "mean",
+) -> Tensor:
+    """Supervised contrastive loss of "Supervised Contrastive Learning" (Khosla et al., NeurIPS 2020), in O(N D) memory.
+
+    Every row is an anchor, contrasted with all other rows; S_ij = f_i . f_j / temperature and P_i are the positives of i:
+
+        L_i = logsumexp_{j != i} S_ij - mean_{j in P_i} S_ij
+
+    An anchor without positives adds 0 (and counts in the mean, as in the authors' code), and so does a row that is alone. Features
+    of any length are taken as they are; no temperature makes the sum underflow. Bitwise reproducible on a CPU.
+
+    Args:
+        features: [B, V, D], V views of B samples (further dimensions are flattened after the second), or [B, D], which counts as
+            `duplicates` equal views. float32, float64, bfloat16 or float16; any strides.
+        labels: one for each sample, [B], of any dtype; rows of one label are each other's positives. Without labels and mask,
+            the positives are the other views of the same sample (SimCLR).
+        mask: [B, B], bool, int or floating; instead of labels. Entry (i, j) weighs sample j among the positives of sample i. No
+            gradient reaches it.
+        contrast: [M, D], rows to contrast with that are no anchors, such as a queue; differentiable as the features are.
+        contrast_labels: [M], their labels, with `labels`; without them these rows are nobody's positives.
+        temperature: positive.
+        base_temperature: positive; the loss is multiplied by temperature / base_temperature. None: by 1.
+        contrast_mode: "all": every view is an anchor; "one": only the first view of each sample is.
+        self_positive: counts the anchor among its own positives (not in the logsumexp), as ConKD-Lion's class does.
+        duplicates: how many equal views [B, D] stands for; 2 costs a quarter of the work of stacking the features twice.
+        normalize: divides features and contrast by their L2 norms first (1e-12 at least).
+        reduction: "mean" over all anchors, "sum" over them, or "none".
+
+    Returns:
+        A scalar, or for "none" [B, V] (V = duplicates for features [B, D]; [B] with contrast_mode "one"). float64 for float64
+        features, float32 otherwise.
+
+    Raises:
+        ValueError: a shape does not fit, labels and mask are given together, contrast_labels without labels or contrast,
+            a temperature is not positive, or a choice is unknown.
+        TypeError: features or contrast are not floating, or mask is complex or requires grad.
+        RuntimeError: on backward with create_graph=True.
+    """
+    return supcon.supcon_loss(
+        features,
+        labels,
+        mask=mask,
+        contrast=contrast,
+        contrast_labels=contrast_labels,
+        temperature=temperature,
+        base_temperature=base_temperature,
+        contrast_mode=contrast_mode,
+        self_positive=self_positive,
+        duplicates=duplicates,
+        normalize=normalize,
+        reduction=reduction,
+    )
+
+
 # ---- attention transfer, hints, self-distillation --------------------------------------------------------------------
+
+
+def attention_transfer_loss(student_maps: Tensor | Sequence[Tensor], teacher_maps: Tensor | Sequence[Tensor], *, p: float = 2) -> Tensor:
+    """Mean squared difference of attention maps ("Paying More Attention to Attention", ICLR 2017), summed over stages.
+
+    A map is the mean over channels of |F|^p, divided by its L2 norm over the pixels. Where a stage's sizes differ, the larger
+    feature tensor is adaptive-average-pooled to the smaller size first. Gradients reach whatever requires them.
+
+    Args:
+        student_maps: [B, C, H, W], or a sequence of such, one a stage; floating.
+        teacher_maps: as many; C, H and W may differ from the student's.
+        p: power, > 0.
+
+    Returns:
+        0-dim, float32 (float64 for float64 features).
+
+    Raises:
+        ValueError: stages, batches or devices do not match, a map is not 4-D, or p is not positive.
+        TypeError: a map is not floating.
+    """
+    return attention_map.attention_transfer_loss(student_maps, teacher_maps, p=p)
+
+
+def hint_loss(student: Tensor, teacher: Tensor) -> Tensor:
+    """Mean squared difference of two equally shaped feature tensors ("FitNets", ICLR 2015), in float32 or float64.
+
+    Args:
+        student: floating, any shape.
+        teacher: floating, the same shape; its dtype may differ.
+
+    Raises:
+        ValueError: shapes differ.
+    """
+    if student.shape != teacher.shape:
+        raise ValueError(f"hint_loss: teacher must have the student's shape {tuple(student.shape)}, got {tuple(teacher.shape)}")
+    return F.mse_loss(_at_least_float32(student), _at_least_float32(teacher))
+
+
+def soft_cross_entropy(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
+    """Cross-entropy of the softened student against the softened teacher, mean over rows, without a factor of T^2 (TOFD).
+
+    Args:
+        student: logits [..., C].
+        teacher: logits [..., C]; gradients reach it as well, unless detached.
+        temperature: T > 0; both are divided by it.
+
+    Returns:
+        0-dim: the mean of -sum_c softmax(teacher / T) log softmax(student / T), float32 (float64 for float64).
+
+    Raises:
+        ValueError: shapes differ, or temperature is not positive.
+    """
+    if student.shape != teacher.shape or student.ndim == 0:
+        raise ValueError(f"soft_cross_entropy: teacher must have the student's shape {tuple(student.shape)}, got {tuple(teacher.shape)}")
+    if not temperature > 0:
+        raise ValueError(f"soft_cross_entropy: temperature must be positive, got {temperature}")
+    student, teacher = _at_least_float32(student), _at_least_float32(teacher)
+    return reference.soft_cross_entropy(student, teacher, temperature)
+
+
+def _at_least_float32(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()

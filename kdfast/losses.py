@@ -3,10 +3,377 @@
 State-free unless the method has state (SelfDistillationLoss has a 1x1 convolution, HintLoss a regressor).
 """
 
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kdfast import functional
+
 # ---- logit distillation ----------------------------------------------------------------------------------------------
+
+
+def _check_not_swapped(student: Tensor, teacher: Tensor | Sequence[Tensor]) -> None:
+    """Raises if the teacher requires grad and the student does not: they were passed in the wrong order."""
+    if student.requires_grad:
+        return
+    teachers = (teacher,) if isinstance(teacher, Tensor) else teacher
+    if any(t.requires_grad for t in teachers):
+        raise ValueError("the teacher requires grad and the student does not: student and teacher are swapped")
+
+
+class KDLoss(nn.Module):
+    """Cross-entropy plus distillation: ce_weight * CE(student, labels) + kd_weight * T^2 * KL(p_teacher || p_student).
+
+    With `standardize` every row of logits is standardized first (LSKD, CVPR 2024). That divides a row by its standard
+    deviation, so the student is no longer pulled towards the teacher's scale and the distillation gradient is small: keep KD's
+    usual kd_weight of 0.9 and accuracy drops below plain KD. The paper uses kd_weight=9, ce_weight=0.1, temperature=2 on
+    CIFAR-100 and kd_weight=9, ce_weight=1, temperature=2 on ImageNet.
+
+    Args:
+        temperature: T > 0.
+        standardize: see above.
+        kd_weight, ce_weight: weights of the two terms.
+        label_smoothing, ignore_index, divergence, teacher_weights, reduction: as in functional.kd_loss.
+    """
+
+    def __init__(
+        self,
+        temperature: float = 4.0,
+        standardize: bool = False,
+        kd_weight: float = 0.9,
+        ce_weight: float = 0.1,
+        *,
+        label_smoothing: float = 0.0,
+        ignore_index: int = -100,
+        divergence: str = "forward",
+        teacher_weights: Sequence[float] | None = None,
+        reduction: str = "mean",
+    ) -> None:
+        super().__init__()
+        self.temperature = temperature
+        self.standardize = standardize
+        self.kd_weight = kd_weight
+        self.ce_weight = ce_weight
+        self.label_smoothing = label_smoothing
+        self.ignore_index = ignore_index
+        self.divergence = divergence
+        self.teacher_weights = teacher_weights
+        self.reduction = reduction
+
+    def forward(self, student: Tensor, teacher: Tensor | Sequence[Tensor], labels: Tensor | None = None) -> Tensor:
+        """The loss of student logits [..., C], teacher logits (one tensor, K in a sequence, or [K, ..., C]) and labels [...].
+
+        Raises:
+            ValueError, TypeError: as functional.kd_loss; also if the teacher requires grad and the student does not.
+        """
+        _check_not_swapped(student, teacher)
+        return functional.kd_loss(
+            student,
+            teacher,
+            labels,
+            temperature=self.temperature,
+            standardize=self.standardize,
+            kd_weight=self.kd_weight,
+            ce_weight=self.ce_weight,
+            teacher_weights=self.teacher_weights,
+            label_smoothing=self.label_smoothing,
+            ignore_index=self.ignore_index,
+            divergence=self.divergence,
+            reduction=self.reduction,
+        )
+
+    def extra_repr(self) -> str:
+        """What print(module) shows."""
+        return (
+            f"temperature={self.temperature}, standardize={self.standardize}, "
+            f"kd_weight={self.kd_weight}, ce_weight={self.ce_weight}"
+        )
+
+
+class LogitStandardizationLoss(nn.Module):
+    """ConKD-Lion's class, its order of arguments: the teacher comes FIRST.
+
+    T^2 * KL(p_teacher || p_student), the mean over rows, both rows of logits standardized (unbiased standard deviation plus 1e-7).
+    """
+
+    def forward(self, logits_teacher_in: Tensor, logits_student_in: Tensor, temperature: float = 2) -> Tensor:
+        """The loss of teacher logits [N, C] and student logits [N, C]; gradients flow to both where they are required.
+
+        Raises:
+            ValueError, TypeError: as functional.kd_loss; also if the teacher requires grad and the student does not.
+        """
+        _check_not_swapped(logits_student_in, logits_teacher_in)
+        return functional.kd_loss(logits_student_in, logits_teacher_in, temperature=temperature, standardize=True)
+
 
 
 # ---- supervised contrastive loss, ConKD ------------------------------------------------------------------------------
 
 
+class SupContrastiveLoss(nn.Module):
+    """ConKD-Lion README's class: features are normalized inside, and an anchor counts among its own positives.
+
+    L_i = logsumexp_{j != i} S_ij - mean_{j of i's class, i included} S_ij, S = F F' / temperature for unit rows F; the mean over i.
+
+    Args:
+        temperature: positive.
+    """
+
+    def __init__(self, temperature: float = 0.07) -> None:
+        super().__init__()
+        self.temperature = temperature
+
+    def forward(self, features: Tensor, labels: Tensor) -> Tensor:
+        """The loss of features [B, D] of any length (embeddings, or logits as the README has it) and labels [B].
+
+        Raises:
+            ValueError, TypeError: as functional.supcon_loss.
+        """
+        return functional.supcon_loss(features, labels, temperature=self.temperature, self_positive=True, normalize=True)
+
+    def extra_repr(self) -> str:
+        """What print(module) shows."""
+        return f"temperature={self.temperature}"
+
+
+class SupConLoss(nn.Module):
+    """SupContrast's class ("Supervised Contrastive Learning", Khosla et al., NeurIPS 2020), also SimCLR's loss without labels.
+
+    The same signature, inputs and values, and finite where the original divides by an exponential that underflowed: small
+    temperatures, features that are not normalized.
+
+    Args:
+        temperature: positive.
+        contrast_mode: "all": every view is an anchor; "one": only the first view of each sample is.
+        base_temperature: positive; the loss is multiplied by temperature / base_temperature.
+    """
+
+    def __init__(self, temperature: float = 0.07, contrast_mode: str = "all", base_temperature: float = 0.07) -> None:
+        super().__init__()
+        self.temperature = temperature
+        self.contrast_mode = contrast_mode
+        self.base_temperature = base_temperature
+
+    def forward(self, features: Tensor, labels: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+        """The loss of features [B, V, ...], normalized by the caller, and labels [B] or a mask [B, B] or neither.
+
+        Raises:
+            ValueError, TypeError: as functional.supcon_loss; also if features have fewer than three dimensions.
+        """
+        if features.ndim < 3:
+            raise ValueError(f"SupConLoss: features must be [B, V, ...] with a dimension of views, got shape {tuple(features.shape)}")
+        return functional.supcon_loss(
+            features,
+            labels,
+            mask=mask,
+            temperature=self.temperature,
+            base_temperature=self.base_temperature,
+            contrast_mode=self.contrast_mode,
+        )
+
+    def extra_repr(self) -> str:
+        """What print(module) shows."""
+        return (
+            f"temperature={self.temperature}, contrast_mode={self.contrast_mode!r}, base_temperature={self.base_temperature}"
+        )
+
+
+class ConKDLoss(nn.Module):
+    """ConKD-Lion's student loss: distillation of standardized logits plus alpha times a supervised contrastive term.
+
+    The teacher comes FIRST, as in LogitStandardizationLoss.
+
+    Args:
+        alpha: weight of the contrastive term.
+        temperature: of the distillation.
+        contrast_temperature: of the contrastive term.
+        variant: "readme": the contrastive term is SupContrastiveLoss. "notebook": it is SupConLoss of the features given
+            twice, as two equal views (computed as the quarter of that problem that it is); the caller normalizes the features,
+            and `teacher` and `student` are the embeddings, taken for logits.
+    """
+
+    def __init__(
+        self, alpha: float = 0.15, temperature: float = 2.0, contrast_temperature: float = 0.07, *, variant: str = "readme"
+    ) -> None:
+        super().__init__()
+        if variant not in ("readme", "notebook"):
+            raise ValueError(f"ConKDLoss: variant must be 'readme' or 'notebook', got {variant!r}")
+        self.alpha = alpha
+        self.temperature = temperature
+        self.contrast_temperature = contrast_temperature
+        self.variant = variant
+
+    def forward(self, teacher: Tensor, student: Tensor, features: Tensor, labels: Tensor) -> Tensor:
+        """The loss of teacher and student logits [B, C], the student's features [B, D] and labels [B].
+
+        Raises:
+            ValueError, TypeError: as functional.kd_loss and functional.supcon_loss; also if features are not [B, D], or the
+                teacher requires grad and the student does not.
+        """
+        _check_not_swapped(student, teacher)
+        if features.ndim != 2:
+            raise ValueError(f"ConKDLoss: features must be [B, D], got shape {tuple(features.shape)}")
+        readme = self.variant == "readme"
+        distillation = functional.kd_loss(student, teacher, temperature=self.temperature, standardize=True)
+        contrastive = functional.supcon_loss(
+            features,
+            labels,
+            temperature=self.contrast_temperature,
+            self_positive=readme,
+            normalize=readme,
+            duplicates=1 if readme else 2,
+        )
+        return distillation + self.alpha * contrastive
+
+    def extra_repr(self) -> str:
+        """What print(module) shows."""
+        return (
+            f"alpha={self.alpha}, temperature={self.temperature}, contrast_temperature={self.contrast_temperature}, "
+            f"variant={self.variant!r}"
+        )
+
+
 # ---- attention transfer, hints, self-distillation --------------------------------------------------------------------
+
+
+class AttentionTransferLoss(nn.Module):
+    """Attention transfer ("Paying More Attention to Attention", ICLR 2017): see functional.attention_transfer_loss.
+
+    Args:
+        p: power of the activations, > 0. RepDistiller weighs the loss for p=2 by 1000.
+    """
+
+    def __init__(self, p: float = 2) -> None:
+        super().__init__()
+        self.p = p
+
+    def forward(self, student_maps: Tensor | Sequence[Tensor], teacher_maps: Tensor | Sequence[Tensor]) -> Tensor:
+        """The loss of feature maps [B, C, H, W], one a stage, of student and teacher; 0-dim.
+
+        Raises:
+            ValueError, TypeError: as functional.attention_transfer_loss; or the teacher requires grad and the student does not.
+        """
+        students = [student_maps] if isinstance(student_maps, Tensor) else student_maps
+        teachers = [teacher_maps] if isinstance(teacher_maps, Tensor) else teacher_maps
+        for student, teacher in zip(students, teachers):
+            _check_not_swapped(student, teacher)
+        return functional.attention_transfer_loss(students, teachers, p=self.p)
+
+    def extra_repr(self) -> str:
+        """What print(module) shows."""
+        return f"p={self.p}"
+
+
+class HintLoss(nn.Module):
+    """FitNets' hint (ICLR 2015): the mean squared difference of a regressed student feature map and the teacher's.
+
+    The regressor (convolution, batch norm, ReLU) is RepDistiller's and is trained with the student: hand its parameters to the
+    optimizer. Half or twice the teacher's size asks for a convolution of stride 2, 3x3 or transposed 4x4; any other student
+    size from the teacher's upwards for an unpadded convolution that shrinks it: 1x1 where the sizes are equal.
+
+    Args:
+        student_shape, teacher_shape: (C, H, W).
+        regressor: False compares the maps as they are; shapes must be equal.
+
+    Raises:
+        ValueError: no such regressor fits the sizes, or regressor=False and the shapes differ.
+    """
+
+    def __init__(self, student_shape: tuple[int, int, int], teacher_shape: tuple[int, int, int], *, regressor: bool = True) -> None:
+        super().__init__()
+        if len(student_shape) != 3 or len(teacher_shape) != 3:
+            raise ValueError(f"HintLoss: shapes must be (C, H, W), got {tuple(student_shape)} and {tuple(teacher_shape)}")
+        self.regressor: nn.Module
+        if regressor:
+            channels = teacher_shape[0]
+            convolution = _resizing_convolution(tuple(student_shape), tuple(teacher_shape))
+            self.regressor = nn.Sequential(convolution, nn.BatchNorm2d(channels), nn.ReLU(inplace=True))
+        elif tuple(student_shape) != tuple(teacher_shape):
+            raise ValueError(
+                f"HintLoss: without a regressor teacher_shape must be student_shape {tuple(student_shape)}, got {tuple(teacher_shape)}"
+            )
+        else:
+            self.regressor = nn.Identity()
+
+    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
+        """The loss of student and teacher features [B, C, H, W], of the shapes given; 0-dim.
+
+        Raises:
+            ValueError: shapes differ after the regressor, or the teacher requires grad and the student does not.
+        """
+        _check_not_swapped(student, teacher)
+        return functional.hint_loss(self.regressor(student), teacher)
+
+
+def _resizing_convolution(student_shape: tuple[int, ...], teacher_shape: tuple[int, ...]) -> nn.Module:
+    """A convolution from (C, H, W) to (C', H', W')."""
+    (c, h, w), (channels, height, width) = student_shape, teacher_shape
+    if (h, w) == (2 * height, 2 * width):
+        return nn.Conv2d(c, channels, 3, stride=2, padding=1)
+    if (2 * h, 2 * w) == (height, width):
+        return nn.ConvTranspose2d(c, channels, 4, stride=2, padding=1)
+    if h >= height and w >= width:
+        return nn.Conv2d(c, channels, (1 + h - height, 1 + w - width))
+    raise ValueError(f"HintLoss: student maps must be half the teacher's size {height}x{width}, or at least as large, got {h}x{w}")
+
+
+class SelfDistillationLoss(nn.Module):
+    """Self-distillation of an early feature map from a late one of the same network, beside cross-entropy.
+
+    alpha * MSE(bilinear(student_intermediate -> teacher's size), conv1x1(teacher_intermediate)) + (1 - alpha) * CE
+
+    The 1x1 convolution takes the teacher's channels to the student's. The tutorial that this follows leaves it at its random
+    initialization: hand the module's parameters to the optimizer, or do not.
+
+    Args:
+        alpha: weight of the feature term, in [0, 1].
+        student_channels, teacher_channels: of the two feature maps.
+        detach_teacher: keeps the feature term's gradient out of the late layers (the tutorial lets it through).
+
+    Raises:
+        ValueError: alpha is outside [0, 1].
+    """
+
+    def __init__(
+        self, alpha: float = 0.5, student_channels: int = 128, teacher_channels: int = 512, *, detach_teacher: bool = False
+    ) -> None:
+        super().__init__()
+        if not 0 <= alpha <= 1:
+            raise ValueError(f"SelfDistillationLoss: alpha must be in [0, 1], got {alpha}")
+        self.alpha = alpha
+        self.detach_teacher = detach_teacher
+        self.projection = nn.Conv2d(teacher_channels, student_channels, kernel_size=1)
+
+    def forward(self, student_logits: Tensor, labels: Tensor, student_intermediate: Tensor, teacher_intermediate: Tensor) -> Tensor:
+        """The loss of logits [B, K], labels [B], early features [B, C_s, H, W] and late features [B, C_t, H', W']; 0-dim.
+
+        Raises:
+            ValueError: the feature maps' channels are not those given to the constructor.
+        """
+        features = self.feature_term(student_intermediate, teacher_intermediate)
+        logits = student_logits if student_logits.dtype == torch.float64 else student_logits.float()
+        return self.alpha * features + (1 - self.alpha) * F.cross_entropy(logits, labels)
+
+    def feature_term(self, student_intermediate: Tensor, teacher_intermediate: Tensor) -> Tensor:
+        """The first term without its weight, for loops that report the terms apart.
+
+        Raises:
+            ValueError: the feature maps' channels are not those given to the constructor.
+        """
+        for name, features, channels in (
+            ("student_intermediate", student_intermediate, self.projection.out_channels),
+            ("teacher_intermediate", teacher_intermediate, self.projection.in_channels),
+        ):
+            if features.ndim != 4 or features.shape[1] != channels:
+                raise ValueError(f"SelfDistillationLoss: {name} must be [B, {channels}, H, W], got shape {tuple(features.shape)}")
+        teacher = teacher_intermediate.detach() if self.detach_teacher else teacher_intermediate
+        teacher = self.projection(teacher.to(self.projection.weight.dtype))
+        student = student_intermediate.to(teacher.dtype)
+        student = F.interpolate(student, size=teacher.shape[2:], mode="bilinear", align_corners=False)
+        return functional.hint_loss(student, teacher)
+
+    def extra_repr(self) -> str:
+        """What print(module) shows beside the convolution."""
+        return f"alpha={self.alpha}, detach_teacher={self.detach_teacher}"

@@ -13,10 +13,192 @@ from torch import Tensor
 # ---- logit distillation ----------------------------------------------------------------------------------------------
 
 
+def kd_loss(
+    student: Tensor,
+    teacher: Tensor | Sequence[Tensor],
+    labels: Tensor | None = None,
+    *,
+    temperature: float = 4.0,
+    standardize: bool = False,
+    eps: float = 1e-7,
+    kd_weight: float = 1.0,
+    ce_weight: float = 0.0,
+    teacher_weights: Sequence[float] | None = None,
+    label_smoothing: float = 0.0,
+    ignore_index: int = -100,
+    divergence: str = "forward",
+    reduction: str = "mean",
+) -> Tensor:
+    """Hinton et al. (2015); Sun et al., Logit Standardization (CVPR 2024); functional.kd_loss describes the arguments."""
+    if isinstance(teacher, Tensor):
+        teachers = list(teacher) if teacher.dim() == student.dim() + 1 else [teacher]
+    else:
+        teachers = list(teacher)
+    dtype = torch.float64 if torch.float64 in {x.dtype for x in (student, *teachers)} else torch.float32
+    student, teachers = student.to(dtype), [x.to(dtype) for x in teachers]
+    weights = [1.0] * len(teachers) if teacher_weights is None else teacher_weights
+    kept = torch.ones_like(student[..., 0], dtype=torch.bool) if labels is None else labels != ignore_index
+    # zeros in a row left out: whatever stands there, its gradient is 0
+    student, *teachers = (x.where(kept[..., None], 0) for x in (student, *teachers))
+
+    rows = torch.zeros_like(student[..., 0])
+    if kd_weight:
+        log_q = tempered_log_softmax(student, temperature, standardize, eps)
+        for weight, logits in zip(weights, teachers):
+            log_p = tempered_log_softmax(logits, temperature, standardize, eps)
+            rows = rows + kd_weight * weight * temperature**2 * _DIVERGENCES[divergence](log_p, log_q)
+    if ce_weight and labels is not None:
+        log_probability = F.log_softmax(student, dim=-1)
+        hit = log_probability.gather(-1, labels.where(kept, 0)[..., None])[..., 0]
+        entropy = -(1 - label_smoothing) * hit
+        if label_smoothing:
+            entropy = entropy - label_smoothing * log_probability.mean(-1)
+        rows = rows + ce_weight * entropy
+
+    rows = rows.where(kept, 0)
+    if reduction == "none":
+        return rows
+    return rows.sum() / kept.sum().clamp(min=1) if reduction == "mean" else rows.sum()
+
+
+def tempered_log_softmax(x: Tensor, temperature: float, standardize: bool, eps: float) -> Tensor:
+    """Log softmax(z / T), z = (x - mean) / (sd + eps) with standardize (sd unbiased), z = x without. x [..., C]."""
+    if standardize:
+        x = x - x.amax(-1, keepdim=True).detach()  # changes no value; moments stay exact for constant rows
+        x = (x - x.mean(-1, keepdim=True)) / (x.std(-1, keepdim=True) + eps)
+    return F.log_softmax(x / temperature, dim=-1)
+
+
+def kl_divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """sum_c p_c log(p_c / q_c) over the last dimension; a class of probability 0 under p counts as 0."""
+    p = log_p.exp()
+    log_ratio = log_p.where(p != 0, 0) - log_q.where(p != 0, 0)
+    return (p * log_ratio).sum(-1)
+
+
+def jensen_shannon(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """(KL(p || m) + KL(q || m)) / 2 with the equal mixture m = (p + q) / 2; at most log 2."""
+    mixture = (log_p.exp() + log_q.exp()) / 2
+    log_m = mixture.where(mixture != 0, 1).log()
+    return (kl_divergence(log_p, log_m) + kl_divergence(log_q, log_m)) / 2
+
+
+_DIVERGENCES = {
+    "forward": kl_divergence,
+    "reverse": lambda log_p, log_q: kl_divergence(log_q, log_p),
+    "js": jensen_shannon,
+}
+
+
+
 # ---- supervised contrastive loss -------------------------------------------------------------------------------------
+
+
+def supcon_loss(
+    features: Tensor,
+    labels: Tensor | None = None,
+    *,
+    mask: Tensor | None = None,
+    contrast: Tensor | None = None,
+    contrast_labels: Tensor | None = None,
+    temperature: float = 0.07,
+    base_temperature: float | None = None,
+    contrast_mode: str = "all",
+    self_positive: bool = False,
+    duplicates: int = 1,
+    normalize: bool = False,
+    reduction: str = "mean",
+) -> Tensor:
+    """Supervised contrastive loss (Khosla et al., 2020): features [B, V, D], or [B, D] as `duplicates` equal views.
+
+    S = F F' / tau;  L_i = logsumexp_{j != i} S_ij - sum_j P_ij S_ij / sum_j P_ij;  P_ij = 1 for rows of one label, or the mask.
+    """
+    views = features[:, None].expand(-1, duplicates, -1) if features.ndim == 2 else features.flatten(2)
+    B, V = views.shape[:2]
+    rows = views.transpose(0, 1).flatten(0, 1)  # view by view: row v B + b
+    columns = rows if contrast is None else torch.cat([rows, contrast])
+    if normalize:
+        rows, columns = F.normalize(rows, dim=1), F.normalize(columns, dim=1)
+    anchors = rows if contrast_mode == "all" else rows[:B]
+    N, M = len(anchors), len(columns)
+
+    if mask is None:
+        names = torch.arange(B, device=features.device) if labels is None else labels.reshape(B)
+        mask = names[:, None] == names
+    positive = torch.zeros(N, M, dtype=features.dtype, device=features.device)
+    positive[:, : len(rows)] = mask.repeat(N // max(B, 1), V)
+    if contrast_labels is not None:
+        positive[:, len(rows) :] = (names[:, None] == contrast_labels).repeat(N // max(B, 1), 1)
+    itself = torch.eye(N, M, dtype=torch.bool, device=features.device)
+    if not self_positive:
+        positive = positive.masked_fill(itself, 0)
+
+    if M < 2:  # nothing to contrast with
+        loss = 0 * anchors.sum(1)
+    else:
+        S = anchors @ columns.T / temperature
+        log_probability = S - S.masked_fill(itself, -torch.inf).logsumexp(1, keepdim=True)
+        weight = positive.sum(1)
+        weight = torch.where(weight < 1e-6, 1, weight)  # an anchor without positives: its loss is 0
+        loss = -(positive * log_probability).sum(1) / weight
+    if base_temperature is not None:
+        loss = loss * (temperature / base_temperature)
+    if contrast_mode == "all":
+        loss = loss.view(V, B).T
+    if reduction == "none":
+        return loss
+    return loss.sum() / (max(loss.numel(), 1) if reduction == "mean" else 1)
 
 
 # ---- attention transfer, hints, self-distillation --------------------------------------------------------------------
 
 
+def attention_transfer_loss(student_maps: Sequence[Tensor], teacher_maps: Sequence[Tensor], p: float = 2) -> Tensor:
+    """Sum over stages of the mean squared difference of attention maps; features [B, C, H, W], the larger pooled to the smaller."""
+    loss = torch.zeros((), dtype=student_maps[0].dtype, device=student_maps[0].device)
+    for student, teacher in zip(student_maps, teacher_maps):
+        size = min(student.shape[2], teacher.shape[2]), min(student.shape[3], teacher.shape[3])
+        student_map = attention_map(F.adaptive_avg_pool2d(student, size), p)
+        teacher_map = attention_map(F.adaptive_avg_pool2d(teacher, size), p)
+        loss = loss + (student_map - teacher_map).pow(2).mean()
+    return loss
+
+
+def attention_map(features: Tensor, p: float = 2) -> Tensor:
+    """Mean over channels of |F|^p, flattened to [B, H W] and divided by its L2 norm (Zagoruyko & Komodakis, 2017)."""
+    return F.normalize(features.abs().pow(p).mean(dim=1).flatten(1))
+
+
+def soft_cross_entropy(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    """Mean over rows of -sum_c softmax(teacher / T) log softmax(student / T), without a factor of T^2 (TOFD)."""
+    return -((teacher / temperature).softmax(-1) * (student / temperature).log_softmax(-1)).sum(-1).mean()
+
+
 # ---- Lion ------------------------------------------------------------------------------------------------------------
+
+
+def lion_step(
+    p: Tensor,
+    g: Tensor,
+    m: Tensor,
+    *,
+    lr: float,
+    betas: tuple[float, float] = (0.9, 0.99),
+    weight_decay: float = 0.0,
+    init_lr: float | None = None,
+    cautious: bool = False,
+    maximize: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """One step of Lion (Chen et al., 2023) on one tensor: parameter and momentum after it.
+
+    init_lr divides the weight decay (lion-pytorch's decoupled_weight_decay); cautious: arXiv:2411.16085.
+    """
+    beta1, beta2 = betas
+    g = -g if maximize else g
+    decay = weight_decay if init_lr is None else weight_decay / init_lr
+    x = beta1 * m + (1 - beta1) * g
+    u = torch.where(x.isnan(), x, x.sign())
+    if cautious:
+        agrees = (u * g > 0).to(u.dtype)
+        u = u * agrees / agrees.mean().clamp(min=1e-5)
+    return p * (1 - lr * decay) - lr * u, beta2 * m + (1 - beta2) * g

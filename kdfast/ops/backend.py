@@ -21,6 +21,7 @@ from torch import Tensor
 
 NAMES = ("auto", "triton", "torch")
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # read once, as Triton does when a kernel is defined
 
 
 def _checked(name: str, source: str) -> str:
@@ -80,10 +81,6 @@ def _kernel_module(operator: str) -> ModuleType | None:
     return importlib.import_module(name)
 
 
-def _interpreted() -> bool:
-    return os.environ.get("TRITON_INTERPRET") == "1"
-
-
 def kernel(operator: str, *tensors: Tensor) -> ModuleType | None:
     """The kernel module that `operator` should launch for these tensors, or None for its PyTorch form.
 
@@ -93,7 +90,7 @@ def kernel(operator: str, *tensors: Tensor) -> ModuleType | None:
     choice = current()
     if choice == "torch":
         return None
-    runs_here = all((t.is_cuda or _interpreted()) and t.dtype in KERNEL_DTYPES for t in tensors if t.is_floating_point())
+    runs_here = all((t.is_cuda or _INTERPRETED) and t.dtype in KERNEL_DTYPES for t in tensors if t.is_floating_point())
     if choice == "auto":
         return _kernel_module(operator) if runs_here else None
     module = _kernel_module(operator)

@@ -1,0 +1,192 @@
+"""The command line: `kdfast COMMAND --help` says the rest.
+
+Errors of the user's making are one sentence on stderr and exit status 1; Ctrl-C and SIGTERM save the run and leave with 128 + signal.
+"""
+
+import argparse
+import errno
+import importlib
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+COMMANDS = {
+    "teacher": "train a network on labels, to be a teacher",
+    "distill": "distil a teacher into a small student, with a report",
+    "eval": "accuracy, loss and confusion matrix of weights on a data set",
+    "predict": "the most likely classes of image files",
+    "export": "write a trained network as onnx, pt2 or safetensors",
+    "report": "make a run's report again, or compare several runs",
+    "list": "recipes, presets, models or datasets",
+}
+
+OVERVIEW = """usage: kdfast COMMAND [options]
+
+Knowledge distillation for PyTorch: teacher in, small accurate student out.
+
+commands:
+{commands}
+
+kdfast distill                                       the handwritten digits, about two minutes on a laptop
+kdfast distill --dataset PATH --teacher WEIGHTS ...  your own images
+kdfast COMMAND --help                                every option of a command
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a command and returns the exit status."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(OVERVIEW.format(commands="\n".join(f"  {name:<9}{what}" for name, what in COMMANDS.items())))
+        return 0
+    if arguments[0] == "--version":
+        from kdfast.version import __version__
+
+        print(f"kdfast {__version__}")
+        return 0
+    name, *rest = arguments
+    if name not in COMMANDS:
+        return _fail(f"there is no command {name!r}; known are {', '.join(COMMANDS)}")
+    return _guarded(lambda: _RUN[name](rest))
+
+
+def _guarded(command: Callable[[], None]) -> int:
+    """Runs a command; what a user can cause becomes a sentence and a status."""
+    from kdfast.engine import Interrupted, NonFiniteLoss
+
+    try:
+        command()
+    except Interrupted as stop:
+        print(f"kdfast: {stop}; the run is saved, continue with the same command and --resume", file=sys.stderr)
+        return 128 + stop.signal_number
+    except KeyboardInterrupt:
+        return _fail("stopped at once; what was saved before can be continued with --resume", 130)
+    except NonFiniteLoss as error:
+        return _fail(f"{error}; the last good checkpoint is kept. A smaller learning rate or --clip-norm may help")
+    except BrokenPipeError:  # `kdfast list models | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            return _fail(f"the disk is full or the file too large ({error.strerror}{_where(error)}); what was saved before is intact")
+        return _fail(f"{error.strerror or error}{_where(error)}")
+    except (ValueError, TypeError) as error:
+        if os.environ.get("KDFAST_TRACEBACK"):
+            raise
+        return _fail(str(error))
+    return 0
+
+
+def _where(error: OSError) -> str:
+    return f": {error.filename}" if error.filename else ""
+
+
+def _fail(sentence: str, status: int = 1) -> int:
+    print(f"kdfast: {sentence}", file=sys.stderr)
+    return status
+
+
+# ---- commands --------------------------------------------------------------------------------------------------------
+
+
+def _parse(kind: Any, arguments: Sequence[str], name: str, default: Any = None) -> Any:
+    import tyro
+
+    keywords = {} if default is None else {"default": default}
+    return tyro.cli(kind, args=list(arguments), prog=f"kdfast {name}", **keywords)
+
+
+def _chosen(arguments: Sequence[str], *names: str) -> argparse.Namespace:
+    """The few options that decide which others there are."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for name in names:
+        parser.add_argument(f"--{name}")
+    return parser.parse_known_args([a.replace("_", "-") if a.startswith("--") and "=" not in a else a for a in arguments])[0]
+
+
+def _without(arguments: Sequence[str], option: str) -> list[str]:
+    """The arguments without `--option value` or `--option=value`."""
+    kept, skip = [], False
+    for argument in arguments:
+        if skip:
+            skip = False
+        elif argument == option:
+            skip = True
+        elif not argument.startswith(f"{option}="):
+            kept.append(argument)
+    return kept
+
+
+def _distill(arguments: Sequence[str]) -> None:
+    from kdfast import recipes
+    from kdfast.commands import config
+    from kdfast.commands.distill import distill
+
+    chosen = _chosen(arguments, "recipe", "preset", "dataset", "config")
+    table = config.read_toml(Path(chosen.config)) if chosen.config else {}
+    recipe = recipes.get(chosen.recipe or table.get("recipe", "conkd"))
+    preset = chosen.preset or table.get("preset", "default")
+    default = config.defaults(recipe, preset, chosen.dataset or table.get("data", {}).get("dataset"))
+    if table:
+        default = config.filled(default, table, chosen.config)
+    distill(_parse(config.Distill[recipe.settings], _without(arguments, "--config"), "distill", default))  # type: ignore[name-defined]
+
+
+def _teacher(arguments: Sequence[str]) -> None:
+    from kdfast.commands import config
+    from kdfast.commands.teacher import teach
+
+    chosen = _chosen(arguments, "dataset", "config")
+    table = config.read_toml(Path(chosen.config)) if chosen.config else {}
+    default = config.teach_defaults(chosen.dataset or table.get("data", {}).get("dataset"))
+    if table:
+        default = config.filled(default, table, chosen.config)
+    teach(_parse(config.Teach, _without(arguments, "--config"), "teacher", default))
+
+
+def _simple(module: str, options: str, function: str) -> Callable[[Sequence[str]], None]:
+    def run(arguments: Sequence[str]) -> None:
+        command = importlib.import_module(f"kdfast.commands.{module}")
+        getattr(command, function)(_parse(getattr(command, options), arguments, {"evaluate": "eval"}.get(module, module)))
+
+    return run
+
+
+def _report(arguments: Sequence[str]) -> None:
+    from kdfast.engine import report
+
+    parser = argparse.ArgumentParser(prog="kdfast report", description="Make a run's report again, or compare several runs.")
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders")
+    parser.add_argument("--out", type=Path, default=Path("comparison.html"), help="page that compares several runs")
+    options = parser.parse_args(arguments)
+    for run in options.runs:
+        if not (run / "config.toml").exists():
+            raise ValueError(f"{run} is not a run folder: there is no config.toml in it")
+        print(report.write_report(run))
+    if len(options.runs) > 1:
+        print(report.write_comparison(options.runs, options.out))
+
+
+def _list(arguments: Sequence[str]) -> None:
+    from kdfast.commands import listing
+
+    if len(arguments) != 1 or arguments[0] in ("-h", "--help"):
+        print("usage: kdfast list recipes|models|datasets|presets")
+        return
+    listing.show(arguments[0])
+
+
+_RUN: dict[str, Callable[[Sequence[str]], None]] = {
+    "teacher": _teacher,
+    "distill": _distill,
+    "eval": _simple("evaluate", "Eval", "run_eval"),
+    "predict": _simple("predict", "Predict", "predict"),
+    "export": _simple("export", "Export", "export"),
+    "report": _report,
+    "list": _list,
+}
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,152 @@
+"""A trained classifier as a file: weights with all that it takes to use them (architecture, classes, how images are prepared)."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kdfast.data import NORMALIZATIONS
+from kdfast.models import ModelSpec, build, load_weights, read_weights, recognize, save_weights
+
+# one key, since a safetensors header keeps no order and the same weights should be the same bytes
+METADATA = "kdfast"
+
+Channels = tuple[float, float, float]
+Statistics = tuple[Channels, Channels]  # mean and standard deviation of each channel, pixels scaled to 0..1
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """How an image becomes the network's input."""
+
+    mean: Channels
+    std: Channels
+    image_size: int
+    evaluation: str
+
+
+@dataclass(frozen=True)
+class Classifier:
+    """A network in eval mode and what belongs to it; classes and preparation are None where a bare weights file does not say."""
+
+    model: nn.Module
+    spec: ModelSpec
+    classes: tuple[str, ...] | None
+    preparation: Preparation | None
+    normalization: Statistics | None
+    """What its weights expect, where that is known."""
+    path: Path
+    facts: Mapping[str, Any]
+    """What the file's header says; empty where it is not this library's."""
+    state: Mapping[str, Tensor]
+
+
+def statistics(name: str) -> Statistics:
+    """Mean and standard deviation of a normalization by name.
+
+    Raises:
+        ValueError: there is none of that name.
+    """
+    if name not in NORMALIZATIONS:
+        raise ValueError(f"normalization must be one of {', '.join(NORMALIZATIONS)}, got {name!r}")
+    return NORMALIZATIONS[name]
+
+
+def save(
+    path: Path, state: Mapping[str, Tensor], spec: ModelSpec, classes: tuple[str, ...], preparation: Preparation, **extra: str
+) -> None:
+    """Writes weights, and in the file's header all the rest, atomically; `extra` goes into the header too."""
+    facts = {"spec": spec.to_json(), "classes": classes, "preparation": vars(preparation), **extra}
+    save_weights(state, path, {METADATA: json.dumps(facts)})
+
+
+def find(run_or_weights: str | Path) -> Path:
+    """The weights file that a run folder or a path stands for.
+
+    Raises:
+        ValueError: there is none.
+    """
+    path = Path(run_or_weights)
+    if path.is_dir():
+        weights = path / "best.safetensors"
+        if not weights.exists():
+            state = "has not finished yet" if (path / "config.toml").exists() else "is not a run folder"
+            raise ValueError(f"{path} {state}: there is no {weights.name} in it")
+        return weights
+    if not path.exists():
+        raise ValueError(f"{path} is neither a run folder nor a weights file: there is no such path")
+    return path
+
+
+def load(
+    run_or_weights: str | Path,
+    *,
+    model: str | None = None,
+    options: Mapping[str, str | int | float | bool] | None = None,
+    num_classes: int | None = None,
+) -> Classifier:
+    """Loads a classifier.
+
+    Args:
+        run_or_weights: a run folder, a file that this library wrote, or anyone's weights file.
+        model: architecture of anyone's weights; a file of this library knows its own and ignores this.
+        options: of that architecture, over those that the weights' names and shapes show.
+        num_classes: where the weights' shapes do not show it.
+
+    Raises:
+        ValueError: no such file, no architecture known, or weights of another architecture (the names are listed).
+    """
+    path = find(run_or_weights)
+    state, metadata = read_weights(path)
+    normalization: Statistics | None = None
+    classes, preparation = None, None
+    facts = json.loads(metadata.get(METADATA, "{}"))
+    if facts:
+        spec = ModelSpec.from_json(facts["spec"])
+        classes = tuple(facts["classes"])
+        known = facts["preparation"]
+        preparation = Preparation(tuple(known["mean"]), tuple(known["std"]), known["image_size"], known["evaluation"])
+        normalization = preparation.mean, preparation.std
+    else:
+        if model is None:
+            raise ValueError(f"{path} does not say which architecture it is of: name it with --model (or --teacher-model)")
+        spec, expected = recognize(state, model)
+        if expected is not None:
+            normalization = NORMALIZATIONS[expected]
+        spec = replace(spec, options={**spec.options, **(options or {})})
+        if num_classes is not None:
+            spec = replace(spec, num_classes=num_classes)
+    network = build(spec)
+    if "projection" in facts:
+        load_weights(network, {name: value for name, value in state.items() if not name.startswith("projection.")})
+    else:
+        load_weights(network, path)  # by its path: a mismatch is then told with the file's name
+    return Classifier(network.eval(), spec, classes, preparation, normalization, path, facts, state)
+
+
+class Renormalized(nn.Module):
+    """A network fed with images that were normalized for another: x * scale + shift undoes the one and does the other.
+
+    Args:
+        model: expects images normalized by `expected`.
+        given: mean and deviation that the images come with.
+        expected: mean and deviation that the model was trained with.
+    """
+
+    scale: Tensor
+    shift: Tensor
+
+    def __init__(self, model: nn.Module, given: Statistics, expected: Statistics):
+        super().__init__()
+        self.model = model
+        (mean, std), (own_mean, own_std) = (tuple(torch.tensor(v).view(1, -1, 1, 1) for v in pair) for pair in (given, expected))
+        self.register_buffer("scale", std / own_std)
+        self.register_buffer("shift", (mean - own_mean) / own_std)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images [B, 3, H, W] -> the model's output."""
+        return self.model(images * self.scale + self.shift)

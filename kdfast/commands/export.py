@@ -1,0 +1,111 @@
+"""kdfast export: a trained classifier as ONNX, as a PyTorch exported program (.pt2), or as bare safetensors.
+
+The exported network takes normalized images [B, 3, size, size] float32, any B, and gives logits [B, C]; normalization and classes
+are in the file's metadata. ONNX is run with onnxruntime after export and must agree with PyTorch.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+import tyro
+from rich.console import Console
+from torch import Tensor
+
+from kdfast import files
+from kdfast.commands import artifact
+from kdfast.commands.artifact import Classifier
+from kdfast.models import build, load_weights, save_weights
+
+AGREEMENT = 1e-3  # largest difference of logits that export accepts, of the largest logit
+
+
+@dataclass(frozen=True)
+class Export:
+    """Export a trained classifier."""
+
+    weights: Annotated[str, tyro.conf.Positional]
+    """A run folder or a weights file."""
+    format: Literal["onnx", "pt2", "safetensors"] = "onnx"
+    """onnx, pt2 (torch.export) or safetensors."""
+    out: Path | None = None
+    """File to write; none: beside the weights."""
+    model: str | None = None
+    """Architecture of a weights file that does not name its own."""
+    image_size: int | None = None
+    """Pixels; none: as trained."""
+
+
+def export(options: Export) -> Path:
+    """Writes the file and returns its path.
+
+    Raises:
+        ValueError: weights that cannot be used, a missing package, or an exported network that disagrees with PyTorch's.
+    """
+    loaded = artifact.load(options.weights, model=options.model)
+    size = options.image_size or (loaded.preparation.image_size if loaded.preparation else None)
+    if size is None:
+        raise ValueError(f"{loaded.path} does not say its image size: give --image-size")
+    out = options.out or loaded.path.with_suffix(f".{options.format}")
+    if options.format == "safetensors" and out.resolve() == loaded.path.resolve():
+        raise ValueError(f"{out} is the file that would be exported: give --out")
+    images = torch.randn(4, 3, size, size, generator=torch.Generator().manual_seed(0))
+    write = {"onnx": _onnx, "pt2": _pt2, "safetensors": _safetensors}[options.format]
+    with files.replacing(out) as temporary, torch.no_grad():
+        worst = write(loaded, images, temporary)
+    Console(soft_wrap=True).print(f"{out}: agrees with PyTorch to {worst:.1e} of the largest logit", highlight=False)
+    return out
+
+
+def _metadata(loaded: Classifier) -> dict[str, str]:
+    return {artifact.METADATA: json.dumps({"spec": loaded.spec.to_json(), **loaded.facts})}
+
+
+def _difference(ours: Tensor, exported: Tensor, what: str) -> float:
+    worst = ((ours - exported).abs().max() / ours.abs().max()).item()
+    if not worst <= AGREEMENT:
+        raise ValueError(f"the exported {what} network disagrees with PyTorch's by {worst:.1e} of the largest logit; nothing was written")
+    return worst
+
+
+def _onnx(loaded: Classifier, images: Tensor, path: Path) -> float:
+    try:
+        import onnx
+        import onnxruntime
+        import onnxscript  # noqa: F401 - torch.onnx needs it
+    except ImportError as error:
+        raise ValueError(f"export to onnx needs the package {error.name}: pip install kdfast[onnx]") from None
+    program = torch.onnx.export(
+        loaded.model,
+        (images,),
+        input_names=["images"],
+        output_names=["logits"],
+        dynamic_shapes=({0: torch.export.Dim("batch", min=1)},),
+        dynamo=True,
+        verbose=False,
+    )
+    assert program is not None
+    proto = program.model_proto
+    onnx.helper.set_model_props(proto, _metadata(loaded))
+    path.write_bytes(proto.SerializeToString())
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    one, four = (session.run(None, {"images": x.numpy()})[0] for x in (images[:1], images))
+    return _difference(loaded.model(images), torch.cat([torch.from_numpy(one), torch.from_numpy(four[1:])]), "ONNX")
+
+
+def _pt2(loaded: Classifier, images: Tensor, path: Path) -> float:
+    program = torch.export.export(loaded.model, (images,), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},))
+    with path.open("wb") as file:
+        torch.export.save(program, file, extra_files=_metadata(loaded))
+    with path.open("rb") as file:
+        again = torch.export.load(file).module()
+    return _difference(loaded.model(images), torch.cat([again(images[:1]), again(images[1:])]), "pt2")
+
+
+def _safetensors(loaded: Classifier, images: Tensor, path: Path) -> float:
+    save_weights(loaded.model, path, _metadata(loaded) if loaded.facts else {})
+    again = build(loaded.spec)
+    load_weights(again, path)
+    return _difference(loaded.model(images), again.eval()(images), "safetensors")

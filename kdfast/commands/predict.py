@@ -1,0 +1,82 @@
+"""kdfast predict: the most likely classes of image files."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import tyro
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from kdfast.commands import artifact
+from kdfast.data import DataError, evaluation_transform
+from kdfast.data.images import decode
+from kdfast.engine import join
+
+SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
+
+
+@dataclass(frozen=True)
+class Predict:
+    """Classify image files."""
+
+    weights: Annotated[str, tyro.conf.Positional]
+    """A run folder or a weights file that this library wrote."""
+    images: Annotated[tuple[Path, ...], tyro.conf.Positional]
+    """Image files, or folders of them."""
+    top: int = 3
+    """How many classes an image."""
+    batch_size: int = 64
+    """Images a forward pass."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+
+
+@torch.no_grad()
+def predict(options: Predict) -> dict[Path, list[tuple[str, float]]]:
+    """Prints and returns the most likely classes of each image with their probabilities, best first.
+
+    Raises:
+        ValueError: weights that do not say how images are prepared, or no images.
+        DataError: a file that is no image.
+    """
+    loaded = artifact.load(options.weights)
+    if loaded.preparation is None or loaded.classes is None:
+        raise ValueError(f"{loaded.path} does not say which classes it knows: predict needs weights that kdfast wrote")
+    if options.top < 1:
+        raise ValueError(f"top must be at least 1, got {options.top}")
+    paths = [path for given in options.images for path in _files(given)]
+    if not paths:
+        raise ValueError(f"no images in {', '.join(map(str, options.images))}")
+    prepared, device = loaded.preparation, join(options.device).device
+    transform = evaluation_transform(prepared.evaluation, prepared.image_size, prepared.mean, prepared.std)
+    model = loaded.model.to(device)
+    answers: dict[Path, list[tuple[str, float]]] = {}
+    for start in range(0, len(paths), options.batch_size):
+        chunk = paths[start : start + options.batch_size]
+        images = torch.stack([transform(decode(str(path))) for path in chunk])
+        best = model(images.to(device)).float().softmax(dim=1).topk(min(options.top, len(loaded.classes)), dim=1)
+        for path, values, indices in zip(chunk, best.values.tolist(), best.indices.tolist()):
+            answers[path] = [(loaded.classes[k], value) for k, value in zip(indices, values)]
+    _print(answers)
+    return answers
+
+
+def _files(given: Path) -> list[Path]:
+    if given.is_dir():
+        return sorted(path for path in given.rglob("*") if path.suffix.lower() in SUFFIXES)
+    if not given.exists():
+        raise DataError(f"{given}: there is no such image")
+    return [given]
+
+
+def _print(answers: dict[Path, list[tuple[str, float]]]) -> None:
+    table = Table(box=box.SIMPLE_HEAD)
+    table.add_column("image", overflow="fold")
+    for k in range(len(next(iter(answers.values())))):
+        table.add_column("most likely" if k == 0 else f"{k + 1}.")
+    for path, best in answers.items():
+        table.add_row(str(path), *(f"{name} {100 * probability:.1f} %" for name, probability in best))
+    Console().print(table)

@@ -1,0 +1,44 @@
+"""Images by name, transforms by name, and loaders behind one protocol.
+
+    data = kdfast.data.load("imagenette", data_dir="data")
+    train, val, test = kdfast.data.make_loaders(data, batch_size=64, device=torch.device("cuda"))
+    for batch in train: ...                                     # batch.images, batch.labels, batch.index
+
+torchvision and scikit-learn are imported when they are first needed.
+"""
+
+from kdfast.data.datasets import load, names
+from kdfast.data.loader import Loaders, TorchvisionLoader, make_loaders
+from kdfast.data.protocol import Batch, DataError, Loader
+from kdfast.data.splits import HIDDEN, ImageData, Split, hide_labels
+from kdfast.data.transforms import (
+    NORMALIZATIONS,
+    Normalize,
+    Transform,
+    evaluation_names,
+    evaluation_transform,
+    training_names,
+    training_transform,
+)
+
+__all__ = [
+    "HIDDEN",
+    "NORMALIZATIONS",
+    "Batch",
+    "DataError",
+    "ImageData",
+    "Loader",
+    "Loaders",
+    "Normalize",
+    "Split",
+    "TorchvisionLoader",
+    "Transform",
+    "evaluation_names",
+    "evaluation_transform",
+    "hide_labels",
+    "load",
+    "make_loaders",
+    "names",
+    "training_names",
+    "training_transform",
+]

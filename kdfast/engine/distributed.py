@@ -1,0 +1,79 @@
+"""One process or several: what torchrun's environment says, and the few collective operations that the loop needs."""
+
+import os
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among all: its rank, how many there are, and its device."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def main(self) -> bool:
+        """Whether this process writes files and prints."""
+        return self.rank == 0
+
+    def sum(self, values: Tensor) -> Tensor:
+        """The sum over processes, in place."""
+        if self.size > 1:
+            dist.all_reduce(values)
+        return values
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is set on any process; waits for all of them."""
+        if self.size == 1:
+            return flag
+        return bool(self.sum(torch.tensor(float(flag), device=self.device)).item())
+
+    def barrier(self) -> None:
+        """Waits until all processes are here."""
+        if self.size > 1:
+            dist.barrier()
+
+    def close(self) -> None:
+        """Leaves the process group."""
+        if self.size > 1 and dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def join(device: str = "auto") -> World:
+    """Joins the processes that torchrun started (RANK, WORLD_SIZE and LOCAL_RANK are set), or stands alone.
+
+    Args:
+        device: "auto" (CUDA where there is one), "cpu", "cuda" or "cuda:N".
+
+    Raises:
+        ValueError: the device is not there.
+    """
+    size, rank, local = (int(os.environ.get(k, d)) for k, d in (("WORLD_SIZE", "1"), ("RANK", "0"), ("LOCAL_RANK", "0")))
+    chosen = _device(device, local if size > 1 else None)
+    if size > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+    return World(rank, size, chosen)
+
+
+def _device(name: str, local_rank: int | None) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"device must be auto, cpu, cuda or cuda:N, got {name!r}") from None
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise ValueError(f"device {name!r} was asked for, but this PyTorch sees no CUDA GPU")
+        device = torch.device("cuda", device.index if device.index is not None else (local_rank or 0))
+        if device.index >= torch.cuda.device_count():
+            raise ValueError(f"device {str(device)!r} was asked for, but there are {torch.cuda.device_count()} GPUs")
+        torch.cuda.set_device(device)
+    elif device.type != "cpu":
+        raise ValueError(f"device must be auto, cpu, cuda or cuda:N, got {name!r}")
+    return device

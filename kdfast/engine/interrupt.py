@@ -1,0 +1,41 @@
+"""Ctrl-C and SIGTERM as a question that the loop asks between steps; a second Ctrl-C stops at once."""
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+
+class Interrupted(Exception):
+    """The run was asked to stop, and has saved itself."""
+
+    def __init__(self, signal_number: int):
+        super().__init__(f"stopped by {signal.Signals(signal_number).name}")
+        self.signal_number = signal_number
+
+
+class StopRequest:
+    """What signals have asked for so far."""
+
+    signal_number: int | None = None
+
+    def __bool__(self) -> bool:
+        return self.signal_number is not None
+
+
+@contextmanager
+def catching() -> Iterator[StopRequest]:
+    """Turns SIGINT and SIGTERM into a StopRequest within the block, and restores the handlers after it."""
+    request = StopRequest()
+
+    def handler(number: int, frame: FrameType | None) -> None:
+        if request.signal_number is not None and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        request.signal_number = number
+
+    before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield request
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)

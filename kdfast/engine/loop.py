@@ -1,0 +1,339 @@
+"""The loop that fits one stage: epochs of steps, validation after each, the best weights kept, a checkpoint to resume from.
+
+Nothing inside a step waits for the device: loss terms and accuracies are summed there and read once an epoch (non-finite terms
+every `CHECK_EVERY` steps). A checkpoint holds all that decides what follows, so a resumed epoch gives the same bits on a CPU.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from kdfast.data import Batch
+from kdfast.engine import random_state
+from kdfast.engine.distributed import World
+from kdfast.engine.interrupt import StopRequest
+from kdfast.engine.metrics import AccuracyMeter, TermMeter
+from kdfast.engine.schedule import Schedule, make_optimizer
+from kdfast.engine.stage import Outputs, Stage
+
+CHECK_EVERY = 50  # steps between looks at the device: non-finite losses, stop requests of other processes
+
+
+@dataclass(frozen=True)
+class Options:
+    """How fast the loop runs, not what it computes (up to rounding)."""
+
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Autocast dtype of forward passes and losses."""
+    compile: bool = False
+    """torch.compile the forward pass of each stage."""
+    checkpoint_minutes: float = 15.0
+    """Within an epoch, save at least this often."""
+
+
+class _Forward(nn.Module):
+    """stage.forward as a module that owns the trained parameters: what DDP and torch.compile want to see."""
+
+    def __init__(self, stage: Stage):
+        super().__init__()
+        self.trained = nn.ModuleList(stage.train)
+        self._forward = stage.forward
+
+    def forward(self, batch: Batch) -> Outputs:
+        return self._forward(batch)
+
+
+class StageLoop:
+    """Fits one stage.
+
+    Args:
+        stage: what to fit.
+        world: this process among all.
+        options: precision, compilation, how often to save.
+        stop: asked between steps.
+        on_step: called with the number of images of every step.
+    """
+
+    def __init__(
+        self, stage: Stage, world: World, options: Options, stop: StopRequest, on_step: Callable[[int], None] = lambda n: None
+    ):
+        self.stage, self._world, self._options, self._stop, self._on_step = stage, world, options, stop, on_step
+        training = stage.training
+        for module in (*stage.frozen, *stage.train):
+            module.to(world.device)
+        stage.modes(training=True)
+        forward: nn.Module = _Forward(stage)
+        if world.size > 1:
+            ids = [world.device.index] if world.device.type == "cuda" else None
+            forward = DistributedDataParallel(forward, device_ids=ids)
+        self._ddp = forward if isinstance(forward, DistributedDataParallel) else None
+        self._forward: Callable[[Batch], Outputs] = torch.compile(forward) if options.compile else forward
+        self._optimizer = make_optimizer(stage.parameters(), training)
+        self._schedule = Schedule(
+            self._optimizer,
+            training,
+            higher_is_better=stage.higher_is_better,
+            cosine_from_one=stage.cosine_from_one,
+        )
+        self._scaler = torch.amp.GradScaler(world.device.type, enabled=options.precision == "fp16")
+        self.trained = nn.ModuleList(stage.train)
+        self._ema: AveragedModel | None = None
+        if training.ema is not None:
+            self._ema = AveragedModel(self.trained, multi_avg_fn=get_ema_multi_avg_fn(training.ema), use_buffers=True)
+        self.epoch = 0  # the epoch under way, from 0
+        self.best_metric: float | None = None
+        self.best_epoch = -1
+        self.seconds = 0.0  # in training epochs, validation left out
+        self._epoch_seconds = 0.0
+        self._meter, self._accuracy = TermMeter(world.device), AccuracyMeter(world.device)
+        stage.data.train.set_epoch(0)
+
+    # ---- epochs ----
+
+    def epochs(self, save: Callable[[], None]) -> Iterator[dict[str, Any]]:
+        """Runs the epochs that are left; yields the metrics of each, with "best": whether it is the best so far.
+
+        `save` is called in the middle of long epochs and before leaving on a stop request; the caller saves between epochs.
+        """
+        training = self.stage.training
+        while self.epoch < training.epochs and not self._stopped_early():
+            lr = self._optimizer.param_groups[0]["lr"]
+            if not self._train_epoch(save):
+                return
+            images, seconds = self._meter.rows * self._world.size, self._epoch_seconds
+            line: dict[str, Any] = {"stage": self.stage.name, "epoch": self.epoch + 1, "epochs": training.epochs, "lr": float(lr)}
+            line |= self._meter.averages("train", self._world) | self._accuracy.accuracy("train", self._world)
+            with self.averaged_weights():
+                line |= self.validate()
+            metric = self._metric(line)
+            if metric == metric and self._better(metric):
+                self.best_metric, self.best_epoch = metric, self.epoch
+            self._schedule.step(metric)
+            self.seconds += seconds
+            self._meter, self._accuracy = TermMeter(self._world.device), AccuracyMeter(self._world.device)
+            self._epoch_seconds = 0.0
+            self.epoch += 1
+            if self.epoch < training.epochs:
+                self.stage.data.train.set_epoch(self.epoch)
+            yield line | {
+                "best": self.best_epoch == self.epoch - 1,
+                "seconds": round(seconds, 4),
+                "images_per_s": round(images / max(seconds, 1e-9), 1),
+            }
+
+    def _better(self, metric: float) -> bool:
+        if self.best_metric is None:
+            return True
+        return metric > self.best_metric if self.stage.higher_is_better else metric < self.best_metric
+
+    def _stopped_early(self) -> bool:
+        patience = self.stage.training.early_stop
+        return patience is not None and self.best_epoch >= 0 and self.epoch - 1 - self.best_epoch >= patience
+
+    def _metric(self, line: dict[str, Any]) -> float:
+        if self.stage.best not in line:
+            known = ", ".join(name for name in line if "/" in name)
+            raise ValueError(f"stage {self.stage.name}: best is {self.stage.best!r}, but the metrics are {known or 'none'}")
+        return line[self.stage.best]
+
+    def _train_epoch(self, save: Callable[[], None]) -> bool:
+        """The rest of the epoch under way; False where a stop request ended it early, after saving."""
+        self.stage.modes(training=True)
+        loader = self.stage.data.train
+        start, saved = time.perf_counter(), time.monotonic()
+        before = self._epoch_seconds  # spent in this epoch before an interruption
+        for batch in loader:
+            self._meter.add(self._step(batch), len(batch.labels), step := loader.state_dict()["batch"])
+            self._on_step(len(batch.labels) * self._world.size)
+            look = step % CHECK_EVERY == 0
+            if look:
+                self._meter.check(self.stage.name, self.epoch)
+            # several processes must agree on stopping, which costs a collective: ask with the other looks at the device
+            stop = bool(self._stop) if self._world.size == 1 else look and self._world.any(bool(self._stop))
+            due = self._world.main and time.monotonic() - saved > 60 * self._options.checkpoint_minutes
+            due = due if self._world.size == 1 else look and self._world.any(due)
+            if (stop or due) and step < len(loader):
+                self._meter.check(self.stage.name, self.epoch)
+                self._epoch_seconds = before + time.perf_counter() - start
+                save()
+                saved = time.monotonic()
+                if stop:
+                    return False
+        self._meter.check(self.stage.name, self.epoch)  # waits for the device: the seconds below are honest
+        self._epoch_seconds = before + time.perf_counter() - start
+        return True
+
+    @torch.no_grad()
+    def validate(self) -> dict[str, float]:
+        """Loss terms and accuracies on the validation split, with the weights as they are."""
+        self.stage.modes(training=False)
+        terms, accuracy = TermMeter(self._world.device), AccuracyMeter(self._world.device)
+        for batch in self.stage.data.val:
+            with self._autocast():
+                outputs = self.stage.forward(batch)
+                terms.add(self.stage.loss(outputs, batch), len(batch.labels), 0)
+            if "logits" in outputs:
+                accuracy.add(outputs["logits"], batch.labels)
+        return terms.averages("val", self._world) | accuracy.accuracy("val", self._world)
+
+    # ---- one step ----
+
+    def _autocast(self) -> AbstractContextManager:
+        if self._options.precision == "fp32":
+            return nullcontext()
+        return torch.autocast(self._world.device.type, torch.bfloat16 if self._options.precision == "bf16" else torch.float16)
+
+    def _step(self, batch: Batch) -> dict[str, Tensor]:
+        micro = self.stage.training.micro_batch
+        if micro is not None:
+            micro = max(1, micro // self._world.size)
+        if micro is None or len(batch.labels) <= micro:
+            terms = self._terms(batch)
+            self._scaler.scale(_total(terms)).backward()
+        elif self.stage.couples_rows:
+            terms = self._backward_in_two_passes(batch, _parts(batch, micro))
+        else:
+            terms = self._accumulate(batch, _parts(batch, micro))
+        if self.stage.training.clip_norm is not None:
+            self._scaler.unscale_(self._optimizer)
+            nn.utils.clip_grad_norm_(self.stage.parameters(), self.stage.training.clip_norm)
+        self._scaler.step(self._optimizer)
+        self._scaler.update()
+        self._optimizer.zero_grad(set_to_none=True)
+        if self._ema is not None:
+            self._ema.update_parameters(self.trained)
+        return terms
+
+    def _terms(self, batch: Batch) -> dict[str, Tensor]:
+        with self._autocast():
+            return self._loss(self._forward(batch), batch)
+
+    def _loss(self, outputs: Outputs, batch: Batch) -> dict[str, Tensor]:
+        if "logits" in outputs:
+            self._accuracy.add(outputs["logits"].detach(), batch.labels)
+        return dict(self.stage.loss(outputs, batch))
+
+    def _unsynchronized(self, last: bool) -> AbstractContextManager:
+        return self._ddp.no_sync() if self._ddp is not None and not last else nullcontext()
+
+    def _accumulate(self, batch: Batch, parts: list[Batch]) -> dict[str, Tensor]:
+        """Each part's loss weighted by its share of the rows: for losses that are means over independent rows."""
+        summed: dict[str, Tensor] = {}
+        for k, part in enumerate(parts):
+            share = len(part.labels) / len(batch.labels)
+            with self._unsynchronized(k == len(parts) - 1):
+                terms = {name: term * share for name, term in self._terms(part).items()}
+                self._scaler.scale(_total(terms)).backward()
+            for name, term in terms.items():
+                summed[name] = summed.get(name, 0.0) + term.detach()
+        return summed
+
+    def _backward_in_two_passes(self, batch: Batch, parts: list[Batch]) -> dict[str, Tensor]:
+        """The loss of the whole batch with the memory of a part (gradient caching, Gao et al. 2021, arXiv:2101.06983).
+
+        First all outputs without a graph, then the loss and its gradient with respect to them, then every part again, with a
+        graph, driven by its rows of that gradient. Exact, but for BatchNorm, which sees the parts.
+        """
+        states, outputs, needs = [], [], set()
+        for k, part in enumerate(parts):
+            states.append(random_state.state_dict())
+            with self._autocast(), torch.set_grad_enabled(k == 0):  # the first tells which outputs carry a gradient
+                output = self.stage.forward(part)
+            if k == 0:
+                needs = {name for name, value in output.items() if value.requires_grad}
+            outputs.append({name: value.detach() for name, value in output.items()})
+        whole = {name: torch.cat([o[name] for o in outputs]).requires_grad_(name in needs) for name in outputs[0]}
+        with self._autocast():
+            terms = self._loss(whole, batch)
+        self._scaler.scale(_total(terms)).backward()
+        after, row = random_state.state_dict(), 0
+        for k, (part, state) in enumerate(zip(parts, states)):
+            random_state.load_state_dict(state)  # the same dropout masks as in the first pass
+            rows = slice(row, row + len(part.labels))
+            with self._unsynchronized(k == len(parts) - 1):
+                with self._autocast():
+                    output = self._forward(part)
+                pairs = [(output[name], gradient[rows]) for name in sorted(needs) if (gradient := whole[name].grad) is not None]
+                torch.autograd.backward([value for value, _ in pairs], [gradient for _, gradient in pairs])
+            row = rows.stop
+        random_state.load_state_dict(after)
+        return terms
+
+    # ---- weights and state ----
+
+    def averaged_weights(self) -> AbstractContextManager:
+        """Within the block the trained modules hold the moving average, where there is one."""
+        return _Swapped(self.trained, self._ema.module) if self._ema is not None else nullcontext()
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that decides what follows; collective over processes."""
+        own = random_state.state_dict()
+        states = [own]
+        if self._world.size > 1:
+            states = [None] * self._world.size  # type: ignore[list-item]
+            dist.all_gather_object(states, own)
+        return {
+            "stage": self.stage.name,
+            "epoch": self.epoch,
+            "loader": self.stage.data.train.state_dict(),
+            "weights": self.trained.state_dict(),
+            "optimizer": self._optimizer.state_dict(),
+            "schedule": self._schedule.state_dict(),
+            "scaler": self._scaler.state_dict(),
+            "ema": self._ema.state_dict() if self._ema is not None else None,
+            "meter": self._meter.state_dict(),
+            "accuracy": self._accuracy.counts,
+            "best": [self.best_metric, self.best_epoch],
+            "seconds": [self.seconds, self._epoch_seconds],
+            "random": states,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continues from `state`."""
+        self.epoch = state["epoch"]
+        self.trained.load_state_dict(state["weights"])
+        self._optimizer.load_state_dict(state["optimizer"])
+        self._schedule.load_state_dict(state["schedule"])
+        self._scaler.load_state_dict(state["scaler"])
+        if self._ema is not None:
+            self._ema.load_state_dict(state["ema"])
+        self._meter.load_state_dict(state["meter"])
+        self._accuracy.counts.copy_(state["accuracy"])
+        self.best_metric, self.best_epoch = state["best"]
+        self.seconds, self._epoch_seconds = state["seconds"]
+        self.stage.data.train.load_state_dict(state["loader"])
+        if len(state["random"]) == self._world.size:
+            random_state.load_state_dict(state["random"][self._world.rank])
+
+
+def _total(terms: dict[str, Tensor]) -> Tensor:
+    return torch.stack([term.float() for term in terms.values()]).sum()
+
+
+def _parts(batch: Batch, rows: int) -> list[Batch]:
+    return [Batch(*part) for part in zip(*(tensor.split(rows) for tensor in batch))]
+
+
+class _Swapped:
+    """Exchanges the tensors of two modules of one architecture for a block."""
+
+    def __init__(self, a: nn.Module, b: nn.Module):
+        self._pairs = list(zip([*a.parameters(), *a.buffers()], [*b.parameters(), *b.buffers()]))
+
+    def _swap(self) -> None:
+        for a, b in self._pairs:
+            a.data, b.data = b.data, a.data
+
+    def __enter__(self) -> None:
+        self._swap()
+
+    def __exit__(self, *_: object) -> None:
+        self._swap()

@@ -1,0 +1,138 @@
+"""Numbers of an epoch, summed on the device and read seldom; and the evaluation of a classifier.
+
+top-1, top-5: fraction of images whose label is the highest, or among the five highest, logits. Ties count against the model by
+index order, as torch.topk does. Images whose label is hidden (-100) are not counted.
+"""
+
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kdfast.data import Batch
+from kdfast.engine.distributed import World
+
+HIDDEN = -100
+
+
+class NonFiniteLoss(RuntimeError):
+    """A loss term became NaN or infinite; the message names the stage, the epoch, the step and the term."""
+
+
+class TermMeter:
+    """Averages named loss terms over an epoch, weighted by rows, and remembers each term's first non-finite step. No host sync."""
+
+    def __init__(self, device: torch.device):
+        self._device = device
+        self._names: tuple[str, ...] = ()
+        self._sums = torch.zeros(0, device=device)
+        self._first_bad = torch.zeros(0, dtype=torch.int64, device=device)
+        self.rows = 0
+
+    def add(self, terms: Mapping[str, Tensor], rows: int, step: int) -> None:
+        """Adds the terms of one step (counted from 1) over `rows` images."""
+        if not self._names:
+            self._names = tuple(terms)
+            self._sums = torch.zeros(len(terms), dtype=torch.float64, device=self._device)
+            self._first_bad = torch.full((len(terms),), -1, dtype=torch.int64, device=self._device)
+        values = torch.stack([value.detach().double() for value in terms.values()])
+        self._sums += values * rows
+        self._first_bad = torch.where((self._first_bad < 0) & ~values.isfinite(), step, self._first_bad)
+        self.rows += rows
+
+    def check(self, stage: str, epoch: int) -> None:
+        """Raises NonFiniteLoss if any term was not finite at any step so far. Reads from the device."""
+        for name, step in zip(self._names, self._first_bad.tolist()):
+            if step >= 0:
+                raise NonFiniteLoss(f"stage {stage}: the loss term {name!r} is not finite at epoch {epoch + 1}, step {step}")
+
+    def averages(self, prefix: str, world: World) -> dict[str, float]:
+        """{prefix/loss: sum of the terms, prefix/<term>: ...} over all processes."""
+        if not self._names:
+            return {}
+        packed = world.sum(torch.cat([self._sums, self._sums.new_tensor([float(self.rows)])])).tolist()
+        means = [total / max(packed[-1], 1.0) for total in packed[:-1]]
+        return {f"{prefix}/loss": sum(means)} | {f"{prefix}/{n}": m for n, m in zip(self._names, means)}
+
+    def state_dict(self) -> dict[str, Any]:
+        """State to resume from in the middle of an epoch."""
+        return {"names": list(self._names), "sums": self._sums, "first_bad": self._first_bad, "rows": self.rows}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continues from `state`."""
+        self._names, self.rows = tuple(state["names"]), state["rows"]
+        self._sums, self._first_bad = state["sums"].to(self._device), state["first_bad"].to(self._device)
+
+
+class AccuracyMeter:
+    """Counts right answers of logits [B, C]; labels of -100 do not count."""
+
+    def __init__(self, device: torch.device):
+        self.counts = torch.zeros(3, dtype=torch.int64, device=device)  # top-1, top-5, all
+
+    def add(self, logits: Tensor, labels: Tensor) -> None:
+        """Adds one batch."""
+        counted = labels != HIDDEN
+        best = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
+        self.counts += torch.stack([best[:, 0].sum(), best.any(dim=1).sum(), counted.sum()])
+
+    def accuracy(self, prefix: str, world: World) -> dict[str, float]:
+        """{prefix/top1, prefix/top5}, fractions over all processes; nothing where nothing was counted."""
+        top1, top5, counted = world.sum(self.counts.clone()).tolist()
+        return {f"{prefix}/top1": top1 / counted, f"{prefix}/top5": top5 / counted} if counted else {}
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """How a classifier does on a split."""
+
+    top1: float
+    """Fraction of images."""
+    top5: float
+    """Fraction of images."""
+    loss: float
+    """Mean cross-entropy, nats."""
+    confusion: list[list[int]]
+    """Images by true class (rows) and predicted class (columns)."""
+    images: int
+    images_per_s: float
+    """Forward passes alone, on this device: loading is not in it."""
+
+
+@torch.no_grad()
+def evaluate(model: Callable[[Tensor], Tensor], batches: Iterable[Batch], classes: Sequence[str], world: World) -> Evaluation:
+    """Evaluates `model` (images -> logits [B, C], already in eval mode) over one pass of `batches`.
+
+    Raises:
+        ValueError: the logits' C is not the number of classes, or there are no images.
+    """
+    C = len(classes)
+    confusion = torch.zeros(C * C, dtype=torch.int64, device=world.device)
+    sums = torch.zeros(4, dtype=torch.float64, device=world.device)  # top-1, top-5, loss, images
+    seconds = 0.0
+    for batch in batches:
+        start = _now(world.device)
+        logits = model(batch.images)
+        seconds += _now(world.device) - start
+        if logits.shape[1:] != (C,):
+            raise ValueError(f"the model gives outputs of shape {tuple(logits.shape)}, but the data has {C} classes")
+        best = logits.topk(min(5, C), dim=1).indices
+        right = best == batch.labels[:, None]
+        loss = F.cross_entropy(logits.float(), batch.labels, reduction="sum")
+        sums += torch.stack([right[:, 0].sum(), right.any(dim=1).sum(), loss, torch.tensor(len(logits), device=loss.device)])
+        confusion += torch.bincount(batch.labels * C + best[:, 0], minlength=C * C)
+    top1, top5, loss_sum, images = world.sum(sums).tolist()
+    if not images:
+        raise ValueError("there are no images to evaluate on")
+    table = world.sum(confusion).view(C, C).tolist()
+    return Evaluation(top1 / images, top5 / images, loss_sum / images, table, int(images), images / max(seconds, 1e-9))
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()

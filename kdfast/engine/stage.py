@@ -1,0 +1,128 @@
+"""What a training is, as data: a recipe yields stages, and the engine fits them one after another.
+
+A stage says which modules are trained and which are frozen, how a batch becomes named outputs (`forward`), how outputs become
+named loss terms (`loss`; their sum is minimized), with which optimizer and schedule, and which metric picks the best epoch.
+The two functions are apart so that the engine can cut a batch into micro-batches and still give `loss` the whole batch.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from torch import Tensor, nn
+
+from kdfast.data import Batch, Loaders
+
+Outputs = Mapping[str, Tensor]
+Terms = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Training:
+    """How a stage is optimized: every field is an option of the command line and a key of config.toml."""
+
+    epochs: int = 240
+    """Passes over the training images."""
+    batch_size: int = 64
+    """Images an optimizer step, over all processes."""
+    micro_batch: int | None = None
+    """Largest number of images in one forward pass; larger batches are accumulated."""
+    optimizer: Literal["sgd", "adamw", "lion"] = "sgd"
+    """Optimizer by name."""
+    lr: float = 0.05
+    """Learning rate after warm-up."""
+    weight_decay: float = 5e-4
+    """Weight decay: L2 for sgd, decoupled for adamw and lion."""
+    momentum: float = 0.9
+    """Momentum of sgd."""
+    nesterov: bool = False
+    """Nesterov momentum for sgd."""
+    schedule: Literal["cosine", "steps", "plateau", "constant"] = "steps"
+    """Learning rate over epochs."""
+    warmup: int = 0
+    """Epochs of linear warm-up before the schedule."""
+    final_lr: float = 0.0
+    """Where cosine ends, as a fraction of lr."""
+    milestones: tuple[int, ...] = (150, 180, 210)
+    """Epochs after which `steps` multiplies the learning rate by gamma."""
+    gamma: float = 0.1
+    """Factor of `steps` and `plateau`."""
+    plateau_patience: int = 3
+    """Epochs without improvement of the validation metric before `plateau` multiplies by gamma."""
+    early_stop: int | None = None
+    """Stop after this many epochs without improvement of the validation metric."""
+    clip_norm: float | None = None
+    """Largest global norm of the gradients."""
+    ema: float | None = None
+    """Decay of an exponential moving average of the weights, which is then evaluated and kept."""
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.micro_batch is not None and self.micro_batch < 1:
+            raise ValueError(f"micro_batch must be at least 1, got {self.micro_batch}")
+        if not self.lr > 0:
+            raise ValueError(f"lr must be positive, got {self.lr}")
+        if self.weight_decay < 0:
+            raise ValueError(f"weight_decay must not be negative, got {self.weight_decay}")
+        if self.warmup < 0 or (self.warmup >= self.epochs > 0 and self.warmup > 0):
+            raise ValueError(f"warmup must be from 0 to below epochs ({self.epochs}), got {self.warmup}")
+        if self.ema is not None and not 0 < self.ema < 1:
+            raise ValueError(f"ema must be between 0 and 1, got {self.ema}")
+        if self.clip_norm is not None and not self.clip_norm > 0:
+            raise ValueError(f"clip_norm must be positive, got {self.clip_norm}")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One training.
+
+    Attributes:
+        name: a file name, unique within the run ("distil", "classify").
+        train: modules whose parameters the optimizer gets; in train mode during epochs.
+        forward: batch -> named tensors whose first dimension is the batch. "logits" [B, C], where given, is what accuracy is
+            measured on.
+        loss: (outputs, batch) -> named scalar terms, means over the batch; their sum is minimized.
+        data: loaders; `train` and `val` are used.
+        training: optimizer, schedule, epochs.
+        frozen: modules in eval mode whose parameters need no gradient: teachers, finished encoders. Applied before `train`, so a
+            trained head may sit inside a frozen network.
+        best: the validation metric that picks the epoch kept: "val/top1" (highest) or "val/loss" or any "val/<term>" (lowest).
+        keep: "best", or "last" to keep the last epoch's weights whatever the metric says.
+        couples_rows: the loss of one image depends on others of its batch (contrastive terms). Micro-batches then take two
+            passes, so that the loss still sees the whole batch.
+    """
+
+    name: str
+    train: Sequence[nn.Module]
+    forward: Callable[[Batch], Outputs]
+    loss: Callable[[Outputs, Batch], Terms]
+    data: Loaders
+    training: Training
+    frozen: Sequence[nn.Module] = ()
+    best: str = "val/top1"
+    keep: Literal["best", "last"] = "best"
+    couples_rows: bool = False
+    cosine_from_one: bool = field(default=False, kw_only=True)  # the ConKD notebooks' quirk: their cosine counts epochs from 1
+
+    @property
+    def higher_is_better(self) -> bool:
+        """Whether the metric that picks the best epoch grows as the model improves."""
+        return self.best.rsplit("/", 1)[-1].startswith("top")
+
+    def modes(self, training: bool) -> None:
+        """Puts the modules into the modes of a training epoch or of an evaluation."""
+        for module in self.frozen:
+            module.eval().requires_grad_(False)
+        for module in self.train:
+            module.train(training).requires_grad_(True)
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """The parameters that the optimizer gets, each once."""
+        seen: set[int] = set()
+        for module in self.train:
+            for parameter in module.parameters():
+                if id(parameter) not in seen:
+                    seen.add(id(parameter))
+                    yield parameter

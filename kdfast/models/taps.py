@@ -1,0 +1,145 @@
+"""Feature taps: what the modules named by path compute during a forward pass, beside the model's own output."""
+
+import difflib
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class Taps(nn.Module):
+    """Runs a model and returns, beside its output, what passes the modules named by `paths`.
+
+    "layer2.1" taps that module's output, "fc:input" the first argument it is called with. A compiled model keeps its paths.
+
+    The taps are forward hooks that do nothing outside a call of this wrapper, so the model can also be used alone; they
+    leave with the wrapper. The parameters are the model's own, in `taps.model`: save that one's state dict, the wrapper's
+    carries the prefix "model.". Compile the wrapper, or tap before the first call of a compiled model: torch.compile does
+    not look for new hooks afterwards.
+
+    Args:
+        model: any module.
+        paths: module paths as `model.named_modules()` spells them, each with or without ":input".
+
+    Raises:
+        ValueError: a path that names no module of the model.
+    """
+
+    def __init__(self, model: nn.Module, paths: Sequence[str]):
+        super().__init__()
+        modules = {name.replace("_orig_mod.", ""): module for name, module in model.named_modules()}
+        self.model = model
+        self.paths = tuple(paths)
+        self._passage = _Passage()
+        self._handles = []
+        names = [path.removesuffix(":input") for path in self.paths]
+        for name in names:
+            if name not in modules:
+                raise ValueError(f"Taps: {type(model).__name__} has no module {name!r}{_nearest(name, list(modules))}")
+        for index, (path, name) in enumerate(zip(self.paths, names)):
+            at_input = path != name
+            hook = _Hook(self._passage, index, path, at_input)
+            register = modules[name].register_forward_pre_hook if at_input else modules[name].register_forward_hook
+            self._handles.append(register(hook, with_kwargs=True))
+
+    def forward(self, *args: Any, **kwargs: Any) -> tuple[Any, tuple[Tensor, ...]]:
+        """Calls the model.
+
+        Args:
+            args: the model's.
+            kwargs: the model's.
+
+        Returns:
+            The model's output, and one tensor for each path, in their order, attached to the graph.
+
+        Raises:
+            RuntimeError: a tapped module did not run, ran more than once, or its tensor was changed in place afterwards
+                (as an in-place ReLU does), so that which value is meant would be a guess.
+            TypeError: a tapped module's output or input is not a tensor.
+        """
+        # a wrapper called within its own forward pass keeps the outer passage
+        outer, self._passage.tensors = self._passage.tensors, {}
+        try:
+            output = self.model(*args, **kwargs)
+            tensors = self._passage.tensors
+        finally:
+            self._passage.tensors = outer
+        for index, path in enumerate(self.paths):
+            if index not in tensors:
+                raise RuntimeError(f"Taps: {path!r} did not run (or the model was compiled before it was tapped)")
+            tensor, version = tensors[index]
+            if version is not None and tensor._version != version:
+                raise RuntimeError(f"Taps: the model changes the tensor of {path!r} in place later on; tap the module after it")
+        return output, tuple(tensors[index][0] for index in range(len(self.paths)))
+
+    def __del__(self) -> None:
+        for handle in self.__dict__.get("_handles", ()):
+            handle.remove()
+
+
+class _Passage:
+    """What one call has seen so far: index of the tap -> tensor and its version; None outside a call."""
+
+    def __init__(self) -> None:
+        self.tensors: dict[int, tuple[Tensor, int | None]] | None = None
+
+
+class _Hook:
+    """One tap. A class and not a closure, so that a deep copy of the wrapper gets taps of its own."""
+
+    def __init__(self, passage: _Passage, index: int, path: str, at_input: bool):
+        self.passage = passage
+        self.index = index
+        self.path = path
+        self.at_input = at_input
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any = None) -> None:
+        tensors = self.passage.tensors
+        if tensors is None:
+            return
+        value = (*args, *kwargs.values(), None)[0] if self.at_input else output
+        if not isinstance(value, Tensor):
+            raise TypeError(f"Taps: {self.path!r} must be a tensor, got {type(value).__name__}")
+        if self.index in tensors:
+            raise RuntimeError(f"Taps: {self.path!r} runs more than once in a forward pass; tap the module around it")
+        tensors[self.index] = (value, _version(value))
+
+
+def _version(tensor: Tensor) -> int | None:
+    """Counts the changes in place; None where they are not counted (inference mode, a graph being traced)."""
+    return None if torch.compiler.is_compiling() or tensor.is_inference() else tensor._version
+
+
+def _nearest(name: str, names: list[str]) -> str:
+    near = difflib.get_close_matches(name, names, n=5, cutoff=0.3)
+    return f"; the nearest names are {', '.join(map(repr, near))}" if near else ""
+
+
+def tap_shapes(model: nn.Module, paths: Sequence[str], image_shape: Sequence[int]) -> tuple[tuple[int, ...], ...]:
+    """The shapes that Taps would give for one image, found by running a black one in evaluation mode.
+
+    Changes nothing: training flags come back as they were, BatchNorm's statistics and the random state are not touched.
+
+    Args:
+        model: any module; the image is made on its first parameter's device and in its dtype.
+        paths: as for Taps.
+        image_shape: (channels, height, width).
+
+    Returns:
+        One shape for each path, without the batch dimension.
+
+    Raises:
+        ValueError: a path that names no module of the model.
+    """
+    example = next(model.parameters(), torch.empty(0))
+    training = {module: module.training for module in model.modules()}
+    taps = Taps(model, paths)
+    try:
+        taps.eval()
+        with torch.no_grad():
+            _, features = taps(torch.zeros(1, *image_shape, device=example.device, dtype=example.dtype))
+    finally:
+        for module, flag in training.items():
+            module.training = flag
+    return tuple(tuple(feature.shape[1:]) for feature in features)

@@ -1,0 +1,117 @@
+"""Attention maps of feature maps, and the loss between them: checks and autograd.
+
+    a = mean over channels of |F|^p,   A = a / |a|_2 over the pixels of an image   ("Paying More Attention to Attention",
+    loss = sum over stages of the mean of (A_student - A_teacher)^2                 Zagoruyko & Komodakis, ICLR 2017)
+
+    backward, from dA:   da = (dA - A <A, dA>) / |a|,   dF = (p / C) |F|^(p-1) sign(F) da
+
+Floor: each feature map is read once forward, once backward, and its gradient written once; eager PyTorch also writes and reads
+|F|^p and two more tensors of that size. The forward walks the batch in blocks that stay in the cache, or, for channels_last,
+reduces along the innermost dimension. There is no operator to register: torch.compile sees through these few tensor operations.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+_BLOCK = 262144  # elements, 1 MB of float32
+
+
+def attention_transfer_loss(student_maps: Tensor | Sequence[Tensor], teacher_maps: Tensor | Sequence[Tensor], *, p: float = 2) -> Tensor:
+    """See kdfast.functional.attention_transfer_loss."""
+    students = [student_maps] if isinstance(student_maps, Tensor) else list(student_maps)
+    teachers = [teacher_maps] if isinstance(teacher_maps, Tensor) else list(teacher_maps)
+    _check(students, teachers, p)
+    stages = []
+    for student, teacher in zip(students, teachers):
+        # the feature tensor is pooled, not its map: pooling and the power do not commute
+        size = min(student.shape[2], teacher.shape[2]), min(student.shape[3], teacher.shape[3])
+        a, b = (_AttentionMap.apply(_pooled(features, size), p) for features in (student, teacher))
+        stages.append((a - b).square().mean())
+    return torch.stack(stages).sum()
+
+
+def _pooled(features: Tensor, size: tuple[int, int]) -> Tensor:
+    return features if tuple(features.shape[2:]) == size else F.adaptive_avg_pool2d(features, size)
+
+
+class _AttentionMap(torch.autograd.Function):
+    """Features [B, C, H, W] to unit maps [B, H W], float32 for 16-bit features."""
+
+    @staticmethod
+    def forward(ctx: Any, features: Tensor, p: float) -> Tensor:
+        energy = _channel_sum(features, p).div_(features.shape[1])
+        norm = torch.linalg.vector_norm(energy, dim=1, keepdim=True).clamp_min(1e-12)
+        unit = energy / norm
+        ctx.save_for_backward(features, unit, norm)
+        ctx.p = p
+        return unit
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable  # create_graph says so in words instead of returning a wrong second gradient
+    def backward(ctx: Any, d_unit: Tensor) -> tuple[Tensor, None]:
+        features, unit, norm = ctx.saved_tensors
+        along = unit * (unit * d_unit).sum(dim=1, keepdim=True)
+        d_energy = (d_unit - torch.where(norm > 1e-12, along, 0.0)) / norm
+        scale = (d_energy * (ctx.p / features.shape[1])).view(features.shape[0], 1, *features.shape[2:])
+        return _power_gradient(features, scale, ctx.p), None
+
+
+def _channel_sum(features: Tensor, p: float) -> Tensor:
+    """Sum over channels of |F|^p, [B, H W], without a tensor of the features' size."""
+    dtype = _arithmetic(features)
+    if features.is_contiguous(memory_format=torch.channels_last) and not features.is_contiguous():
+        return torch.linalg.vector_norm(features, p, dim=1, dtype=dtype).pow(p).flatten(1)
+    return torch.cat([_power(x.to(dtype), p).sum(dim=1).flatten(1) for x in _blocks(features)])
+
+
+def _power(x: Tensor, p: float) -> Tensor:
+    return x * x if p == 2 else x.abs().pow(p)
+
+
+def _power_gradient(features: Tensor, scale: Tensor, p: float) -> Tensor:
+    """Multiplies scale, [B, 1, H, W], by |F|^(p-1) sign(F) in the features' dtype and layout."""
+    if p == 2 and features.dtype == scale.dtype:
+        return features * scale
+    pieces = []
+    for x, s in zip(_blocks(features), _blocks(scale, like=features)):
+        x = x.to(scale.dtype)
+        pieces.append((x * s if p == 2 else x.abs().pow(p - 1) * x.sign() * s).to(features.dtype))
+    return torch.cat(pieces)
+
+
+def _blocks(x: Tensor, like: Tensor | None = None) -> tuple[Tensor, ...]:
+    """Cuts x along the batch into blocks that fit the cache; one block where torch.compile fuses or a device has many cores."""
+    like = x if like is None else like
+    if torch.compiler.is_compiling() or x.device.type != "cpu":
+        return (x,)
+    return x.split(max(1, _BLOCK * torch.get_num_threads() // max(1, like[:1].numel())))
+
+
+def _arithmetic(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _check(students: list[Tensor], teachers: list[Tensor], p: float) -> None:
+    if not p > 0:
+        raise ValueError(f"attention_transfer_loss: p must be positive, got {p}")
+    if not students or len(students) != len(teachers):
+        raise ValueError(
+            "attention_transfer_loss: student_maps and teacher_maps must be equally many, at least one, "
+            f"got {len(students)} and {len(teachers)}"
+        )
+    for i, (student, teacher) in enumerate(zip(students, teachers)):
+        for name, features in (("student_maps", student), ("teacher_maps", teacher)):
+            if features.ndim != 4:
+                raise ValueError(f"attention_transfer_loss: {name}[{i}] must be [B, C, H, W], got shape {tuple(features.shape)}")
+            if not features.is_floating_point():
+                raise TypeError(f"attention_transfer_loss: {name}[{i}] must be floating, got {features.dtype}")
+        if student.shape[0] != teacher.shape[0]:
+            raise ValueError(
+                f"attention_transfer_loss: teacher_maps[{i}] must hold the student's batch of {student.shape[0]}, got {teacher.shape[0]}"
+            )
+        if student.device != teacher.device:
+            raise ValueError(f"attention_transfer_loss: teacher_maps[{i}] must be on the student's {student.device}, got {teacher.device}")

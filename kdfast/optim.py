@@ -1,0 +1,263 @@
+"""Lion, the optimizer of "Symbolic Discovery of Optimization Algorithms" (Chen et al., 2023, arXiv:2302.06675).
+
+    p <- p (1 - lr weight_decay);   p <- p - lr sign(beta1 m + (1 - beta1) g);   m <- beta2 m + (1 - beta2) g
+
+Every parameter moves by lr in every step, whatever the size of its gradient: take a learning rate 3 to 10 times below AdamW's
+and a weight decay as many times above. The arithmetic, and how few passes over memory it takes, is in kdfast/ops/lion.py.
+"""
+
+from collections.abc import Callable, Iterable
+from typing import Any, overload
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import Optimizer
+
+from kdfast.ops.lion import LOW_PRECISION, ROUNDINGS, Options, Row, grad_norm, lion_step, noise_seed
+
+_CAPTURABLE = ("cuda", "xpu", "hpu", "mtia")
+
+
+class Lion(Optimizer):
+    """Lion, a drop-in for lion_pytorch.Lion: the same arguments, state (exp_avg) and, in float32, the same bits.
+
+    One deviation is deliberate: where a gradient or momentum is NaN the parameter becomes NaN. torch.sign maps NaN to 0,
+    and the original would leave such a parameter unchanged for ever without a word.
+
+    bfloat16 and float16 parameters are stepped in float32 and rounded once (the original rounds after every operation;
+    1 - lr weight_decay alone rounds to 1 in bfloat16).
+
+    Args:
+        params: parameters, (name, parameter) pairs, or dicts of a group's parameters and options.
+        lr: learning rate, > 0; a float or a one-element tensor (changed in place by schedulers, without recompiling).
+        betas: beta1 weighs momentum against gradient in the update, beta2 in the momentum; each in [0, 1].
+        weight_decay: decoupled from the gradient, multiplied by the current lr.
+        use_triton: accepted for compatibility, ignored.
+        decoupled_weight_decay: weight_decay is divided by the lr given here, so that the decay of the first steps does not
+            depend on lr.
+        cautious: moves only elements whose update agrees with the gradient's sign, each tensor's others scaled up to keep
+            its mean step (arXiv:2411.16085; lion_pytorch.cautious_lion with a factor of 0).
+        maximize: ascends.
+        capturable: the step may be captured in a CUDA graph; parameters must be on a GPU.
+        fused: True: the Triton kernel, or an error where there is none. None: the kernel wherever it runs. False: PyTorch.
+        foreach: PyTorch form over many tensors at once (the default), or with False one after the other.
+        rounding: of bfloat16 and float16 parameters. "nearest"; "stochastic": up or down so that the expectation is exact,
+            the same way on all ranks; "kahan": what rounding loses is kept in a second tensor of the same dtype
+            (state kahan_comp) and added next time.
+        momentum_dtype: of exp_avg, floating; None: the parameter's.
+        max_grad_norm: gradients of all groups that have this option are scaled down to this L2 norm within the step, as
+            clip_grad_norm_ does, but without writing them.
+
+    Raises:
+        ValueError, TypeError: an option out of range, or of the wrong type.
+        RuntimeError: in step(): sparse or complex gradients; fused=True without a kernel; capturable=True on a CPU.
+
+    Checkpoints of lion_pytorch, google's, timm's and optimi's Lion load with load_state_dict.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float | Tensor = 1e-4,
+        betas: tuple[float, float] = (0.9, 0.99),
+        weight_decay: float = 0.0,
+        use_triton: bool = False,
+        decoupled_weight_decay: bool = False,
+        *,
+        cautious: bool = False,
+        maximize: bool = False,
+        capturable: bool = False,
+        fused: bool | None = None,
+        foreach: bool | None = None,
+        rounding: str = "nearest",
+        momentum_dtype: torch.dtype | None = None,
+        max_grad_norm: float | None = None,
+    ) -> None:
+        if isinstance(lr, Tensor) and lr.numel() != 1:
+            raise ValueError(f"Lion: lr must be a number or a tensor of one element, got shape {tuple(lr.shape)}")
+        if not lr > 0:
+            raise ValueError(f"Lion: lr must be positive, got {float(lr)}")
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "weight_decay": weight_decay,
+            "decoupled_weight_decay": decoupled_weight_decay,
+            "init_lr": float(lr),  # what decoupled weight decay is divided by
+            "cautious": cautious,
+            "maximize": maximize,
+            "capturable": capturable,
+            "fused": fused,
+            "foreach": foreach,
+            "rounding": rounding,
+            "momentum_dtype": momentum_dtype,
+            "max_grad_norm": max_grad_norm,
+        }
+        _check(defaults)
+        super().__init__(params, defaults)
+        self._step_supports_amp_scaling = True  # GradScaler hands over grad_scale and found_inf instead of reading them
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds parameters with options of their own; the others are the optimizer's.
+
+        Args:
+            param_group: "params", and any option of the constructor.
+
+        Raises:
+            ValueError, TypeError: an option out of range, or of the wrong type.
+        """
+        if isinstance(param_group, dict):
+            _check({**self.defaults, **param_group})
+        super().add_param_group(param_group)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._step_supports_amp_scaling = True
+        for group in self.param_groups:
+            if "beta1" in group:  # optimi
+                group.setdefault("betas", (group["beta1"], group["beta2"]))
+                group.setdefault("rounding", "kahan" if group.get("kahan_sum") else "nearest")
+            if "caution" in group:  # timm
+                group.setdefault("cautious", group["caution"])
+            for option, value in self.defaults.items():
+                group.setdefault(option, value)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Loads what state_dict() of this or another Lion returned.
+
+        Args:
+            state_dict: groups and state; a momentum keeps the precision of momentum_dtype.
+
+        Raises:
+            ValueError: groups or parameters differ in number.
+        """
+        super().load_state_dict(state_dict)
+        # torch casts all state to the parameter's dtype: fetch wider (or narrower) momenta again
+        for group, saved in zip(self.param_groups, state_dict["param_groups"]):
+            for param, name in zip(group["params"], saved["params"]):
+                momentum = state_dict["state"].get(name, {}).get("exp_avg")
+                dtype = group["momentum_dtype"] or param.dtype
+                if isinstance(momentum, Tensor) and dtype != param.dtype:
+                    self.state[param]["exp_avg"] = momentum.to(device=param.device, dtype=dtype)
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """One update of all parameters that have a gradient.
+
+        Args:
+            closure: computes the loss and its gradients again.
+
+        Returns:
+            The closure's loss, or None.
+        """
+        self._accelerator_graph_capture_health_check()  # raises where a CUDA graph is captured without capturable=True
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+
+        grad_scale: Tensor | None = getattr(self, "grad_scale", None)
+        found_inf: Tensor | None = getattr(self, "found_inf", None)
+        unscale = None if grad_scale is None else grad_scale.reciprocal()
+        norm = self._grad_norm(unscale)
+        first = 0
+        for group in self.param_groups:
+            rows = self._rows(group, first, found_inf)
+            first += len(group["params"])
+            options = Options(
+                group["lr"],
+                group["betas"][0],
+                group["betas"][1],
+                group["weight_decay"] / group["init_lr"] if group["decoupled_weight_decay"] else group["weight_decay"],
+                group["cautious"],
+                group["maximize"],
+            )
+            lion_step(
+                rows,
+                options,
+                grad_factor=_product(unscale, _clip_factor(norm, group["max_grad_norm"])),
+                found_inf=found_inf,
+                foreach=group["foreach"],
+                fused=group["fused"],
+            )
+        return loss
+
+    def _rows(self, group: dict[str, Any], first: int, found_inf: Tensor | None) -> list[Row]:
+        """Parameters with gradients and their state, which is made when first needed."""
+        rows = []
+        for index, param in enumerate(group["params"], first):
+            grad = param.grad
+            if grad is None:
+                continue
+            if grad.layout != torch.strided or grad.is_complex():
+                kind = "complex" if grad.is_complex() else f"sparse ({grad.layout})"
+                raise RuntimeError(f"Lion: gradients must be dense and real, got a {kind} one of shape {tuple(grad.shape)}")
+            if group["capturable"] and param.device.type not in _CAPTURABLE and not torch.compiler.is_compiling():
+                raise RuntimeError(f"Lion: capturable=True needs parameters on {' or '.join(_CAPTURABLE)}, got one on {param.device.type}")
+            state = self.state[param]
+            if "exp_avg" not in state:
+                state["exp_avg"] = torch.zeros_like(param, dtype=group["momentum_dtype"], memory_format=torch.preserve_format)
+            compensation = noise = None
+            if param.dtype in LOW_PRECISION and group["rounding"] == "kahan":
+                if state.get("kahan_comp") is None:
+                    state["kahan_comp"] = torch.zeros_like(param, memory_format=torch.preserve_format)
+                compensation = state["kahan_comp"]
+            elif param.dtype in LOW_PRECISION and group["rounding"] == "stochastic":
+                noise = noise_seed(_next_step(state, param.device, found_inf), index)
+            rows.append(Row(param, grad, state["exp_avg"], compensation, noise))
+        return rows
+
+    def _grad_norm(self, unscale: Tensor | None) -> Tensor | None:
+        """The norm of the (unscaled) gradients of all groups that clip; None where none does."""
+        clipped = [group for group in self.param_groups if group["max_grad_norm"] is not None]
+        grads = [param.grad for group in clipped for param in group["params"] if param.grad is not None]
+        if not grads:
+            return None
+        norm = grad_norm(grads)
+        return norm if unscale is None else norm * unscale.to(norm.device)
+
+
+def _next_step(state: dict[str, Any], device: torch.device, found_inf: Tensor | None) -> Tensor:
+    """Counts the steps that are taken, on the device, for the noise of stochastic rounding: float32 as torch's own optimizers."""
+    step = state.get("step")
+    if step is None or step.device != device:
+        step = torch.zeros((), device=device) if step is None else step.to(device)
+        state["step"] = step
+    step.add_(1.0 if found_inf is None else 1.0 - found_inf.to(device).reshape(()))
+    return step
+
+
+def _clip_factor(norm: Tensor | None, max_norm: float | None) -> Tensor | None:
+    """min(1, max_norm / norm), with clip_grad_norm_'s 1e-6 in the denominator."""
+    if norm is None or max_norm is None:
+        return None
+    return (max_norm / (norm + 1e-6)).clamp(max=1.0)
+
+
+def _product(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    if a is None or b is None:
+        return b if a is None else a
+    return a.to(b.device) * b
+
+
+def _check(options: dict[str, Any]) -> None:
+    """Raises ValueError or TypeError for a group's options, naming the one at fault."""
+    betas = options["betas"]
+    if len(betas) != 2 or not all(0.0 <= beta <= 1.0 for beta in betas):
+        raise ValueError(f"Lion: betas must be two numbers in [0, 1], got {betas}")
+    if not options["lr"] >= 0:
+        raise ValueError(f"Lion: lr must not be negative, got {float(options['lr'])}")
+    if options["rounding"] not in ROUNDINGS:
+        raise ValueError(f"Lion: rounding must be one of {', '.join(ROUNDINGS)}, got {options['rounding']!r}")
+    dtype = options["momentum_dtype"]
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise TypeError(f"Lion: momentum_dtype must be a floating torch.dtype or None, got {dtype}")
+    if options["max_grad_norm"] is not None and not options["max_grad_norm"] > 0:
+        raise ValueError(f"Lion: max_grad_norm must be positive or None, got {options['max_grad_norm']}")
+    if options["fused"] and options["foreach"]:
+        raise ValueError("Lion: fused and foreach cannot both be True")

@@ -1,0 +1,301 @@
+"""ConKD-Lion: logit standardization with a supervised contrastive term, and Lion.
+
+Three procedures:
+
+    joint (the default)   one stage on the whole student:
+                          loss = ce_weight CE(s, y) + kd_weight T^2 KL(z(t) || z(s)) + alpha SupCon(projection(features), y)
+    readme                the project's README: loss = T^2 KL(z(t) || z(s)) + alpha SupContrastive(features, y), no cross-entropy
+    notebook              the project's notebooks, in two stages: the encoder learns the teacher's embedding, whose 128 numbers
+                          are treated as logits, loss = T^2 KL(z(t) || z(s)) + alpha SupCon(the embedding twice, as two views);
+                          then a classifier is trained on the frozen encoder, with Lion. The teacher is trained likewise:
+                          SupCon on its embedding, then a linear classifier.
+
+z is standardization (lskd.py), T the temperature. In `joint` an image whose label is hidden is contrasted under the teacher's
+most likely class; elsewhere it is alone in its class.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from kdfast.data import Batch, Loaders
+from kdfast.engine import Stage, Training
+from kdfast.engine.stage import Outputs, Terms
+from kdfast.functional import kd_loss, supcon_loss
+from kdfast.models import Taps, classifier_head, feature_size, find_head, projection_head, replace_head
+from kdfast.recipes.recipe import Preset, Recipe, Setup, Stages, Trained, ce_and_kd, cross_entropy
+from kdfast.recipes.supervised import teacher as supervised_teacher
+
+EMBEDDING = 128  # numbers an image is embedded in
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Hyper-parameters of ConKD."""
+
+    procedure: Literal["joint", "readme", "notebook"] = "joint"
+    """Which of the three procedures."""
+    alpha: float = 0.15
+    """Weight of the contrastive term."""
+    temperature: float = 2.0
+    """T, over the standardized logits (notebook: over the standardized embedding)."""
+    contrast_temperature: float = 0.07
+    """Temperature of the contrastive term."""
+    kd_weight: float = 1.0
+    """Weight of the teacher's term, which has the factor T^2 already."""
+    ce_weight: float = 1.0
+    """Weight of the cross-entropy (joint)."""
+    classify_epochs: int = 50
+    """Epochs of the student's classifier (notebook)."""
+    classify_lr: float = 1e-4
+    """Learning rate of the student's classifier, with Lion (notebook)."""
+    classify_weight_decay: float = 1e-4
+    """Weight decay of the student's classifier (notebook)."""
+    teacher_classify_epochs: int = 40
+    """Epochs of the teacher's classifier, with AdamW (notebook)."""
+    teacher_classify_lr: float = 5e-4
+    """Learning rate of the teacher's classifier (notebook)."""
+    cosine_from_one: bool = False
+    """Quirk of the notebooks: their cosine counts epochs from 1, so the first epoch is already below the full rate."""
+    keep_last_classifier: bool = False
+    """Quirk of the notebooks: the classifier tested is the last epoch's, not the best."""
+
+    def __post_init__(self) -> None:
+        for name in ("temperature", "contrast_temperature"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        if self.alpha < 0:
+            raise ValueError(f"alpha must not be negative, got {self.alpha}")
+
+
+class EmbeddingTeacher(nn.Module):
+    """A classifier with the projection that its features were trained under.
+
+    Args:
+        model: images -> logits.
+        projection: features -> embedding of length 1.
+    """
+
+    def __init__(self, model: nn.Module, projection: nn.Module):
+        super().__init__()
+        self.model, self.projection = model, projection
+        self._tapped = Taps(model, (f"{find_head(model)[0]}:input",))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images [B, 3, H, W] -> logits [B, C]."""
+        return self.model(images)
+
+    def embed(self, images: Tensor) -> Tensor:
+        """Images [B, 3, H, W] -> embedding [B, 128], rows of length 1."""
+        _, (features,) = self._tapped(images)
+        return self.projection(features)
+
+
+def distil(setup: Setup, settings: Settings, teacher: nn.Module | None) -> Stages[Trained]:
+    """The stages of the chosen procedure."""
+    assert teacher is not None
+    if settings.procedure == "notebook":
+        assert isinstance(teacher, EmbeddingTeacher)
+        return (yield from _notebook(setup, settings, teacher))
+    return (yield from _joint(setup, settings, teacher))
+
+
+def _joint(setup: Setup, settings: Settings, teacher: nn.Module) -> Stages[Trained]:
+    student = setup.student()
+    readme = settings.procedure == "readme"
+    projection = nn.Identity() if readme else projection_head(feature_size(student), EMBEDDING)
+    tapped = Taps(student, (f"{find_head(student)[0]}:input",))
+
+    def forward(batch: Batch) -> Outputs:
+        with torch.no_grad():
+            target = teacher(batch.images)
+        logits, (features,) = tapped(batch.images)
+        return {"logits": logits, "embedding": projection(features.flatten(1)), "teacher": target}
+
+    def loss(outputs: Outputs, batch: Batch) -> Terms:
+        terms = ce_and_kd(
+            outputs["logits"],
+            outputs["teacher"],
+            batch.labels,
+            temperature=settings.temperature,
+            standardize=True,
+            kd_weight=settings.kd_weight,
+            ce_weight=0.0 if readme else settings.ce_weight,
+            hidden=setup.labels_hidden,
+        )
+        hidden = batch.labels == -100
+        stand_in = -1 - batch.index if readme else outputs["teacher"].argmax(dim=1)
+        contrast = supcon_loss(
+            outputs["embedding"],
+            torch.where(hidden, stand_in, batch.labels),
+            temperature=settings.contrast_temperature,
+            self_positive=readme,
+            normalize=readme,
+        )
+        return terms | {"supcon": settings.alpha * contrast}
+
+    yield Stage(
+        "distil",
+        train=(student, projection),
+        frozen=(teacher,),
+        forward=forward,
+        loss=loss,
+        data=setup.loaders(setup.training),
+        training=setup.training,
+        couples_rows=True,
+    )
+    return Trained(student, setup.student_spec)
+
+
+def _notebook(setup: Setup, settings: Settings, teacher: EmbeddingTeacher) -> Stages[Trained]:
+    encoder = setup.student(head="none")
+    projection = projection_head(feature_size(encoder), EMBEDDING)
+
+    def forward(batch: Batch) -> Outputs:
+        with torch.no_grad():
+            target = teacher.embed(batch.images)
+        return {"embedding": projection(encoder(batch.images)), "teacher": target}
+
+    def loss(outputs: Outputs, batch: Batch) -> Terms:
+        return {
+            "lskd": settings.kd_weight
+            * kd_loss(outputs["embedding"], outputs["teacher"], temperature=settings.temperature, standardize=True),
+            "supcon": settings.alpha * _contrast_twice(outputs["embedding"], batch, settings),
+        }
+
+    yield Stage(
+        "distil",
+        train=(encoder, projection),
+        frozen=(teacher,),
+        forward=forward,
+        loss=loss,
+        data=setup.loaders(setup.training),
+        training=setup.training,
+        best="val/loss",
+        couples_rows=True,
+        cosine_from_one=settings.cosine_from_one,
+    )
+
+    head = classifier_head(feature_size(encoder), setup.classes)
+    training = Training(
+        epochs=settings.classify_epochs,
+        batch_size=setup.training.batch_size,
+        optimizer="lion",
+        lr=settings.classify_lr,
+        weight_decay=settings.classify_weight_decay,
+        schedule="plateau",
+        gamma=0.1,
+        plateau_patience=3,
+        early_stop=5,
+    )
+    yield _classify("classify", encoder, head, training, setup.loaders(training), "last" if settings.keep_last_classifier else "best")
+    return Trained(replace_head(encoder, head), replace(setup.student_spec, head="mlp"))
+
+
+def train_teacher(setup: Setup, settings: Settings, given: Trained | None) -> Stages[Trained]:
+    """The notebook's teacher: a contrastive stage, from the given weights where there are some, then a linear classifier."""
+    if settings.procedure != "notebook":
+        return (yield from supervised_teacher(setup)) if given is None else given
+    if given is not None and isinstance(given.model, EmbeddingTeacher):
+        return given
+
+    encoder, spec = given if given is not None else (setup.new_teacher(), setup.teacher_spec)
+    features = feature_size(encoder)
+    replace_head(encoder, nn.Identity())
+    projection = projection_head(features, EMBEDDING)
+    yield Stage(
+        "teacher/contrast",
+        train=(encoder, projection),
+        forward=lambda batch: {"embedding": projection(encoder(batch.images))},
+        loss=lambda outputs, batch: {"supcon": _contrast_twice(outputs["embedding"], batch, settings)},
+        data=setup.loaders(setup.teacher_training, augment="conkd-teacher", all_labels=True),
+        training=setup.teacher_training,
+        best="val/loss",
+        couples_rows=True,
+        cosine_from_one=settings.cosine_from_one,
+    )
+
+    head = nn.Linear(features, setup.classes)
+    training = Training(
+        epochs=settings.teacher_classify_epochs,
+        batch_size=setup.teacher_training.batch_size,
+        optimizer="adamw",
+        lr=settings.teacher_classify_lr,
+        weight_decay=0.01,
+        schedule="constant",
+    )
+    data = setup.loaders(training, augment="conkd-teacher", all_labels=True)
+    yield _classify("teacher/classify", encoder, head, training, data, "best")
+    return Trained(EmbeddingTeacher(replace_head(encoder, head), projection), spec)
+
+
+def _contrast_twice(embedding: Tensor, batch: Batch, settings: Settings) -> Tensor:
+    """SupCon of the embedding given twice, as two views; an image with a hidden label is alone in its class."""
+    labels = torch.where(batch.labels == -100, -1 - batch.index, batch.labels)
+    return supcon_loss(embedding, labels, temperature=settings.contrast_temperature, duplicates=2)
+
+
+def _classify(name: str, encoder: nn.Module, head: nn.Module, training: Training, data: Loaders, keep: Literal["best", "last"]) -> Stage:
+    def forward(batch: Batch) -> Outputs:
+        with torch.no_grad():
+            features = encoder(batch.images)
+        return {"logits": head(features)}
+
+    return Stage(
+        name,
+        train=(head,),
+        frozen=(encoder,),
+        forward=forward,
+        loss=lambda outputs, batch: {"ce": cross_entropy(outputs["logits"], batch.labels)},
+        data=data,
+        training=training,
+        best="val/loss",
+        keep=keep,
+    )
+
+
+_NOTEBOOK: Mapping[str, object] = {
+    "dataset": "imagenette",
+    "teacher_model": "resnet101",
+    "student": "resnet18",
+    "image_size": 224,
+    "augment": "conkd-student",
+    "evaluation": "squash",
+    "optimizer": "adamw",
+    "lr": 6e-4,
+    "weight_decay": 0.01,
+    "schedule": "cosine",
+    "final_lr": 1e-3,
+    "epochs": 300,
+    "batch_size": 128,
+    "teacher_training.optimizer": "adamw",
+    "teacher_training.lr": 6e-4,
+    "teacher_training.weight_decay": 0.01,
+    "teacher_training.schedule": "cosine",
+    "teacher_training.final_lr": 1e-3,
+    "teacher_training.epochs": 60,
+    "teacher_training.batch_size": 64,
+}
+
+RECIPE = Recipe(
+    name="conkd",
+    title="ConKD-Lion: standardized logit distillation with a supervised contrastive term",
+    settings=Settings,
+    presets={
+        "default": Preset("one stage on the whole student with cross-entropy, trained as suits the data set"),
+        "notebook": Preset(
+            "the ConKD-Lion notebooks: Imagenette at 224 px, 300 + 50 epochs, published test accuracy 92.46 %; their quirks on. Their teacher "
+            "starts from ImageNet weights: pass --teacher-pretrained or --teacher FILE, else it starts from random weights",
+            {**_NOTEBOOK, "procedure": "notebook", "cosine_from_one": True, "keep_last_classifier": True},
+        ),
+        "readme": Preset(
+            "the ConKD-Lion README: standardized KL at T = 2 plus 0.15 SupContrastive on one model, no cross-entropy",
+            {**_NOTEBOOK, "procedure": "readme", "ce_weight": 0.0},
+        ),
+    },
+    distil=distil,
+    teacher=train_teacher,
+)

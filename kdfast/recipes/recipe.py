@@ -1,0 +1,148 @@
+"""What a recipe is, and what it is given: the words that every method file is written in."""
+
+from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kdfast.data import ImageData, Loaders
+from kdfast.engine import Stage, StageResult, Training
+from kdfast.engine.random_state import derive
+from kdfast.functional import kd_loss
+from kdfast.models import ModelSpec, create
+
+T = TypeVar("T")
+Stages = Generator[Stage, StageResult, T]
+
+
+class Trained(NamedTuple):
+    """What a recipe ends with: a network, images -> logits, and the architecture that its weights belong to."""
+
+    model: nn.Module
+    spec: ModelSpec
+
+
+@dataclass(frozen=True)
+class Preset:
+    """Values that reproduce a source, over the recipe's and the data set's defaults.
+
+    Attributes:
+        source: where the values come from, in a sentence.
+        values: option name -> value; "teacher_training.<option>" for the teacher's own training.
+    """
+
+    source: str
+    values: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What a recipe builds its stages from.
+
+    Attributes:
+        data: the images.
+        training: how the student is trained.
+        teacher_training: how a teacher is trained where none is given.
+        student_spec: the student's architecture.
+        teacher_spec: the teacher's architecture.
+        student_pretrained: whether the student starts from torchvision's ImageNet weights.
+        teacher_pretrained: whether a teacher that is trained here does.
+        labels_hidden: whether some training images have no label (label_fraction < 1).
+        seed: where the randomness of this part of the run begins.
+        make_loaders: Training, training transform or None for the data set's own, whether all labels are shown -> loaders.
+        say: prints a line to the user.
+    """
+
+    data: ImageData
+    training: Training
+    teacher_training: Training
+    student_spec: ModelSpec
+    teacher_spec: ModelSpec
+    student_pretrained: bool
+    teacher_pretrained: bool
+    labels_hidden: bool
+    seed: int
+    make_loaders: Callable[[Training, str | None, bool, int], Loaders]
+    say: Callable[[str], None]
+
+    @property
+    def classes(self) -> int:
+        """The number of classes."""
+        return len(self.data.classes)
+
+    def loaders(self, training: Training, *, augment: str | None = None, all_labels: bool = False) -> Loaders:
+        """Loaders with the batch size of `training`; the student's labels are hidden as asked for unless `all_labels`."""
+        return self.make_loaders(training, augment, all_labels, self.seed)
+
+    def student(self, *, head: str = "linear") -> nn.Module:
+        """A new student; the same initial weights at every call of one seed, so that arms are paired."""
+        with seeded(derive(self.seed, "student")):
+            return _new(replace(self.student_spec, head=head), self.student_pretrained)
+
+    def new_teacher(self) -> nn.Module:
+        """A new, untrained teacher."""
+        with seeded(derive(self.seed, "teacher")):
+            return _new(self.teacher_spec, self.teacher_pretrained)
+
+
+def _new(spec: ModelSpec, pretrained: bool) -> nn.Module:
+    return create(spec.name, spec.num_classes, head=spec.head, pretrained=pretrained, **spec.options)
+
+
+@contextmanager
+def seeded(seed: int) -> Generator[None, None, None]:
+    """Within the block torch draws from `seed`; afterwards it continues as if nothing had been drawn."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A distillation method.
+
+    Attributes:
+        name: as on the command line.
+        title: one line: the method and its paper.
+        settings: the dataclass of the method's own hyper-parameters.
+        presets: by name; "default" is always there.
+        distil: (setup, settings, teacher) -> stages that end with the trained student.
+        teacher: (setup, settings, the given teacher or None) -> stages that end with the teacher; None where a given one is taken as
+            it is, and a missing one is trained on labels.
+        needs_teacher: False for methods in which a network teaches itself.
+    """
+
+    name: str
+    title: str
+    settings: type
+    presets: Mapping[str, Preset]
+    distil: Callable[[Setup, Any, nn.Module | None], Stages[Trained]]
+    teacher: Callable[[Setup, Any, Trained | None], Stages[Trained]] | None = None
+    needs_teacher: bool = True
+
+
+def cross_entropy(logits: Tensor, labels: Tensor, *, label_smoothing: float = 0.0) -> Tensor:
+    """Mean cross-entropy over the images whose label is not hidden (-100); 0 where all are."""
+    total = F.cross_entropy(logits.float(), labels, reduction="sum", label_smoothing=label_smoothing)
+    return total / (labels != -100).sum().clamp_min(1)
+
+
+def ce_and_kd(
+    student: Tensor, teacher: Tensor, labels: Tensor, *, ce_weight: float, kd_weight: float, hidden: bool, **options: Any
+) -> dict[str, Tensor]:
+    """The terms of logit distillation: cross-entropy where there is a label, the teacher everywhere.
+
+    One fused call where every image has its label. Where some are hidden the two terms have different rows, hence two calls:
+    kd_loss leaves an image without a label out of both.
+    """
+    if not hidden and ce_weight:
+        return {"ce+kd": kd_loss(student, teacher, labels, ce_weight=ce_weight, kd_weight=kd_weight, **options)}
+    terms = {"kd": kd_loss(student, teacher, kd_weight=kd_weight, **options)}
+    if ce_weight:
+        smoothing = options.get("label_smoothing", 0.0)
+        terms["ce"] = ce_weight * cross_entropy(student, labels, label_smoothing=smoothing)
+    return terms

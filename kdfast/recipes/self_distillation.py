@@ -1,0 +1,106 @@
+"""Self-distillation: a network's deep feature map teaches its own shallow one ("Knowledge Distillation Implementation", part 3).
+
+    loss = alpha MSE(bilinear(shallow -> size of deep), conv1x1(deep)) + (1 - alpha) CE(logits, y)
+
+No teacher: the shallow map (after `shallow`) is drawn towards a learned projection of the deep one (after `deep`).
+"""
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from kdfast.data import Batch
+from kdfast.engine import Stage
+from kdfast.engine.stage import Outputs, Terms
+from kdfast.losses import SelfDistillationLoss
+from kdfast.models import Taps, tap_shapes
+from kdfast.recipes.recipe import Preset, Recipe, Setup, Stages, Trained, cross_entropy
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Hyper-parameters of self-distillation."""
+
+    alpha: float = 0.5
+    """Weight of the feature term; the cross-entropy has 1 - alpha."""
+    shallow: str | None = None
+    """Module whose output learns; None: the middle stage."""
+    deep: str | None = None
+    """Module whose output teaches; None: the last stage."""
+    detach_deep: bool = True
+    """Stop the feature term's gradient at the deep map, so that it teaches and is not pulled itself."""
+    train_projection: bool = True
+    """Train the 1x1 convolution; the tutorial leaves it out of its optimizer."""
+    best_by_training_accuracy: bool = False
+    """Keep the epoch with the highest training accuracy, as the tutorial does, not the highest validation accuracy."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.alpha <= 1:
+            raise ValueError(f"alpha must be from 0 to 1, got {self.alpha}")
+
+
+def distil(setup: Setup, settings: Settings, teacher: nn.Module | None) -> Stages[Trained]:
+    """One stage."""
+    student = setup.student()
+    stages: tuple[str, ...] = student.stages  # type: ignore[assignment]
+    shallow, deep = settings.shallow or stages[(len(stages) - 1) // 2], settings.deep or stages[-1]
+    size = setup.data.image_size
+    (shallow_channels, *_), (deep_channels, *_) = tap_shapes(student, (shallow, deep), (3, size, size))
+    tapped = Taps(student, (shallow, deep))
+    feature_loss = SelfDistillationLoss(settings.alpha, shallow_channels, deep_channels, detach_teacher=settings.detach_deep)
+
+    def forward(batch: Batch) -> Outputs:
+        logits, (low, high) = tapped(batch.images)
+        return {"logits": logits, "low": low, "high": high}
+
+    def loss(outputs: Outputs, batch: Batch) -> Terms:
+        features = feature_loss.feature_term(outputs["low"], outputs["high"])
+        ce = cross_entropy(outputs["logits"], batch.labels)
+        return {"feature": settings.alpha * features, "ce": (1 - settings.alpha) * ce}
+
+    yield Stage(
+        "distil",
+        train=(student, feature_loss) if settings.train_projection else (student,),
+        frozen=() if settings.train_projection else (feature_loss,),
+        forward=forward,
+        loss=loss,
+        data=setup.loaders(setup.training),
+        training=setup.training,
+        best="train/top1" if settings.best_by_training_accuracy else "val/top1",
+    )
+    return Trained(student, setup.student_spec)
+
+
+RECIPE = Recipe(
+    name="self_distillation",
+    title="Self-distillation: a network's deep features teach its shallow ones",
+    settings=Settings,
+    presets={
+        "default": Preset("alpha = 0.5, the projection trained, the deep map detached"),
+        "tutorial": Preset(
+            "the tutorial 'Knowledge Distillation Implementation 3/3': ResNet-18 with ImageNet weights, 5 epochs; its quirks on",
+            {
+                "student": "resnet18",
+                "pretrained": True,
+                "epochs": 5,
+                "batch_size": 32,
+                "optimizer": "sgd",
+                "lr": 0.01,
+                "momentum": 0.9,
+                "weight_decay": 0.0,
+                "schedule": "constant",
+                "augment": "imagenet",
+                "evaluation": "center-crop",
+                "image_size": 224,
+                "val_fraction": 0.0,
+                "shallow": "layer2.1",
+                "deep": "layer4.1",
+                "detach_deep": False,
+                "train_projection": False,
+                "best_by_training_accuracy": True,
+            },
+        ),
+    },
+    distil=distil,
+    needs_teacher=False,
+)

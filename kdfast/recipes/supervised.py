@@ -1,0 +1,33 @@
+"""Training on labels alone: the teacher where none is given, and the student that distillation is compared with."""
+
+from torch import nn
+
+from kdfast.data import Loaders
+from kdfast.engine import Stage, Training
+from kdfast.recipes.recipe import Setup, Stages, Trained, cross_entropy
+
+
+def supervised(name: str, model: nn.Module, data: Loaders, training: Training, *, label_smoothing: float = 0.0) -> Stages[nn.Module]:
+    """One stage that trains `model` (images -> logits) with cross-entropy."""
+    yield Stage(
+        name,
+        train=(model,),
+        forward=lambda batch: {"logits": model(batch.images)},
+        loss=lambda outputs, batch: {"ce": cross_entropy(outputs["logits"], batch.labels, label_smoothing=label_smoothing)},
+        data=data,
+        training=training,
+    )
+    return model
+
+
+def teacher(setup: Setup) -> Stages[Trained]:
+    """The teacher, trained on all labels."""
+    data = setup.loaders(setup.teacher_training, all_labels=True)
+    model = yield from supervised("teacher", setup.new_teacher(), data, setup.teacher_training)
+    return Trained(model, setup.teacher_spec)
+
+
+def alone(setup: Setup) -> Stages[Trained]:
+    """The student without a teacher: the same initial weights, images, labels, augmentation, optimizer and epochs."""
+    model = yield from supervised("alone", setup.student(), setup.loaders(setup.training), setup.training)
+    return Trained(model, setup.student_spec)

@@ -1,0 +1,83 @@
+"""The choice between kernels and PyTorch: set_backend, backend(), KDFAST_BACKEND."""
+
+import os
+import subprocess
+import sys
+import threading
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import kdfast
+from kdfast.ops import backend as chooser
+
+
+def test_a_block_chooses_for_itself_and_its_thread():
+    assert chooser.current() == "auto"
+    seen = []
+    with kdfast.backend("torch"):
+        assert chooser.current() == "torch"
+        with kdfast.backend("triton"):
+            assert chooser.current() == "triton"
+        assert chooser.current() == "torch"
+        thread = threading.Thread(target=lambda: seen.append(chooser.current()))
+        thread.start()
+        thread.join()
+    assert chooser.current() == "auto"
+    assert seen == ["auto"]
+
+
+def test_an_error_leaves_the_block_behind():
+    with pytest.raises(KeyError), kdfast.backend("torch"):
+        raise KeyError
+    assert chooser.current() == "auto"
+
+
+def test_set_backend_is_for_the_process():
+    try:
+        kdfast.set_backend("torch")
+        assert chooser.current() == "torch"
+    finally:
+        kdfast.set_backend("auto")
+
+
+def test_unknown_names_are_refused():
+    with pytest.raises(ValueError, match="set_backend: name must be one of auto, triton, torch, got 'cuda'"):
+        kdfast.set_backend("cuda")
+    with pytest.raises(ValueError, match="backend: name must be one of"), kdfast.backend("cuda"):
+        pass
+
+
+def test_the_environment_variable():
+    code = "from kdfast.ops.backend import current; print(current())"
+
+    def run(value):
+        environment = os.environ | {"KDFAST_BACKEND": value}
+        return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+
+    assert run("torch").stdout.strip() == "torch"
+    assert "the environment variable KDFAST_BACKEND must be one of" in run("nonsense").stderr
+
+
+def test_which_tensors_a_kernel_takes(monkeypatch):
+    module = SimpleNamespace()
+    monkeypatch.setattr(chooser, "_kernel_module", lambda operator: module)
+    x, labels = torch.ones(2, 3), torch.zeros(2, dtype=torch.int64)
+    monkeypatch.setattr(chooser, "_INTERPRETED", False)
+    assert chooser.kernel("any", x) is None
+    with pytest.raises(RuntimeError, match="any: the backend is 'triton'.*torch.float32 on cpu"), kdfast.backend("triton"):
+        chooser.kernel("any", x)
+    monkeypatch.setattr(chooser, "_INTERPRETED", True)
+    assert chooser.kernel("any", x, labels) is module
+    assert chooser.kernel("any", x.double(), labels) is None
+    with kdfast.backend("torch"):
+        assert chooser.kernel("any", x) is None
+
+
+def test_no_kernel_is_one_clear_error():
+    with (
+        pytest.raises(RuntimeError, match="no_such_operator: the backend is 'triton', but there is no Triton kernel"),
+        kdfast.backend("triton"),
+    ):
+        chooser.kernel("no_such_operator", torch.ones(2))

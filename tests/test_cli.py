@@ -1,0 +1,388 @@
+"""The command line as a person meets it: what works ends with status 0, what cannot work with one sentence and another status."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from kdfast import cli
+from kdfast.models import create, save_weights
+
+TINY = ["--student", "resnet8", "--teacher-model", "resnet8", "--teacher-training.epochs", "2", "--epochs", "2", "--max-images", "200"]
+SMALL = ["--recipe", "kd", "--seeds", "1", *TINY]
+
+
+def kdfast(*arguments: object) -> int:
+    return cli.main([str(a) for a in arguments])
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run: kd on 200 digits, two seeds."""
+    folder = tmp_path_factory.mktemp("runs") / "finished"
+    assert kdfast("distill", *SMALL, "--seeds", "2", "--out", folder) == 0
+    return folder
+
+
+def sentence(capsys: pytest.CaptureFixture[str]) -> str:
+    """What the command said on stderr: one line that begins with the program's name."""
+    error = capsys.readouterr().err.strip()
+    assert error.startswith("kdfast: "), error
+    assert "\n" not in error, error
+    assert "Traceback" not in error
+    return error
+
+
+def metrics(folder: Path) -> list[dict]:
+    parsed = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in ("seconds", "images_per_s")} for line in parsed]
+
+
+# ---- a run folder ----------------------------------------------------------------------------------------------------
+
+
+def test_a_run_folder_holds_what_was_promised(finished: Path):
+    names = {p.name for p in finished.iterdir()}
+    assert names >= {"config.toml", "metrics.jsonl", "curves.png", "report.html", "results.json", "best.safetensors", "teacher.safetensors"}
+    assert "checkpoint.pt" not in names, "a finished run needs none"
+    results = json.loads((finished / "results.json").read_text())
+    assert len(results["arms"]["alone"]) == len(results["arms"]["distilled"]) == results["paired"]["n"] == 2
+    for arm in results["arms"]["distilled"]:
+        assert {"best/top1", "best/top5", "best/loss", "last/top1", "val/top1", "epoch", "train_images_per_s"} <= arm.keys()
+    assert sum(map(sum, results["confusion"]["distilled"])) == 2 * results["test_images"]
+    page = (finished / "report.html").read_text()
+    assert f"{100 * results['teacher']['top1']:.2f}" in page
+
+
+def test_the_student_alone_and_distilled_start_alike_and_differ_after(finished: Path):
+    results = json.loads((finished / "results.json").read_text())
+    assert results["arms"]["alone"][0]["best/loss"] != results["arms"]["distilled"][0]["best/loss"]
+
+
+def test_config_toml_repeats_the_run_to_the_bit(finished: Path, tmp_path: Path):
+    assert kdfast("distill", "--config", finished / "config.toml", "--out", tmp_path / "again") == 0
+    assert metrics(tmp_path / "again") == metrics(finished)
+    assert (tmp_path / "again" / "best.safetensors").read_bytes() == (finished / "best.safetensors").read_bytes()
+    assert (tmp_path / "again" / "config.toml").read_text() == (finished / "config.toml").read_text()
+
+
+def test_resuming_a_finished_run_changes_nothing(finished: Path, tmp_path: Path):
+    copy = tmp_path / "copy"
+    shutil.copytree(finished, copy)
+    assert kdfast("distill", "--config", finished / "config.toml", "--out", copy, "--resume") == 0
+    assert metrics(copy) == metrics(finished)
+    assert (copy / "best.safetensors").read_bytes() == (finished / "best.safetensors").read_bytes()
+
+
+def test_eval_repeats_the_runs_numbers(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    assert kdfast("eval", finished, "--json", tmp_path / "numbers.json") == 0
+    numbers = json.loads((tmp_path / "numbers.json").read_text())
+    arms = json.loads((finished / "results.json").read_text())["arms"]["distilled"]
+    chosen = max(arms, key=lambda arm: arm["val/top1"])
+    assert numbers["top1"] == chosen["best/top1"]
+    assert numbers["images"] == 359
+    assert "rows: true class" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("split", ["val", "train"])
+def test_eval_of_other_splits(finished: Path, split: str):
+    assert kdfast("eval", finished, "--split", split) == 0
+
+
+def test_a_trained_teacher_serves_the_next_run(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    arguments = ["--recipe", "lskd", "--teacher", finished / "teacher.safetensors", "--seeds", 1, "--no-baseline", *TINY]
+    assert kdfast("distill", *arguments, "--out", tmp_path / "run") == 0
+    shown = capsys.readouterr().out
+    expected = json.loads((finished / "results.json").read_text())["teacher"]["top1"]
+    assert f"test top-1 {100 * expected:.2f} %" in shown
+    assert "effective weights" in shown
+    assert not any(line["stage"] == "teacher" for line in metrics(tmp_path / "run"))
+
+
+def test_predict_names_classes_that_eval_counts(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    from torchvision.io import write_png
+
+    from kdfast.data import load
+
+    test = load("digits").test
+    for i in range(4):
+        write_png(test.read(i), str(tmp_path / f"{i}.png"))
+    assert kdfast("predict", finished, tmp_path, "--top", "2") == 0
+    shown = capsys.readouterr().out
+    assert all(f"{i}.png" in shown for i in range(4))
+    assert len(re.findall(r"\d %", shown)) == 8
+
+
+@pytest.mark.parametrize("kind", ["onnx", "pt2", "safetensors"])
+def test_export_agrees_with_pytorch(finished: Path, tmp_path: Path, kind: str, capsys: pytest.CaptureFixture[str]):
+    out = tmp_path / f"student.{kind}"
+    assert kdfast("export", finished, "--format", kind, "--out", out) == 0
+    assert float(re.search(r"agrees with PyTorch to (\S+)", capsys.readouterr().out)[1]) < 1e-5
+    assert out.stat().st_size > 100_000
+
+
+def test_report_is_made_again_and_compares_runs(finished: Path, tmp_path: Path):
+    copy = tmp_path / "copy"
+    shutil.copytree(finished, copy)
+    (copy / "report.html").unlink()
+    assert kdfast("report", copy) == 0
+    assert (copy / "report.html").exists()
+    assert kdfast("report", copy, finished, "--out", tmp_path / "both.html") == 0
+    assert (tmp_path / "both.html").exists()
+
+
+@pytest.mark.parametrize("what", ["recipes", "presets", "datasets", "models"])
+def test_list(what: str, capsys: pytest.CaptureFixture[str]):
+    assert kdfast("list", what) == 0
+    expected = {"recipes": "self_distillation", "presets": "notebook", "datasets": "imagenette", "models": "78,042"}
+    assert expected[what] in capsys.readouterr().out
+
+
+def test_help_of_every_command(capsys: pytest.CaptureFixture[str]):
+    assert kdfast("--help") == 0
+    shown = capsys.readouterr().out
+    assert all(command in shown for command in cli.COMMANDS)
+
+
+@pytest.mark.parametrize("command", ["teacher", "distill", "eval", "predict", "export", "report"])
+def test_help_names_the_options(command: str, capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit) as stop:
+        kdfast(command, "--help")
+    assert stop.value.code == 0
+    assert "--" in capsys.readouterr().out
+
+
+# ---- the recipes -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("recipe", "more"),
+    [
+        ("conkd", []),
+        ("conkd", ["--procedure", "readme"]),
+        ("conkd", ["--micro-batch", "16"]),
+        ("self_distillation", []),
+        ("kd", ["--label-fraction", "1.0", "--ema", "0.9", "--optimizer", "adamw", "--schedule", "plateau"]),
+        ("kd", ["--precision", "bf16"]),
+    ],
+)
+def test_recipes_run_to_a_report(recipe: str, more: list[str], tmp_path: Path):
+    assert kdfast("distill", "--recipe", recipe, "--seeds", 1, "--no-baseline", *TINY, *more, "--out", tmp_path / "run") == 0
+    assert (tmp_path / "run" / "report.html").exists()
+
+
+def test_conkds_notebook_procedure_runs_its_stages_and_its_weights_come_back(tmp_path: Path):
+    stages = ["--classify-epochs", "2", "--teacher-classify-epochs", "2"]
+    settings = ["--procedure", "notebook", "--cosine-from-one", *stages, "--seeds", 1, "--no-baseline", *TINY]
+    run = tmp_path / "run"
+    assert kdfast("distill", *settings, "--out", run) == 0
+    expected = ["teacher/contrast", "teacher/classify", "seed0/distil", "seed0/classify"]
+    assert list(dict.fromkeys(line["stage"] for line in metrics(run))) == expected
+    assert kdfast("eval", run, "--json", tmp_path / "numbers.json") == 0
+    arm = json.loads((run / "results.json").read_text())["arms"]["distilled"][0]
+    assert json.loads((tmp_path / "numbers.json").read_text())["top1"] == arm["best/top1"]
+    # the embedding teacher is not trained a second time
+    assert kdfast("distill", *settings, "--teacher", run / "teacher.safetensors", "--out", tmp_path / "next") == 0
+    assert {line["stage"] for line in metrics(tmp_path / "next")} == {"seed0/distil", "seed0/classify"}
+
+
+def test_teacher_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    assert kdfast("teacher", "--model", "resnet8", "--epochs", 2, "--max-images", 200, "--out", tmp_path / "t") == 0
+    assert kdfast("eval", tmp_path / "t") == 0
+    top1 = re.findall(r"(?:test|^)\s?top-1 (\S+) %", capsys.readouterr().out, re.MULTILINE)
+    assert len(top1) == 2
+    assert top1[0] == top1[1]
+
+
+# ---- killed and continued --------------------------------------------------------------------------------------------
+
+
+def one_thread() -> dict[str, str]:
+    """As in this process: the same sums in the same order."""
+    return {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def start(out: Path, *more: str) -> subprocess.Popen:
+    command = [sys.executable, "-m", "kdfast.cli", "distill", *SMALL, "--out", str(out), *more]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=one_thread())
+
+
+def wait_for_lines(out: Path, count: int, process: subprocess.Popen) -> None:
+    deadline = time.monotonic() + 120
+    path = out / "metrics.jsonl"
+    while not (path.exists() and path.read_text().count("\n") >= count):
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("after", [1, 3, 5])
+def test_kill_9_then_resume_gives_the_uninterrupted_runs_numbers(tmp_path: Path, after: int):
+    assert kdfast("distill", *SMALL, "--out", tmp_path / "whole") == 0
+    process = start(tmp_path / "killed")
+    wait_for_lines(tmp_path / "killed", after, process)
+    time.sleep(0.003 * after)
+    process.kill()
+    process.communicate()
+    assert not (tmp_path / "killed" / "results.json").exists(), "the kill came too late to show anything"
+    process = start(tmp_path / "killed", "--resume")
+    assert process.wait(timeout=200) == 0, process.communicate()[1]
+    assert metrics(tmp_path / "killed") == metrics(tmp_path / "whole")
+    assert (tmp_path / "killed" / "best.safetensors").read_bytes() == (tmp_path / "whole" / "best.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_leaves_with_a_clear_line(tmp_path: Path, number: signal.Signals):
+    process = start(tmp_path / "run", "--epochs", "500")
+    wait_for_lines(tmp_path / "run", 3, process)
+    process.send_signal(number)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 128 + number
+    assert "the run is saved, continue with the same command and --resume" in error
+    assert "Traceback" not in error
+    assert torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["stage"].startswith(("teacher", "seed0"))
+
+
+# ---- one sentence each -----------------------------------------------------------------------------------------------
+
+
+def write_images(folder: Path, count: int = 4) -> Path:
+    from torchvision.io import write_jpeg
+
+    for part in ("train", "val"):
+        for kind in ("cat", "dog"):
+            (folder / part / kind).mkdir(parents=True)
+            for i in range(count):
+                write_jpeg(torch.randint(0, 256, (3, 40, 40), dtype=torch.uint8), str(folder / part / kind / f"{i}.jpg"))
+    return folder
+
+
+FOLDER = ["--recipe", "kd", "--seeds", 1, "--student", "resnet8", "--teacher-model", "resnet8", "--epochs", 1, "--image-size", 32]
+FOLDER += ["--teacher-training.epochs", 1, "--val-fraction", 0.3, "--batch-size", 4, "--teacher-training.batch-size", 4, "--workers", 0]
+FOLDER += ["--warmup", 0, "--teacher-training.warmup", 0]
+
+
+def test_an_image_folder_trains(tmp_path: Path):
+    images = write_images(tmp_path / "images", 6)
+    assert kdfast("distill", "--dataset", images, *FOLDER, "--out", tmp_path / "run") == 0
+
+
+def test_a_truncated_image_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    images = write_images(tmp_path / "images", 6)
+    bad = images / "train" / "dog" / "3.jpg"
+    bad.write_bytes(bad.read_bytes()[:200])
+    assert kdfast("distill", "--dataset", images, *FOLDER, "--out", tmp_path / "run") == 1
+    assert "3.jpg" in sentence(capsys)
+
+
+def test_a_folder_without_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    (tmp_path / "images").mkdir()
+    assert kdfast("distill", "--dataset", tmp_path / "images", *FOLDER, "--out", tmp_path / "run") == 1
+    assert str(tmp_path / "images") in sentence(capsys)
+
+
+def test_a_class_missing_in_val(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    images = write_images(tmp_path / "images")
+    shutil.rmtree(images / "val" / "dog")
+    assert kdfast("distill", "--dataset", images, *FOLDER, "--out", tmp_path / "run") == 1
+    assert "dog" in sentence(capsys)
+
+
+def test_a_run_folder_of_another_configuration(finished: Path, capsys: pytest.CaptureFixture[str]):
+    assert kdfast("distill", *SMALL, "--seeds", 2, "--lr", 0.5, "--out", finished, "--resume") == 1
+    assert "belongs to another configuration: lr is 0.001 there and 0.5 here" in sentence(capsys)
+
+
+def test_a_run_folder_needs_resume(finished: Path, capsys: pytest.CaptureFixture[str]):
+    assert kdfast("distill", *SMALL, "--seeds", 2, "--out", finished) == 1
+    assert "already holds this run: pass --resume" in sentence(capsys)
+
+
+def test_a_folder_that_is_no_run_is_left_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    (tmp_path / "diary.txt").write_text("dear diary")
+    assert kdfast("distill", *SMALL, "--out", tmp_path) == 1
+    assert "neither empty nor a run: it holds diary.txt" in sentence(capsys)
+    assert {p.name for p in tmp_path.iterdir()} <= {"diary.txt", ".lock"}
+
+
+def test_weights_of_another_architecture(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    save_weights(create("resnet14", 10), tmp_path / "w.safetensors", {})
+    assert kdfast("eval", tmp_path / "w.safetensors", "--model", "resnet8", "--dataset", "digits") == 1
+    assert re.search(r"w.safetensors does not fit ResNet: \d+ unexpected: layer1.1.bn1.bias", sentence(capsys))
+
+
+def test_a_teacher_of_other_classes(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    save_weights(create("resnet8", 7), tmp_path / "w.safetensors", {})
+    assert kdfast("distill", *SMALL, "--teacher", tmp_path / "w.safetensors", "--out", tmp_path / "run") == 1
+    assert "has 7 classes, but digits has 10" in sentence(capsys)
+
+
+def test_a_full_disk_leaves_nothing_half_written(tmp_path: Path):
+    """The file-size limit of the process stands in for a disk that fills up: weights do not fit any more."""
+    limited = "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
+    limited += "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)); "
+    limited += f"import sys; from kdfast.cli import main; sys.exit(main({['distill', *SMALL, '--out', str(tmp_path / 'run')]!r}))"
+    done = subprocess.run([sys.executable, "-c", limited], capture_output=True, text=True, timeout=200, env=one_thread())
+    assert done.returncode == 1
+    assert "the disk is full or the file too large" in done.stderr
+    assert "Traceback" not in done.stderr
+    left = [p for p in (tmp_path / "run").rglob("*") if p.is_file() and p.name not in ("config.toml", ".lock")]
+    assert left == [], f"{left} was left"
+
+
+def test_a_loss_that_explodes_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    arguments = ["--optimizer", "sgd", "--lr", "1e30", "--teacher-training.epochs", 1]
+    assert kdfast("distill", *SMALL, *arguments, "--out", tmp_path / "run") == 1
+    assert re.search(r"stage seed0/alone: the loss term 'ce' is not finite at epoch \d+, step \d+; the last good", sentence(capsys))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["dance"], "there is no command 'dance'"),
+        (["distill", "--recipe", "kdd"], "did you mean kd"),
+        (["distill", "--preset", "best"], "preset must be one of default, notebook, readme"),
+        (["distill", "--student", "resnet21"], "resnet20"),
+        (["distill", "--dataset", "cifar11"], "no data set or folder is called 'cifar11'; known names: digits"),
+        (["distill", "--teacher", "/nowhere/at/all.pt"], "there is no such path"),
+        (["distill", "--normalization", "none"], "normalization must be one of"),
+        (["distill", "--student-options", "shortcut"], "student_options must be key=value, got 'shortcut'"),
+        (["distill", "--device", "tpu"], "device must be auto, cpu, cuda or cuda:N"),
+        (["distill", "--label-fraction", "0"], "fraction"),
+        (["distill", "--seeds", "0"], "seeds must be at least 1"),
+        (["distill", "--temperature", "0"], "temperature must be positive"),
+        (["eval", "/nowhere"], "there is no such path"),
+        (["list", "colours"], "list shows recipes, presets, models, datasets"),
+        (["report", "/nowhere"], "not a run folder"),
+    ],
+)
+def test_bad_input_is_one_sentence(arguments: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    try:
+        status = kdfast(*arguments)
+    except SystemExit as stop:
+        status = stop.code
+        assert message in capsys.readouterr().err.replace("\n", " ")
+    else:
+        assert message in sentence(capsys)
+    assert status != 0
+
+
+def test_a_config_of_another_kind_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    for text, message in (
+        ("epochs = = 3", "is no configuration"),
+        ("[training]\nepoch = 3", "there is no option 'epoch'"),
+        ('[training]\nepochs = "many"', "epochs must be int, got 'many'"),
+        ('[training]\noptimizer = "adam"', "optimizer must be one of sgd, adamw, lion, got 'adam'"),
+    ):
+        (tmp_path / "config.toml").write_text(text)
+        assert kdfast("distill", "--config", tmp_path / "config.toml") == 1
+        assert message in sentence(capsys)

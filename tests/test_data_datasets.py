@@ -1,0 +1,518 @@
+"""Data sets by name, from small files made here: what is read, how it is divided, and one clear sentence for each thing wrong."""
+
+import io
+import pickle
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from kdfast.data import DataError, Split, hide_labels, load, names
+from kdfast.data import datasets as module
+from kdfast.data.cifar import CIFAR10
+from kdfast.data.images import decode
+from kdfast.data.splits import FEWER, TEST, carve, stratified
+
+
+def pixels(height=12, width=16, seed=0):
+    """A smooth picture: JPEG changes it little."""
+    y, x = np.mgrid[0:height, 0:width]
+    return np.stack([(seed * 37 + 9 * y) % 256, (120 + 5 * x) % 256, (40 + 3 * (x + y)) % 256], axis=-1).astype(np.uint8)
+
+
+def class_folders(root, counts, *, ending="png"):
+    """root/<class>/<i>.png, counts[class] images each."""
+    for c, (name, count) in enumerate(counts.items()):
+        (root / name).mkdir(parents=True, exist_ok=True)
+        for i in range(count):
+            Image.fromarray(pixels(seed=31 * c + i)).save(root / name / f"{i:03d}.{ending}")
+    return root
+
+
+def cifar_folder(root, *, classes=10, train=40, batches=(1, 2), **changes):
+    """cifar-10-batches-py with random images; `changes` replaces keys of the first training batch."""
+    folder = root / "cifar-10-batches-py"
+    folder.mkdir(parents=True)
+    random = np.random.default_rng(0)
+    for name in [f"data_batch_{b}" for b in batches] + ["test_batch"]:
+        labels = [i % classes for i in range(train)]
+        batch = {"data": random.integers(0, 256, (train, 3072), dtype=np.uint8), "labels": labels}
+        if name == "data_batch_1":
+            batch |= changes
+        (folder / name).write_bytes(pickle.dumps(batch, protocol=4))
+    (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": [f"class{c}" for c in range(classes)]}, protocol=4))
+    return folder
+
+
+def tiny_folder(root, wnids=("n01", "n02", "n03"), train=10, val=4):
+    folder = root / "tiny-imagenet-200"
+    for wnid in wnids:
+        class_folders(folder / "train" / wnid, {"images": train}, ending="JPEG")
+        (folder / "train" / wnid / f"{wnid}_boxes.txt").write_text("0 0 1 1\n")
+    class_folders(folder / "val", {"images": val * len(wnids)}, ending="JPEG")
+    lines = [f"{i:03d}.JPEG\t{wnids[i % len(wnids)]}\t0\t0\t62\t62" for i in range(val * len(wnids))]
+    (folder / "val" / "val_annotations.txt").write_text("\n".join(lines) + "\n")
+    (folder / "words.txt").write_text("n01\tcrane\nn02\tcrane, wading bird\nn03\tteapot\n")
+    return folder
+
+
+def counts(split, classes):
+    return torch.bincount(split.labels, minlength=classes).tolist()
+
+
+# ---- one image ------------------------------------------------------------------------------------------------------------------
+
+
+MODES = {"RGB": "jpg", "L": "jpg", "CMYK": "jpg", "P": "png", "RGBA": "png", "LA": "png", "1": "png"}
+
+
+@pytest.mark.parametrize(("mode", "ending"), MODES.items(), ids=list(MODES))
+def test_every_mode_becomes_what_pillow_says(tmp_path, mode, ending):
+    path = tmp_path / f"image.{ending}"
+    Image.fromarray(pixels()).convert(mode).save(path)
+    with Image.open(path) as image:
+        assert image.mode == mode, "the file is not what this test is about"
+        expected = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+    got = decode(str(path))
+    assert got.dtype == torch.uint8
+    assert torch.equal(got, expected)
+
+
+def test_sixteen_bit_grey_is_scaled_not_clipped(tmp_path):
+    values = np.arange(12, dtype=np.uint16).reshape(3, 4) * 5000
+    Image.fromarray(values).save(tmp_path / "image.png")
+    assert torch.equal(decode(str(tmp_path / "image.png"))[1], torch.from_numpy((values >> 8).astype(np.uint8)))
+
+
+def test_a_palette_with_transparency_gives_no_warning(tmp_path, recwarn):
+    image = Image.fromarray(pixels()).convert("P")
+    image.save(tmp_path / "image.png", transparency=bytes([0, 128, 255]))
+    assert decode(str(tmp_path / "image.png")).shape == (3, 12, 16)
+    assert not recwarn
+
+
+@pytest.mark.parametrize("ending", ["jpg", "png"])
+@pytest.mark.parametrize("kept", [0.02, 0.5, 0.9])
+def test_a_truncated_image_is_named(tmp_path, ending, kept):
+    buffer = io.BytesIO()
+    Image.fromarray(pixels(200, 200)).save(buffer, format={"jpg": "JPEG", "png": "PNG"}[ending])
+    path = tmp_path / f"cut.{ending}"
+    path.write_bytes(buffer.getvalue()[: int(kept * len(buffer.getvalue()))])
+    with pytest.raises(DataError, match=rf"cut\.{ending}: ") as caught:
+        decode(str(path))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "says"), [(b"", r"empty \(0 bytes\)"), (b"<html>no</html>", "not an image"), (None, "cannot be opened")]
+)
+def test_no_image_is_named(tmp_path, content, says):
+    path = tmp_path / "image.jpg"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(DataError, match=rf"image\.jpg: .*{says}"):
+        decode(str(path))
+
+
+# ---- dividing -------------------------------------------------------------------------------------------------------------------
+
+
+def test_stratified_takes_exactly_as_many_and_every_class_its_share():
+    labels = torch.repeat_interleave(torch.arange(4), torch.tensor([400, 200, 100, 3]))[torch.randperm(703)]
+    chosen, others = stratified(labels, 70, seed=1, purpose=TEST)
+    assert torch.equal(torch.cat([chosen, others]).sort().values, torch.arange(703))
+    taken = torch.bincount(labels[chosen], minlength=4)
+    assert taken.sum() == 70
+    assert ((taken - torch.tensor([39.8, 19.9, 10.0, 0.3])).abs() <= 1).all()
+    assert taken[3] == 1, "a small class keeps an image"
+
+
+def test_stratified_depends_on_seed_and_purpose_only():
+    labels = torch.arange(10).repeat(20)
+    first, _ = stratified(labels, 50, seed=0, purpose=TEST)
+    torch.randn(3)
+    assert torch.equal(first, stratified(labels, 50, seed=0, purpose=TEST)[0])
+    assert not torch.equal(first, stratified(labels, 50, seed=1, purpose=TEST)[0])
+    assert not torch.equal(first, stratified(labels, 50, seed=0, purpose=FEWER)[0])
+
+
+def test_stratified_is_the_same_in_every_version_of_pytorch():
+    chosen, _ = stratified(torch.arange(3).repeat(10), 6, seed=0, purpose=TEST)
+    assert chosen.tolist() == [4, 8, 11, 21, 22, 27]
+
+
+@pytest.mark.parametrize("count", [2, 31])
+def test_stratified_names_an_impossible_count(count):
+    with pytest.raises(DataError, match=f"cannot choose {count} of 30 images .* 3 classes"):
+        stratified(torch.arange(3).repeat(10), count, seed=0, purpose=TEST)
+
+
+def test_carve_names_a_class_with_one_image():
+    split = Split(torch.tensor([0, 0, 1]), pixels=torch.zeros(3, 3, 2, 2, dtype=torch.uint8))
+    with pytest.raises(DataError, match="class 'b' with 1 image"):
+        carve(split, 1, seed=0, purpose=TEST, classes=("a", "b"))
+
+
+def test_hide_labels_keeps_a_stratified_part_and_the_images():
+    data = load("digits")
+    split = hide_labels(data.train, 0.1, seed=3)
+    visible = split.labels >= 0
+    assert torch.equal(split.labels[visible], data.train.labels[visible])
+    assert (split.labels[~visible] == -100).all()
+    assert visible.sum() == round(0.1 * len(data.train))
+    assert all(10 <= n <= 12 for n in torch.bincount(split.labels[visible]).tolist())
+    assert split.pixels is data.train.pixels
+    assert torch.equal(split.labels, hide_labels(data.train, 0.1, seed=3).labels)
+    assert not torch.equal(split.labels, hide_labels(data.train, 0.1, seed=4).labels)
+    assert (hide_labels(data.train, 1e-9, seed=0).labels >= 0).sum() == 10, "at least one a class"
+    assert torch.equal(hide_labels(data.train, 1.0, seed=0).labels, data.train.labels)
+
+
+@pytest.mark.parametrize("fraction", [0.0, -0.1, 1.1, float("nan")])
+def test_hide_labels_names_a_bad_fraction(fraction):
+    with pytest.raises(DataError, match="above 0 and at most 1"):
+        hide_labels(load("digits").train, fraction, seed=0)
+
+
+def test_a_split_needs_as_many_images_as_labels():
+    with pytest.raises(DataError, match="got 2 images and 3 labels"):
+        Split(torch.zeros(3, dtype=torch.int64), paths=("a", "b"))
+
+
+# ---- digits ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_digits_are_divided_60_20_20_and_stratified():
+    data = load("digits")
+    assert (len(data.train), len(data.val), len(data.test)) == (1079, 359, 359)
+    assert not data.val_is_test
+    for split, share in ((data.train, 0.6), (data.val, 0.2), (data.test, 0.2)):
+        assert all(abs(n - share * 179.7) < 5 for n in counts(split, 10))
+        assert split.pixels.dtype == torch.uint8
+        assert split.pixels.shape[1:] == (3, 8, 8)
+    seen = torch.cat([split.pixels for split in (data.train, data.val, data.test)])
+    assert len(seen.flatten(1).unique(dim=0)) == 1797, "no image twice"
+    assert seen.max() == 255
+    scaled = seen.double() / 255
+    assert scaled.mean().item() == pytest.approx(data.mean[0], abs=1e-3)
+    assert scaled.std().item() == pytest.approx(data.std[0], abs=1e-3)
+
+
+def test_the_seed_divides_digits():
+    assert torch.equal(load("digits", seed=1).test.pixels, load("digits", seed=1).test.pixels)
+    assert not torch.equal(load("digits", seed=1).test.pixels, load("digits", seed=2).test.pixels)
+
+
+def test_val_fraction_0_makes_val_the_test():
+    data = load("digits", val_fraction=0)
+    assert data.val_is_test
+    assert data.val is data.test
+    assert (len(data.train), len(data.test)) == (1438, 359)
+
+
+def test_max_images_takes_a_stratified_part_of_train_only():
+    data = load("digits", max_images=100)
+    assert (len(data.train), len(data.val), len(data.test)) == (100, 359, 359)
+    assert all(9 <= n <= 11 for n in counts(data.train, 10))
+    assert len(load("digits", max_images=10**6).train) == 1079
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"val_fraction": 1.0}, "val_fraction must be"),
+        ({"val_fraction": -0.1}, "val_fraction must be"),
+        ({"max_images": 0}, "max_images must be"),
+        ({"max_images": 5}, "cannot choose 5 of 1079 images"),
+    ],
+)
+def test_bad_options_are_named(options, says):
+    with pytest.raises(DataError, match=says):
+        load("digits", **options)
+
+
+def test_an_unknown_name_lists_the_known_ones():
+    with pytest.raises(DataError, match=r"'mnist'; known names: digits, cifar10, .*folder"):
+        load("mnist")
+    assert names()[0] == "digits"
+
+
+# ---- folders --------------------------------------------------------------------------------------------------------------------
+
+
+def test_class_folders_are_divided_80_10_10(tmp_path):
+    class_folders(tmp_path, {"cat": 40, "ant": 20, "bee": 10})
+    (tmp_path / "cat" / "notes.txt").write_text("not an image")
+    (tmp_path / ".hidden").mkdir()
+    data = load("folder", data_dir=tmp_path)
+    assert data.classes == ("ant", "bee", "cat")
+    assert [len(split) for split in (data.train, data.val, data.test)] == [56, 7, 7]
+    assert counts(data.train, 3) == [16, 8, 32]
+    assert sorted(data.train.paths + data.val.paths + data.test.paths) == sorted(map(str, tmp_path.glob("*/*.png")))
+    assert all(f"/{data.classes[c]}/" in path for c, path in zip(data.test.labels.tolist(), data.test.paths))
+
+
+def test_the_order_of_the_file_system_changes_nothing(tmp_path, monkeypatch):
+    class_folders(tmp_path, {"ant": 15, "bee": 15})
+    before = load(str(tmp_path))
+    walk = module.images.os.walk
+    monkeypatch.setattr(module.images.os, "walk", lambda *a, **k: ((p, d, f[::-1]) for p, d, f in walk(*a, **k)))
+    after = load(str(tmp_path))
+    assert before.val.paths == after.val.paths
+    assert before.train.paths == after.train.paths
+
+
+@pytest.mark.parametrize("held_out", ["val", "valid", "test"])
+def test_two_folders_the_second_is_test_and_val_comes_from_train(tmp_path, held_out):
+    class_folders(tmp_path / "train", {"ant": 30, "bee": 20})
+    class_folders(tmp_path / held_out, {"ant": 3, "bee": 4})
+    data = load("folder", data_dir=tmp_path, val_fraction=0.2)
+    assert [counts(split, 2) for split in (data.train, data.val, data.test)] == [[24, 16], [6, 4], [3, 4]]
+    assert all("/train/" in path for path in data.train.paths + data.val.paths)
+    assert all(f"/{held_out}/" in path for path in data.test.paths)
+    data = load("folder", data_dir=tmp_path, val_fraction=0)
+    assert data.val_is_test
+    assert (len(data.train), data.val.paths) == (50, data.test.paths)
+
+
+def test_three_folders_are_used_as_they_are(tmp_path):
+    for part, count in (("train", 5), ("val", 2), ("test", 3)):
+        class_folders(tmp_path / part, {"ant": count, "bee": count})
+    data = load("folder", data_dir=tmp_path, val_fraction=0.5)
+    assert [len(split) for split in (data.train, data.val, data.test)] == [10, 4, 6]
+    assert not data.val_is_test
+
+
+def test_a_class_may_be_called_train(tmp_path):
+    class_folders(tmp_path, {"car": 10, "train": 10})
+    assert load("folder", data_dir=tmp_path).classes == ("car", "train")
+
+
+def broken_folder(root, what):
+    class_folders(root / "train", {"ant": 4, "bee": 4})
+    class_folders(root / "val", {"ant": 2, "bee": 2})
+    match what:
+        case "class missing in val":
+            shutil.rmtree(root / "val" / "bee")
+        case "class without images in val":
+            [path.unlink() for path in (root / "val" / "bee").iterdir()]
+        case "class without images in train":
+            [path.unlink() for path in (root / "train" / "ant").iterdir()]
+        case "class not in train":
+            class_folders(root / "val", {"cat": 1})
+        case "no images":
+            [path.unlink() for path in root.glob("*/*/*.png")]
+        case "no class folders":
+            [shutil.rmtree(path) for path in (root / "train").iterdir()]
+        case "images without class folders":
+            [shutil.rmtree(path) for path in (root / "train").iterdir()]
+            Image.fromarray(pixels()).save(root / "train" / "a.png")
+        case "one class":
+            [shutil.rmtree(root / part / "bee") for part in ("train", "val")]
+        case "zero-byte file":
+            (root / "train" / "bee" / "002.png").write_bytes(b"")
+        case "train alone":
+            shutil.rmtree(root / "val")
+        case "one image a class":
+            [(root / "train" / "bee" / f"{i:03d}.png").unlink() for i in range(3)]
+
+
+WRONG = {
+    "class missing in val": "val: no image of class 'bee'",
+    "class without images in val": "val: no image of class 'bee'",
+    "class without images in train": "train: no image of class 'ant'",
+    "class not in train": r"val: class 'cat' is not among the 2 classes of train/",
+    "no images": r"train: no images in its 2 class folders; known endings: \.jpg",
+    "no class folders": "train: expected one folder a class with images inside, found none: it is empty of images",
+    "images without class folders": "train: expected one folder a class .* it holds images directly",
+    "one class": "at least 2 classes are needed, found 1: ant",
+    "zero-byte file": r"bee/002\.png: the image file is empty",
+    "train alone": "has train/ but neither val/ nor test/",
+    "one image a class": "class 'bee' with 1 image",
+}
+
+
+@pytest.mark.parametrize(("what", "says"), WRONG.items(), ids=list(WRONG))
+def test_a_broken_folder_gets_one_sentence(tmp_path, what, says):
+    broken_folder(tmp_path, what)
+    with pytest.raises(DataError, match=says) as caught:
+        load("folder", data_dir=tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_folder_needs_a_folder(tmp_path):
+    with pytest.raises(DataError, match="--data-dir"):
+        load("folder")
+    with pytest.raises(DataError, match="nowhere is not a folder"):
+        load("folder", data_dir=tmp_path / "nowhere")
+
+
+# ---- named folders of images ----------------------------------------------------------------------------------------------------
+
+
+def test_imagenette_is_found_under_data_dir_or_as_data_dir_and_has_readable_names(tmp_path):
+    folder = tmp_path / "imagenette2-160"
+    for part in ("train", "val"):
+        class_folders(folder / part, {"n01440764": 10, "n03425413": 10}, ending="JPEG")
+    data = load("imagenette", data_dir=tmp_path, download=False)
+    assert data.classes == ("tench", "gas pump")
+    assert data.image_size == 160
+    assert (len(data.train), len(data.val), len(data.test)) == (18, 2, 20)
+    assert load("imagenette", data_dir=folder).test.paths == data.test.paths
+    folder.rename(tmp_path / "imagenette2")
+    assert load("imagenette", data_dir=tmp_path).image_size == 224
+
+
+def test_tiny_imagenet_reads_the_official_layout(tmp_path):
+    folder = tiny_folder(tmp_path)
+    data = load("tiny-imagenet", data_dir=tmp_path)
+    assert data.classes == ("crane 1", "crane 2", "teapot")
+    assert [counts(split, 3) for split in (data.train, data.val, data.test)] == [[9] * 3, [1] * 3, [4] * 3]
+    assert data.test.paths[4] == str(folder / "val" / "images" / "004.JPEG")
+    assert data.test.labels[:5].tolist() == [0, 1, 2, 0, 1]
+    assert data.test.read(4).shape == (3, 12, 16)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"), [("000.JPEG\tn77\t0\n", r"val_annotations\.txt, line 1: .*'000.JPEG\\tn77"), ("", "file is empty")]
+)
+def test_tiny_imagenet_names_a_bad_annotation(tmp_path, text, says):
+    (tiny_folder(tmp_path) / "val" / "val_annotations.txt").write_text(text)
+    with pytest.raises(DataError, match=says):
+        load("tiny-imagenet", data_dir=tmp_path)
+
+
+@pytest.mark.parametrize("name", ["cifar10", "cifar100", "tiny-imagenet", "imagenette"])
+def test_what_is_absent_says_what_was_looked_for(tmp_path, name):
+    with pytest.raises(DataError, match=rf"{name} was not found: looked for .* in {tmp_path} \(--data-dir\)"):
+        load(name, data_dir=tmp_path, download=False)
+
+
+def test_no_network_says_what_to_do(tmp_path, monkeypatch):
+    import torchvision.datasets.utils as utils
+
+    def no_network(*_args, **_options):
+        raise OSError("no route to host")
+
+    monkeypatch.setattr(utils, "download_and_extract_archive", no_network)
+    with pytest.raises(DataError, match=r"could not be downloaded from https://.*no route to host.*put the unpacked folder cifar-10"):
+        load("cifar10", data_dir=tmp_path)
+
+
+def test_the_archives_are_torchvisions():
+    from torchvision import datasets
+
+    for name, theirs in (("cifar10", datasets.CIFAR10), ("cifar100", datasets.CIFAR100)):
+        ours = module._SOURCES[name].archive
+        assert (ours.url, ours.md5, ours.folder) == (theirs.url, theirs.tgz_md5, theirs.base_folder)
+    ours = module._SOURCES["imagenette"].archive
+    assert (ours.url, ours.md5) == datasets.Imagenette._ARCHIVES["160px"]
+
+
+# ---- CIFAR ----------------------------------------------------------------------------------------------------------------------
+
+
+def test_cifar_reads_whichever_batches_are_present(tmp_path):
+    folder = cifar_folder(tmp_path)
+    with pytest.warns(UserWarning, match="2 of 5 training batches"):
+        data = load("cifar10", data_dir=tmp_path, val_fraction=0.25)
+    assert (len(data.train), len(data.val), len(data.test)) == (60, 20, 40)
+    assert data.classes[3] == "class3"
+    stored = pickle.loads((folder / "test_batch").read_bytes())
+    assert torch.equal(data.test.read(7), torch.from_numpy(stored["data"][7]).view(3, 32, 32))
+    assert data.test.labels.tolist() == stored["labels"]
+
+
+def test_cifar100_reads_fine_labels(tmp_path):
+    folder = tmp_path / "cifar-100-python"
+    folder.mkdir()
+    batch = {"data": np.zeros((20, 3072), np.uint8), "fine_labels": [0, 1] * 10, "coarse_labels": [0] * 20}
+    for name in ("train", "test"):
+        (folder / name).write_bytes(pickle.dumps(batch))
+    (folder / "meta").write_bytes(pickle.dumps({"fine_label_names": ["apple", "bear"]}))
+    data = load("cifar100", data_dir=folder)
+    assert data.classes == ("apple", "bear")
+    assert counts(data.train, 2) == [9, 9]
+
+
+class Attack:
+    """Unpickling this calls open(...)."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+def test_a_pickle_that_would_run_code_is_refused(tmp_path):
+    folder = cifar_folder(tmp_path)
+    target = tmp_path / "written"
+    (folder / "test_batch").write_bytes(pickle.dumps({"data": Attack(target), "labels": []}, protocol=2))
+    refusal = r"test_batch: .*_?io\.open, which no CIFAR batch needs"
+    with pytest.warns(UserWarning, match="batches are present"), pytest.raises(DataError, match=refusal):
+        load("cifar10", data_dir=tmp_path)
+    assert not target.exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"labels": [0, 1, 10] * 13 + [0]}, "labels of train must be 0 to 9 for 10 classes, got 10"),
+        ({"labels": [0]}, "data_batch_1: not an official CIFAR batch: expected 'data'"),
+        ({"labels": None}, "data_batch_1: not an official CIFAR batch: expected 'data'"),
+        ({"data": np.zeros((40, 100), np.uint8)}, "data_batch_1: not an official CIFAR batch: expected 'data'"),
+        ({"data": np.zeros((40, 3072), np.float32)}, "data_batch_1: not an official CIFAR batch: expected 'data'"),
+    ],
+)
+def test_a_wrong_batch_is_named(tmp_path, changes, says):
+    cifar_folder(tmp_path, batches=(1, 2, 3, 4, 5), **changes)
+    with pytest.raises(DataError, match=says):
+        load("cifar10", data_dir=tmp_path, val_fraction=0)
+
+
+@pytest.mark.parametrize("content", [b"", b"garbage", pickle.dumps([1, 2])])
+def test_a_damaged_batch_is_named(tmp_path, content):
+    (cifar_folder(tmp_path, batches=CIFAR_ALL) / "data_batch_3").write_bytes(content)
+    with pytest.raises(DataError, match=r"data_batch_3: not an official CIFAR batch: \S+"):
+        load("cifar10", data_dir=tmp_path)
+
+
+CIFAR_ALL = tuple(range(1, 1 + len(CIFAR10.train)))
+
+
+@pytest.mark.parametrize("missing", ["test_batch", "data_batch_1"])
+def test_a_missing_cifar_file_is_named(tmp_path, missing):
+    (cifar_folder(tmp_path, batches=(1,)) / missing).unlink()
+    with pytest.raises(DataError, match=f"the file {missing} is missing"):
+        load("cifar10", data_dir=tmp_path)
+
+
+# ---- the real thing -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.data
+def test_real_cifar10(real_data):
+    with pytest.warns(UserWarning, match="1 of 5 training batches"):
+        data = load("cifar10", data_dir=real_data)
+    assert (len(data.train), len(data.val), len(data.test)) == (9000, 1000, 10000)
+    assert data.classes[0] == "airplane"
+    assert counts(data.test, 10) == [1000] * 10
+    assert data.test.labels[:5].tolist() == [3, 8, 8, 0, 6]
+
+
+@pytest.mark.data
+def test_real_imagenette(real_data):
+    data = load("imagenette", data_dir=real_data)
+    assert (len(data.train), len(data.val), len(data.test)) == (8522, 947, 3925)
+    assert data.classes[-1] == "parachute"
+    grey = 0
+    for i in range(0, len(data.test), 40):
+        image = data.test.read(i)
+        assert image.shape[0] == 3
+        with Image.open(data.test.paths[i]) as file:
+            grey += file.mode == "L"
+            assert torch.equal(image, torch.from_numpy(np.array(file.convert("RGB"))).permute(2, 0, 1))
+    assert grey > 0, "greyscale files are among those read here"

@@ -1,0 +1,372 @@
+"""kd_loss against its reference in float64: the contracts of KERNELS.md section 5 that apply to it."""
+
+import os
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kdfast import reference
+from kdfast.functional import kd_loss
+from kdfast.losses import KDLoss, LogitStandardizationLoss
+from kdfast.ops import distill_kl
+from tests.numeric import ALLOWANCE, FLOAT32_ERROR, error, value_and_gradients
+
+SHAPES = [(1, 2), (3, 7), (4097, 10), (3, 100), (3, 1000), (33, 1001), (1, 32003), (3, 32003)]
+FLOATS = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+
+
+def logits(*shape, dtype=torch.float32, spread=3.0):
+    return (spread * torch.randn(shape)).to(dtype)
+
+
+def agree(inputs, upstream=None, floor=0.0, **options):
+    """Value and gradients of kd_loss(*inputs) against float64, and a zero and a permuted gradient that must not pass.
+
+    floor: absolute error that passes, for inputs whose gradient is a difference of nearly equal probabilities.
+    """
+
+    def call(function):
+        return lambda student, *teachers: function(student, list(teachers), **options)
+
+    exact = value_and_gradients(call(reference.kd_loss), [x.double() for x in inputs], upstream)
+    peer = value_and_gradients(call(reference.kd_loss), inputs, upstream)
+    ours = value_and_gradients(call(kd_loss), inputs, upstream)
+    allowance = max(ALLOWANCE[x.dtype] for x in inputs)
+    for index, (got, eager, want) in enumerate(zip(ours, peer, exact)):
+        size = want.abs().max().item() if want.isfinite().all() else 1.0
+        allowed = max(FLOAT32_ERROR, error(eager, want), floor / max(size, 1e-300)) + allowance
+        assert error(got, want) <= allowed, (index, error(got, want), allowed)
+        if index and size > 0 and size > 1e3 * floor and want.shape[-1] > 2:
+            assert error(torch.zeros_like(got), want) > allowed, "a zero gradient would pass"
+            assert error(got.roll(1, -1), want) > allowed, "a permuted gradient would pass"
+
+
+@pytest.mark.parametrize("standardize", [False, True])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_value_and_gradients_match_float64(shape, standardize):
+    labels = torch.randint(shape[1], shape[:1])
+    # two classes standardize to +-0.7 whatever the logits: a gradient of 0
+    floor = 3e-6 if standardize and shape[1] == 2 else 0.0
+    agree([logits(*shape), logits(*shape)], temperature=2.0, standardize=standardize, floor=floor)
+    agree(
+        [logits(*shape), logits(*shape)], labels=labels, temperature=4.0, standardize=standardize, kd_weight=0.9, ce_weight=0.1, floor=floor
+    )
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("teacher_dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_dtypes_mix(dtype, teacher_dtype):
+    for standardize in (False, True):
+        inputs = [logits(33, 100, dtype=dtype), logits(33, 100, dtype=teacher_dtype)]
+        agree(inputs, labels=torch.randint(100, (33,)), ce_weight=0.5, standardize=standardize)
+    assert kd_loss(*inputs).dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+
+
+@pytest.mark.parametrize("divergence", ["forward", "reverse", "js"])
+@pytest.mark.parametrize("teachers", [1, 3, 5])
+@pytest.mark.parametrize("standardize", [False, True])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_options_match_float64(divergence, teachers, standardize, reduction):
+    N, C = 9, 33
+    agree(
+        [logits(N, C) for _ in range(1 + teachers)],
+        upstream=torch.rand(N) + 0.5 if reduction == "none" else torch.tensor(1.7),
+        labels=torch.tensor([0, 5, -100, 32, 1, 2, 3, -100, 4]),
+        temperature=3.0,
+        standardize=standardize,
+        divergence=divergence,
+        teacher_weights=[0.3 + k for k in range(teachers)],
+        kd_weight=1.3,
+        ce_weight=0.7,
+        label_smoothing=0.1,
+        reduction=reduction,
+    )
+
+
+def test_original_implementations(oracles):
+    names = {key.split("/")[0] for key in oracles if key.startswith("lskd_")}
+    assert len(names) >= 7
+    for name in names:
+        case = {key: oracles[f"{name}/{key}"] for key in ("student", "teacher", "temperature", "standardize", "loss")}
+        student, teacher = torch.tensor(case["student"]), torch.tensor(case["teacher"])
+        want = [torch.tensor(case["loss"]), torch.tensor(oracles[f"{name}/grad_student"]), torch.tensor(oracles[f"{name}/grad_teacher"])]
+        options = {"temperature": float(case["temperature"]), "standardize": bool(case["standardize"])}
+        for dtype, allowed in ((torch.float64, 1e-12), (torch.float32, FLOAT32_ERROR)):
+            for function in (kd_loss, reference.kd_loss):
+                got = value_and_gradients(lambda s, t: function(s, t, **options), [student.to(dtype), teacher.to(dtype)])  # noqa: B023
+                assert max(error(a, b) for a, b in zip(got, want)) <= allowed, name
+        if case["standardize"]:
+            got = value_and_gradients(
+                lambda s, t: LogitStandardizationLoss()(t, s, options["temperature"]),  # noqa: B023
+                [student.double(), teacher.double()],
+            )
+            assert max(error(a, b) for a, b in zip(got, want)) <= 1e-12, name
+
+
+def test_strided_rows_chunks_and_leading_dimensions(monkeypatch):
+    monkeypatch.setattr(distill_kl, "CHUNK", 256)
+    labels = torch.randint(100, (21,))
+    for make in (lambda: logits(21, 300)[:, 3:103], lambda: logits(100, 21).t(), lambda: logits(3, 7, 100).reshape(21, 100)):
+        agree([make(), make(), make()], labels=labels, ce_weight=0.3, standardize=True)
+    agree([logits(3, 7, 100, dtype=torch.bfloat16), logits(3, 7, 100)], labels=labels.view(3, 7), ce_weight=0.3)
+    agree([logits(50), logits(50)], labels=torch.tensor(3), ce_weight=0.3)
+    stacked = logits(2, 4, 9)
+    student = logits(4, 9)
+    assert torch.equal(kd_loss(student, stacked), kd_loss(student, list(stacked)))
+    assert kd_loss(logits(3, 7, 5), logits(3, 7, 5), reduction="none").shape == (3, 7)
+
+
+@pytest.mark.parametrize("standardize", [False, True])
+def test_extreme_logits(standardize):
+    base = logits(6, 20)
+    one_hot = 1e4 * F.one_hot(torch.arange(6), 20).float()
+    constant = base.clone()
+    constant[2] = 0.1
+    constant[4] = -1e4
+    for student in (base, base * 1e4 / 12, base + 1e4, base - 1e4, one_hot, constant):
+        for teacher in (base.flip(0), one_hot.flip(0), constant.flip(0)):
+            agree([student, teacher], standardize=standardize, temperature=2.0)
+    ours = value_and_gradients(lambda s, t: kd_loss(s, t, standardize=standardize), [constant, constant.flip(0)])
+    assert all(x.isfinite().all() for x in ours)
+
+
+@pytest.mark.parametrize("divergence", ["forward", "js"])
+def test_impossible_classes_count_as_nothing(divergence):
+    student, teacher = logits(5, 12), logits(5, 12)
+    teacher[:, 3] = -torch.inf
+    agree([student, teacher], divergence=divergence)
+    student[:, 3] = -torch.inf
+    agree([student, teacher], divergence=divergence)
+    assert kd_loss(student, teacher, divergence=divergence).isfinite()
+    student[1, 4] = -torch.inf  # the teacher still believes in it
+    value = kd_loss(student, teacher, divergence="forward", reduction="none")
+    assert value[1] == torch.inf
+    assert value[[0, 2, 3, 4]].isfinite().all()
+
+
+def test_nan_stays_in_its_row():
+    student, teacher = logits(4, 9), logits(4, 9)
+    student[1, 2] = torch.nan
+    value, gradient, _ = value_and_gradients(lambda s, t: kd_loss(s, t, standardize=True, reduction="none"), [student, teacher])
+    assert value.isnan().tolist() == [False, True, False, False]
+    assert gradient.isnan().any(1).tolist() == [False, True, False, False]
+
+
+def test_ignored_rows_add_nothing_whatever_their_logits():
+    student, teacher = logits(4, 9), logits(4, 9)
+    labels = torch.tensor([1, -100, 2, 8])
+    keep = [0, 2, 3]
+    want = value_and_gradients(lambda s, t: kd_loss(s, t, labels[keep], ce_weight=0.5), [student[keep], teacher[keep]])
+    student[1], teacher[1] = torch.nan, torch.inf
+    got = value_and_gradients(lambda s, t: kd_loss(s, t, labels, ce_weight=0.5), [student, teacher])
+    torch.testing.assert_close(got[0], want[0])
+    for gradient, expected in zip(got[1:], want[1:]):
+        torch.testing.assert_close(gradient[keep], expected)
+        assert not gradient[1].any()
+    nothing = value_and_gradients(lambda s, t: kd_loss(s, t, torch.full((4,), -100)), [student, teacher])
+    assert not any(x.any() for x in nothing)
+    assert torch.equal(
+        kd_loss(student[keep], teacher[keep], torch.tensor([0, 3, 0]), ignore_index=3, reduction="none")[1], torch.tensor(0.0)
+    )
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1, 1.0])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_cross_entropy_is_pytorchs(smoothing, reduction):
+    x, labels = logits(7, 11).double(), torch.tensor([0, 10, 4, -100, 5, 5, 2])
+    ones = torch.ones(7) if reduction == "none" else None
+    want = value_and_gradients(lambda s: F.cross_entropy(s, labels, label_smoothing=smoothing, reduction=reduction), [x], ones)
+    for function in (kd_loss, reference.kd_loss):
+        got = value_and_gradients(
+            lambda s: function(s, x, labels, kd_weight=0, ce_weight=1, label_smoothing=smoothing, reduction=reduction),  # noqa: B023
+            [x],
+            ones,
+        )
+        assert max(error(a, b) for a, b in zip(got, want)) < 1e-12
+
+
+def test_student_equal_to_teacher_has_no_gradient():
+    x = logits(5, 100)
+    value, gradient, _ = value_and_gradients(lambda s, t: kd_loss(s, t, standardize=True), [x, x])
+    assert abs(value) < 1e-5
+    assert gradient.abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("shape", [(0, 10), (4, 0, 10)])
+def test_empty_batch(shape):
+    labels = torch.zeros(shape[:-1], dtype=torch.int64)
+    value, gradient, _ = value_and_gradients(lambda s, t: kd_loss(s, t, labels, ce_weight=1.0), [logits(*shape), logits(*shape)])
+    assert value == 0
+    assert gradient.shape == shape
+
+
+def test_reference_gradients_are_right():
+    student, teacher = logits(3, 5).double().requires_grad_(), logits(3, 5).double().requires_grad_()
+    labels = torch.tensor([1, -100, 4])
+    for divergence in ("forward", "reverse", "js"):
+        for standardize in (False, True):
+            options = {"divergence": divergence, "standardize": standardize, "ce_weight": 0.3, "label_smoothing": 0.2}
+            assert torch.autograd.gradcheck(lambda s, t: reference.kd_loss(s, t, labels, **options), (student, teacher))  # noqa: B023
+
+
+@pytest.mark.parametrize(("C", "N"), [(10, 4097), (100, 700), (1001, 131), (40000, 5)])
+def test_a_row_does_not_depend_on_the_others_bit_for_bit(C, N):
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        try:
+            student, teacher = logits(N, C), logits(N, C)
+            labels = torch.randint(C, (N,))
+
+            def run(rows):
+                return value_and_gradients(
+                    lambda s: kd_loss(s, teacher[rows], labels[rows], standardize=True, ce_weight=0.2, reduction="none"),  # noqa: B023
+                    [student[rows]],  # noqa: B023
+                )
+
+            whole, again = run(slice(None)), run(slice(None))
+            for rows in (slice(0, 1), slice(N - 3, N), slice(1, 3)):
+                assert all(torch.equal(a, b[rows]) for a, b in zip(run(rows), whole))
+            assert all(torch.equal(a, b) for a, b in zip(whole, again))
+        finally:
+            torch.set_num_threads(1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_backward_twice_and_no_second_derivative(dtype):
+    student, teacher = logits(6, 9, dtype=dtype).requires_grad_(), logits(6, 9)
+    loss = kd_loss(student, teacher, standardize=True)
+    (3 * loss).backward(retain_graph=True)
+    first, student.grad = student.grad, None
+    (3 * loss).backward(retain_graph=True)
+    torch.testing.assert_close(student.grad, first, rtol=1e-2 if dtype == torch.float16 else 1e-6, atol=1e-7)
+    loss.backward()
+    torch.testing.assert_close(student.grad, first + first / 3, rtol=1e-2 if dtype == torch.float16 else 1e-6, atol=1e-6)
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(kd_loss(student, teacher), student, create_graph=True)
+
+
+def test_float16_gradients_do_not_underflow_before_the_scale():
+    student, teacher = logits(64, 1000, dtype=torch.float16), logits(64, 1000)
+    agree([student, teacher], upstream=torch.tensor(2.0**14), temperature=1.0)
+
+
+def test_inputs_are_never_written():
+    inputs = [logits(5, 30), logits(5, 30)]
+    before = [x.clone() for x in inputs]
+    labels = torch.zeros(5, dtype=torch.int64)
+    for temperature in (1.0, 2.0):
+        for divergence in ("forward", "reverse", "js"):
+            value_and_gradients(
+                lambda s, t: kd_loss(
+                    s, t, torch.zeros(5, dtype=torch.int64), temperature=temperature, ce_weight=1.0, divergence=divergence
+                ),  # noqa: B023
+                inputs,
+            )
+            leaf = inputs[0].requires_grad_()
+            kd_loss(leaf, inputs[1], temperature=temperature, divergence=divergence).backward()
+            inputs[0] = leaf.detach()
+    assert all(torch.equal(a, b) for a, b in zip(inputs, before))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_compiles_without_a_break_and_equals_eager(dtype):
+    labels = torch.randint(12, (6,))
+
+    def loss(student, teacher):
+        return 2 * kd_loss(student * 1, teacher, labels, standardize=True, ce_weight=0.4)
+
+    inputs = [logits(6, 12, dtype=dtype), logits(6, 12)]
+    eager = value_and_gradients(loss, inputs)
+    compiled = value_and_gradients(torch.compile(loss, fullgraph=True, backend="aot_eager"), inputs)
+    for got, want in zip(compiled, eager):
+        torch.testing.assert_close(got, want, rtol=0, atol=0)
+
+
+def test_registered_operator():
+    options = distill_kl.Options(2.0, True, 1e-7, 1.0, 0.3, (1.0, 0.5), 0.1, -100, "js", "none")
+    labels = torch.tensor([1, 2, -100])
+    for wanted in ([True, False, True], [False] * 3):
+        args = (logits(3, 5), [logits(3, 5), logits(3, 5, dtype=torch.bfloat16)], labels, None, wanted, *options)
+        torch.library.opcheck(distill_kl._op, args)
+
+
+@settings(max_examples=200, deadline=None, derandomize=bool(os.environ.get("CI")), database=None)
+@given(
+    N=st.integers(1, 5),
+    C=st.integers(3, 40),
+    K=st.integers(1, 3),
+    temperature=st.floats(0.5, 8),
+    standardize=st.booleans(),
+    divergence=st.sampled_from(["forward", "reverse", "js"]),
+    reduction=st.sampled_from(["mean", "sum"]),
+    smoothing=st.sampled_from([0.0, 0.1]),
+    ce_weight=st.sampled_from([0.0, 0.5]),
+    dtype=st.sampled_from(FLOATS),
+    seed=st.integers(0, 2**20),
+)
+def test_fuzz(N, C, K, temperature, standardize, divergence, reduction, smoothing, ce_weight, dtype, seed):
+    torch.manual_seed(seed)
+    inputs = [logits(N, C, dtype=dtype) for _ in range(1 + K)]
+    agree(
+        inputs, labels=torch.randint(C, (N,)), temperature=temperature, standardize=standardize, divergence=divergence,
+        reduction=reduction, label_smoothing=smoothing, ce_weight=ce_weight, floor=3e-6,
+    )  # fmt: skip
+
+
+X = torch.ones(2, 3)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "message"),
+    [
+        ((X, X), {"temperature": 0.0}, "temperature must be positive"),
+        ((X, X), {"temperature": float("nan")}, "temperature must be positive"),
+        ((X[:, :1], X[:, :1]), {"standardize": True}, "at least two classes"),
+        ((X, X), {"ce_weight": 0.1}, "labels must be given"),
+        ((X, X[:1]), {}, "teacher must have student's shape"),
+        ((X, []), {}, "at least one"),
+        ((X.long(), X), {}, "student must be floating"),
+        ((X, X.long()), {}, "teacher must be floating"),
+        ((X, X.to("meta")), {}, "teacher must be on student's device"),
+        ((X, [X, X]), {"teacher_weights": [1.0]}, "teacher_weights must hold 2"),
+        ((X, X), {"teacher_weights": []}, "teacher_weights must hold 1"),
+        ((X, X, torch.tensor([0, 3])), {}, r"labels must be in \[0, 3\).*got 3"),
+        ((X, X, torch.tensor([0, -1])), {}, "labels must be in.*got -1"),
+        ((X, X, torch.tensor([0, 1], dtype=torch.int32)), {}, "labels must be int64"),
+        ((X, X, torch.tensor([0])), {}, "labels must have shape"),
+        ((X, X), {"label_smoothing": 1.5}, "label_smoothing must be in"),
+        ((X, X), {"divergence": "kl"}, "divergence must be one of"),
+        ((X, X), {"reduction": "batchmean"}, "reduction must be one of"),
+        ((X, X), {"eps": -1.0, "standardize": True}, "eps must not be negative"),
+    ],
+)
+def test_bad_input_is_named(arguments, options, message):
+    with pytest.raises((ValueError, TypeError), match=message):
+        kd_loss(*arguments, **options)
+
+
+def test_modules():
+    student, teacher, labels = logits(4, 9), logits(4, 9), torch.randint(9, (4,))
+    assert torch.equal(KDLoss()(student, teacher, labels), kd_loss(student, teacher, labels, kd_weight=0.9, ce_weight=0.1))
+    with pytest.raises(ValueError, match="swapped"):
+        KDLoss()(student, teacher.clone().requires_grad_(), labels)
+    with pytest.raises(ValueError, match="swapped"):
+        LogitStandardizationLoss()(student.clone().requires_grad_(), teacher)
+    LogitStandardizationLoss()(teacher, student.clone().requires_grad_()).backward()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", [(8, 10), (128, 100), (256, 1000), (1024, 1000)], ids=str)
+def test_not_slower_than_the_original(shape):
+    from kdfast.benchmarks.distill_kl import measure
+
+    best = {}
+    for _ in range(3):
+        for case in measure(*shape, pairs=20):
+            best[case["variant"]] = max(best.get(case["variant"], 0.0), case["speedup"])
+        if min(best.values()) >= 0.95:
+            return
+    pytest.fail(f"slower than eager: {best}")

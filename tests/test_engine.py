@@ -1,0 +1,346 @@
+"""The loop, its checkpoints and its resuming, on a network of a few numbers and images made of noise."""
+
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from kdfast.data import ImageData, Loaders, Split, make_loaders
+from kdfast.engine import Interrupted, NonFiniteLoss, Options, Run, Stage, Training, World
+from kdfast.engine.interrupt import StopRequest
+from kdfast.engine.metrics import AccuracyMeter, TermMeter, evaluate
+from kdfast.engine.schedule import factor, make_optimizer
+from kdfast.recipes.recipe import cross_entropy
+
+CPU = World(0, 1, torch.device("cpu"))
+TRAINING = Training(epochs=3, batch_size=16, lr=0.1, schedule="cosine")
+
+
+def split(n: int, seed: int) -> Split:
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.arange(n) % 3
+    pixels = torch.randint(0, 256, (n, 3, 8, 8), generator=generator, dtype=torch.uint8)
+    pixels[torch.arange(n), labels] = 255  # the class is the bright channel
+    return Split(labels, pixels)
+
+
+def noise() -> ImageData:
+    parts = [split(80, 0), split(18, 1), split(18, 2)]
+    return ImageData("noise", ("a", "b", "c"), *parts, (0.5,) * 3, (0.5,) * 3, 8, False, "digits", "none")
+
+
+def network() -> nn.Module:
+    layers = [nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Dropout(0.2), nn.Linear(144, 3)]
+    return nn.Sequential(*layers)
+
+
+def loaders(training: Training = TRAINING, seed: int = 0) -> Loaders:
+    return make_loaders(noise(), batch_size=training.batch_size, seed=seed)
+
+
+def stage(name: str, model: nn.Module, training: Training = TRAINING, **changes) -> Stage:
+    made = Stage(
+        name,
+        train=(model,),
+        forward=lambda batch: {"logits": model(batch.images)},
+        loss=lambda outputs, batch: {"ce": cross_entropy(outputs["logits"], batch.labels)},
+        data=loaders(training),
+        training=training,
+    )
+    return replace(made, **changes)
+
+
+def two_stages(training: Training = TRAINING) -> Iterator:
+    """A network, then a head on top of it: what the second stage builds depends on random numbers drawn in between."""
+    first = network()
+    yield stage("first", first, training)
+    second = nn.Sequential(first, nn.Linear(3, 3))
+    yield stage("second", second, training)
+    return second
+
+
+def folder_after(path: Path, training: Training = TRAINING, **keywords) -> tuple[list[dict], dict]:
+    """Runs (or resumes) the two stages; metrics without the times, and the final weights."""
+    path.mkdir(exist_ok=True)
+    model = Run(path, CPU, Options(), seed=7, **keywords).complete(two_stages(training))
+    return lines(path), {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def lines(path: Path) -> list[dict]:
+    timeless = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in ("seconds", "images_per_s")} for line in timeless]
+
+
+def equal(a: dict, b: dict) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+class Crash(BaseException):
+    """What kill -9 looks like from inside: nothing catches it."""
+
+
+def test_a_stage_learns_and_writes_one_line_an_epoch(tmp_path: Path):
+    metrics, _ = folder_after(tmp_path, replace(TRAINING, epochs=8))
+    assert [(line["stage"], line["epoch"]) for line in metrics] == [(s, e + 1) for s in ("first", "second") for e in range(8)]
+    assert metrics[-1]["val/top1"] > 0.9
+    assert metrics[0].keys() >= {"lr", "train/loss", "train/ce", "train/top1", "val/loss", "val/ce", "val/top1", "val/top5", "best"}
+
+
+@pytest.mark.parametrize(("keep", "epoch"), [("best", 2), ("last", 5)])
+def test_the_best_epoch_is_kept_or_the_last_where_asked(tmp_path: Path, keep: str, epoch: int):
+    model, data, seen = network(), loaders(), {}
+
+    def loss(outputs, batch):
+        now = data.train.state_dict()["epoch"]
+        seen[now] = {name: value.clone() for name, value in model.state_dict().items()}
+        return {"ce": cross_entropy(outputs["logits"], batch.labels), "score": torch.tensor([3.0, 1.0, 2.0, 4.0, 5.0][now])}
+
+    def one():
+        return (yield stage("s", model, replace(TRAINING, epochs=5), best="val/score", keep=keep, data=data, loss=loss))
+
+    result = Run(tmp_path, CPU, Options()).complete(one())
+    assert result.epoch == epoch
+    assert equal(model.state_dict(), seen[epoch - 1])
+    result.restore("last")
+    assert equal(model.state_dict(), seen[4])
+    result.restore("best")
+    assert equal(model.state_dict(), seen[1])
+
+
+def test_a_run_killed_at_any_write_resumes_to_the_same_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    expected, weights = folder_after(tmp_path / "whole")
+    real = os.replace
+    for n in range(100):
+        calls = 0
+
+        def dying(source, target, *, n=n):
+            nonlocal calls
+            calls += 1
+            if calls == n + 1:
+                raise Crash
+            real(source, target)
+
+        path = tmp_path / f"killed{n}"
+        monkeypatch.setattr(os, "replace", dying)
+        try:
+            folder_after(path)
+        except Crash:
+            crashed = True
+        else:
+            crashed = False
+        monkeypatch.setattr(os, "replace", real)
+        metrics, resumed = folder_after(path)
+        assert metrics == expected, f"killed at write {n + 1}"
+        assert equal(resumed, weights), f"killed at write {n + 1}"
+        if not crashed:
+            break
+    assert n >= 12, "too few writes were tried"
+
+
+@pytest.mark.parametrize("after", [1, 7, 12])
+def test_a_stop_request_within_an_epoch_saves_and_resumes_to_the_same_numbers(tmp_path: Path, after: int):
+    training = replace(TRAINING, ema=0.9, clip_norm=1.0, optimizer="lion", lr=1e-2)
+    expected, weights = folder_after(tmp_path / "whole", training)
+    stop, steps = StopRequest(), 0
+
+    class Counting(StopRequest):
+        def __bool__(self) -> bool:
+            nonlocal steps
+            steps += 1
+            if steps == after:
+                self.signal_number = 15
+            return self.signal_number is not None
+
+    with pytest.raises(Interrupted):
+        folder_after(tmp_path / "stopped", training, stop=Counting())
+    assert len(lines(tmp_path / "stopped")) < len(expected) if (tmp_path / "stopped" / "metrics.jsonl").exists() else True
+    metrics, resumed = folder_after(tmp_path / "stopped", training, stop=stop)
+    assert metrics == expected
+    assert equal(resumed, weights)
+
+
+def test_a_finished_run_trains_nothing_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    expected, weights = folder_after(tmp_path)
+    monkeypatch.setattr(nn.Module, "train", lambda self, mode=True: pytest.fail("trained again") if mode else self)
+    metrics, again = folder_after(tmp_path)
+    assert metrics == expected
+    assert equal(again, weights)
+
+
+def test_a_non_finite_loss_names_stage_step_and_term_and_keeps_the_checkpoint(tmp_path: Path):
+    model, seen = network(), 0
+
+    def loss(outputs, batch):
+        nonlocal seen
+        seen += model.training
+        bad = torch.tensor(float("nan")) if seen == 8 and model.training else torch.tensor(0.0)
+        return {"ce": cross_entropy(outputs["logits"], batch.labels), "odd": bad}
+
+    def one():
+        yield stage("s", model, loss=loss)
+
+    with pytest.raises(NonFiniteLoss, match=r"stage s: the loss term 'odd' is not finite at epoch 2, step 3"):
+        Run(tmp_path, CPU, Options()).complete(one())
+    saved = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    assert saved["epoch"] == 1
+    assert all(value.isfinite().all() for value in saved["weights"].values())
+
+
+@pytest.mark.parametrize("couples_rows", [False, True])
+def test_micro_batches_give_the_gradient_of_the_whole_batch(tmp_path: Path, couples_rows: bool):
+    def weights_after(micro: int | None) -> dict:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Flatten(), nn.Linear(192, 8), nn.Tanh(), nn.Dropout(0.0), nn.Linear(8, 3)).double()
+        training = replace(TRAINING, epochs=1, micro_batch=micro)
+
+        def loss(outputs, batch):
+            rows = outputs["logits"]
+            if couples_rows:
+                return {"spread": (rows @ rows.T).logsumexp(dim=1).mean()}
+            return {"square": (rows - batch.labels[:, None]).square().mean()}
+
+        def one():
+            yield stage(
+                "s",
+                model,
+                training,
+                forward=lambda batch: {"logits": model(batch.images.double())},
+                loss=loss,
+                couples_rows=couples_rows,
+                best="val/loss",
+            )
+
+        path = tmp_path / str(micro)
+        path.mkdir()
+        Run(path, CPU, Options()).complete(one())
+        return model.state_dict()
+
+    whole, parts = weights_after(None), weights_after(5)
+    for name in whole:
+        assert torch.allclose(whole[name], parts[name], rtol=1e-12, atol=1e-14)
+
+
+def test_early_stop_ends_a_stage(tmp_path: Path):
+    def one():
+        return (yield stage("s", network(), replace(TRAINING, epochs=50, lr=1e-12, early_stop=2), best="val/loss"))
+
+    result = Run(tmp_path, CPU, Options()).complete(one())
+    assert result.epochs < 50
+
+
+def test_a_metric_that_is_not_measured_is_named(tmp_path: Path):
+    def one():
+        yield stage("s", network(), best="val/acc")
+
+    with pytest.raises(ValueError, match=r"best is 'val/acc', but the metrics are .*val/top1"):
+        Run(tmp_path, CPU, Options()).complete(one())
+
+
+def test_frozen_modules_stay_as_they_are(tmp_path: Path):
+    teacher, student = network(), network()
+    before = {k: v.clone() for k, v in teacher.state_dict().items()}
+
+    def one():
+        yield stage(
+            "s",
+            student,
+            frozen=(teacher,),
+            forward=lambda b: {"logits": student(b.images), "t": teacher(b.images)},
+            loss=lambda o, b: {"mse": (o["logits"] - o["t"]).square().mean()},
+        )
+
+    Run(tmp_path, CPU, Options()).complete(one())
+    assert equal(before, teacher.state_dict())
+
+
+def test_bf16_and_compile_options_train(tmp_path: Path):
+    def one():
+        return (yield stage("s", network(), replace(TRAINING, epochs=2)))
+
+    result = Run(tmp_path, CPU, Options(precision="bf16")).complete(one())
+    assert result.metrics["val/loss"] < 1.2
+
+
+# ---- schedules -------------------------------------------------------------------------------------------------------
+
+
+def rates(training: Training, **keywords) -> list[float]:
+    return [round(factor(training, epoch, **keywords), 6) for epoch in range(training.epochs)]
+
+
+def test_schedules():
+    assert rates(Training(epochs=4, schedule="constant")) == [1, 1, 1, 1]
+    assert rates(Training(epochs=5, schedule="steps", milestones=(2, 4), gamma=0.1)) == [1, 1, 0.1, 0.1, 0.01]
+    cosine = rates(Training(epochs=4, schedule="cosine"))
+    assert cosine == [1.0, 0.853553, 0.5, 0.146447]
+    assert rates(Training(epochs=4, schedule="cosine"), cosine_from_one=True) == [*cosine[1:], 0.0]
+    assert rates(Training(epochs=4, schedule="cosine", final_lr=0.5))[2] == 0.75
+    assert rates(Training(epochs=5, schedule="cosine", warmup=3)) == [0.25, 0.5, 0.75, 1.0, 0.5]
+
+
+def test_plateau_lowers_the_rate(tmp_path: Path):
+    def one():
+        training = Training(epochs=8, batch_size=16, schedule="plateau", plateau_patience=1, warmup=1)
+        yield stage("s", network(), training, best="val/score", loss=loss)
+
+    def loss(outputs, batch):
+        return {"ce": cross_entropy(outputs["logits"], batch.labels), "score": torch.zeros(())}
+
+    Run(tmp_path, CPU, Options()).complete(one())
+    rates = [round(line["lr"] / TRAINING.lr, 6) for line in lines(tmp_path)]
+    # half the rate to warm up, then two epochs without improvement before each tenth
+    assert rates == [0.25, 0.5, 0.5, 0.05, 0.05, 0.005, 0.005, 0.0005]
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"epochs": 0}, "epochs must be at least 1, got 0"),
+        ({"batch_size": 0}, "batch_size must be at least 1"),
+        ({"lr": 0.0}, "lr must be positive"),
+        ({"weight_decay": -1.0}, "weight_decay must not be negative"),
+        ({"warmup": 240}, "warmup must be from 0 to below epochs"),
+        ({"ema": 1.0}, "ema must be between 0 and 1"),
+        ({"clip_norm": 0.0}, "clip_norm must be positive"),
+        ({"micro_batch": 0}, "micro_batch must be at least 1"),
+    ],
+)
+def test_bad_training_options_are_named(values: dict, message: str):
+    with pytest.raises(ValueError, match=message):
+        Training(**values)
+
+
+def test_optimizers_by_name():
+    parameters = [nn.Parameter(torch.ones(3))]
+    names = {kind: type(make_optimizer(parameters, Training(optimizer=kind))).__name__ for kind in ("sgd", "adamw", "lion")}
+    assert names == {"sgd": "SGD", "adamw": "AdamW", "lion": "Lion"}
+
+
+# ---- metrics ---------------------------------------------------------------------------------------------------------
+
+
+def test_term_meter_weighs_by_rows():
+    meter = TermMeter(CPU.device)
+    meter.add({"a": torch.tensor(1.0), "b": torch.tensor(2.0)}, rows=3, step=1)
+    meter.add({"a": torch.tensor(5.0), "b": torch.tensor(2.0)}, rows=1, step=2)
+    assert meter.averages("train", CPU) == {"train/loss": 4.0, "train/a": 2.0, "train/b": 2.0}
+
+
+def test_accuracy_leaves_out_hidden_labels():
+    meter = AccuracyMeter(CPU.device)
+    meter.add(torch.arange(6.0).expand(6, 6), torch.tensor([5, 4, 0, -100, -100, -100]))
+    assert meter.accuracy("val", CPU) == {"val/top1": pytest.approx(1 / 3), "val/top5": pytest.approx(2 / 3)}
+
+
+def test_evaluate_counts_by_hand():
+    data = loaders()
+    result = evaluate(lambda images: images.mean(dim=(2, 3)) * 50, data.test, ("a", "b", "c"), CPU)
+    assert (result.top1, result.images) == (1.0, 18)
+    assert result.confusion == [[6, 0, 0], [0, 6, 0], [0, 0, 6]]
+    with pytest.raises(ValueError, match="has 4 classes"):
+        evaluate(lambda images: images.mean(dim=(2, 3)), data.test, ("a", "b", "c", "d"), CPU)

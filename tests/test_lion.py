@@ -1,0 +1,769 @@
+"""Lion: lion-pytorch bit for bit in float32, the reference in float64, and torch.optim's contracts."""
+
+import copy
+import io
+import itertools
+import pickle
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from kdfast import reference
+from kdfast.ops import backend
+from kdfast.ops import lion as ops_lion
+from kdfast.optim import Lion
+from tests.numeric import error
+
+SETTINGS = {"lr": 3e-4, "betas": (0.95, 0.98), "weight_decay": 0.1}
+SHAPES = [(64, 3, 7, 7), (10, 512), (10,), (1,), (129, 257), (), (0, 3)]
+
+
+def parameters(shapes=SHAPES, dtype=torch.float32):
+    return [nn.Parameter(torch.randn(shape).to(dtype)) for shape in shapes]
+
+
+def twins(params):
+    return [nn.Parameter(p.detach().clone(memory_format=torch.preserve_format)) for p in params]
+
+
+def give_gradients(*lists):
+    """The same fresh random gradients to each list."""
+    for same in zip(*lists):
+        g = torch.randn(same[0].shape).to(same[0].dtype)
+        for p in same:
+            p.grad = g.clone()
+
+
+def momenta(optimizer, params):
+    return [optimizer.state[p]["exp_avg"] for p in params]
+
+
+def bits_equal(a, b):
+    """Equal bytes, so that -0 is not 0 and a NaN equals itself."""
+
+    def same(x, y):
+        raw = (t.detach().reshape(-1).view(torch.uint8) for t in (x, y))
+        return x.dtype == y.dtype and x.shape == y.shape and torch.equal(*raw)
+
+    return len(a) == len(b) and all(map(same, a, b))
+
+
+def stepped(steps, shapes=SHAPES, dtype=torch.float32, **options):
+    """Parameters after some steps on gradients that depend on the seed alone, and their optimizer."""
+    torch.manual_seed(1)
+    params = parameters(shapes, dtype)
+    optimizer = Lion(params, **{**SETTINGS, **options})
+    for _ in range(steps):
+        give_gradients(params)
+        optimizer.step()
+    return params, optimizer
+
+
+# ---- values ----------------------------------------------------------------------------------------------------------
+
+
+def peers():
+    lion_pytorch = pytest.importorskip("lion_pytorch")
+    return lion_pytorch
+
+
+@pytest.mark.parametrize(
+    ("foreach", "memory_format", "steps"),
+    [(None, torch.contiguous_format, 50), (None, torch.channels_last, 8), (False, torch.channels_last, 8)],
+    ids=["foreach", "foreach channels_last", "one by one"],
+)
+def test_fifty_steps_on_resnet18_equal_lion_pytorch_bit_for_bit(foreach, memory_format, steps, monkeypatch):
+    peer = peers()
+    if foreach is None:
+        monkeypatch.setattr(ops_lion, "_block_size", lambda: 100_003)  # many blocks, the last ones odd
+    torchvision = pytest.importorskip("torchvision")
+    net = torchvision.models.resnet18().to(memory_format=memory_format)
+    theirs = list(net.parameters())
+    ours = twins(theirs)
+    a, b = peer.Lion(theirs, **SETTINGS), Lion(ours, foreach=foreach, **SETTINGS)
+    for step in range(steps):
+        for i, (p, q) in enumerate(zip(theirs, ours)):
+            if i % 9 == 4:
+                continue  # never used
+            if i % 9 == 5:
+                p.grad = torch.zeros_like(p)
+            elif step % 5 == 0:  # a new gradient in every fifth step keeps the test short
+                p.grad = torch.randn_like(p)
+            q.grad = p.grad
+        a.step()
+        b.step()
+    assert bits_equal(theirs, ours)
+    used = [i for i in range(len(ours)) if i % 9 != 4]
+    assert bits_equal(momenta(a, [theirs[i] for i in used]), momenta(b, [ours[i] for i in used]))
+    assert len(b.state) == len(used)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"decoupled_weight_decay": True}, {"betas": (0.0, 1.0)}, {"betas": (1.0, 0.0)}, {"weight_decay": 0.0}],
+    ids=str,
+)
+def test_options_of_lion_pytorch_give_its_bits(options):
+    theirs = parameters()
+    ours = twins(theirs)
+    options = {**SETTINGS, **options}
+    groups = [{"params": slice(0, 3)}, {"params": slice(3, 7), "lr": 1e-2, "weight_decay": 0.3}]
+    a = peers().Lion([{**g, "params": theirs[g["params"]]} for g in groups], **options)
+    b = Lion([{**g, "params": ours[g["params"]]} for g in groups], **options)
+    for _ in range(6):
+        give_gradients(theirs, ours)
+        a.step()
+        b.step()
+    assert bits_equal(theirs, ours)
+    assert bits_equal(momenta(a, theirs), momenta(b, ours))
+
+
+def test_cautious_equals_lion_pytorchs_cautious_lion():
+    peers()
+    from lion_pytorch.cautious_lion import Lion as CautiousLion
+
+    theirs = parameters([(64, 3, 7, 7), (10,), (300, 300)])
+    ours = twins(theirs)
+    a, b = CautiousLion(theirs, **SETTINGS), Lion(ours, cautious=True, **SETTINGS)
+    for _ in range(6):
+        give_gradients(theirs, ours)
+        a.step()
+        b.step()
+    assert bits_equal(theirs, ours)
+
+
+def test_original_values(oracles):
+    params = [nn.Parameter(torch.tensor(oracles[f"lion/init{i}"])) for i in range(5)]
+    optimizer = Lion(
+        params,
+        lr=float(oracles["lion/lr"]),
+        betas=(float(oracles["lion/beta1"]), float(oracles["lion/beta2"])),
+        weight_decay=float(oracles["lion/weight_decay"]),
+    )
+    for step in range(int(oracles["lion/steps"])):
+        for i, p in enumerate(params):
+            p.grad = torch.tensor(oracles[f"lion/step{step}/grad{i}"])
+        optimizer.step()
+    assert bits_equal(params, [torch.tensor(oracles[f"lion/final{i}"]) for i in range(5)])
+    assert bits_equal(momenta(optimizer, params), [torch.tensor(oracles[f"lion/exp_avg{i}"]) for i in range(5)])
+
+
+@settings(max_examples=200, deadline=None)
+@given(data=st.data())
+def test_any_sizes_strides_dtypes_and_options_follow_the_reference(data):
+    torch.manual_seed(data.draw(st.integers(0, 2**31)))
+    dtype = data.draw(st.sampled_from([torch.float32, torch.float64, torch.bfloat16, torch.float16]))
+    shapes = data.draw(st.lists(st.lists(st.integers(0, 9), max_size=4), min_size=1, max_size=5))
+    options = {
+        "lr": data.draw(st.sampled_from([1e-4, 3e-2])),
+        "betas": data.draw(st.sampled_from([(0.9, 0.99), (0.0, 0.5), (1.0, 1.0)])),
+        "weight_decay": data.draw(st.sampled_from([0.0, 0.1])),
+        "cautious": data.draw(st.booleans()),
+        "maximize": data.draw(st.booleans()),
+        "decoupled_weight_decay": data.draw(st.booleans()),
+    }
+    momentum_dtype = data.draw(st.sampled_from([None, torch.float32, torch.bfloat16]))
+    foreach = data.draw(st.sampled_from([None, True, False]))
+
+    def any_strides(x):
+        order = data.draw(st.permutations(range(x.ndim)))
+        x = x.permute(order).contiguous().permute([order.index(d) for d in range(x.ndim)])
+        return torch.stack([x, x], dim=-1)[..., 0] if data.draw(st.booleans()) else x  # also with gaps
+
+    params = [nn.Parameter(any_strides(torch.randn(shape).to(dtype))) for shape in shapes]
+    optimizer = Lion(params, foreach=foreach, momentum_dtype=momentum_dtype, **options)
+    block, cut = data.draw(st.sampled_from([7, 100, 10**6])), data.draw(st.booleans())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ops_lion, "_block_size", lambda: block)
+        if cut:
+            patch.setattr(ops_lion, "_is_large", lambda row: row.param.numel() > 5)
+        for _ in range(2):
+            before = [p.detach().clone() for p in params]
+            for p in params:
+                p.grad = any_strides(torch.randn(p.shape).to(dtype))
+            ms = [optimizer.state[p]["exp_avg"].clone() if optimizer.state[p] else torch.zeros_like(p) for p in params]
+            optimizer.step()
+            for p, old, m in zip(params, before, ms):
+                reference_options = {k: v for k, v in options.items() if k != "decoupled_weight_decay"}
+                init_lr = options["lr"] if options["decoupled_weight_decay"] else None
+                with torch.no_grad():
+                    args = [x.double() for x in (old, p.grad, m)]
+                    want_p, want_m = reference.lion_step(*args, **reference_options, init_lr=init_lr)
+                    terms = options["betas"][0] * args[2], (1 - options["betas"][0]) * args[1]
+                    undecided = sum(terms).abs() <= 1e-6 * sum(t.abs() for t in terms)  # rounding decides the sign
+                    undecided &= terms[1] != 0
+                    if options["cautious"] and undecided.any():
+                        continue
+                    want_p = torch.where(undecided, p.double(), want_p)
+                tolerance = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 2**-8, torch.float16: 2**-10}
+                assert_near(p, want_p, tolerance[dtype], args[0])
+                got_m = optimizer.state[p]["exp_avg"]
+                assert got_m.dtype == (momentum_dtype or dtype)
+                assert_near(got_m, want_m, max(tolerance[got_m.dtype], 1e-6 if dtype != torch.float64 else 0), *args[1:])
+                assert p.shape == old.shape
+
+
+def assert_near(ours, exact, tolerance, *terms):
+    """Within tolerance of the largest term that it was summed from, which may cancel."""
+    assert ours.shape == exact.shape
+    if ours.numel():
+        scale = max(t.abs().max() for t in (exact, *terms))
+        assert (ours.detach().double() - exact).abs().max() <= tolerance * scale
+
+
+def test_the_reference_moves_against_the_sign_and_fails_a_wrong_step():
+    p, g, m = (torch.randn(50, dtype=torch.float64) for _ in range(3))
+    new_p, new_m = reference.lion_step(p, g, m, lr=0.1, betas=(0.9, 0.99), weight_decay=0.5)
+    assert torch.allclose(new_p, p * 0.95 - 0.1 * (0.9 * m + 0.1 * g).sign())
+    assert torch.allclose(new_m, 0.99 * m + 0.01 * g)
+    assert error(new_p.flip(0), new_p) > 1e-2
+    assert error(p, new_p) > 1e-2
+
+
+def test_a_nan_gradient_makes_its_parameter_nan_and_no_other():
+    """The one deliberate deviation: torch.sign(NaN) is 0, so that the original leaves such a parameter as it is."""
+    for foreach, shapes in itertools.product([None, False], [[(4, 5), (3,)], [(200, 100)]]):
+        params, optimizer = stepped(1, shapes, foreach=foreach)
+        before = [p.detach().clone() for p in params]
+        give_gradients(params)
+        params[0].grad[1, 2] = float("nan")
+        params[0].grad[0, 1] = float("inf")
+        params[0].grad[0, 2] = -float("inf")
+        optimizer.step()
+        assert params[0].isnan().nonzero().tolist() == [[1, 2]]
+        decay = 1 - SETTINGS["lr"] * SETTINGS["weight_decay"]
+        assert params[0][0, 1] == before[0][0, 1] * decay - SETTINGS["lr"]  # infinite gradients have a sign
+        assert params[0][0, 2] == before[0][0, 2] * decay + SETTINGS["lr"]
+        assert not any(p.isnan().any() for p in params[1:])
+    peer_params = [nn.Parameter(torch.ones(2))]
+    peer_params[0].grad = torch.tensor([float("nan"), 1.0])
+    peers().Lion(peer_params).step()
+    assert peer_params[0][0] == 1, "lion-pytorch no longer maps NaN to 0: the deviation's note is out of date"
+
+
+def test_sign_of_zero_is_zero_and_subnormal_updates_count():
+    p = nn.Parameter(torch.ones(4))
+    optimizer = Lion([p], lr=0.25)
+    p.grad = torch.tensor([0.0, -0.0, 1e-40, -1e-40])
+    optimizer.step()
+    assert p.tolist() == [1.0, 1.0, 0.75, 1.25]
+
+
+# ---- parameters and gradients whose strides differ -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(3, 4, 5, 6), (64, 32, 5, 5)], ids=["joined", "cut"])
+@pytest.mark.parametrize("rounding", ["nearest", "kahan"])
+def test_strides_that_differ_change_no_value(shape, rounding):
+    dtype = torch.float32 if rounding == "nearest" else torch.bfloat16
+    values, gradient = torch.randn(shape).to(dtype), torch.randn(shape).to(dtype)
+    results = []
+    for p_format, g_format in itertools.product([torch.contiguous_format, torch.channels_last], repeat=2):
+        p = nn.Parameter(values.clone(memory_format=p_format))
+        optimizer = Lion([p], rounding=rounding, **SETTINGS)
+        for sign in (1, -3, 2):
+            p.grad = (sign * gradient).contiguous(memory_format=g_format)
+            optimizer.step()
+        assert p.is_contiguous(memory_format=p_format)
+        results.append(p.detach().contiguous())
+    assert all(torch.equal(r, results[0]) for r in results)
+
+
+def test_a_momentum_loaded_in_another_layout_gives_the_same_values():
+    params, optimizer = stepped(2, [(64, 32, 5, 5)])
+    p = nn.Parameter(params[0].detach().clone(memory_format=torch.channels_last))
+    other = Lion([p], **SETTINGS)
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    give_gradients(params, [p])
+    optimizer.step()
+    other.step()
+    assert torch.equal(params[0], p)
+
+
+def test_memory_between_the_elements_of_a_strided_parameter_is_left_alone():
+    storage = torch.zeros(40_000, 2)
+    p = storage[:, 0].requires_grad_()
+    p.grad = torch.ones(40_000)
+    Lion([p], lr=0.5).step()
+    assert torch.equal(storage, torch.tensor([-0.5, 0.0]).expand(40_000, 2))
+
+
+# ---- torch.optim's contracts -----------------------------------------------------------------------------------------
+
+
+def test_state_dict_round_trip_through_a_file_continues_with_the_same_bits():
+    for options in ({}, {"momentum_dtype": torch.float32, "dtype": torch.bfloat16}, {"rounding": "kahan", "dtype": torch.bfloat16},
+                    {"rounding": "stochastic", "dtype": torch.bfloat16, "momentum_dtype": torch.float32}):  # fmt: skip
+        params, optimizer = stepped(3, **options)
+        buffer = io.BytesIO()
+        torch.save(optimizer.state_dict(), buffer)
+        buffer.seek(0)
+        copies = twins(params)
+        loaded = Lion(copies, lr=1.0)
+        loaded.load_state_dict(torch.load(buffer, weights_only=True))
+        assert loaded.param_groups[0]["lr"] == SETTINGS["lr"]
+        assert bits_equal(momenta(optimizer, params), momenta(loaded, copies)), options
+        for _ in range(2):
+            give_gradients(params, copies)
+            optimizer.step()
+            loaded.step()
+        assert bits_equal(params, copies), options
+
+
+def test_deepcopy_and_pickle_keep_everything():
+    params, optimizer = stepped(2, [(5, 5)], decoupled_weight_decay=True, max_grad_norm=1.0)
+    for clone in (copy.deepcopy(optimizer), pickle.loads(pickle.dumps(optimizer))):
+        (p,) = clone.param_groups[0]["params"]
+        original = twins(params)
+        q = Lion(original, **SETTINGS, decoupled_weight_decay=True, max_grad_norm=1.0)
+        q.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+        give_gradients([p], original)
+        clone.step()
+        q.step()
+        assert bits_equal([p], original)
+        assert clone._step_supports_amp_scaling
+
+
+def test_setstate_fills_options_of_an_older_version():
+    _, optimizer = stepped(1)
+    state = optimizer.__getstate__()
+    for group in state["param_groups"]:
+        del group["cautious"], group["rounding"], group["max_grad_norm"]
+    optimizer.__setstate__(state)
+    assert optimizer.param_groups[0]["cautious"] is False
+    assert optimizer.param_groups[0]["rounding"] == "nearest"
+
+
+@pytest.mark.parametrize("source", ["lion_pytorch", "google", "timm", "optimi"])
+def test_checkpoints_of_other_lions_load(source):
+    params, optimizer = stepped(2, [(5, 5), (3,)])
+    saved = optimizer.state_dict()
+    common = {"lr": 2e-3, "weight_decay": 0.2, "params": [0, 1]}
+    group = {
+        "lion_pytorch": {**common, "betas": (0.8, 0.9)},
+        "google": {**common, "betas": (0.8, 0.9)},
+        "timm": {**common, "betas": (0.8, 0.9), "caution": True, "foreach": None, "maximize": True},
+        "optimi": {**common, "beta1": 0.8, "beta2": 0.9, "decouple_lr": False, "max_lr": None, "kahan_sum": False, "foreach": True,
+                   "gradient_release": False, "setup": True},
+    }[source]  # fmt: skip
+    extra = {"kahan_comp": None} if source == "optimi" else {}
+    state = {i: {"exp_avg": saved["state"][i]["exp_avg"].clone(), **extra} for i in range(2)}
+    copies = twins(params)
+    loaded = Lion(copies)
+    loaded.load_state_dict({"state": state, "param_groups": [group]})
+    want = Lion(params, lr=2e-3, weight_decay=0.2, betas=(0.8, 0.9), cautious=source == "timm", maximize=source == "timm")
+    want.load_state_dict(
+        {"state": {i: {"exp_avg": s["exp_avg"].clone()} for i, s in state.items()}, "param_groups": want.state_dict()["param_groups"]}
+    )
+    give_gradients(params, copies)
+    loaded.step()
+    want.step()
+    assert bits_equal(params, copies)
+
+
+def test_lion_pytorchs_own_state_dict_loads_and_continues_alike():
+    theirs = parameters()
+    ours = twins(theirs)
+    a, b = peers().Lion(theirs, **SETTINGS), Lion(ours)
+    give_gradients(theirs, ours)
+    a.step()
+    with torch.no_grad():
+        for p, q in zip(theirs, ours):
+            q.copy_(p)
+    b.load_state_dict(copy.deepcopy(a.state_dict()))
+    give_gradients(theirs, ours)
+    a.step()
+    b.step()
+    assert bits_equal(theirs, ours)
+
+
+def test_an_added_group_takes_its_own_options_and_the_optimizers_others():
+    params = parameters([(4,), (4,)])
+    optimizer = Lion(params[:1], **SETTINGS)
+    optimizer.add_param_group({"params": params[1:], "lr": 0.5, "weight_decay": 0.0})
+    before = params[1].detach().clone()
+    params[1].grad = torch.ones(4)
+    optimizer.step()
+    assert torch.equal(params[1], before - 0.5)
+    assert optimizer.param_groups[1]["betas"] == SETTINGS["betas"]
+
+
+def test_named_parameters_and_generators_are_accepted():
+    net = nn.Linear(3, 2)
+    assert Lion(net.named_parameters()).param_groups[0]["param_names"] == ["weight", "bias"]
+    assert len(Lion(p for p in net.parameters()).param_groups[0]["params"]) == 2
+
+
+@pytest.mark.parametrize("foreach", [None, False])
+def test_a_tensor_lr_is_followed_when_changed_in_place(foreach):
+    lr = torch.tensor(0.5)
+    p = nn.Parameter(torch.zeros(3))
+    optimizer = Lion([p], lr=lr, foreach=foreach)
+    p.grad = torch.ones(3)
+    optimizer.step()
+    lr.fill_(0.25)
+    optimizer.step()
+    assert p.tolist() == [-0.75] * 3
+
+
+SCHEDULERS = {
+    "LambdaLR": {"lr_lambda": lambda t: 1 / (t + 1)},
+    "MultiplicativeLR": {"lr_lambda": lambda t: 0.9},
+    "StepLR": {"step_size": 2},
+    "MultiStepLR": {"milestones": [2]},
+    "ConstantLR": {},
+    "LinearLR": {},
+    "ExponentialLR": {"gamma": 0.9},
+    "PolynomialLR": {},
+    "CosineAnnealingLR": {"T_max": 4},
+    "CosineAnnealingWarmRestarts": {"T_0": 2},
+    "CyclicLR": {"base_lr": 1e-3, "max_lr": 1e-2, "step_size_up": 2},
+    "OneCycleLR": {"max_lr": 1e-2, "total_steps": 8},
+    "ReduceLROnPlateau": {"patience": 0},
+}
+
+
+@pytest.mark.parametrize("tensor_lr", [False, True])
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_every_scheduler_of_torch_drives_it(name, tensor_lr):
+    p = nn.Parameter(torch.zeros(1))
+    optimizer = Lion([p], lr=torch.tensor(1e-2) if tensor_lr else 1e-2)
+    scheduler = getattr(torch.optim.lr_scheduler, name)(optimizer, **SCHEDULERS[name])
+    rates = []
+    for _ in range(6):
+        before = p.item()
+        p.grad = torch.ones(1)
+        lr = float(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        assert before - p.item() == pytest.approx(lr, rel=1e-3, abs=1e-8)
+        rates.append(lr)
+        scheduler.step(*([1.0] if name == "ReduceLROnPlateau" else []))
+    assert len({round(r, 9) for r in rates}) > 1
+
+
+def test_swa_and_sequential_schedulers_drive_it():
+    optimizer = Lion([nn.Parameter(torch.zeros(1))], lr=1e-2)
+    schedule = torch.optim.lr_scheduler
+    sequence = schedule.SequentialLR(
+        optimizer, [schedule.ConstantLR(optimizer, 0.1), schedule.ExponentialLR(optimizer, 0.5)], milestones=[2]
+    )
+    for _ in range(3):
+        optimizer.step()
+        sequence.step()
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(5e-3)
+
+
+def test_a_closure_is_evaluated_with_gradients_and_its_loss_returned():
+    p = nn.Parameter(torch.tensor([2.0]))
+    optimizer = Lion([p], lr=0.5)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = p.square().sum()
+        loss.backward()
+        return loss
+
+    assert optimizer.step(closure).item() == 4.0
+    assert p.item() == 1.5
+    assert optimizer.step() is None
+
+
+def test_hooks_run_before_and_after_a_step():
+    _, optimizer = stepped(0)
+    seen = []
+    optimizer.register_step_pre_hook(lambda *_: seen.append("pre"))
+    optimizer.register_step_post_hook(lambda *_: seen.append("post"))
+    optimizer.step()
+    assert seen == ["pre", "post"]
+
+
+def test_maximize_ascends_with_the_bits_of_negated_gradients():
+    up, down = parameters(), None
+    down = twins(up)
+    a, b = Lion(up, maximize=True, **SETTINGS), Lion(down, **SETTINGS)
+    for _ in range(3):
+        give_gradients(up, down)
+        for p in down:
+            p.grad.neg_()
+        a.step()
+        b.step()
+    assert all(torch.equal(p, q) for p, q in zip(up, down))
+
+
+def test_gradients_are_not_written():
+    params, optimizer = stepped(0, max_grad_norm=0.1)
+    give_gradients(params)
+    before = [p.grad.clone() for p in params]
+    optimizer.step()
+    assert bits_equal(before, [p.grad for p in params])
+
+
+def test_sparse_gradients_are_refused_by_name():
+    p = nn.Parameter(torch.eye(3))
+    p.grad = torch.eye(3).to_sparse()
+    with pytest.raises(RuntimeError, match="must be dense and real, got a sparse"):
+        Lion([p]).step()
+
+
+def test_complex_gradients_are_refused_by_name():
+    p = nn.Parameter(torch.ones(3, dtype=torch.complex64))
+    p.grad = torch.ones(3, dtype=torch.complex64)
+    with pytest.raises(RuntimeError, match="must be dense and real, got a complex"):
+        Lion([p]).step()
+
+
+# ---- loss scaling and clipping ---------------------------------------------------------------------------------------
+
+
+def test_grad_scaler_unscales_within_the_step():
+    params = parameters()
+    plain, scaled = params, twins(params)
+    a, b = Lion(plain, **SETTINGS), Lion(scaled, **SETTINGS)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    for _ in range(2):
+        give_gradients(plain, scaled)
+        for p in scaled:
+            p.grad.mul_(2.0**10)
+        scaler.scale(torch.ones(()))
+        a.step()
+        scaler.step(b)
+        scaler.update()
+    assert bits_equal(plain, scaled)
+    assert not hasattr(b, "found_inf")
+
+
+@pytest.mark.parametrize("on_device", [False, True], ids=["read on the host", "decided on the device"])
+@pytest.mark.parametrize(("dtype", "rounding"), [(torch.float32, "nearest"), (torch.bfloat16, "kahan"), (torch.bfloat16, "stochastic")])
+def test_a_skipped_step_changes_no_byte(on_device, dtype, rounding, monkeypatch):
+    if on_device:
+        monkeypatch.setattr(ops_lion, "_readable", lambda device: False)
+    params, optimizer = stepped(2, dtype=dtype, rounding=rounding)
+    with torch.no_grad():
+        params[0].view(-1)[:2] = torch.tensor([0.0, -0.0])  # a select keeps the sign of zero, a step of 0 does not
+
+    def contents():
+        return [p.detach().clone() for p in params] + [t.clone() for s in optimizer.state.values() for t in s.values()]
+
+    before = contents()
+    give_gradients(params)
+    params[0].grad[0, 0, 0, 0] = float("inf")
+    params[1].grad[0, 0] = float("nan")
+    scaler = torch.amp.GradScaler("cpu")
+    scaler.scale(torch.ones(()))
+    scaler.step(optimizer)
+    assert bits_equal(before, contents())
+    scaler.update()
+    give_gradients(params)
+    scaler.scale(torch.ones(()))
+    scaler.step(optimizer)
+    assert not bits_equal(before[:1], contents()[:1])
+
+
+@pytest.mark.parametrize("tensor_lr", [False, True])
+def test_steps_decided_on_the_device_have_the_bits_of_the_host(tensor_lr, monkeypatch):
+    lr = torch.tensor(2.0**-12) if tensor_lr else 2.0**-12
+    host, _ = stepped(3, lr=lr, cautious=True, max_grad_norm=1.0)
+    monkeypatch.setattr(ops_lion, "_readable", lambda device: False)
+    device, _ = stepped(3, lr=lr, cautious=True, max_grad_norm=1.0)
+    assert bits_equal(host, device)
+
+
+@pytest.mark.parametrize("max_norm", [0.5, 1e9])
+def test_clipping_within_the_step_equals_clip_grad_norm(max_norm):
+    inside, before = parameters(), None
+    before = twins(inside)
+    groups = [{"params": inside[:2]}, {"params": inside[2:], "lr": 1e-2}]
+    a = Lion(groups, **SETTINGS, max_grad_norm=max_norm)
+    b = Lion([{"params": before[:2]}, {"params": before[2:], "lr": 1e-2}], **SETTINGS)
+    for _ in range(3):
+        give_gradients(inside, before)
+        a.step()
+        nn.utils.clip_grad_norm_(before, max_norm)
+        b.step()
+    assert bits_equal(inside, before)
+    assert bits_equal(momenta(a, inside), momenta(b, before))
+
+
+def test_clipping_sees_unscaled_gradients_and_leaves_groups_without_it_alone():
+    clipped, free = nn.Parameter(torch.zeros(4)), nn.Parameter(torch.zeros(4))
+    optimizer = Lion([{"params": [clipped]}, {"params": [free], "max_grad_norm": None}], max_grad_norm=1.0, betas=(0.9, 0.0))
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    scaler.scale(torch.ones(()))
+    clipped.grad, free.grad = torch.full((4,), 16.0), torch.full((4,), 16.0)
+    scaler.step(optimizer)
+    assert torch.allclose(optimizer.state[clipped]["exp_avg"], torch.full((4,), 0.5))  # norm 4 after unscaling, down to 1
+    assert torch.equal(optimizer.state[free]["exp_avg"], torch.full((4,), 2.0))
+
+
+# ---- low precision ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("momentum_dtype", [None, torch.float32, torch.bfloat16], ids=str)
+def test_low_precision_is_float32_arithmetic_rounded_once(dtype, momentum_dtype):
+    shapes = [(300, 100), (7,)]
+    params, optimizer = stepped(1, shapes, dtype, momentum_dtype=momentum_dtype)
+    for _ in range(3):
+        give_gradients(params)
+        args = [tuple(x.detach().float() for x in (p, p.grad, optimizer.state[p]["exp_avg"])) for p in params]
+        want = [reference.lion_step(*a, **SETTINGS) for a in args]
+        optimizer.step()
+        for p, (new_p, new_m) in zip(params, want):
+            momentum = optimizer.state[p]["exp_avg"]
+            assert momentum.dtype == (momentum_dtype or dtype)
+            assert (p.detach() == new_p.to(dtype)).float().mean() > 0.999  # a fused multiply-add may move a tie
+            assert error(momentum, new_m.to(momentum.dtype)) <= 2**-8
+
+
+def test_bfloat16_weight_decay_needs_more_than_nearest():
+    """1 - lr wd = 1 - 1e-4 rounds to 1 in bfloat16, and p (1 - 1e-4) rounds back to p: only kahan and stochastic decay."""
+    finals = {}
+    for rounding in ops_lion.ROUNDINGS:
+        p = nn.Parameter(torch.full((20_000,), 1.0, dtype=torch.bfloat16))
+        optimizer = Lion([p], lr=1e-3, weight_decay=0.1, rounding=rounding)
+        for _ in range(100):
+            p.grad = torch.zeros_like(p)
+            optimizer.step()
+        finals[rounding] = p.detach().float().mean().item()
+    exact = (1 - 1e-4) ** 100
+    assert finals["nearest"] == 1.0
+    assert finals["kahan"] == pytest.approx(exact, abs=2**-9)
+    assert finals["stochastic"] == pytest.approx(exact, abs=2e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_kahan_tracks_float32(dtype):
+    torch.manual_seed(0)
+    exact = nn.Parameter(torch.randn(20_000).to(dtype).float())
+    kahan, nearest = (nn.Parameter(exact.detach().to(dtype)) for _ in range(2))
+    options = {"lr": 1e-4, "weight_decay": 0.1, "momentum_dtype": torch.float32}
+    optimizers = [Lion([exact], **options), Lion([kahan], rounding="kahan", **options), Lion([nearest], **options)]
+    for _ in range(30):
+        exact.grad = torch.randn(20_000).to(dtype).float()
+        kahan.grad = nearest.grad = exact.grad.to(dtype)
+        for optimizer in optimizers:
+            optimizer.step()
+    joined = kahan.detach().float() + optimizers[1].state[kahan]["kahan_comp"].float()
+    assert error(joined, exact.detach()) < 2e-5 * (8 if dtype == torch.bfloat16 else 1)
+    assert error(joined, exact.detach()) < error(nearest, exact.detach()) / 4
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_stochastic_rounding_is_unbiased_and_takes_the_two_neighbours(dtype):
+    seeds = torch.arange(4000)
+    for value in (1.0009765, -3.14159, 1e-3, 3.0e-6, 2.0e-7, 0.0, 1.0, 65000.0):
+        x = torch.full((16,), value)
+        rounded = torch.stack([ops_lion._round_stochastically(x, dtype, ops_lion.noise_seed(s, 0), 0) for s in seeds[::8]]).float()
+        choices = rounded.unique()
+        assert len(choices) <= 2
+        assert choices.min() <= x[0] <= choices.max()
+        gap = (choices.max() - choices.min()).item()
+        assert abs(rounded.double().mean().item() - x[0].item()) <= 4 * gap * (0.25 / rounded.numel()) ** 0.5
+    special = torch.tensor([float("nan"), float("inf"), -float("inf")])
+    assert torch.equal(ops_lion._round_stochastically(special, dtype, seeds[1].int(), 0).isnan(), special.isnan())
+    assert ops_lion._round_stochastically(special, dtype, seeds[1].int(), 0)[1:].tolist() == [float("inf"), -float("inf")]
+
+
+def test_stochastic_rounding_does_not_depend_on_the_generator_or_the_blocks(monkeypatch):
+    """Replicas of a data-parallel run have different generators and may cut their blocks differently, and must stay equal."""
+    options = {"shapes": [(300, 100), (5,)], "dtype": torch.bfloat16, "rounding": "stochastic"}
+    one, _ = stepped(3, **options)
+    monkeypatch.setattr(ops_lion, "_block_size", lambda: 1000)
+    state = torch.random.get_rng_state()
+    two, _ = stepped(3, **options)
+    monkeypatch.undo()
+    assert bits_equal(one, two)
+    torch.random.set_rng_state(state)
+    nearest, _ = stepped(3, **{**options, "rounding": "nearest"})
+    assert not bits_equal(one, nearest)
+
+
+# ---- torch.compile, backends, devices --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("dtype", "options"),
+    [
+        (torch.float32, {}),
+        (torch.float32, {"lr": torch.tensor(3e-4), "maximize": True, "max_grad_norm": 1.0}),
+        (torch.bfloat16, {"rounding": "stochastic"}),
+    ],
+    ids=["float32", "tensor lr", "stochastic"],
+)  # fmt: skip
+def test_compiled_steps_follow_eager_ones_without_a_graph_break(dtype, options):
+    torch._dynamo.reset()
+    shapes = [(30, 7), (5,)]
+    eager, compiled = parameters(shapes, dtype), None
+    compiled = twins(eager)
+    a, b = Lion(eager, **{**SETTINGS, **options}), Lion(compiled, **{**SETTINGS, **copy.deepcopy(options)})
+    step = torch.compile(b.step, fullgraph=True)
+    for _ in range(3):
+        give_gradients(eager, compiled)
+        a.step()
+        step()
+    for p, q in zip(eager, compiled):
+        assert error(q, p.detach()) <= (1e-6 if dtype == torch.float32 else 2**-8)
+
+
+def test_a_kernel_takes_the_step_where_the_backend_offers_one(monkeypatch):
+    calls = []
+
+    class Kernel:
+        @staticmethod
+        def step(rows, options, *, grad_factor, found_inf):
+            calls.append((len(rows), options.lr, grad_factor, found_inf))
+
+    monkeypatch.setattr(backend, "kernel", lambda name, *tensors: Kernel if name == "lion" else None)
+    stepped(1)
+    stepped(1, fused=True)
+    assert calls == [(len(SHAPES), SETTINGS["lr"], None, None)] * 2
+    stepped(1, fused=False)
+    stepped(1, foreach=True)
+    assert len(calls) == 2
+
+
+def test_fused_without_a_kernel_says_so(monkeypatch):
+    monkeypatch.setattr(backend, "kernel", lambda *_: None)
+    with pytest.raises(RuntimeError, match=r"fused=True needs the Triton kernel.*cpu"):
+        stepped(1, fused=True)
+
+
+def test_capturable_needs_a_gpu():
+    with pytest.raises(RuntimeError, match="capturable=True needs parameters on cuda"):
+        stepped(1, capturable=True)
+
+
+@pytest.mark.parametrize(
+    ("options", "kind", "message"),
+    [
+        ({"lr": 0.0}, ValueError, "lr must be positive, got 0"),
+        ({"lr": -1.0}, ValueError, "lr must be positive, got -1"),
+        ({"lr": float("nan")}, ValueError, "lr must be positive, got nan"),
+        ({"lr": torch.ones(2)}, ValueError, "lr must be a number or a tensor of one element"),
+        ({"betas": (0.9, 1.1)}, ValueError, r"betas must be two numbers in \[0, 1\]"),
+        ({"betas": (0.9,)}, ValueError, "betas must be two numbers"),
+        ({"rounding": "up"}, ValueError, "rounding must be one of nearest, stochastic, kahan, got 'up'"),
+        ({"momentum_dtype": torch.int32}, TypeError, "momentum_dtype must be a floating"),
+        ({"max_grad_norm": 0.0}, ValueError, "max_grad_norm must be positive"),
+        ({"fused": True, "foreach": True}, ValueError, "cannot both be True"),
+    ],
+    ids=str,
+)
+def test_bad_options_are_named(options, kind, message):
+    with pytest.raises(kind, match=message):
+        Lion(parameters(), **options)
+    if options.get("lr") is None:
+        with pytest.raises(kind, match=message):
+            Lion([{"params": parameters(), **options}])
+
+
+def test_the_drop_ins_positions_and_defaults():
+    optimizer = Lion(parameters(), 1e-3, (0.8, 0.9), 0.1, True, True)  # use_triton is ignored
+    group = optimizer.param_groups[0]
+    assert (group["lr"], group["betas"], group["weight_decay"], group["decoupled_weight_decay"]) == (1e-3, (0.8, 0.9), 0.1, True)
+    default = Lion(parameters()).param_groups[0]
+    assert (default["lr"], default["betas"], default["weight_decay"]) == (1e-4, (0.9, 0.99), 0.0)
+    assert stepped(1)[1].state_dict()["state"][0].keys() == {"exp_avg"}

@@ -1,0 +1,118 @@
+"""SupConLoss, SupContrastiveLoss and ConKDLoss against the classes they replace."""
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kdfast.losses import ConKDLoss, SupConLoss, SupContrastiveLoss
+from tests.numeric import FLOAT32_ERROR, error, value_and_gradients
+
+
+def written_out_supcon(features: Tensor, labels: Tensor, temperature: float = 0.07, base_temperature: float = 0.07) -> Tensor:
+    """SupContrast's formula for [B, V, D] in loops, anchor by anchor."""
+    B, V = features.shape[:2]
+    rows, names = features.transpose(0, 1).flatten(0, 1), labels.repeat(V)
+    S = rows @ rows.T / temperature
+    total = S.new_zeros(())
+    for i in range(B * V):
+        rest = [j for j in range(B * V) if j != i]
+        positives = [j for j in rest if names[j] == names[i]]
+        if positives:
+            total = total - torch.stack([S[i, j] - S[i, rest].logsumexp(0) for j in positives]).mean()
+    return temperature / base_temperature * total / (B * V)
+
+
+def written_out_standardized_kd(teacher: Tensor, student: Tensor, T: float) -> Tensor:
+    """LSKD's distillation term: T^2 KL between the softmaxes of standardized rows, the mean over rows."""
+
+    def z(x: Tensor) -> Tensor:
+        return (x - x.mean(1, keepdim=True)) / (x.std(1, keepdim=True) + 1e-7)
+
+    return T**2 * F.kl_div(F.log_softmax(z(student) / T, 1), F.softmax(z(teacher) / T, 1), reduction="batchmean")
+
+
+def test_supcon_and_its_defaults() -> None:
+    loss = SupConLoss()
+    assert (loss.temperature, loss.contrast_mode, loss.base_temperature) == (0.07, "all", 0.07)
+    features, labels = F.normalize(torch.randn(7, 2, 3, 4, dtype=torch.float64), dim=-1), torch.tensor([0, 1, 0, 2, 1, 1, 5])
+    ours = value_and_gradients(lambda x: loss(x, labels), [features])
+    exact = value_and_gradients(lambda x: written_out_supcon(x.flatten(2), labels), [features])
+    assert all(error(a, b) < 1e-12 for a, b in zip(ours, exact))
+    assert error(SupConLoss(0.5)(features, labels), written_out_supcon(features.flatten(2), labels, 0.5)) < 1e-12
+
+
+def test_supcon_takes_labels_or_a_mask_or_neither() -> None:
+    features, labels = F.normalize(torch.randn(6, 2, 8), dim=-1), torch.tensor([0, 1, 0, 1, 2, 2])
+    loss = SupConLoss(0.1, "all", 0.1)
+    assert torch.allclose(loss(features, labels), loss(features, mask=(labels[:, None] == labels).float()))
+    assert torch.allclose(loss(features), loss(features, torch.arange(6)))
+    assert torch.allclose(loss(features), loss(features, None, torch.eye(6)))
+    one = SupConLoss(contrast_mode="one")(features, labels)
+    assert one.isfinite()
+    assert not torch.allclose(one, SupConLoss()(features, labels))
+    with pytest.raises(ValueError, match=r"\[B, V, \.\.\.\]"):
+        loss(features[:, 0], labels)
+    with pytest.raises(ValueError, match="got both"):
+        loss(features, labels, torch.eye(6))
+    with pytest.raises(ValueError, match="contrast_mode"):
+        SupConLoss(contrast_mode="two")(features, labels)
+
+
+@pytest.mark.parametrize("case", ["supcon_b64_v2_d128_k10_tau0.07_all", "supcon_b24_v3_d32_k4_tau0.5_one", "simclr_b20_v2_d32"])
+def test_supcon_of_the_original(oracles: Any, case: str) -> None:
+    features = torch.tensor(oracles[f"{case}/features"]).requires_grad_()
+    labels = None if case.startswith("simclr") else torch.tensor(oracles[f"{case}/labels"])
+    mode = "one" if case.endswith("one") else "all"
+    value = SupConLoss(oracles[f"{case}/temperature"].item(), mode)(features, labels)
+    value.backward()
+    assert features.grad is not None
+    assert error(value, torch.tensor(oracles[f"{case}/loss"])) < FLOAT32_ERROR
+    assert error(features.grad, torch.tensor(oracles[f"{case}/grad"])) < FLOAT32_ERROR
+
+
+@pytest.mark.parametrize("case", ["supcontrastive_seed_n16_d10_k10", "supcontrastive_seed_n128_d128_k100"])
+def test_supcontrastive_of_the_original(oracles: Any, case: str) -> None:
+    features = torch.tensor(oracles[f"{case}/features"]).requires_grad_()
+    value = SupContrastiveLoss(oracles[f"{case}/temperature"].item())(features, torch.tensor(oracles[f"{case}/labels"]))
+    value.backward()
+    assert features.grad is not None
+    assert error(value, torch.tensor(oracles[f"{case}/loss"])) < FLOAT32_ERROR
+    assert error(features.grad, torch.tensor(oracles[f"{case}/grad"])) < FLOAT32_ERROR
+    assert SupContrastiveLoss().temperature == 0.07
+
+
+@pytest.mark.parametrize("variant", ["readme", "notebook"])
+def test_conkd_is_distillation_plus_alpha_contrast(variant: str) -> None:
+    teacher, student = torch.randn(2, 9, 10, dtype=torch.float64)
+    features, labels = F.normalize(torch.randn(9, 16, dtype=torch.float64), dim=1), torch.randint(0, 3, (9,))
+    loss = ConKDLoss(0.3, 3.0, 0.1, variant=variant)
+
+    def expected(student: Tensor, features: Tensor) -> Tensor:
+        if variant == "notebook":
+            contrastive = written_out_supcon(torch.stack([features, features], 1), labels, 0.1, 0.1)
+        else:
+            contrastive = SupContrastiveLoss(0.1)(features, labels)
+        return written_out_standardized_kd(teacher, student, 3.0) + 0.3 * contrastive
+
+    ours = value_and_gradients(lambda s, x: loss(teacher, s, x, labels), [student, features])
+    exact = value_and_gradients(expected, [student, features])
+    assert all(error(a, b) < 1e-10 for a, b in zip(ours, exact))
+    assert all(b.abs().max() > 1e-3 for b in exact)
+
+
+def test_conkd_defaults_and_bad_input() -> None:
+    loss = ConKDLoss()
+    assert (loss.alpha, loss.temperature, loss.contrast_temperature, loss.variant) == (0.15, 2.0, 0.07, "readme")
+    assert "alpha=0.15" in repr(loss)
+    assert "temperature=0.07" in repr(SupConLoss())
+    assert "0.07" in repr(SupContrastiveLoss())
+    logits, features, labels = torch.randn(4, 10), torch.randn(4, 8), torch.zeros(4, dtype=torch.int64)
+    with pytest.raises(ValueError, match="variant must be"):
+        ConKDLoss(variant="paper")
+    with pytest.raises(ValueError, match=r"features must be \[B, D\]"):
+        loss(logits, logits, features[:, None], labels)
+    with pytest.raises(ValueError, match="swapped"):
+        loss(logits.clone().requires_grad_(), logits, features, labels)

@@ -1,0 +1,264 @@
+"""Networks by name: the parameter counts of the papers, shapes, stages, option A, the user's own, and specs."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+from kdfast.models import ModelSpec, Taps, build, create, names, parameter_count, tap_shapes
+from kdfast.models.zoo import NETWORKS
+
+# network: parameters with 10 and with 100 classes
+COUNTS = {
+    "resnet8": (78_042, 83_892),
+    "resnet14": (175_258, 181_108),
+    "resnet20": (272_474, 278_324),
+    "resnet32": (466_906, 472_756),
+    "resnet56": (855_770, 861_620),
+    "resnet110": (1_730_714, 1_736_564),
+    "wrn_28_2": (1_467_610, 1_479_220),
+    "wrn_16_2": (691_674, 703_284),
+    "wrn_40_2": (2_243_546, 2_255_156),
+    "wrn_40_1": (563_930, 569_780),
+    "vgg11_cifar": (9_231_114, 9_277_284),
+    "vgg8_cifar": (3_918_858, 3_965_028),
+    "vgg13_cifar": (9_416_010, 9_462_180),
+    "resnet18_cifar": (11_173_962, 11_220_132),
+    "resnet34_cifar": (21_282_122, 21_328_292),
+    "resnet50_cifar": (23_520_842, 23_705_252),
+    "resnet8x4": (1_210_410, 1_233_540),
+    "resnet32x4": (7_410_730, 7_433_860),
+    "mobilenetv2_cifar": (697_546, 812_836),
+}
+
+# the stages' shapes for an image of 32 pixels
+STAGES = {
+    "resnet8": [(16, 32, 32), (32, 16, 16), (64, 8, 8)],
+    "resnet8x4": [(64, 32, 32), (128, 16, 16), (256, 8, 8)],
+    "resnet18_cifar": [(64, 32, 32), (128, 16, 16), (256, 8, 8), (512, 4, 4)],
+    "resnet50_cifar": [(256, 32, 32), (512, 16, 16), (1024, 8, 8), (2048, 4, 4)],
+    "wrn_16_2": [(32, 32, 32), (64, 16, 16), (128, 8, 8)],
+    "vgg8_cifar": [(128, 16, 16), (256, 8, 8), (512, 4, 4), (512, 4, 4)],
+    "vgg11_cifar": [(64, 16, 16), (128, 16, 16), (256, 8, 8), (512, 1, 1)],
+    "mobilenetv2_cifar": [(12, 16, 16), (16, 8, 8), (48, 4, 4), (160, 2, 2)],
+}
+
+
+@pytest.mark.parametrize("name", COUNTS)
+def test_parameter_counts_are_the_papers(name):
+    with torch.device("meta"):
+        assert tuple(parameter_count(create(name, classes)) for classes in (10, 100)) == COUNTS[name]
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_stages_and_logits_at_32_and_64_pixels(name):
+    model = create(name, 7).eval()
+    assert list(tap_shapes(model, model.stages, (3, 32, 32))) == STAGES[name]
+    doubled = tap_shapes(model, model.stages, (3, 64, 64))
+    assert [shape[0] for shape in doubled] == [shape[0] for shape in STAGES[name]]
+    with torch.no_grad():
+        assert model(torch.randn(2, 3, 64, 64).to(memory_format=torch.channels_last)).shape == (2, 7)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_every_network_documents_stages_that_exist(name):
+    with torch.device("meta"):
+        model = create(name, 10, in_channels=1)
+        assert isinstance(model.stages, tuple)
+        Taps(model, model.stages)
+        assert model(torch.empty(2, 1, 32, 32)).shape == (2, 10)
+
+
+@pytest.mark.parametrize("size", [8, 16])
+@pytest.mark.parametrize("name", ["resnet8", "resnet14", "resnet20", "wrn_16_2", "vgg8_cifar", "mobilenetv2_cifar"])
+def test_small_images(name, size):
+    assert create(name, 10, in_channels=1)(torch.randn(2, 1, size, size)).shape == (2, 10)
+
+
+def test_vgg11_says_that_it_needs_32_pixels():
+    with pytest.raises(ValueError, match="at least 32x32"):
+        create("vgg11_cifar", 10)(torch.randn(2, 3, 16, 16))
+
+
+def test_channels_last_gives_the_same_and_stays_channels_last():
+    model, x = create("resnet8", 10).eval(), torch.randn(2, 3, 32, 32)
+    _, (features,) = Taps(model.to(memory_format=torch.channels_last), ("layer3",))(x.to(memory_format=torch.channels_last))
+    assert features.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(model(x), model(x.to(memory_format=torch.channels_last)), rtol=1e-4, atol=1e-5)
+
+
+class TestOptionA:
+    @pytest.mark.parametrize("name", ["resnet20", "resnet8x4", "resnet18_cifar"])
+    def test_has_no_shortcut_parameters(self, name):
+        with torch.device("meta"):
+            plain, free = create(name, 10), create(name, 10, shortcut="A")
+        shortcuts = {key for key in plain.state_dict() if ".shortcut." in key}
+        assert shortcuts
+        assert plain.state_dict().keys() - free.state_dict().keys() == shortcuts
+
+    def test_takes_every_other_pixel_between_channels_of_zeros(self):
+        shortcut = create("resnet8", 10, shortcut="A").layer2[0].shortcut
+        x = torch.randn(2, 16, 5, 6)
+        y = shortcut(x)
+        assert y.shape == (2, 32, 3, 3)
+        assert torch.equal(y[:, 8:24], x[:, :, ::2, ::2])
+        assert not y[:, :8].any()
+        assert not y[:, 24:].any()
+
+    def test_another_letter_is_refused(self):
+        with pytest.raises(ValueError, match="'conv' or 'A', got 'B'"):
+            create("resnet8", 10, shortcut="B")
+
+
+@pytest.mark.parametrize("name", ["resnet8", "wrn_16_2", "vgg8_cifar", "mobilenetv2_cifar"])
+def test_initialization_is_he_and_seeded(name):
+    torch.manual_seed(3)
+    first = create(name, 10)
+    torch.manual_seed(3)
+    second = create(name, 10)
+    for a, b in zip(first.parameters(), second.parameters()):
+        assert torch.equal(a, b)
+    convolution = max((m for m in first.modules() if isinstance(m, nn.Conv2d)), key=lambda m: m.weight.numel())
+    fan_out = convolution.out_channels * convolution.kernel_size[0] ** 2
+    assert convolution.weight.std().item() == pytest.approx((2 / fan_out) ** 0.5, rel=0.05)
+
+
+def test_trains():
+    model = create("resnet8", 3)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    x, y = torch.randn(12, 3, 8, 8), torch.arange(12) % 3
+    losses = []
+    for _ in range(30):
+        loss = nn.functional.cross_entropy(model(x), y)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.3 * losses[0]
+
+
+class TestSpec:
+    def test_survives_json(self):
+        spec = ModelSpec("resnet8", 10, "mlp", {"shortcut": "A", "in_channels": 1})
+        again = ModelSpec.from_json(spec.to_json())
+        assert again == spec
+        assert hash(again) == hash(spec)
+        assert build(again)(torch.randn(2, 1, 8, 8)).shape == (2, 10)
+
+    @pytest.mark.parametrize("text", ["", "[]", "{}", '{"name": "resnet8", "num_classes": 10, "colour": 1}', '{"name": "resnet8"}'])
+    def test_other_text_is_refused(self, text):
+        with pytest.raises(ValueError, match=r"from_json: expected name"):
+            ModelSpec.from_json(text)
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [(("resnet8", 0), "positive integer"), (("resnet8", 2.5), "positive integer"), (("resnet8", 3, "fc"), "linear, mlp, none")],
+    )
+    def test_bad_fields_are_named(self, arguments, message):
+        with pytest.raises(ValueError, match=message):
+            ModelSpec(*arguments)
+
+    def test_options_must_fit_json(self):
+        with pytest.raises(TypeError, match="'widths' must be str, int, float or bool, got list"):
+            ModelSpec("resnet8", 10, "linear", {"widths": [1]})
+
+
+class TestNames:
+    def test_lists_ours_and_torchvisions(self):
+        listed = names()
+        assert {"resnet20", "wrn_28_2", "vgg11_cifar", "resnet18", "resnet101", "wide_resnet50_2", "vgg16_bn"} <= set(listed)
+        assert len(listed) == len(set(listed))
+
+    def test_an_unknown_name_is_told_the_nearest(self):
+        with pytest.raises(ValueError, match=r"no network 'resnt20'; the nearest names are resnet20"):
+            create("resnt20", 10)
+
+    def test_an_unknown_option_is_told_the_known(self):
+        with pytest.raises(ValueError, match=r"'resnet8' has no option 'widht'; its options: shortcut, in_channels"):
+            create("resnet8", 10, widht=2)
+
+    def test_importing_models_does_not_import_torchvision(self):
+        code = "import sys, kdfast.models as m; m.create('resnet8', 10); sys.exit('torchvision' in sys.modules)"
+        assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+class TestTorchvision:
+    def test_resnet18(self):
+        model = create("resnet18", 10)
+        assert parameter_count(model) == 11_181_642
+        assert model.stages == ("layer1", "layer2", "layer3", "layer4")
+        assert tap_shapes(model, model.stages, (3, 64, 64)) == ((64, 16, 16), (128, 8, 8), (256, 4, 4), (512, 2, 2))
+
+    def test_mobilenet_v2_without_head_returns_features(self):
+        assert create("mobilenet_v2", 10, head="none").eval()(torch.randn(1, 3, 64, 64)).shape == (1, 1280)
+
+    def test_an_option_torchvision_does_not_know(self):
+        with pytest.raises(ValueError, match="torchvision's 'resnet18' does not take these options"):
+            create("resnet18", 10, in_channels=1)
+
+    def test_pretrained_gets_a_new_classifier(self, monkeypatch):
+        import torchvision
+
+        torch.manual_seed(0)
+        original = torchvision.models.resnet18()
+        monkeypatch.setattr(torchvision.models.ResNet18_Weights.DEFAULT.__class__, "get_state_dict", lambda *_, **__: original.state_dict())
+        model = create("resnet18", 10, pretrained=True)
+        assert model.fc.out_features == 10
+        assert torch.equal(model.layer4[1].conv2.weight, original.layer4[1].conv2.weight)
+        assert torch.equal(create("resnet18", 1000, pretrained=True).fc.weight, original.fc.weight)
+
+    def test_pretrained_without_network_says_what_to_do(self, monkeypatch):
+        from urllib.error import URLError
+
+        def unreachable(*_, **__):
+            raise URLError("no route")
+
+        monkeypatch.setattr("torch.hub.load_state_dict_from_url", unreachable)
+        monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", unreachable)
+        with pytest.raises(RuntimeError, match=r"'resnet18' could not be fetched.*put https://.*pth into .*load_weights"):
+            create("resnet18", 10, pretrained=True)
+
+    def test_the_papers_networks_have_no_pretrained_weights(self):
+        with pytest.raises(ValueError, match=r"no pretrained weights for 'resnet20'.*load_weights"):
+            create("resnet20", 10, pretrained=True)
+
+
+class TestOwnFunction:
+    @pytest.fixture(autouse=True)
+    def _folder(self, tmp_path, monkeypatch):
+        (tmp_path / "my_networks.py").write_text(
+            "from torch import nn\n"
+            "def mine(num_classes, width=4):\n"
+            "    return nn.Sequential(nn.Flatten(), nn.Linear(12, width), nn.Linear(width, num_classes))\n"
+            "def number(num_classes):\n    return 3\n"
+            "constant = 3\n"
+        )
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry])
+        yield
+        sys.modules.pop("my_networks", None)
+
+    def test_is_called_with_classes_and_options(self):
+        model = create("my_networks:mine", 5, width=6)
+        assert (model[1].out_features, model[2].out_features) == (6, 5)
+        assert build(ModelSpec("my_networks:mine", 5, "none", {"width": 6}))(torch.randn(2, 3, 2, 2)).shape == (2, 6)
+
+    @pytest.mark.parametrize(
+        ("name", "message"),
+        [
+            ("my_networks:other", "importable package.module:function.*other"),
+            ("no_such_module:mine", "importable package.module:function.*no_such_module"),
+            (":mine", "importable package.module:function"),
+            ("my_networks:constant", "must name a function, got a int"),
+            ("my_networks:number", "must return a torch.nn.Module, got int"),
+        ],
+    )
+    def test_mistakes_are_named(self, name, message):
+        with pytest.raises(ValueError, match=message):
+            create(name, 5)
+
+    def test_an_unknown_option_is_told_the_known(self):
+        with pytest.raises(ValueError, match="no option 'depth'; its options: width"):
+            create("my_networks:mine", 5, depth=2)

@@ -1,0 +1,90 @@
+"""Heads: found, measured, replaced."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from kdfast.models import classifier_head, create, feature_size, find_head, projection_head, replace_head
+from kdfast.models.zoo import NETWORKS
+
+
+@pytest.mark.parametrize(
+    ("name", "path", "features"),
+    [
+        ("resnet20", "linear", 64),
+        ("wrn_40_2", "fc", 128),
+        ("vgg11_cifar", "classifier", 512),
+        ("mobilenetv2_cifar", "classifier.0", 1280),
+        ("resnet50", "fc", 2048),
+        ("mobilenet_v2", "classifier.1", 1280),
+        ("vgg16_bn", "classifier.6", 4096),
+        ("vit_b_16", "heads.head", 768),
+        ("densenet121", "classifier", 1024),
+    ],
+)
+def test_the_classifier_is_found(name, path, features):
+    with torch.device("meta"):
+        model = create(name, 7)
+    found, layer = find_head(model)
+    assert (found, layer.in_features, layer.out_features) == (path, features, 7)
+    assert layer is model.get_submodule(path)
+    assert feature_size(model) == features
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_the_head_reads_what_the_headless_network_returns(name):
+    with torch.device("meta"):
+        model = create(name, 7, head="none")
+        assert model(torch.empty(2, 3, 32, 32)).shape == (2, feature_size(model))
+
+
+def test_usual_names_come_before_later_layers():
+    model = nn.Module()
+    model.fc, model.auxiliary = nn.Linear(3, 2), nn.Linear(5, 4)
+    assert find_head(model) == ("fc", model.fc)
+    del model.fc
+    assert find_head(model) == ("auxiliary", model.auxiliary)
+
+
+@pytest.mark.parametrize("model", [nn.Conv2d(3, 4, 1), nn.Linear(3, 4)], ids=["no linear", "nothing around it"])
+def test_no_head_is_said(model):
+    with pytest.raises(ValueError, match="has no linear layer"):
+        find_head(model)
+
+
+def test_any_module_in_the_heads_place_is_found_again():
+    model = create("resnet8", 10, head="none")
+    assert feature_size(model) == 64
+    with pytest.raises(ValueError, match=r"no linear classifier: its head 'linear' is a Identity"):
+        find_head(model)
+    replace_head(model, nn.Linear(64, 5))
+    assert find_head(model) == ("linear", model.linear)
+    twin = copy.deepcopy(replace_head(model, nn.Identity()))
+    assert replace_head(twin, nn.Linear(64, 3))(torch.randn(2, 3, 8, 8)).shape == (2, 3)
+    assert isinstance(model.linear, nn.Identity)
+
+
+def test_mlp_head_is_one_head():
+    model = create("resnet8", 10, head="mlp")
+    assert [type(layer).__name__ for layer in model.linear] == ["Linear", "BatchNorm1d", "ReLU", "Dropout", "Linear"]
+    assert model.linear[3].p == 0.4
+    assert find_head(model) == ("linear.4", model.linear[4])
+    assert feature_size(model) == 64
+    assert replace_head(model, nn.Linear(64, 5))(torch.randn(2, 3, 8, 8)).shape == (2, 5)
+
+
+def test_replaces_inside_a_sequential():
+    model = replace_head(create("mobilenetv2_cifar", 10), classifier_head(1280, 4, hidden=8))
+    assert model.eval()(torch.randn(2, 3, 32, 32)).shape == (2, 4)
+    assert len(model.classifier) == 1
+
+
+def test_projection_is_two_layers_and_unit_rows():
+    head, x = projection_head(6, 5), torch.randn(3, 6)
+    first, _, second = head.layers
+    assert (first.out_features, second.out_features) == (6, 5)
+    assert projection_head(6, hidden=9).layers[0].out_features == 9
+    z = second(first(x).clamp_min(0))
+    torch.testing.assert_close(head(x), z / z.norm(dim=1, keepdim=True))

@@ -1,0 +1,201 @@
+"""Feature taps: the right tensor under the right name, in all the ways a model is run; never a wrong one silently."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from kdfast.models import Taps, create, tap_shapes
+
+
+@pytest.fixture
+def net():
+    return nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Sequential(nn.Linear(5, 6), nn.Tanh()), nn.Linear(6, 2))
+
+
+def hooks(model):
+    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
+
+
+def check(taps, net, x):
+    """The taps 2, 0 and 3:input against the layers called one by one."""
+    first = net[0](x)
+    second = net[2](net[1](first))
+    output, features = taps(x)
+    for ours, exact in zip((output, *features), (net[3](second), second, first, second), strict=True):
+        torch.testing.assert_close(ours, exact)
+
+
+PATHS = ("2", "0", "3:input")
+
+
+def test_outputs_and_inputs_in_the_order_of_the_paths(net):
+    check(Taps(net, PATHS), net, torch.randn(3, 4))
+
+
+def test_gradients_flow_through_taps(net):
+    _, (features,) = Taps(net, ["2.0"])(torch.randn(3, 4))
+    features.sum().backward()
+    assert net[0].weight.grad.any()
+    assert net[3].weight.grad is None
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_without_gradients(net, mode):
+    with mode():
+        check(Taps(net, PATHS), net, torch.randn(3, 4))
+
+
+@pytest.mark.parametrize("outside", [True, False], ids=["Taps compiled", "model compiled"])
+def test_compiles_to_one_graph(net, outside):
+    torch._dynamo.reset()
+    if outside:
+        taps = torch.compile(Taps(net, PATHS), fullgraph=True, backend="aot_eager")
+    else:
+        taps = Taps(torch.compile(net, fullgraph=True, backend="aot_eager"), PATHS)
+    for _ in range(2):
+        check(taps, net, torch.randn(3, 4))
+    taps(torch.randn(3, 4))[1][0].sum().backward()
+    assert net[0].weight.grad.any()
+
+
+def test_a_model_compiled_and_run_before_is_not_tapped_silently(net):
+    torch._dynamo.reset()
+    compiled = torch.compile(net, backend="eager")
+    x = torch.randn(3, 4)
+    compiled(x)
+    with pytest.raises(RuntimeError, match=r"'2' did not run .*compiled before it was tapped"):
+        Taps(compiled, PATHS)(x)
+
+
+def test_nests_and_reenters(net):
+    inner = Taps(net, ["0"])
+    outer = Taps(inner, ["model.2"])
+    x = torch.randn(3, 4)
+    (_, (first,)), (second,) = outer(x)
+    torch.testing.assert_close(first, net[0](x))
+    torch.testing.assert_close(second, net[2](net[1](first)))
+
+    class Twice(nn.Module):
+        """Calls its own wrapper once more while it runs."""
+
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+            self.again = None
+
+        def forward(self, x):
+            if self.again is not None:
+                again, self.again = self.again, None
+                self.inner = again(x + 1)[1][0]
+            return self.layer(x)
+
+    model = Twice()
+    taps = Taps(model, ["layer"])
+    model.__dict__["again"] = taps
+    _, (features,) = taps(x)
+    torch.testing.assert_close(features, model.layer(x))
+    torch.testing.assert_close(model.inner, model.layer(x + 1))
+
+
+def test_two_wrappers_of_one_model(net):
+    a, b = Taps(net, ["0"]), Taps(net, ["0", "2"])
+    x = torch.randn(3, 4)
+    assert torch.equal(a(x)[1][0], b(x)[1][0])
+
+
+def test_deep_copy_taps_its_own_model(net):
+    taps = Taps(net, PATHS)
+    twin = copy.deepcopy(taps)
+    with torch.no_grad():
+        twin.model[0].weight.zero_()
+    check(twin, twin.model, torch.randn(3, 4))
+    check(taps, net, torch.randn(3, 4))
+    del taps
+    check(twin, twin.model, torch.randn(3, 4))
+    assert hooks(net) == 0
+
+
+def test_shares_the_models_parameters_and_leaves_no_trace(net):
+    keys = list(net.state_dict())
+    taps = Taps(net, PATHS)
+    assert list(taps.parameters()) == list(net.parameters())
+    assert list(taps.state_dict()) == [f"model.{key}" for key in keys]
+    assert list(net.state_dict()) == keys
+    taps(torch.randn(3, 4))
+    assert taps._passage.tensors is None, "features must not outlive the call"
+    del taps
+    assert hooks(net) == 0
+
+
+def test_a_forward_pass_that_fails_leaves_the_taps_usable(net):
+    taps = Taps(net, PATHS)
+    with pytest.raises(RuntimeError):
+        taps(torch.randn(3, 7))
+    check(taps, net, torch.randn(3, 4))
+
+
+def test_an_unknown_path_is_told_the_nearest():
+    model = create("resnet8", 10)
+    with pytest.raises(ValueError, match=r"ResNet has no module 'layr2'; the nearest names are .*'layer2'"):
+        Taps(model, ["layer1", "layr2"])
+    assert hooks(model) == 0
+
+
+class Awkward(nn.Module):
+    def __init__(self, kind):
+        super().__init__()
+        self.layer, self.unused, self.kind = nn.Linear(4, 4), nn.Linear(4, 4), kind
+        self.pair = nn.Identity()
+
+    def forward(self, x):
+        y = self.layer(x)
+        if self.kind == "twice":
+            y = self.layer(y)
+        if self.kind == "in place":
+            y.relu_()
+        if self.kind == "pair":
+            self.pair((y, y))
+        return y
+
+
+@pytest.mark.parametrize(
+    ("kind", "path", "error", "message"),
+    [
+        ("twice", "layer", RuntimeError, "'layer' runs more than once"),
+        ("in place", "layer", RuntimeError, "changes the tensor of 'layer' in place"),
+        ("", "unused", RuntimeError, "'unused' did not run"),
+        ("pair", "pair", TypeError, "'pair' must be a tensor, got tuple"),
+        ("pair", "pair:input", TypeError, "'pair:input' must be a tensor, got tuple"),
+    ],
+)
+def test_a_doubtful_tensor_is_refused(kind, path, error, message):
+    with pytest.raises(error, match=message):
+        Taps(Awkward(kind), [path])(torch.randn(3, 4))
+
+
+def test_a_keyword_argument_is_an_input():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(4, 2)
+
+        def forward(self, *, image):
+            return self.layer(input=image)
+
+    x = torch.randn(3, 4)
+    assert Taps(Model(), ["layer:input"])(image=x)[1][0] is x
+
+
+def test_tap_shapes_changes_nothing():
+    model = create("resnet8", 10)
+    model.layer2.eval()
+    training = [m.training for m in model.modules()]
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    random = torch.get_rng_state()
+    assert tap_shapes(model, ["layer2", "linear:input"], (3, 32, 32)) == ((32, 16, 16), (64,))
+    assert [m.training for m in model.modules()] == training
+    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), random)
+    assert hooks(model) == 0
