@@ -259,14 +259,13 @@ def test_inputs_are_never_written():
     labels = torch.zeros(5, dtype=torch.int64)
     for temperature in (1.0, 2.0):
         for divergence in ("forward", "reverse", "js"):
+            options = {"temperature": temperature, "divergence": divergence}
             value_and_gradients(
-                lambda s, t: kd_loss(
-                    s, t, torch.zeros(5, dtype=torch.int64), temperature=temperature, ce_weight=1.0, divergence=divergence
-                ),  # noqa: B023
+                lambda s, t: kd_loss(s, t, labels, ce_weight=1.0, **options),  # noqa: B023
                 inputs,
             )
             leaf = inputs[0].requires_grad_()
-            kd_loss(leaf, inputs[1], temperature=temperature, divergence=divergence).backward()
+            kd_loss(leaf, inputs[1], **options).backward()
             inputs[0] = leaf.detach()
     assert all(torch.equal(a, b) for a, b in zip(inputs, before))
 

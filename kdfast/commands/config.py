@@ -60,6 +60,8 @@ class RunOptions:
     """Train the same student without the teacher too, for comparison."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
+    threads: int | None = None
+    """CPU threads; none: as many as there are cores."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Autocast; auto: bf16 on CUDA, fp32 on the CPU."""
     compile: Literal["auto", "on", "off"] = "auto"
@@ -74,8 +76,10 @@ class RunOptions:
     """Also log to these."""
 
     def __post_init__(self) -> None:
-        if self.seeds < 1:
-            raise ValueError(f"seeds must be at least 1, got {self.seeds}")
+        for name in ("seeds", "threads"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
 
 
 # fields that say where and how fast a run goes, not what it computes: they may differ when it is resumed
@@ -159,6 +163,7 @@ DATASETS: Mapping[str, Mapping[str, Any]] = {
         "student": "resnet8",
         "label_fraction": 0.05,
         "seeds": 5,
+        "threads": 1,  # networks this small are slower on two
         "optimizer": "lion",
         "lr": 1e-3,
         "weight_decay": 0.1,

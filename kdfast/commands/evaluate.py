@@ -4,6 +4,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
+import torch
 import tyro
 from rich import box
 from rich.console import Console
@@ -78,8 +79,9 @@ def run_eval(options: Eval) -> Evaluation:
         device=world.device,
         rank=world.rank,
         world_size=world.size,
+        channels_last=True,
     )
-    model = loaded.model.to(world.device)
+    model = loaded.model.to(world.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     result = evaluate(model, loaders.test, data.classes, world)
     if world.main:
         _print(console, loaded.spec.name, parameter_count(model), data.name, options.split, data.classes, result)

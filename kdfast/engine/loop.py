@@ -68,7 +68,7 @@ class StageLoop:
         self.stage, self._world, self._options, self._stop, self._on_step = stage, world, options, stop, on_step
         training = stage.training
         for module in (*stage.frozen, *stage.train):
-            module.to(world.device)
+            module.to(world.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         stage.modes(training=True)
         forward: nn.Module = _Forward(stage)
         if world.size > 1:

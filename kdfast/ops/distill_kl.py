@@ -112,7 +112,8 @@ class _DistillKL(torch.autograd.Function):
         wanted = ctx.needs_input_grad[2:]
         ctx.options, ctx.launch, ctx.wanted = options, _launcher(student, teachers), wanted
         # a float16 gradient of a mean underflows before a GradScaler's upstream factor lifts it: such wait for the factor
-        ctx.deferred = any(need and x.dtype == torch.float16 for need, x in zip(wanted, (student, *teachers)))
+        half = torch.float16
+        ctx.deferred = (student.dtype == half and wanted[0]) or any(t.dtype == half and t.requires_grad for t in teachers)
         now = (False,) * len(wanted) if ctx.deferred else wanted
         loss, gradients = ctx.launch(student, teachers, labels, options, now, None)
         if torch.compiler.is_compiling() and not ctx.deferred:
@@ -353,7 +354,7 @@ def _small_batch(
     if ce_weight != 0 and labels is not None:
         if standardize or T != 1:
             q = _temper(student, 1.0, False, 0.0, _FRESH)
-        _cross_entropy(q, labels[:, None], options, scale, rows, total)
+        _cross_entropy(q, labels.unsqueeze(1), options, scale, rows, total)
     if options.reduction != "none":
         rows = rows.sum() if options.reduction == "sum" else rows.sum() / float(N)
     return rows, [] if total is None else [total]
@@ -363,7 +364,8 @@ def _readable(labels: Tensor | None, C: int, ignore_index: int) -> tuple[Tensor 
     """Labels [N] safe to index with, rows that count for nothing, and (not on the CPU) rows whose label is out of range."""
     if labels is None:
         return None, None, None
-    labels = labels.reshape(-1)
+    if labels.dim() != 1:
+        labels = labels.reshape(-1)
     if labels.is_cpu:
         if not labels.numel():
             return labels, None, None
@@ -447,7 +449,7 @@ def _chunk(
         if q is None or options.standardize or options.temperature != 1:
             scratch.rewind(mark)
             q = _temper(student, 1.0, False, 0.0, scratch)
-        _cross_entropy(q, labels[:, None], options, scale, rows, total)
+        _cross_entropy(q, labels.unsqueeze(1), options, scale, rows, total)
     if total is not None and gradients[0] is not None and total is not gradients[0]:
         gradients[0].copy_(total)
 
@@ -472,7 +474,7 @@ def _distillation(
         p = _temper(teacher, T, options.standardize, options.eps, scratch)
         out = total if k == 0 else scratch.take(rows.shape[0])
         value, dp, dq = divergence(p, q, gradient is not None, total is not None, out, scratch, zero_terms)
-        rows.add_(value[:, 0], alpha=weight * T * T)
+        rows.add_(value.squeeze(1), alpha=weight * T * T)
         if gradient is not None:
             gradient.copy_(_to_logits(dp, p, T, scale * (weight * T), scratch))
         if total is not None:
@@ -576,7 +578,7 @@ def _cross_entropy(x: _Tempered, labels: Tensor, options: Options, scale: Scale,
     """Adds ce_weight * CE of labels [R, 1] to `rows` and its gradient to `total`. x at temperature 1; its probabilities are used up."""
     weight, smoothing = options.ce_weight, options.label_smoothing
     C = x.probability.shape[1]
-    rows.sub_(x.log_probability.gather(1, labels)[:, 0], alpha=weight * (1 - smoothing))
+    rows.sub_(x.log_probability.gather(1, labels).squeeze(1), alpha=weight * (1 - smoothing))
     if smoothing:
         rows.sub_(_row_sums(x.log_probability)[:, 0], alpha=weight * smoothing / C)
     if total is None:
