@@ -79,7 +79,6 @@ def kd_loss(
     return distill_kl.kd_loss(student, teachers, labels, options)
 
 
-
 # ---- supervised contrastive loss -------------------------------------------------------------------------------------
 
 

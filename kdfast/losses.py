@@ -108,7 +108,6 @@ class LogitStandardizationLoss(nn.Module):
         return functional.kd_loss(logits_student_in, logits_teacher_in, temperature=temperature, standardize=True)
 
 
-
 # ---- supervised contrastive loss, ConKD ------------------------------------------------------------------------------
 
 
@@ -175,9 +174,7 @@ class SupConLoss(nn.Module):
 
     def extra_repr(self) -> str:
         """What print(module) shows."""
-        return (
-            f"temperature={self.temperature}, contrast_mode={self.contrast_mode!r}, base_temperature={self.base_temperature}"
-        )
+        return f"temperature={self.temperature}, contrast_mode={self.contrast_mode!r}, base_temperature={self.base_temperature}"
 
 
 class ConKDLoss(nn.Module):

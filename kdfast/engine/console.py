@@ -68,9 +68,7 @@ class Console:
         if self.rich.is_terminal and not self.rich.quiet:
             columns = TextColumn("{task.description}"), BarColumn(30), TextColumn("{task.fields[metrics]}"), TimeRemainingColumn()
             with Progress(*columns, console=self.rich, transient=True) as bar:
-                progress = StageProgress(
-                    name, epochs, images, self.rich, bar, bar.add_task(f"  {name}", total=epochs * images, metrics="")
-                )
+                progress = StageProgress(name, epochs, images, self.rich, bar, bar.add_task(f"  {name}", total=epochs * images, metrics=""))
                 yield progress
         else:
             progress = StageProgress(name, epochs, images, self.rich, None, None)

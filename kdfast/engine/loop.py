@@ -62,9 +62,7 @@ class StageLoop:
         on_step: called with the number of images of every step.
     """
 
-    def __init__(
-        self, stage: Stage, world: World, options: Options, stop: StopRequest, on_step: Callable[[int], None] = lambda n: None
-    ):
+    def __init__(self, stage: Stage, world: World, options: Options, stop: StopRequest, on_step: Callable[[int], None] = lambda n: None):
         self.stage, self._world, self._options, self._stop, self._on_step = stage, world, options, stop, on_step
         training = stage.training
         for module in (*stage.frozen, *stage.train):

@@ -7,7 +7,6 @@
 The choice is set with set_backend(), for a block with backend(), or at start-up by the environment variable KDFAST_BACKEND.
 """
 
-import contextvars
 import importlib
 import importlib.util
 import os
@@ -30,9 +29,8 @@ def _checked(name: str, source: str) -> str:
     return name
 
 
-# a block's choice holds for its own context (thread, task); set_backend's for the whole process
-_process_wide = _checked(os.environ.get("KDFAST_BACKEND", "auto"), "the environment variable KDFAST_BACKEND")
-_in_block: contextvars.ContextVar[str | None] = contextvars.ContextVar("kdfast_backend", default=None)
+# a plain global, not a context variable: torch.compile can read it, and compiles again when it has changed
+_current = _checked(os.environ.get("KDFAST_BACKEND", "auto"), "the environment variable KDFAST_BACKEND")
 
 
 def set_backend(name: str) -> None:
@@ -44,13 +42,13 @@ def set_backend(name: str) -> None:
     Raises:
         ValueError: any other name.
     """
-    global _process_wide
-    _process_wide = _checked(name, "set_backend: name")
+    global _current
+    _current = _checked(name, "set_backend: name")
 
 
 @contextmanager
 def backend(name: str) -> Iterator[None]:
-    """Chooses the backend within a `with` block: `with kdfast.backend("torch"): ...`.
+    """Chooses the backend for a `with` block: `with kdfast.backend("torch"): ...`; for all threads, and restored afterwards.
 
     Gradients of what was computed inside use the same backend, wherever backward() is called.
 
@@ -60,23 +58,26 @@ def backend(name: str) -> Iterator[None]:
     Raises:
         ValueError: any other name.
     """
-    token = _in_block.set(_checked(name, "backend: name"))
+    global _current
+    before = _current
+    _current = _checked(name, "backend: name")
     try:
         yield
     finally:
-        _in_block.reset(token)
+        _current = before
 
 
 def current() -> str:
     """The backend in force here: "auto", "triton" or "torch"."""
-    return _in_block.get() or _process_wide
+    return _current
 
 
 @cache
 def _kernel_module(operator: str) -> ModuleType | None:
     """kdfast.kernels.<operator>, or None where there is no such kernel or no Triton."""
     name = f"kdfast.kernels.{operator}"
-    if importlib.util.find_spec(name) is None or importlib.util.find_spec("triton") is None:
+    # the parent first: find_spec raises where the parent of a dotted name is missing
+    if any(importlib.util.find_spec(needed) is None for needed in ("triton", "kdfast.kernels", name)):
         return None
     return importlib.import_module(name)
 

@@ -1,0 +1,74 @@
+"""What the documents show runs, and what they name exists."""
+
+import importlib.util
+import json
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+import torch
+
+from kdfast import cli, models, recipes
+
+ROOT = Path(__file__).parents[1]
+
+
+def blocks(name: str) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", (ROOT / name).read_text(), re.DOTALL)
+
+
+def test_the_readmes_loop_example_runs():
+    (code,) = blocks("README.md")
+    names = {
+        "student_logits": torch.randn(8, 10, requires_grad=True),
+        "teacher_logits": torch.randn(8, 10),
+        "labels": torch.arange(8),
+        "features": torch.nn.functional.normalize(torch.randn(8, 2, 16), dim=2).requires_grad_(),
+        "model": torch.nn.Linear(2, 2),
+    }
+    exec(code, names)
+    assert names["loss"].isfinite()
+
+
+def test_the_recipe_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (code,) = blocks("docs/recipes.md")
+    (tmp_path / "features.py").write_text(code)
+    spec = importlib.util.spec_from_file_location("features", tmp_path / "features.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    real = recipes.get
+    monkeypatch.setattr(recipes, "get", lambda name: module.RECIPE if name == "features" else real(name))
+    arguments = ["--recipe", "features", "--student", "resnet8", "--teacher-model", "resnet14", "--epochs", "1", "--max-images", "100"]
+    arguments += ["--teacher-training.epochs", "1", "--seeds", "1", "--no-baseline", "--out", str(tmp_path / "run"), "--weight", "0.5"]
+    assert cli.main(["distill", *arguments]) == 0
+    assert "train/features" in json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
+
+
+def test_the_readmes_recipe_table_is_the_registry():
+    readme = (ROOT / "README.md").read_text()
+    rows = dict(re.findall(r"^\| (\w+) \| .* \| (.*) \|$", readme, re.MULTILINE))
+    rows.pop("recipe", None)
+    assert set(rows) >= set(recipes.names())
+    for name in recipes.names():
+        for preset in recipes.get(name).presets:
+            assert preset == "default" or preset.split("-")[0] in rows[name], f"{name}'s preset {preset} is not in README"
+
+
+def test_the_commands_in_the_documents_exist():
+    text = "\n".join(path.read_text() for path in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
+    promised = text.split("## Not there yet")[0]
+    for command in re.findall(r"^ *kdfast (\w+)", promised, re.MULTILINE):
+        assert command in cli.COMMANDS
+
+
+def test_every_preset_makes_a_configuration_with_known_networks():
+    from kdfast.commands import config
+
+    for name in recipes.names():
+        recipe = recipes.get(name)
+        for preset in recipe.presets:
+            made = config.defaults(recipe, preset, None)
+            assert {made.student, made.teacher_model} <= set(models.names())
+            table = config.to_toml(made)
+            assert config.filled(made, tomllib.loads(table), "x") == made, f"{name} {preset} does not survive config.toml"
