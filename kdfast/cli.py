@@ -8,6 +8,7 @@ import errno
 import importlib
 import os
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -57,7 +58,9 @@ def _guarded(command: Callable[[], None]) -> int:
     from kdfast.engine import Interrupted, NonFiniteLoss
 
     try:
-        command()
+        with warnings.catch_warnings():
+            warnings.showwarning = _warn
+            command()
     except Interrupted as stop:
         print(f"kdfast: {stop}; the run is saved, continue with the same command and --resume", file=sys.stderr)
         return 128 + stop.signal_number
@@ -77,6 +80,12 @@ def _guarded(command: Callable[[], None]) -> int:
             raise
         return _fail(str(error))
     return 0
+
+
+def _warn(message: Warning | str, category: type[Warning], *_: Any) -> None:
+    """A warning as one line; other libraries' notes about themselves are not the user's business."""
+    if issubclass(category, UserWarning):
+        print(f"kdfast: warning: {message}", file=sys.stderr)
 
 
 def _where(error: OSError) -> str:

@@ -76,7 +76,7 @@ def test_two_processes_train_as_one(tmp_path: Path, micro: int | None):
     for name in weights:
         assert torch.allclose(weights[name], weights2[name], rtol=1e-9, atol=1e-9)
     assert (images, confusion) == (images2, confusion2)
-    assert loss2 == pytest.approx(loss, rel=1e-9)
+    assert loss2 == pytest.approx(loss, rel=1e-6)  # evaluated in float32
     lines, lines2 = ([json.loads(x) for x in (tmp_path / n / "metrics.jsonl").read_text().splitlines()] for n in ("one", "two"))
     assert len(lines) == len(lines2) == 3
     for a, b in zip(lines, lines2):

@@ -58,7 +58,7 @@ def test_the_readmes_recipe_table_is_the_registry():
 def test_the_commands_in_the_documents_exist():
     text = "\n".join(path.read_text() for path in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
     promised = text.split("## Not there yet")[0]
-    for command in re.findall(r"^ *kdfast (\w+)", promised, re.MULTILINE):
+    for command in re.findall(r"^ +kdfast (\w+)", promised, re.MULTILINE):
         assert command in cli.COMMANDS
 
 
@@ -72,3 +72,12 @@ def test_every_preset_makes_a_configuration_with_known_networks():
             assert {made.student, made.teacher_model} <= set(models.names())
             table = config.to_toml(made)
             assert config.filled(made, tomllib.loads(table), "x") == made, f"{name} {preset} does not survive config.toml"
+
+
+def test_the_figures_in_the_documents_come_from_the_committed_results():
+    from kdfast.benchmarks.tables import PAGES, filled
+
+    for page in PAGES:
+        text = page.read_text()
+        assert "| kd_loss (lskd) |" in text
+        assert filled(text) == text, f"{page.name}: run python -m kdfast.benchmarks.tables"

@@ -1,7 +1,9 @@
 """One process or several: what torchrun's environment says, and the few collective operations that the loop needs."""
 
+import io
 import os
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -32,6 +34,16 @@ class World:
         if self.size == 1:
             return flag
         return bool(self.sum(torch.tensor(float(flag), device=self.device)).item())
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every process's value, tensors and plain values, by rank."""
+        if self.size == 1:
+            return [value]
+        packed = io.BytesIO()
+        torch.save(value, packed)
+        everyones: list[Any] = [None] * self.size
+        dist.all_gather_object(everyones, packed.getvalue())
+        return [torch.load(io.BytesIO(one), weights_only=True) for one in everyones]
 
     def barrier(self) -> None:
         """Waits until all processes are here."""

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -273,11 +272,6 @@ class StageLoop:
 
     def state_dict(self) -> dict[str, Any]:
         """All that decides what follows; collective over processes."""
-        own = random_state.state_dict()
-        states = [own]
-        if self._world.size > 1:
-            states = [None] * self._world.size  # type: ignore[list-item]
-            dist.all_gather_object(states, own)
         return {
             "stage": self.stage.name,
             "epoch": self.epoch,
@@ -291,7 +285,7 @@ class StageLoop:
             "accuracy": self._accuracy.counts,
             "best": [self.best_metric, self.best_epoch],
             "seconds": [self.seconds, self._epoch_seconds],
-            "random": states,
+            "random": self._world.gather(random_state.state_dict()),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

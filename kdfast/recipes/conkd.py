@@ -285,7 +285,10 @@ RECIPE = Recipe(
     title="ConKD-Lion: standardized logit distillation with a supervised contrastive term",
     settings=Settings,
     presets={
-        "default": Preset("one stage on the whole student with cross-entropy, trained as suits the data set"),
+        "default": Preset(
+            "one stage on the whole student: cross-entropy, standardized logits, contrast, all with Lion",
+            {"optimizer": "lion", "lr": 1e-3, "weight_decay": 0.1, "schedule": "cosine"},
+        ),
         "notebook": Preset(
             "the ConKD-Lion notebooks: Imagenette at 224 px, 300 + 50 epochs, published test accuracy 92.46 %; their quirks on. Their "
             "teacher starts from ImageNet weights: pass --teacher-pretrained or --teacher FILE, else it starts from random weights",
