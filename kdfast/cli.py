@@ -82,7 +82,7 @@ def _guarded(command: Callable[[], None]) -> int:
     return 0
 
 
-def _warn(message: Warning | str, category: type[Warning], *_: Any) -> None:
+def _warn(message: Warning | str, category: type[Warning], filename: str, lineno: int, file: Any = None, line: str | None = None) -> None:
     """A warning as one line; other libraries' notes about themselves are not the user's business."""
     if issubclass(category, UserWarning):
         print(f"kdfast: warning: {message}", file=sys.stderr)
@@ -164,7 +164,7 @@ def _simple(module: str, options: str, function: str) -> Callable[[Sequence[str]
 
 
 def _report(arguments: Sequence[str]) -> None:
-    from kdfast.engine import report
+    from kdfast import report
 
     parser = argparse.ArgumentParser(prog="kdfast report", description="Make a run's report again, or compare several runs.")
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders")

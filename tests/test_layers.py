@@ -15,7 +15,7 @@ LAYERS = [
     ["kdfast.ops"],
     ["kdfast.functional", "kdfast.optim"],
     ["kdfast.losses", "kdfast.models", "kdfast.data"],
-    ["kdfast.engine"],
+    ["kdfast.engine", "kdfast.report"],
     ["kdfast.recipes", "kdfast.benchmarks"],
     ["kdfast.commands"],
     ["kdfast.cli"],

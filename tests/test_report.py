@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from kdfast.engine import report
-from kdfast.engine.report import outcome, paired_difference, summary_rows, verdict, write_comparison, write_report
+from kdfast import report
+from kdfast.report.page import outcome, paired_difference, summary_rows, verdict, write_comparison, write_report
 
 CONFIG = """recipe = "conkd"
 seeds = 5

@@ -12,13 +12,13 @@ from rich import box
 from rich.table import Table
 from torch import nn
 
-from kdfast import files, recipes
+from kdfast import files, recipes, report
 from kdfast.commands import artifact
 from kdfast.commands.artifact import Preparation, Renormalized
 from kdfast.commands.config import Distill, parse_options
 from kdfast.commands.session import Session, environment, load_data, loader_maker, preparation, session
 from kdfast.data import ImageData, Loaders
-from kdfast.engine import Evaluation, StageResult, evaluate, report
+from kdfast.engine import Evaluation, StageResult, evaluate
 from kdfast.models import ModelSpec, feature_size, parameter_count, projection_head
 from kdfast.recipes.conkd import EMBEDDING, EmbeddingTeacher
 from kdfast.recipes.recipe import Setup, Stages, Trained

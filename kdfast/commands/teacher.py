@@ -6,11 +6,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from kdfast import files
+from kdfast import files, report
 from kdfast.commands import artifact
 from kdfast.commands.config import Teach, parse_options
 from kdfast.commands.session import environment, load_data, loader_maker, preparation, session
-from kdfast.engine import evaluate, report
+from kdfast.engine import evaluate
 from kdfast.engine.random_state import derive
 from kdfast.models import ModelSpec, create, parameter_count
 from kdfast.recipes.recipe import seeded

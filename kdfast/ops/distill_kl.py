@@ -243,8 +243,7 @@ def loss_and_gradients(
         The loss, [] or [...] for reduction "none", float32 (float64 if an input is), and the wanted gradients in order, each
         contiguous in its input's shape and dtype.
     """
-    batch = _small_batch if _is_small(student, teachers, options, wanted, upstream) else _batch
-    loss, gradients = batch(student, teachers, labels, options, wanted, upstream, zero_terms=not student.is_cpu)
+    loss, gradients = _batch(student, teachers, labels, options, wanted, upstream, zero_terms=not student.is_cpu)
     if student.is_cpu and not math.isfinite((loss.sum() if loss.dim() else loss).item()):
         # rare: a logit of -inf made 0 * inf where the class counts for nothing; once more, with such terms set to 0
         loss, gradients = _batch(student, teachers, labels, options, wanted, upstream, zero_terms=True)
@@ -269,10 +268,11 @@ def _batch(
         outputs = [g if g is None else g.view(-1, C) for g in gradients]
     N = inputs[0].shape[0]
     labels, dropped, broken = _readable(labels, C, options.ignore_index)
-    rows = torch.zeros(N, dtype=_arithmetic(student, *teachers), device=student.device)
+    rows = torch.zeros(N, 1, dtype=_arithmetic(*inputs), device=student.device)
 
-    kept: Scale = float(max(N, 1)) if dropped is None else (N - dropped.sum(dtype=rows.dtype)).clamp_min_(1.0)
-    scale: Scale = 1 / kept if options.reduction == "mean" else 1.0
+    scale: Scale = 1.0
+    if options.reduction == "mean":
+        scale = 1 / max(N, 1) if dropped is None else (N - dropped.sum(dtype=rows.dtype)).clamp_min_(1.0).reciprocal_()
     if upstream is not None:
         scale = upstream.to(rows.dtype).reshape(-1, 1) * scale
     if isinstance(scale, Tensor):
@@ -282,7 +282,7 @@ def _batch(
     if step >= N:
         _chunk(inputs, labels, options, scale, rows, outputs, _FRESH, zero_terms)
     else:
-        scratch = _Scratch(rows.new_empty(0), step, C)
+        scratch = _Scratch(rows, step, C)
         for start in range(0, N, step):
             part = slice(start, start + step)
             _chunk(
@@ -300,72 +300,16 @@ def _batch(
         if mask is not None:
             for x in (rows, *outputs):
                 if x is not None:
-                    x.masked_fill_(mask if x is rows else mask[:, None], value)
-    if options.reduction == "none":
-        loss = rows.view(leading)
-    else:
-        loss = rows.sum() if options.reduction == "sum" else rows.sum() / kept
+                    x.masked_fill_(mask, value)
+    loss = rows.view(leading) if options.reduction == "none" else rows.sum()
     return loss, [g for g in gradients if g is not None]
 
 
-def _is_small(student: Tensor, teachers: Sequence[Tensor], options: Options, wanted: Sequence[bool], upstream: Tensor | None) -> bool:
-    """Whether this is what most calls ask for, on a batch whose time goes into calling operations rather than into arithmetic."""
-    return (
-        student.is_cpu
-        and student.dim() == 2
-        and 0 < student.numel() <= CHUNK
-        and student.dtype in (torch.float32, torch.float64)
-        and len(teachers) == 1
-        and teachers[0].dtype == student.dtype
-        and options.divergence == "forward"
-        and options.kd_weight != 0
-        and not wanted[1]
-        and upstream is None
-    )
-
-
-def _small_batch(
-    student: Tensor,
-    teachers: Sequence[Tensor],
-    labels: Tensor | None,
-    options: Options,
-    wanted: Sequence[bool],
-    upstream: Tensor | None,
-    zero_terms: bool,
-) -> tuple[Tensor, list[Tensor]]:
-    """_batch for _is_small: the same operations on each row, so the same bits, with nothing between them."""
-    if labels is not None:
-        readable, dropped, _ = _readable(labels, student.shape[1], options.ignore_index)
-        if dropped is not None:
-            return _batch(student, teachers, labels, options, wanted, upstream, zero_terms)
-        labels = readable
-    T, standardize, eps, kd_weight, ce_weight = options[:5]
-    N = student.shape[0]
-    scale = 1 / N if options.reduction == "mean" else 1.0
-    weight = kd_weight * options.teacher_weights[0]
-    q = _temper(student, T, standardize, eps, _FRESH)
-    p = _temper(teachers[0], T, standardize, eps, _FRESH)
-    rows, _, total = _kl(p, q, False, wanted[0], None, None, zero_terms)
-    rows = rows.view(N).mul_(weight * T * T)
-    if total is not None:
-        if weight != 1:
-            total.mul_(weight)
-        _to_logits(total, q, T, scale * T, _FRESH)
-    if ce_weight != 0 and labels is not None:
-        if standardize or T != 1:
-            q = _temper(student, 1.0, False, 0.0, _FRESH)
-        _cross_entropy(q, labels.unsqueeze(1), options, scale, rows, total)
-    if options.reduction != "none":
-        rows = rows.sum() if options.reduction == "sum" else rows.sum() / float(N)
-    return rows, [] if total is None else [total]
-
-
 def _readable(labels: Tensor | None, C: int, ignore_index: int) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Labels [N] safe to index with, rows that count for nothing, and (not on the CPU) rows whose label is out of range."""
+    """Labels safe to index with, rows that count for nothing, and (not on the CPU) rows whose label is out of range; each [N, 1]."""
     if labels is None:
         return None, None, None
-    if labels.dim() != 1:
-        labels = labels.reshape(-1)
+    labels = labels.reshape(-1, 1)
     if labels.is_cpu:
         if not labels.numel():
             return labels, None, None
@@ -429,7 +373,7 @@ def _chunk(
     scratch: _Scratch,
     zero_terms: bool,
 ) -> None:
-    """Adds the losses of R rows to `rows` [R]; writes the gradients [R, C], times `scale`."""
+    """Adds the losses of R rows to `rows` [R, 1] and writes the gradients [R, C], both times `scale`."""
     scratch.rewind()
     student, *teachers = [x if x.dtype == rows.dtype else scratch.copy(x, rows.dtype) for x in logits]
     total = gradients[0]  # the student's gradient, summed in place where its dtype is that of the arithmetic
@@ -449,7 +393,7 @@ def _chunk(
         if q is None or options.standardize or options.temperature != 1:
             scratch.rewind(mark)
             q = _temper(student, 1.0, False, 0.0, scratch)
-        _cross_entropy(q, labels.unsqueeze(1), options, scale, rows, total)
+        _cross_entropy(q, labels, options, scale, rows, total)
     if total is not None and gradients[0] is not None and total is not gradients[0]:
         gradients[0].copy_(total)
 
@@ -466,24 +410,32 @@ def _distillation(
     zero_terms: bool,
 ) -> None:
     """Adds kd_weight * sum_k w_k T^2 divergence_k to `rows`; writes the student's gradient to `total`, the teachers' to `gradients`."""
-    T, divergence = options.temperature, _DIVERGENCE[options.divergence]
+    T, weights, divergence = options.temperature, options.teacher_weights, _DIVERGENCE[options.divergence]
     mark = scratch.used
-    for k, (teacher, weight, gradient) in enumerate(zip(teachers, options.teacher_weights, gradients)):
+    for k, (teacher, weight, gradient) in enumerate(zip(teachers, weights, gradients)):
         scratch.rewind(mark)
         weight *= options.kd_weight
         p = _temper(teacher, T, options.standardize, options.eps, scratch)
         out = total if k == 0 else scratch.take(rows.shape[0])
         value, dp, dq = divergence(p, q, gradient is not None, total is not None, out, scratch, zero_terms)
-        rows.add_(value.squeeze(1), alpha=weight * T * T)
+        _add(rows, value, weight * T * T, scale)
         if gradient is not None:
             gradient.copy_(_to_logits(dp, p, T, scale * (weight * T), scratch))
-        if total is not None:
-            if k > 0:
-                total.add_(dq, alpha=weight)
-            elif weight != 1:
-                total.mul_(weight)
+        if total is not None and k > 0:
+            total.add_(dq, alpha=weight)
+        elif total is not None and len(teachers) > 1:
+            total.mul_(weight)
     if total is not None:
-        _to_logits(total, q, T, scale * T, scratch)
+        lone_weight = weight if len(teachers) == 1 else 1.0  # left for the last multiplication
+        _to_logits(total, q, T, scale * (lone_weight * T), scratch)
+
+
+def _add(total: Tensor, x: Tensor, weight: float, scale: Scale) -> None:
+    """Total += weight * scale * x."""
+    if isinstance(scale, Tensor):
+        total.addcmul_(x, scale, value=weight)
+    else:
+        total.add_(x, alpha=weight * scale)
 
 
 def _temper(x: Tensor, T: float, standardize: bool, eps: float, scratch: _Scratch) -> _Tempered:
@@ -536,38 +488,40 @@ def _to_logits(du: Tensor, x: _Tempered, T: float, scale: Scale, scratch: _Scrat
 
 
 def _kl(
-    p: _Tempered, q: _Tempered, want_p: bool, want_q: bool, out_p: Tensor | None, out_q: Tensor | None, zero_terms: bool
-) -> tuple[Tensor, Tensor, Tensor | None]:
+    p: _Tempered, q: _Tempered, want_p: bool, out_p: Tensor | None, out_q: Tensor | None, scratch: _Scratch, zero_terms: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     """KL(p || q). zero_terms: a class of probability 0 counts as 0 even where a logarithm is infinite."""
-    dp = torch.sub(p.log_probability, q.log_probability, out=out_p).mul_(p.probability)
+    log_ratio = torch.sub(p.log_probability, q.log_probability, out=out_p)
     if zero_terms:
-        dp.masked_fill_(p.probability == 0, 0)
-    value = _row_sums(dp)
-    if want_p:
-        dp.addcmul_(p.probability, value, value=-1)
-    dq = torch.sub(q.probability, p.probability, out=out_q) if want_q else None
-    return value, dp, dq
+        log_ratio.masked_fill_(p.probability == 0, 0)
+    dq = torch.sub(q.probability, p.probability, out=out_q)
+    # q - p sums to 0 over a row, and makes sum p log(p / q) + q - p stationary in both logarithms: their rounding cancels
+    terms = torch.addcmul(dq, p.probability, log_ratio, out=scratch.take(len(dq)) if want_p else log_ratio)
+    value = _row_sums(terms)
+    return value, log_ratio.sub_(value).mul_(p.probability) if want_p else log_ratio, dq
 
 
 def _forward(p: _Tempered, q: _Tempered, want_p: bool, want_q: bool, out: Tensor | None, scratch: _Scratch, zero_terms: bool) -> Any:
     """KL(teacher || student)."""
-    return _kl(p, q, want_p, want_q, scratch.take(p.probability.shape[0]), out, zero_terms)
+    R = len(p.probability)
+    return _kl(p, q, want_p, scratch.take(R), scratch.take(R) if out is None else out, scratch, zero_terms)
 
 
 def _reverse(p: _Tempered, q: _Tempered, want_p: bool, want_q: bool, out: Tensor | None, scratch: _Scratch, zero_terms: bool) -> Any:
     """KL(student || teacher)."""
-    R = p.probability.shape[0]
-    value, dq, dp = _kl(q, p, want_q, want_p, scratch.take(R) if out is None else out, scratch.take(R), zero_terms)
+    R = len(p.probability)
+    value, dq, dp = _kl(q, p, want_q, scratch.take(R) if out is None else out, scratch.take(R), scratch, zero_terms)
     return value, dp, dq
 
 
 def _jensen_shannon(p: _Tempered, q: _Tempered, want_p: bool, want_q: bool, out: Tensor | None, scratch: _Scratch, zero_terms: bool) -> Any:
     """(KL(teacher || m) + KL(student || m)) / 2, m the equal mixture; its gradients are half of each term's own in p and q."""
-    R = p.probability.shape[0]
+    R = len(p.probability)
     m = torch.add(p.probability, q.probability, out=scratch.take(R)).div_(2)
-    mixture = _Tempered(m.log_(), m)
-    at_p, dp, _ = _kl(p, mixture, want_p, False, scratch.take(R), None, zero_terms)
-    at_q, dq, _ = _kl(q, mixture, want_q, False, scratch.take(R) if out is None else out, None, zero_terms)
+    mixture = _Tempered(torch.log(m, out=scratch.take(R)), m)
+    unused = scratch.take(R)
+    at_p, dp, _ = _kl(p, mixture, want_p, scratch.take(R), unused, scratch, zero_terms)
+    at_q, dq, _ = _kl(q, mixture, want_q, scratch.take(R) if out is None else out, unused, scratch, zero_terms)
     return (at_p + at_q).div_(2), dp.div_(2), dq.div_(2)
 
 
@@ -576,17 +530,13 @@ _DIVERGENCE = {"forward": _forward, "reverse": _reverse, "js": _jensen_shannon}
 
 def _cross_entropy(x: _Tempered, labels: Tensor, options: Options, scale: Scale, rows: Tensor, total: Tensor | None) -> None:
     """Adds ce_weight * CE of labels [R, 1] to `rows` and its gradient to `total`. x at temperature 1; its probabilities are used up."""
-    weight, smoothing = options.ce_weight, options.label_smoothing
-    C = x.probability.shape[1]
-    rows.sub_(x.log_probability.gather(1, labels).squeeze(1), alpha=weight * (1 - smoothing))
+    smoothing, C = options.label_smoothing, x.probability.shape[1]
+    _add(rows, x.log_probability.gather(1, labels), options.ce_weight * (smoothing - 1), scale)
     if smoothing:
-        rows.sub_(_row_sums(x.log_probability)[:, 0], alpha=weight * smoothing / C)
+        _add(rows, _row_sums(x.log_probability), -options.ce_weight * smoothing / C, scale)
     if total is None:
         return
     difference = x.probability.scatter_add_(1, labels, rows.new_full(labels.shape, smoothing - 1))
     if smoothing:
         difference.sub_(smoothing / C)
-    if isinstance(scale, Tensor):
-        total.addcmul_(difference, scale * weight)
-    else:
-        total.add_(difference, alpha=scale * weight)
+    _add(total, difference, options.ce_weight, scale)

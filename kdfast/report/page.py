@@ -23,8 +23,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from kdfast.engine.curves import SERIES, STYLES, Curve, Line, Panel, as_curves, by_stage, panels, read_metrics, svg, write_png
 from kdfast.files import replacing, write_text
+from kdfast.report.curves import SERIES, STYLES, Curve, Line, Panel, as_curves, by_stage, panels, read_metrics, svg, write_png
 
 MATRIX_CLASSES = 25  # above, a confusion matrix is a carpet, and its most confused pairs say more
 LISTED_PAIRS = 20
