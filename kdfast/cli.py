@@ -107,9 +107,9 @@ def _parse(kind: Any, arguments: Sequence[str], name: str, default: Any = None) 
     return tyro.cli(kind, args=list(arguments), prog=f"kdfast {name}", **keywords)
 
 
-def _chosen(arguments: Sequence[str], *names: str) -> argparse.Namespace:
+def _chosen(command: str, arguments: Sequence[str], *names: str) -> argparse.Namespace:
     """The few options that decide which others there are."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser = argparse.ArgumentParser(prog=f"kdfast {command}", usage=f"kdfast {command} --help", add_help=False, allow_abbrev=False)
     for name in names:
         parser.add_argument(f"--{name}")
     return parser.parse_known_args([a.replace("_", "-") if a.startswith("--") and "=" not in a else a for a in arguments])[0]
@@ -133,8 +133,11 @@ def _distill(arguments: Sequence[str]) -> None:
     from kdfast.commands import config
     from kdfast.commands.distill import distill
 
-    chosen = _chosen(arguments, "recipe", "preset", "dataset", "config")
+    chosen = _chosen("distill", arguments, "recipe", "preset", "dataset", "config")
     table = config.read_toml(Path(chosen.config)) if chosen.config else {}
+    for name in ("recipe", "preset"):
+        if chosen.config and getattr(chosen, name) not in (None, table.get(name)):
+            raise ValueError(f"{name} is {getattr(chosen, name)} on the command line and {table.get(name)} in {chosen.config}: give one")
     recipe = recipes.get(chosen.recipe or table.get("recipe", "conkd"))
     preset = chosen.preset or table.get("preset", "default")
     default = config.defaults(recipe, preset, chosen.dataset or table.get("data", {}).get("dataset"))
@@ -147,7 +150,7 @@ def _teacher(arguments: Sequence[str]) -> None:
     from kdfast.commands import config
     from kdfast.commands.teacher import teach
 
-    chosen = _chosen(arguments, "dataset", "config")
+    chosen = _chosen("teacher", arguments, "dataset", "config")
     table = config.read_toml(Path(chosen.config)) if chosen.config else {}
     default = config.teach_defaults(chosen.dataset or table.get("data", {}).get("dataset"))
     if table:

@@ -386,3 +386,42 @@ def test_a_config_of_another_kind_is_refused(tmp_path: Path, capsys: pytest.Capt
         (tmp_path / "config.toml").write_text(text)
         assert kdfast("distill", "--config", tmp_path / "config.toml") == 1
         assert message in sentence(capsys)
+
+
+def test_a_partial_config_keeps_its_presets_values(tmp_path: Path):
+    from kdfast import recipes
+    from kdfast.commands import config
+
+    (tmp_path / "config.toml").write_text('recipe = "conkd"\npreset = "notebook"\n[training]\nepochs = 3\n')
+    table = config.read_toml(tmp_path / "config.toml")
+    made = config.filled(config.defaults(recipes.get("conkd"), "notebook", None), table, "x")
+    assert (made.training.epochs, made.data.image_size, made.data.augment) == (3, 224, "conkd-student")
+
+
+def test_a_config_and_another_recipe_contradict(finished: Path, capsys: pytest.CaptureFixture[str]):
+    assert kdfast("distill", "--config", finished / "config.toml", "--recipe", "lskd") == 1
+    assert "recipe is lskd on the command line and kd in" in sentence(capsys)
+
+
+@pytest.mark.parametrize("more", [["--student", "nosuch"], ["--augment", "foo"], ["--teacher", "/nowhere/at/all"]])
+def test_what_cannot_work_fails_before_anything_is_trained_or_claimed(more: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    assert kdfast("distill", *SMALL, *more, "--out", tmp_path / "run") == 1
+    sentence(capsys)
+    assert kdfast("distill", *SMALL, "--out", tmp_path / "run") == 0, "the corrected command takes the folder"
+
+
+def test_without_validation_images_the_last_epoch_counts_and_is_saved(tmp_path: Path):
+    assert kdfast("distill", *SMALL, "--val-fraction", 0, "--epochs", 4, "--out", tmp_path / "run") == 0
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert results["kept"] == "last"
+    assert kdfast("eval", tmp_path / "run", "--json", tmp_path / "n.json") == 0
+    assert json.loads((tmp_path / "n.json").read_text())["top1"] == results["arms"]["distilled"][0]["last/top1"]
+
+
+def test_the_notebooks_quirk_reports_the_classifier_that_it_saves(tmp_path: Path):
+    more = ["--procedure", "notebook", "--keep-last-classifier", "--classify-epochs", "3", "--teacher-classify-epochs", "1"]
+    assert kdfast("distill", *more, "--seeds", 1, "--no-baseline", *TINY, "--out", tmp_path / "run") == 0
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert kdfast("eval", tmp_path / "run", "--json", tmp_path / "n.json") == 0
+    assert results["kept"] == "last"
+    assert json.loads((tmp_path / "n.json").read_text())["top1"] == results["arms"]["distilled"][0]["last/top1"]

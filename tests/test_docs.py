@@ -4,12 +4,15 @@ import importlib.util
 import json
 import re
 import tomllib
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from kdfast import cli, models, recipes
+from kdfast.commands import config
+from kdfast.engine import Training
 
 ROOT = Path(__file__).parents[1]
 
@@ -63,8 +66,6 @@ def test_the_commands_in_the_documents_exist():
 
 
 def test_every_preset_makes_a_configuration_with_known_networks():
-    from kdfast.commands import config
-
     for name in recipes.names():
         recipe = recipes.get(name)
         for preset in recipe.presets:
@@ -81,3 +82,31 @@ def test_the_figures_in_the_documents_come_from_the_committed_results():
         text = page.read_text()
         assert "| kd_loss (lskd) |" in text
         assert filled(text) == text, f"{page.name}: run python -m kdfast.benchmarks.tables"
+
+
+def trainings(recipe: str, preset: str) -> tuple:
+    made = config.defaults(recipes.get(recipe), preset, None)
+    return made.training, made.teacher_training, made.method, made.data
+
+
+def test_presets_are_their_sources_trainings_whole():
+    """Every field of the sources' tables: a data set's own defaults must not leak into a source's preset."""
+    repdistiller = Training(epochs=240, batch_size=64, lr=0.05, weight_decay=5e-4, milestones=(150, 180, 210))
+    dih = Training(epochs=200, batch_size=64, lr=0.1, weight_decay=5e-4, nesterov=True, milestones=(60, 120, 180))
+    imagenet = Training(epochs=100, batch_size=512, lr=0.2, weight_decay=1e-4, milestones=(30, 60, 90))
+    cosine = {"optimizer": "adamw", "lr": 6e-4, "weight_decay": 0.01, "schedule": "cosine", "final_lr": 1e-3}
+    notebook = Training(epochs=300, batch_size=128, **cosine)
+    tutorial = Training(epochs=5, batch_size=32, lr=0.01, weight_decay=0.0, schedule="constant")
+    assert trainings("kd", "repdistiller")[:2] == (repdistiller, repdistiller)
+    assert trainings("kd", "dih-readme")[:2] == (dih, dih)
+    code = replace(dih, lr=0.05, batch_size=128, epochs=240, milestones=(150, 180, 210), gamma=0.2)
+    assert trainings("kd", "dih-code")[0] == code
+    assert trainings("kd", "imagenet")[0] == trainings("lskd", "imagenet")[0] == imagenet
+    assert trainings("lskd", "cifar100")[0] == repdistiller
+    assert trainings("lskd", "cifar100-resnet50-mobilenetv2")[0].lr == 0.01
+    assert trainings("conkd", "notebook")[:2] == (notebook, replace(notebook, epochs=60, batch_size=64))
+    assert trainings("self_distillation", "tutorial")[0] == tutorial
+    assert trainings("self_distillation", "tutorial")[3].label_fraction == 1.0
+    for preset in ("dih-readme", "dih-code"):
+        method = trainings("kd", preset)[2]
+        assert (method.temperature, method.kd_weight, method.ce_weight) == (5.0, 0.1, 0.9)

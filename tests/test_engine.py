@@ -16,6 +16,7 @@ from kdfast.engine.interrupt import StopRequest
 from kdfast.engine.metrics import AccuracyMeter, TermMeter, evaluate
 from kdfast.engine.schedule import factor, make_optimizer
 from kdfast.recipes.recipe import cross_entropy
+from kdfast.recipes.supervised import supervised
 
 CPU = World(0, 1, torch.device("cpu"))
 TRAINING = Training(epochs=3, batch_size=16, lr=0.1, schedule="cosine")
@@ -225,6 +226,46 @@ def test_micro_batches_give_the_gradient_of_the_whole_batch(tmp_path: Path, coup
         assert torch.allclose(whole[name], parts[name], rtol=1e-12, atol=1e-14)
 
 
+def test_micro_batches_give_the_mean_over_visible_labels(tmp_path: Path):
+    """Dividing each part by its own labelled images would weigh them wrongly: hidden labels couple the rows of a batch."""
+    ends = []
+    for micro in (None, 4):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Flatten(), nn.Linear(192, 3))
+        training = replace(TRAINING, epochs=1, micro_batch=micro)
+        data = noise()
+        labels = data.train.labels.clone()
+        labels[torch.arange(80) % 5 > 0] = -100
+        hidden = replace(data, train=Split(labels, data.train.pixels))
+        (tmp_path / str(micro)).mkdir()
+        stages = supervised("s", model, make_loaders(hidden, batch_size=16), training, hidden=True)
+        Run(tmp_path / str(micro), CPU, Options()).complete(stages)
+        ends.append({name: value.clone() for name, value in model.state_dict().items()})
+    for name in ends[0]:
+        assert torch.allclose(ends[0][name], ends[1][name], rtol=1e-5, atol=1e-6)
+
+
+def test_two_passes_update_batch_norm_once_a_part_and_repeat_dropout(tmp_path: Path):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(192, 8), nn.BatchNorm1d(8), nn.Dropout(0.5), nn.Linear(8, 3))
+    seen: list[torch.Tensor] = []
+
+    def forward(batch):
+        logits = model(batch.images)
+        if model.training:
+            seen.append(logits.detach().clone())
+        return {"logits": logits}
+
+    training = replace(TRAINING, epochs=1, batch_size=80, micro_batch=40)
+
+    def one():
+        yield stage("s", model, training, forward=forward, couples_rows=True)
+
+    Run(tmp_path, CPU, Options(compile=True)).complete(one())
+    assert torch.equal(torch.cat(seen[:2]), torch.cat(seen[2:])), "the passes saw different masks"
+    assert model[2].num_batches_tracked == 2
+
+
 def test_early_stop_ends_a_stage(tmp_path: Path):
     def one():
         return (yield stage("s", network(), replace(TRAINING, epochs=50, lr=1e-12, early_stop=2), best="val/loss"))
@@ -306,6 +347,9 @@ def test_plateau_lowers_the_rate(tmp_path: Path):
         ({"weight_decay": -1.0}, "weight_decay must not be negative"),
         ({"warmup": 240}, "warmup must be from 0 to below epochs"),
         ({"ema": 1.0}, "ema must be between 0 and 1"),
+        ({"gamma": -1.0}, "gamma must be between 0 and 1, got -1.0"),
+        ({"momentum": 2.0}, "momentum must be between 0 and 1"),
+        ({"early_stop": 0}, "early_stop must be at least 1"),
         ({"clip_norm": 0.0}, "clip_norm must be positive"),
         ({"micro_batch": 0}, "micro_batch must be at least 1"),
     ],

@@ -217,7 +217,7 @@ class TestTorchvision:
 
         monkeypatch.setattr("torch.hub.load_state_dict_from_url", unreachable)
         monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", unreachable)
-        with pytest.raises(RuntimeError, match=r"'resnet18' could not be fetched.*put https://.*pth into .*load_weights"):
+        with pytest.raises(OSError, match=r"'resnet18' could not be fetched.*put https://.*pth into .*load_weights"):
             create("resnet18", 10, pretrained=True)
 
     def test_the_papers_networks_have_no_pretrained_weights(self):

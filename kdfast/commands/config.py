@@ -1,7 +1,9 @@
 """Everything that a run can be asked for, as dataclasses: options of the command line, keys of config.toml.
 
 Values come in four layers, the later over the earlier: the dataclasses' own, what suits the data set (DATASETS), the recipe's preset,
-the command line (or a config.toml). A key stands for the field of that name wherever it is; "teacher_training.<field>" for the teacher's.
+the command line (or a config.toml). Of the data set a preset that reproduces a source takes only the networks: how they are trained is
+the source's business. A key stands for the field of that name wherever it is; what a data set or a preset says of training holds for the
+teacher's too, but for what it says under "teacher_training.<field>".
 """
 
 import json
@@ -156,7 +158,7 @@ _PHOTOGRAPHS = {
     "batch_size": 64,
 }
 
-# what suits each data set; "teacher_training" follows "training" unless it is named
+# what suits each data set
 DATASETS: Mapping[str, Mapping[str, Any]] = {
     "digits": {
         "teacher_model": "resnet20",
@@ -189,9 +191,17 @@ def defaults(recipe: Any, preset: str, dataset: str | None) -> "Distill[Any]":
         raise ValueError(f"preset must be one of {', '.join(recipe.presets)} for recipe {recipe.name}, got {preset!r}")
     values = recipe.presets[preset].values
     dataset = dataset or values.get("dataset", "digits")
+    suited = defaults_for(dataset)
+    if preset != "default":
+        suited = {name: suited[name] for name in ("teacher_model", "student", "threads") if name in suited}
     config: Distill[Any] = Distill(recipe=recipe.name, preset=preset, method=recipe.settings())
-    config = _with_dataset(config, dataset)
-    return updated(config, {**values, "dataset": dataset})
+    return updated(config, {**_for_both(suited), **_for_both(values), "dataset": dataset})
+
+
+def _for_both(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The values, and what they say of training for the teacher's training too."""
+    training = {f.name for f in fields(Training)}
+    return {f"teacher_training.{name}": value for name, value in values.items() if name in training} | dict(values)
 
 
 def teach_defaults(dataset: str | None) -> Teach:
@@ -204,13 +214,6 @@ def teach_defaults(dataset: str | None) -> Teach:
 def defaults_for(dataset: str) -> Mapping[str, Any]:
     """What suits a data set; a path is an image folder."""
     return DATASETS.get(dataset, DATASETS["folder"])
-
-
-def _with_dataset(config: "Distill[Any]", dataset: str) -> "Distill[Any]":
-    values = defaults_for(dataset)
-    names = {f.name for f in fields(Training)}
-    teacher = {f"teacher_training.{name}": value for name, value in values.items() if name in names}
-    return updated(config, {**values, **teacher, "dataset": dataset})
 
 
 def updated(config: C, values: Mapping[str, Any]) -> C:
@@ -266,7 +269,7 @@ def parse_options(options: tuple[str, ...], name: str) -> dict[str, Any]:
 
 
 def to_toml(config: Any) -> str:
-    """The configuration as TOML; what is None is left out."""
+    """The configuration as TOML; None is written as an empty string."""
     return tomlkit.dumps(_plain(config))
 
 
@@ -274,7 +277,7 @@ def _plain(value: Any) -> Any:
     if is_dataclass(value) and not isinstance(value, type):
         inner = {f.name: _plain(getattr(value, f.name)) for f in fields(value)}
         simple_first = sorted(inner.items(), key=lambda item: isinstance(item[1], dict))  # TOML wants tables last
-        return {k: v for k, v in simple_first if v is not None}
+        return {k: "" if v is None else v for k, v in simple_first}
     if isinstance(value, tuple):
         return list(value)
     return str(value) if isinstance(value, Path) else value
@@ -293,7 +296,7 @@ def read_toml(path: Path) -> dict[str, Any]:
 
 
 def filled(config: C, table: Mapping[str, Any], source: str) -> C:
-    """`config` with the values of a config.toml's table over its own; a field that is absent there is None where it may be.
+    """`config` with the values of a config.toml's table over its own; an empty string is None where the field may be.
 
     Raises:
         ValueError: a key that no field has, or a value of another type; `source` names the table.
@@ -310,8 +313,6 @@ def filled(config: C, table: Mapping[str, Any], source: str) -> C:
             values[name] = filled(part, table.get(name, {}), f"{source} [{name}]")
         elif name in table:
             values[name] = _converted(table[name], hints[name], f"{source}: {name}")
-        elif type(None) in get_args(hints[name]):
-            values[name] = None
     return replace(config, **values)  # type: ignore[type-var]
 
 
@@ -320,6 +321,8 @@ def _converted(value: Any, hint: Any, what: str) -> Any:
     origin = get_origin(hint)
     if origin is Annotated:
         return _converted(value, get_args(hint)[0], what)
+    if origin in (Union, UnionType) and value == "":
+        return None
     if origin in (Union, UnionType):
         return _converted(value, next(a for a in get_args(hint) if a is not type(None)), what)
     if origin is Literal:

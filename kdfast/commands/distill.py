@@ -19,7 +19,7 @@ from kdfast.commands.config import Distill, parse_options
 from kdfast.commands.session import Session, environment, load_data, loader_maker, preparation, session
 from kdfast.data import ImageData, Loaders
 from kdfast.engine import Evaluation, StageResult, evaluate
-from kdfast.models import ModelSpec, feature_size, parameter_count, projection_head
+from kdfast.models import ModelSpec, build, feature_size, parameter_count, projection_head
 from kdfast.recipes.conkd import EMBEDDING, EmbeddingTeacher
 from kdfast.recipes.recipe import Setup, Stages, Trained
 from kdfast.recipes.supervised import alone
@@ -49,6 +49,7 @@ def distill(config: Distill) -> Path:
     dataset = Path(config.data.dataset).name
     with session(config, f"{config.recipe}-{dataset}-{config.student.replace(':', '.')}") as opened:
         job = _Job(config, opened)
+        opened.begin()
         opened.console.say(f"kdfast distill: {recipe.title}")
         opened.console.say(job.header())
         teacher, teacher_facts = job.teacher() if recipe.needs_teacher else (None, None)
@@ -85,6 +86,18 @@ class _Job:
             make_loaders=self._loaders,
             say=opened.console.say,
         )
+        # what cannot work should fail now, not after the teacher's training
+        for spec in (self._setup.student_spec, self._setup.teacher_spec)[: 2 if self._trains_teacher else 1]:
+            with torch.device("meta"):
+                build(spec)
+        self._setup.loaders(config.training)
+        self._given = None if config.teacher == "train" else self._given_teacher()
+        if self._given is not None and not self._recipe.needs_teacher:
+            raise ValueError(f"teacher {config.teacher} was given, but recipe {config.recipe} has none")
+
+    @property
+    def _trains_teacher(self) -> bool:
+        return self._recipe.needs_teacher and self.config.teacher == "train"
 
     def header(self) -> str:
         """What is about to run, in a few lines."""
@@ -101,7 +114,9 @@ class _Job:
                 "BatchNorm sees the parts"
             )
         if data.val_is_test:
-            lines.append("  note: the test images choose the best epoch (val_fraction 0), so test numbers of the best epoch flatter")
+            lines.append(
+                "  note: no validation images (val_fraction 0): the last epoch is kept"
+            )
         return "\n".join(lines)
 
     # ---- teacher ----
@@ -109,7 +124,7 @@ class _Job:
     def teacher(self) -> tuple[nn.Module, dict[str, Any]]:
         """The teacher, given or trained, and how it does."""
         config, setup, run = self.config, self._setup, self._opened.run
-        given = None if config.teacher == "train" else self._given_teacher()
+        given = self._given
         source = config.teacher if given else "trained in this run"
         if given is None and not config.teacher_pretrained:
             self._notes.append("The teacher was trained in this run, from random weights.")
@@ -120,14 +135,13 @@ class _Job:
             self._save_teacher(model, spec)
         evaluation = self._evaluate(model, self._setup.loaders(setup.teacher_training, all_labels=True))
         classes = setup.classes
-        self._opened.console.say(
-            f"  teacher: {spec.name}, {parameter_count(model):,} parameters, test top-1 {100 * evaluation.top1:.2f} % ({source})"
-        )
+        size = parameter_count(model.model if isinstance(model, EmbeddingTeacher) else model)
+        self._opened.console.say(f"  teacher: {spec.name}, {size:,} parameters, test top-1 {100 * evaluation.top1:.2f} % ({source})")
         if evaluation.top1 < 1.5 / classes:
             text = f"The teacher is no better than chance ({100 * evaluation.top1:.1f} % with {classes} classes)."
             self._opened.console.say(f"  warning: {text} Is it of these classes, in this order, with this normalization?")
             self._notes.append(text)
-        facts = {"model": spec.name, "parameters": parameter_count(model), "source": source}
+        facts = {"model": spec.name, "parameters": size, "source": source}
         return model, facts | _numbers(evaluation) | {"images_per_s": evaluation.images_per_s, "confusion": evaluation.confusion}
 
     def _plain_teacher(self, given: Trained | None) -> Stages[Trained]:
@@ -174,7 +188,8 @@ class _Job:
             setup = replace(self._setup, seed=seed)
             with self._opened.run.section(f"seed{seed}", seed):
                 if self.config.run.baseline:
-                    arms["alone"].append(self._arm(alone(setup), setup))
+                    smoothing = getattr(self.config.method, "label_smoothing", 0.0)
+                    arms["alone"].append(self._arm(alone(setup, label_smoothing=smoothing), setup))
                 arms["distilled"].append(self._arm(self._recipe.distil(setup, self.config.method, teacher), setup))
         return arms
 
@@ -188,7 +203,7 @@ class _Job:
                     stage = stages.send(answer) if answer is not None else next(stages)
                 except StopIteration as end:
                     return end.value
-                answer = yield stage
+                answer = yield replace(stage, keep="last") if self._data.val_is_test and stage.best.startswith("val/") else stage
                 results.append(answer)
 
         model, spec = self._opened.run.complete(recorded())
@@ -212,10 +227,15 @@ class _Job:
         distilled = arms["distilled"]
         chosen = max(distilled, key=lambda arm: arm.result.metrics.get("val/top1", -arm.result.metrics.get("val/loss", 0.0)))
         artifact.save(folder / "best.safetensors", chosen.model.state_dict(), chosen.spec, data.classes, self._prepared)
+        if teacher and arms["alone"] and teacher["top1"] < statistics.mean(arm.best.top1 for arm in arms["alone"]):
+            self._notes.append("The teacher is less accurate than the student alone: it has little to teach.")
+            console.say(f"  warning: {self._notes[-1]}")
         seed = self.config.run.seed
+        kept = distilled[0].result.kept
         paired = None
         if arms["alone"] and len(distilled) > 1:
-            paired = report.paired_difference([arm.best.top1 for arm in arms["alone"]], [arm.best.top1 for arm in distilled])
+            top1 = {name: [getattr(arm, kept).top1 for arm in of] for name, of in arms.items()}
+            paired = report.paired_difference(top1["alone"], top1["distilled"])
         results = {
             "recipe": self.config.recipe,
             "preset": self.config.preset,
@@ -224,14 +244,12 @@ class _Job:
             "test_images": distilled[0].best.images,
             "label_fraction": self.config.data.label_fraction,
             "val_is_test": data.val_is_test,
+            "kept": kept,
             "teacher": teacher,
-            "student": {
-                "model": self.config.student,
-                "parameters": parameter_count(chosen.model),
-                "images_per_s": statistics.median(arm.best.images_per_s for arm in distilled),
-            },
+            "student": self._network(distilled),
+            "student_alone": self._network(arms["alone"]) if arms["alone"] else None,
             "arms": {name: [_facts(arm, seed + k) for k, arm in enumerate(of)] for name, of in arms.items()},
-            "confusion": {name: _summed([arm.best.confusion for arm in of]) for name, of in arms.items()},
+            "confusion": {name: _summed([getattr(arm, kept).confusion for arm in of]) for name, of in arms.items()},
             "paired": paired,
             "notes": self._notes,
             "environment": environment(self._opened.world),
@@ -244,6 +262,10 @@ class _Job:
         console.say(report.verdict(results))
         console.say(f"student: {folder / 'best.safetensors'}")
         console.say(f"report:  {page}")
+
+    def _network(self, arms: Sequence[Arm]) -> dict[str, Any]:
+        speed = statistics.median(arm.best.images_per_s for arm in arms)
+        return {"model": self.config.student, "parameters": parameter_count(arms[0].model), "images_per_s": speed}
 
 
 def table(results: dict[str, Any]) -> Table:

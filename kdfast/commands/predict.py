@@ -45,8 +45,9 @@ def predict(options: Predict) -> dict[Path, list[tuple[str, float]]]:
     loaded = artifact.load(options.weights)
     if loaded.preparation is None or loaded.classes is None:
         raise ValueError(f"{loaded.path} does not say which classes it knows: predict needs weights that kdfast wrote")
-    if options.top < 1:
-        raise ValueError(f"top must be at least 1, got {options.top}")
+    for name in ("top", "batch_size"):
+        if getattr(options, name) < 1:
+            raise ValueError(f"{name} must be at least 1, got {getattr(options, name)}")
     paths = [path for given in options.images for path in _files(given)]
     if not paths:
         raise ValueError(f"no images in {', '.join(map(str, options.images))}")

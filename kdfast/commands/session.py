@@ -37,6 +37,16 @@ class Session:
         """The run folder."""
         return self.run.folder
 
+    def begin(self) -> None:
+        """Takes the folder for this configuration; to be called once all else has been found right.
+
+        Raises:
+            ValueError: the folder holds another configuration's run, or one that --resume was not asked for.
+        """
+        if self.world.main:
+            _claim(self.folder, self.config, self.console)
+        self.world.barrier()
+
 
 @contextmanager
 def session(config: Any, name: str) -> Iterator[Session]:
@@ -47,7 +57,7 @@ def session(config: Any, name: str) -> Iterator[Session]:
         name: of a new folder under runs/.
 
     Raises:
-        ValueError: the folder holds another configuration's run, or one that --resume was not asked for; no such device.
+        ValueError: no such device, or another process is running in the folder.
     """
     options: RunOptions = config.run
     if options.threads is not None:
@@ -57,9 +67,6 @@ def session(config: Any, name: str) -> Iterator[Session]:
     try:
         folder = _agreed(_folder(config, name), world)
         with _held(folder, world), catching() as stop:
-            if world.main:
-                _claim(folder, config)
-            world.barrier()
             logs = observers(options.log, folder) if world.main else ()
             run = Run(folder, world, _speed(options, world), seed=options.seed, stop=stop, console=console, observers=logs)
             yield Session(config, run, world, console)
@@ -111,7 +118,7 @@ def _differences(folder: Path, config: Any) -> list[str]:
     return configuration.differences(config, theirs)
 
 
-def _claim(folder: Path, config: Any) -> None:
+def _claim(folder: Path, config: Any, console: Console) -> None:
     """Writes config.toml into a new folder, or checks that the one there is ours to continue."""
     path = folder / "config.toml"
     if path.exists():
@@ -124,6 +131,8 @@ def _claim(folder: Path, config: Any) -> None:
     foreign = [p.name for p in folder.iterdir() if p.name != ".lock"]
     if foreign:
         raise ValueError(f"run folder {folder} is neither empty nor a run: it holds {', '.join(sorted(foreign)[:3])}")
+    if config.run.resume:
+        console.say(f"  no run of this configuration to resume: starting one in {folder}")
     files.write_text(path, configuration.to_toml(replace(config, run=replace(config.run, out=None, resume=False))))
 
 

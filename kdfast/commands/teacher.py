@@ -35,6 +35,7 @@ def teach(config: Teach) -> Path:
             model = create(spec.name, spec.num_classes, pretrained=config.pretrained, **options)
         loaders = loader_maker(data, config.data, prepared, config.run.seed, opened.world)
         batches = loaders(config.training, None, False, config.run.seed)
+        opened.begin()
         opened.console.say(
             f"kdfast teacher: {config.model}, {parameter_count(model):,} parameters, on {data.name} ({len(data.train):,} training images)"
         )
@@ -53,6 +54,7 @@ def teach(config: Teach) -> Path:
                 "test_images": evaluation.images,
                 "label_fraction": config.data.label_fraction,
                 "val_is_test": data.val_is_test,
+                "kept": "best",
                 "teacher": {"model": config.model, "parameters": parameter_count(model), "source": "trained in this run", **facts},
                 "student": None,
                 "arms": {"alone": [], "distilled": []},

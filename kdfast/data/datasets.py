@@ -20,7 +20,7 @@ import torch
 
 from kdfast.data import cifar, images
 from kdfast.data.protocol import DataError
-from kdfast.data.splits import TEST, VALIDATION, ImageData, Split, absent, carve, fewer
+from kdfast.data.splits import TEST, VALIDATION, ImageData, Split, absent, carve, fewer, mixed
 from kdfast.data.transforms import NORMALIZATIONS
 
 IMAGENETTE = {
@@ -112,18 +112,19 @@ def load(
         raise DataError(f"max_images must be at least 1, got {max_images}")
     source = _SOURCES[name]
     raw = source.read(_locate(name, source, data_dir, download))
-    train, val, test = _three_splits(raw, source, val_fraction, seed)
+    train, held_out, test = _three_splits(raw, source, val_fraction, seed)
+    val = mixed(test if held_out is None else held_out, seed=seed)
     mean, std = NORMALIZATIONS[source.normalization]
     data = ImageData(
         name=name,
         classes=_unique(raw.classes),
         train=train,
-        val=test if val is None else val,
-        test=test,
+        val=val,
+        test=val if held_out is None else test,
         mean=mean,
         std=std,
         image_size=raw.image_size or source.image_size,
-        val_is_test=val is None,
+        val_is_test=held_out is None,
         train_transform=source.train_transform,
         eval_transform=source.eval_transform,
     )

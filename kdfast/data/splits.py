@@ -17,7 +17,7 @@ from kdfast.data.seeding import generator
 HIDDEN = -100
 """The label of an image whose class the student must not see; what PyTorch's losses ignore by default."""
 
-VALIDATION, TEST, FEWER, LABELS = range(4)
+VALIDATION, TEST, FEWER, LABELS, ORDER = range(5)
 """What a random choice is for: choices with one seed but different purposes are independent."""
 
 
@@ -162,6 +162,11 @@ def carve(split: Split, count: int, *, seed: int, purpose: int, classes: tuple[s
         raise DataError(f"{_listing('class', 'classes', single)} with 1 image: at least 2 are needed to divide the images into splits")
     chosen, others = stratified(split.labels, max(count, int((sizes > 0).sum())), seed=seed, purpose=purpose)
     return split.subset(chosen), split.subset(others)
+
+
+def mixed(split: Split, *, seed: int) -> Split:
+    """The same images in a random order: batches in the order of folders would hold one class, which contrastive losses cannot judge."""
+    return split.subset(torch.randperm(len(split), generator=generator(seed, ORDER)))
 
 
 def fewer(split: Split, count: int, *, seed: int) -> Split:

@@ -2,6 +2,7 @@
 
 import io
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,6 +46,12 @@ class World:
         dist.all_gather_object(everyones, packed.getvalue())
         return [torch.load(io.BytesIO(one), weights_only=True) for one in everyones]
 
+    def broadcast(self, tensors: Iterable[Tensor]) -> None:
+        """The main process's values, in place, everywhere."""
+        if self.size > 1:
+            for tensor in tensors:
+                dist.broadcast(tensor, 0)
+
     def barrier(self) -> None:
         """Waits until all processes are here."""
         if self.size > 1:
@@ -54,6 +61,15 @@ class World:
         """Leaves the process group."""
         if self.size > 1 and dist.is_initialized():
             dist.destroy_process_group()
+
+
+def mean_over_processes(value: Tensor) -> Tensor:
+    """The mean over all processes, float32, without a gradient and without waiting for the device; the value itself where alone."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return value
+    value = value.detach().float()
+    dist.all_reduce(value)
+    return value / dist.get_world_size()
 
 
 def join(device: str = "auto") -> World:

@@ -72,6 +72,7 @@ class StageLoop:
             ids = [world.device.index] if world.device.type == "cuda" else None
             forward = DistributedDataParallel(forward, device_ids=ids)
         self._ddp = forward if isinstance(forward, DistributedDataParallel) else None
+        self._eager: Callable[[Batch], Outputs] = forward
         self._forward: Callable[[Batch], Outputs] = torch.compile(forward) if options.compile else forward
         self._optimizer = make_optimizer(stage.parameters(), training)
         self._schedule = Schedule(
@@ -108,6 +109,7 @@ class StageLoop:
             images, seconds = self._meter.rows * self._world.size, self._epoch_seconds
             line: dict[str, Any] = {"stage": self.stage.name, "epoch": self.epoch + 1, "epochs": training.epochs, "lr": float(lr)}
             line |= self._meter.averages("train", self._world) | self._accuracy.accuracy("train", self._world)
+            self._world.broadcast(buffer for module in (self.trained, self._ema) if module is not None for buffer in module.buffers())
             with self.averaged_weights():
                 line |= self.validate()
             metric = self._metric(line)
@@ -172,7 +174,8 @@ class StageLoop:
     def validate(self) -> dict[str, float]:
         """Loss terms and accuracies on the validation split, with the weights as they are."""
         self.stage.modes(training=False)
-        terms, accuracy = TermMeter(self._world.device), AccuracyMeter(self._world.device)
+        # a process whose share of the images is empty knows the terms from training: all must take part in the sums
+        terms, accuracy = TermMeter(self._world.device, self._meter.names), AccuracyMeter(self._world.device)
         for batch in self.stage.data.val:
             with self._autocast():
                 outputs = self.stage.forward(batch)
@@ -237,8 +240,10 @@ class StageLoop:
         """The loss of the whole batch with the memory of a part (gradient caching, Gao et al. 2021, arXiv:2101.06983).
 
         First all outputs without a graph, then the loss and its gradient with respect to them, then every part again, with a
-        graph, driven by its rows of that gradient. Exact, but for BatchNorm, which sees the parts.
+        graph, driven by its rows of that gradient. Exact, but for BatchNorm, which sees the parts. Not compiled: compiled code draws
+        other dropout masks, and both passes must draw the same.
         """
+        buffers = [buffer.clone() for buffer in self.trained.buffers()]
         states, outputs, needs = [], [], set()
         for k, part in enumerate(parts):
             states.append(random_state.state_dict())
@@ -252,12 +257,14 @@ class StageLoop:
             terms = self._loss(whole, batch)
         self._scaler.scale(_total(terms)).backward()
         after, row = random_state.state_dict(), 0
+        for buffer, before in zip(self.trained.buffers(), buffers):
+            buffer.copy_(before)  # the second pass updates BatchNorm's statistics, once
         for k, (part, state) in enumerate(zip(parts, states)):
             random_state.load_state_dict(state)  # the same dropout masks as in the first pass
             rows = slice(row, row + len(part.labels))
             with self._unsynchronized(k == len(parts) - 1):
                 with self._autocast():
-                    output = self._forward(part)
+                    output = self._eager(part)
                 pairs = [(output[name], gradient[rows]) for name in sorted(needs) if (gradient := whole[name].grad) is not None]
                 torch.autograd.backward([value for value, _ in pairs], [gradient for _, gradient in pairs])
             row = rows.stop
@@ -281,11 +288,11 @@ class StageLoop:
             "schedule": self._schedule.state_dict(),
             "scaler": self._scaler.state_dict(),
             "ema": self._ema.state_dict() if self._ema is not None else None,
-            "meter": self._meter.state_dict(),
-            "accuracy": self._accuracy.counts,
             "best": [self.best_metric, self.best_epoch],
             "seconds": [self.seconds, self._epoch_seconds],
-            "random": self._world.gather(random_state.state_dict()),
+            "own": self._world.gather(
+                {"random": random_state.state_dict(), "meter": self._meter.state_dict(), "accuracy": self._accuracy.counts}
+            ),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -297,13 +304,14 @@ class StageLoop:
         self._scaler.load_state_dict(state["scaler"])
         if self._ema is not None:
             self._ema.load_state_dict(state["ema"])
-        self._meter.load_state_dict(state["meter"])
-        self._accuracy.counts.copy_(state["accuracy"])
         self.best_metric, self.best_epoch = state["best"]
         self.seconds, self._epoch_seconds = state["seconds"]
         self.stage.data.train.load_state_dict(state["loader"])
-        if len(state["random"]) == self._world.size:
-            random_state.load_state_dict(state["random"][self._world.rank])
+        if len(state["own"]) == self._world.size:  # else the numbers of processes differ, and with them what each had seen
+            own = state["own"][self._world.rank]
+            self._meter.load_state_dict(own["meter"])
+            self._accuracy.counts.copy_(own["accuracy"])
+            random_state.load_state_dict(own["random"])
 
 
 def _total(terms: dict[str, Tensor]) -> Tensor:

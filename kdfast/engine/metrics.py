@@ -26,19 +26,19 @@ class NonFiniteLoss(RuntimeError):
 class TermMeter:
     """Averages named loss terms over an epoch, weighted by rows, and remembers each term's first non-finite step. No host sync."""
 
-    def __init__(self, device: torch.device):
-        self._device = device
-        self._names: tuple[str, ...] = ()
-        self._sums = torch.zeros(0, device=device)
-        self._first_bad = torch.zeros(0, dtype=torch.int64, device=device)
-        self.rows = 0
+    def __init__(self, device: torch.device, names: tuple[str, ...] = ()):
+        self._device, self.rows = device, 0
+        self._begin(names)
+
+    def _begin(self, names: tuple[str, ...]) -> None:
+        self.names = names
+        self._sums = torch.zeros(len(names), dtype=torch.float64, device=self._device)
+        self._first_bad = torch.full((len(names),), -1, dtype=torch.int64, device=self._device)
 
     def add(self, terms: Mapping[str, Tensor], rows: int, step: int) -> None:
         """Adds the terms of one step (counted from 1) over `rows` images."""
-        if not self._names:
-            self._names = tuple(terms)
-            self._sums = torch.zeros(len(terms), dtype=torch.float64, device=self._device)
-            self._first_bad = torch.full((len(terms),), -1, dtype=torch.int64, device=self._device)
+        if not self.names:
+            self._begin(tuple(terms))
         values = torch.stack([value.detach().double() for value in terms.values()])
         self._sums += values * rows
         self._first_bad = torch.where((self._first_bad < 0) & ~values.isfinite(), step, self._first_bad)
@@ -46,25 +46,23 @@ class TermMeter:
 
     def check(self, stage: str, epoch: int) -> None:
         """Raises NonFiniteLoss if any term was not finite at any step so far. Reads from the device."""
-        for name, step in zip(self._names, self._first_bad.tolist()):
+        for name, step in zip(self.names, self._first_bad.tolist()):
             if step >= 0:
                 raise NonFiniteLoss(f"stage {stage}: the loss term {name!r} is not finite at epoch {epoch + 1}, step {step}")
 
     def averages(self, prefix: str, world: World) -> dict[str, float]:
         """{prefix/loss: sum of the terms, prefix/<term>: ...} over all processes."""
-        if not self._names:
-            return {}
         packed = world.sum(torch.cat([self._sums, self._sums.new_tensor([float(self.rows)])])).tolist()
         means = [total / max(packed[-1], 1.0) for total in packed[:-1]]
-        return {f"{prefix}/loss": sum(means)} | {f"{prefix}/{n}": m for n, m in zip(self._names, means)}
+        return {f"{prefix}/loss": sum(means)} | {f"{prefix}/{n}": m for n, m in zip(self.names, means)}
 
     def state_dict(self) -> dict[str, Any]:
         """State to resume from in the middle of an epoch."""
-        return {"names": list(self._names), "sums": self._sums, "first_bad": self._first_bad, "rows": self.rows}
+        return {"names": list(self.names), "sums": self._sums, "first_bad": self._first_bad, "rows": self.rows}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continues from `state`."""
-        self._names, self.rows = tuple(state["names"]), state["rows"]
+        self.names, self.rows = tuple(state["names"]), state["rows"]
         self._sums, self._first_bad = state["sums"].to(self._device), state["first_bad"].to(self._device)
 
 

@@ -28,6 +28,7 @@ from kdfast.engine.distributed import World
 from kdfast.engine.interrupt import Interrupted, StopRequest
 from kdfast.engine.journal import Journal
 from kdfast.engine.loop import Options, StageLoop
+from kdfast.engine.metrics import NonFiniteLoss
 from kdfast.engine.stage import Stage
 from kdfast.models import load_weights, save_weights
 
@@ -127,7 +128,6 @@ class Run:
             return self._finished(stage, folder)
         folder.mkdir(parents=True, exist_ok=True)
         checkpoint = self.folder / "checkpoint.pt"
-        weights = nn.ModuleList(stage.train)
         with self._console.stage(stage.name, stage.training.epochs, stage.data.train.samples * self.world.size) as progress:
             loop = StageLoop(stage, self.world, self.options, self._stop, progress.step)
             state = torch.load(checkpoint, map_location="cpu", weights_only=True) if checkpoint.exists() else None
@@ -147,7 +147,7 @@ class Run:
                 if self.world.main:
                     if line["best"]:
                         with loop.averaged_weights():
-                            save_weights(weights, folder / "best.safetensors", {})
+                            save_weights(loop.trained, folder / "best.safetensors", {})
                     self._journal.append(line)
                     for observe in self._observers:
                         observe(line)
@@ -157,6 +157,8 @@ class Run:
                     break
             if self.world.any(bool(self._stop)):
                 raise Interrupted(self._stop.signal_number or 15)
+        if loop.best_epoch < 0:
+            raise NonFiniteLoss(f"stage {stage.name}: {stage.best} was never a number, so there is no best epoch to keep")
         if self.world.main:
             self._finish(stage, loop, folder)
         self.world.barrier()
@@ -170,8 +172,6 @@ class Run:
         with loop.averaged_weights():
             save_weights(loop.trained, folder / "last.safetensors", {})
         lines = [line for line in self._journal.lines() if line["stage"] == stage.name]
-        if not (folder / "best.safetensors").exists():
-            raise RuntimeError(f"stage {stage.name}: {stage.best} was never a number, so there is no best epoch to keep")
         kept = lines[-1] if stage.keep == "last" else lines[loop.best_epoch]
         rates = [line["images_per_s"] for line in lines]
         files.write_json(

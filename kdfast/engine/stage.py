@@ -57,21 +57,26 @@ class Training:
     """Decay of an exponential moving average of the weights, which is then evaluated and kept."""
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.micro_batch is not None and self.micro_batch < 1:
-            raise ValueError(f"micro_batch must be at least 1, got {self.micro_batch}")
-        if not self.lr > 0:
-            raise ValueError(f"lr must be positive, got {self.lr}")
-        if self.weight_decay < 0:
+        for name, least in (("epochs", 1), ("batch_size", 1), ("micro_batch", 1), ("early_stop", 1), ("plateau_patience", 0)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"{name} must be at least {least}, got {value}")
+        for name in ("lr", "clip_norm"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"{name} must be positive, got {value}")
+        if not self.weight_decay >= 0:
             raise ValueError(f"weight_decay must not be negative, got {self.weight_decay}")
-        if self.warmup < 0 or (self.warmup >= self.epochs > 0 and self.warmup > 0):
+        for name, inside in (
+            ("momentum", 0 <= self.momentum < 1),
+            ("final_lr", 0 <= self.final_lr <= 1),
+            ("gamma", 0 < self.gamma <= 1),
+            ("ema", self.ema is None or 0 < self.ema < 1),
+        ):
+            if not inside:
+                raise ValueError(f"{name} must be between 0 and 1, got {getattr(self, name)}")
+        if not 0 <= self.warmup < self.epochs:
             raise ValueError(f"warmup must be from 0 to below epochs ({self.epochs}), got {self.warmup}")
-        if self.ema is not None and not 0 < self.ema < 1:
-            raise ValueError(f"ema must be between 0 and 1, got {self.ema}")
-        if self.clip_norm is not None and not self.clip_norm > 0:
-            raise ValueError(f"clip_norm must be positive, got {self.clip_norm}")
 
 
 @dataclass(frozen=True)
@@ -88,7 +93,7 @@ class Stage:
         training: optimizer, schedule, epochs.
         frozen: modules in eval mode whose parameters need no gradient: teachers, finished encoders. Applied before `train`, so a
             trained head may sit inside a frozen network.
-        best: the validation metric that picks the epoch kept: "val/top1" (highest) or "val/loss" or any "val/<term>" (lowest).
+        best: the metric that picks the epoch kept: "val/top1" (highest) or "val/loss" or any "val/<term>" (lowest).
         keep: "best", or "last" to keep the last epoch's weights whatever the metric says.
         couples_rows: the loss of one image depends on others of its batch (contrastive terms). Micro-batches then take two
             passes, so that the loss still sees the whole batch.

@@ -99,7 +99,7 @@ def create(name: str, num_classes: int, *, head: str = "linear", pretrained: boo
 
     Raises:
         ValueError: an unknown name (the message lists the nearest), an option that the network does not take.
-        RuntimeError: the pretrained weights cannot be fetched.
+        OSError: the pretrained weights cannot be fetched.
     """
     return _create(ModelSpec(name, num_classes, head, options), pretrained)
 
@@ -186,7 +186,7 @@ def _pretrained(name: str, num_classes: int, options: Mapping[str, Any]) -> nn.M
         model = torchvision.models.get_model(name, weights=weights, **options)
     except (OSError, RuntimeError) as error:  # no network (URLError is an OSError), or a file with another checksum
         folder = os.path.join(torch.hub.get_dir(), "checkpoints")
-        raise RuntimeError(
+        raise OSError(
             f"create: the ImageNet weights of {name!r} could not be fetched ({error}): put {weights.url} into {folder}, "
             f"or build without pretrained and load a file with load_weights"
         ) from error

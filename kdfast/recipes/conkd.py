@@ -64,11 +64,15 @@ class Settings:
     """Quirk of the notebooks: the classifier tested is the last epoch's, not the best."""
 
     def __post_init__(self) -> None:
-        for name in ("temperature", "contrast_temperature"):
+        for name in ("temperature", "contrast_temperature", "classify_lr", "teacher_classify_lr"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
-        if self.alpha < 0:
-            raise ValueError(f"alpha must not be negative, got {self.alpha}")
+        for name in ("alpha", "kd_weight", "ce_weight", "classify_weight_decay"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        for name in ("classify_epochs", "teacher_classify_epochs"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
 
 
 class EmbeddingTeacher(nn.Module):

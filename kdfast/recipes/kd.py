@@ -68,6 +68,7 @@ def distil(setup: Setup, settings: Settings, teacher: nn.Module | None) -> Stage
         loss=loss,
         data=setup.loaders(setup.training),
         training=setup.training,
+        couples_rows=setup.labels_hidden,
     )
     return Trained(student, setup.student_spec)
 
@@ -126,7 +127,7 @@ RECIPE = Recipe(
     presets={
         "default": Preset("T = 4, 0.1 CE + 0.9 T^2 KL, trained as suits the data set"),
         "repdistiller": Preset(
-            "RepDistiller's CIFAR-100 tables (Tian et al. 2020)",
+            "RepDistiller's CIFAR-100 tables (Tian et al. 2020); for MobileNet and ShuffleNet its lr is 0.01",
             {**REPDISTILLER, "temperature": 4.0, "kd_weight": 0.9, "ce_weight": 0.1},
         ),
         "dih-readme": Preset(

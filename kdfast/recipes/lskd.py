@@ -34,12 +34,12 @@ def distil(setup: Setup, settings: Settings, teacher: nn.Module | None) -> Stage
     setup.say(
         f"  effective weights: {settings.ce_weight:g} CE + {settings.kd_weight:g} x T^2 = {settings.kd_weight * T * T:g} KL at T = {T:g}"
     )
-    if settings.kd_weight <= 1:
+    if settings.kd_weight < 1:
         setup.say(f"  warning: kd_weight {settings.kd_weight:g} suits raw logits; standardized ones want about 9, or accuracy drops")
     return (yield from kd.distil(setup, settings, teacher))
 
 
-def _cifar100(pair: str, temperature: float, weight: float, teacher: str, student: str) -> Preset:
+def _cifar100(pair: str, temperature: float, weight: float, teacher: str, student: str, **more: object) -> Preset:
     return Preset(
         f"the authors' CIFAR-100 table, {pair}: T = {temperature:g}, weight {weight:g}",
         {
@@ -49,6 +49,7 @@ def _cifar100(pair: str, temperature: float, weight: float, teacher: str, studen
             "ce_weight": 0.1,
             "teacher_model": teacher,
             "student": student,
+            **more,
         },
     )
 
@@ -62,7 +63,7 @@ RECIPE = Recipe(
         "cifar100": _cifar100("most pairs", 2.0, 9.0, "resnet32x4", "resnet8x4"),
         "cifar100-resnet110-resnet20": _cifar100("ResNet-110 to ResNet-20", 4.0, 12.0, "resnet110", "resnet20"),
         "cifar100-vgg13-vgg8": _cifar100("VGG-13 to VGG-8", 3.0, 9.0, "vgg13_cifar", "vgg8_cifar"),
-        "cifar100-resnet50-mobilenetv2": _cifar100("ResNet-50 to MobileNetV2", 3.0, 1.0, "resnet50_cifar", "mobilenetv2_cifar"),
+        "cifar100-resnet50-mobilenetv2": _cifar100("ResNet-50 to MobileNetV2", 3.0, 1.0, "resnet50_cifar", "mobilenetv2_cifar", lr=0.01),
         "imagenet": Preset(
             "the authors' ImageNet table: T = 2, weight 9, CE 1",
             {**kd.IMAGENET, "temperature": 2.0, "kd_weight": 9.0, "ce_weight": 1.0},

@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kdfast.data import ImageData, Loaders
+from kdfast.data import HIDDEN, ImageData, Loaders
 from kdfast.engine import Stage, StageResult, Training
+from kdfast.engine.distributed import mean_over_processes
 from kdfast.engine.random_state import derive
 from kdfast.functional import kd_loss
 from kdfast.models import ModelSpec, create
@@ -126,9 +127,15 @@ class Recipe:
 
 
 def cross_entropy(logits: Tensor, labels: Tensor, *, label_smoothing: float = 0.0) -> Tensor:
-    """Mean cross-entropy over the images whose label is not hidden (-100); 0 where all are."""
+    """Mean cross-entropy over the images whose label is not hidden (-100), of all processes together; 0 where all are hidden.
+
+    Each process divides by the mean count over processes: averaging their gradients then gives the mean over all labelled images.
+    """
     total = F.cross_entropy(logits.float(), labels, reduction="sum", label_smoothing=label_smoothing)
-    return total / (labels != -100).sum().clamp_min(1)
+    count = (labels != HIDDEN).sum()
+    if torch.is_grad_enabled():  # in validation the processes may have different numbers of batches
+        count = mean_over_processes(count)
+    return total / torch.where(count > 0, count, 1)
 
 
 def ce_and_kd(

@@ -42,7 +42,9 @@ class Settings:
 def distil(setup: Setup, settings: Settings, teacher: nn.Module | None) -> Stages[Trained]:
     """One stage."""
     student = setup.student()
-    stages: tuple[str, ...] = student.stages  # type: ignore[assignment]
+    stages: tuple[str, ...] = getattr(student, "stages", ())
+    if not stages and not (settings.shallow and settings.deep):
+        raise ValueError(f"shallow and deep must be named: {setup.student_spec.name} does not say where its stages are")
     shallow, deep = settings.shallow or stages[(len(stages) - 1) // 2], settings.deep or stages[-1]
     size = setup.data.image_size
     (shallow_channels, *_), (deep_channels, *_) = tap_shapes(student, (shallow, deep), (3, size, size))
@@ -66,6 +68,7 @@ def distil(setup: Setup, settings: Settings, teacher: nn.Module | None) -> Stage
         loss=loss,
         data=setup.loaders(setup.training),
         training=setup.training,
+        couples_rows=setup.labels_hidden,
         best="train/top1" if settings.best_by_training_accuracy else "val/top1",
     )
     return Trained(student, setup.student_spec)
@@ -80,6 +83,7 @@ RECIPE = Recipe(
         "tutorial": Preset(
             "the tutorial 'Knowledge Distillation Implementation 3/3': ResNet-18 with ImageNet weights, 5 epochs; its quirks on",
             {
+                "dataset": "imagenette",
                 "student": "resnet18",
                 "pretrained": True,
                 "epochs": 5,

@@ -7,8 +7,13 @@ from kdfast.engine import Stage, Training
 from kdfast.recipes.recipe import Setup, Stages, Trained, cross_entropy
 
 
-def supervised(name: str, model: nn.Module, data: Loaders, training: Training, *, label_smoothing: float = 0.0) -> Stages[nn.Module]:
-    """One stage that trains `model` (images -> logits) with cross-entropy."""
+def supervised(
+    name: str, model: nn.Module, data: Loaders, training: Training, *, label_smoothing: float = 0.0, hidden: bool = False
+) -> Stages[nn.Module]:
+    """One stage that trains `model` (images -> logits) with cross-entropy.
+
+    `hidden` says that some labels are: the mean over those that are not then couples the rows of a batch.
+    """
     yield Stage(
         name,
         train=(model,),
@@ -16,6 +21,7 @@ def supervised(name: str, model: nn.Module, data: Loaders, training: Training, *
         loss=lambda outputs, batch: {"ce": cross_entropy(outputs["logits"], batch.labels, label_smoothing=label_smoothing)},
         data=data,
         training=training,
+        couples_rows=hidden,
     )
     return model
 
@@ -27,7 +33,10 @@ def teacher(setup: Setup) -> Stages[Trained]:
     return Trained(model, setup.teacher_spec)
 
 
-def alone(setup: Setup) -> Stages[Trained]:
+def alone(setup: Setup, *, label_smoothing: float = 0.0) -> Stages[Trained]:
     """The student without a teacher: the same initial weights, images, labels, augmentation, optimizer and epochs."""
-    model = yield from supervised("alone", setup.student(), setup.loaders(setup.training), setup.training)
+    data = setup.loaders(setup.training)
+    model = yield from supervised(
+        "alone", setup.student(), data, setup.training, label_smoothing=label_smoothing, hidden=setup.labels_hidden
+    )
     return Trained(model, setup.student_spec)

@@ -35,7 +35,7 @@ LISTED_CHANGES = 10
 
 
 class SummaryRow(NamedTuple):
-    """One line of the closing table. Accuracies are fractions of the test images, with the best epoch's weights."""
+    """One line of the closing table. Accuracies are fractions of the test images, with the weights that were kept."""
 
     name: str
     """"teacher", "student alone" or "student distilled"."""
@@ -67,8 +67,10 @@ def summary_rows(results: Mapping[str, Any]) -> list[SummaryRow]:
         rows.append(_row("teacher", test, [test["top1"]], [test.get("top5")], [test.get("loss")]))
     for arm in ("alone", "distilled"):
         if runs := _arm(results, arm):
-            top5, loss = ([run.get(f"best/{name}") for run in runs] for name in ("top5", "loss"))
-            rows.append(_row(f"student {arm}", results["student"], [run["best/top1"] for run in runs], top5, loss))
+            top1 = [run[f"{_kept(results)}/top1"] for run in runs]
+            top5, loss = ([run.get(f"{_kept(results)}/{name}") for run in runs] for name in ("top5", "loss"))
+            network = results.get("student_alone" if arm == "alone" else "student") or results["student"]
+            rows.append(_row(f"student {arm}", network, top1, top5, loss))
     return rows
 
 
@@ -144,7 +146,7 @@ def verdict(results: Mapping[str, Any]) -> str:
     alone, distilled = (_arm(results, arm) for arm in ("alone", "distilled"))
     if not distilled:
         return "No student was distilled in this run."
-    accuracy = statistics.fmean(run["best/top1"] for run in distilled)
+    accuracy = statistics.fmean(run[f"{_kept(results)}/top1"] for run in distilled)
     seeds = _count(len(distilled), "seed")
     if not alone:
         return (
@@ -153,7 +155,7 @@ def verdict(results: Mapping[str, Any]) -> str:
         )
     paired = results.get("paired")
     if not paired:
-        before = statistics.fmean(run["best/top1"] for run in alone)
+        before = statistics.fmean(run[f"{_kept(results)}/top1"] for run in alone)
         (change,) = _points(accuracy - before)
         evidence = "one seed shows" if len(distilled) == 1 else "seeds that do not pair show"
         return (
@@ -176,6 +178,11 @@ def _points(*fractions: float) -> list[str]:
     points = [100 * fraction for fraction in fractions]
     decimals = next((d for d in (1, 2, 3) if all(round(x, d) or abs(x) < 1e-9 for x in points)), 3)
     return [f"{x + 0.0:+.{decimals}f}" if round(x, decimals) else f"{0:.{decimals}f}" for x in points]
+
+
+def _kept(results: Mapping[str, Any]) -> str:
+    """Which epoch's weights a run kept, and is judged by: "best" on the validation images, or "last"."""
+    return results.get("kept") or "best"
 
 
 def _arm(results: Mapping[str, Any], arm: str) -> list[dict[str, Any]]:
@@ -446,7 +453,7 @@ def _seed_rows(results: Mapping[str, Any]) -> list[dict[str, Any]]:
     rows = []
     for seed in sorted({*arms["alone"], *arms["distilled"]}):
         found = {arm: runs[seed] for arm, runs in arms.items() if seed in runs}
-        tops = [run["best/top1"] for run in found.values()]
+        tops = [run[f"{_kept(results)}/top1"] for run in found.values()]
         rows.append({"seed": seed, "arms": found, "difference": tops[1] - tops[0] if len(tops) == 2 else None})
     return rows
 
