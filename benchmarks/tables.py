@@ -5,7 +5,6 @@ the peer wins are there like the others.
 """
 
 import json
-import re
 import statistics
 from collections.abc import Iterator
 from pathlib import Path
@@ -82,9 +81,9 @@ def table() -> str:
 def filled(text: str) -> str:
     """The text of a page with its tables between their markers."""
     for name, make in (("cpu-summary", summary), ("cpu", table)):
-        if f"<!-- table: {name} -->" in text:
-            made = make()
-            text = re.sub(rf"(<!-- table: {name} -->\n).*?(<!-- end -->)", lambda m: f"{m[1]}{made}\n{m[2]}", text, flags=re.DOTALL)
+        before, marker, rest = text.partition(f"<!-- table: {name} -->\n")
+        if marker:
+            text = f"{before}{marker}{make()}\n<!-- end -->{rest.partition('<!-- end -->')[2]}"
     return text
 
 

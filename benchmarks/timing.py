@@ -26,7 +26,8 @@ def interleaved(ours: Callable[[], Any], theirs: Callable[[], Any], *, pairs: in
     """Times the two in turn, ours theirs ours theirs ...; the speed-up is the median over pairs of theirs / ours.
 
     Args:
-        ours, theirs: callables without arguments.
+        ours: callable without arguments.
+        theirs: the same.
         pairs: how often each is timed.
         at_least: seconds that one timing lasts; short calls are repeated to fill it.
 

@@ -86,10 +86,7 @@ class KDLoss(nn.Module):
 
     def extra_repr(self) -> str:
         """What print(module) shows."""
-        return (
-            f"temperature={self.temperature}, standardize={self.standardize}, "
-            f"kd_weight={self.kd_weight}, ce_weight={self.ce_weight}"
-        )
+        return f"temperature={self.temperature}, standardize={self.standardize}, kd_weight={self.kd_weight}, ce_weight={self.ce_weight}"
 
 
 class LogitStandardizationLoss(nn.Module):

@@ -1,12 +1,15 @@
 """kd_loss against its reference in float64: the contracts of KERNELS.md section 5 that apply to it."""
 
 import os
+from itertools import accumulate
 
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kdfast.benchmarks.distill_kl import VARIANTS, measure, original
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from kdfast import reference
 from kdfast.functional import kd_loss
@@ -25,7 +28,7 @@ def logits(*shape, dtype=torch.float32, spread=3.0):
 def agree(inputs, upstream=None, floor=0.0, **options):
     """Value and gradients of kd_loss(*inputs) against float64, and a zero and a permuted gradient that must not pass.
 
-    floor: absolute error that passes, for inputs whose gradient is a difference of nearly equal probabilities.
+    floor: absolute error that passes, for inputs whose value or gradient is a small difference of nearly equal probabilities.
     """
 
     def call(function):
@@ -270,6 +273,44 @@ def test_inputs_are_never_written():
     assert all(torch.equal(a, b) for a, b in zip(inputs, before))
 
 
+def test_the_value_at_a_high_temperature_does_not_cancel():
+    for divergence in ("forward", "reverse", "js"):
+        for seed in range(20):
+            torch.manual_seed(seed)
+            inputs = [logits(2, 30), logits(2, 30)]
+            options = {"temperature": 8.0, "standardize": True, "divergence": divergence}
+            assert error(kd_loss(*inputs, **options), reference.kd_loss(*(x.double() for x in inputs), **options)) <= 3e-6
+
+
+def test_fake_tensors_leave_nothing_behind():
+    inputs = [logits(3, 4), logits(3, 4)]
+    distill_kl._constant.cache_clear()
+    with pytest.raises(RuntimeError, match="FakeTensor"), FakeTensorMode() as mode:
+        kd_loss(*(mode.from_tensor(x) for x in inputs))
+    assert kd_loss(*inputs).isfinite()
+
+
+def peak_memory(function, student):
+    """Most bytes live at once, beyond the inputs, while function() and its backward pass run."""
+    student.grad = None
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        function().backward()
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    return max(accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())))
+
+
+@pytest.mark.parametrize("shape", [(64, 1000), (256, 32000)], ids=str)
+def test_never_more_memory_than_the_original(shape):
+    student, teacher, labels = logits(*shape).requires_grad_(), logits(*shape), torch.randint(shape[1], shape[:1])
+    for name, options in VARIANTS.items():
+        y = labels if "ce_weight" in options else None
+        ours, theirs = (peak_memory(lambda: loss(student, teacher, y, **options), student) for loss in (kd_loss, original))  # noqa: B023
+        assert theirs > 4 * student.nbytes, "the measure misses what eager PyTorch allocates"
+        assert ours <= theirs + 8 * shape[0], f"{name}: more than eager and two numbers a row"
+        if shape[0] > 64:
+            assert ours <= 1.1 * student.nbytes, f"{name}: the gradient, and buffers of a chunk"
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_compiles_without_a_break_and_equals_eager(dtype):
     labels = torch.randint(12, (6,))
@@ -311,7 +352,7 @@ def test_fuzz(N, C, K, temperature, standardize, divergence, reduction, smoothin
     inputs = [logits(N, C, dtype=dtype) for _ in range(1 + K)]
     agree(
         inputs, labels=torch.randint(C, (N,)), temperature=temperature, standardize=standardize, divergence=divergence,
-        reduction=reduction, label_smoothing=smoothing, ce_weight=ce_weight, floor=3e-6 + 1e-6 * temperature**2,
+        reduction=reduction, label_smoothing=smoothing, ce_weight=ce_weight, floor=1e-6,  # contract 1 allows 1e-5 T max(p)
     )  # fmt: skip
 
 
@@ -358,10 +399,8 @@ def test_modules():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("shape", [(8, 10), (128, 100), (256, 1000), (1024, 1000)], ids=str)
+@pytest.mark.parametrize("shape", [(8, 10), (64, 100), (128, 100), (256, 1000), (1024, 1000)], ids=str)
 def test_not_slower_than_the_original(shape):
-    from kdfast.benchmarks.distill_kl import measure
-
     best = {}
     for _ in range(3):
         for case in measure(*shape, pairs=20):

@@ -114,9 +114,7 @@ class _Job:
                 "BatchNorm sees the parts"
             )
         if data.val_is_test:
-            lines.append(
-                "  note: no validation images (val_fraction 0): the last epoch is kept"
-            )
+            lines.append("  note: no validation images (val_fraction 0): the last epoch is kept")
         return "\n".join(lines)
 
     # ---- teacher ----

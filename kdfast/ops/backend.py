@@ -89,7 +89,8 @@ def kernel(operator: str, *tensors: Tensor) -> ModuleType | None:
         RuntimeError: the backend is "triton", and there is no such kernel or it does not take these tensors.
     """
     choice = current()
-    if choice == "torch":
+    # the usual CPU call is settled by its first tensor: small losses there cost little more than such questions
+    if choice == "torch" or (choice == "auto" and not _INTERPRETED and not tensors[0].is_cuda):
         return None
     runs_here = all((t.is_cuda or _INTERPRETED) and t.dtype in KERNEL_DTYPES for t in tensors if t.is_floating_point())
     if choice == "auto":

@@ -11,11 +11,13 @@ A row of C logits x, at temperature T:
 The forward pass computes the gradient as well, while the row is at hand. The first backward pass gives that buffer away,
 so that it becomes the .grad of a leaf without a copy; a further one (retain_graph) computes it again.
 
-The PyTorch form walks the batch in chunks of rows that stay in cache, through buffers that every chunk uses again.
+KL is summed as p (log p - log q) + q - p: the last two add 0 to a row and cancel the rounding of the logarithms, which at a
+high temperature are nearly equal. The PyTorch form walks the batch in chunks of rows that stay in cache.
 """
 
 import math
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -109,27 +111,25 @@ def _check(student: Tensor, teachers: Sequence[Tensor], labels: Tensor | None, o
 class _DistillKL(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, options: Options, labels: Tensor | None, student: Tensor, *teachers: Tensor) -> Tensor:
-        wanted = ctx.needs_input_grad[2:]
-        ctx.options, ctx.launch, ctx.wanted = options, _launcher(student, teachers), wanted
+        wanted, launch = ctx.needs_input_grad[2:], _launcher(student, teachers)
         # a float16 gradient of a mean underflows before a GradScaler's upstream factor lifts it: such wait for the factor
-        half = torch.float16
-        ctx.deferred = (student.dtype == half and wanted[0]) or any(t.dtype == half and t.requires_grad for t in teachers)
-        now = (False,) * len(wanted) if ctx.deferred else wanted
-        loss, gradients = ctx.launch(student, teachers, labels, options, now, None)
-        if torch.compiler.is_compiling() and not ctx.deferred:
+        deferred = torch.float16 in [x.dtype for x, need in zip((student, *teachers), wanted) if need]
+        loss, gradients = launch(student, teachers, labels, options, (False,) * len(wanted) if deferred else wanted, None)
+        ctx.options, ctx.launch, ctx.wanted, ctx.deferred = options, launch, wanted, deferred
+        if torch.compiler.is_compiling() and not deferred:
             ctx.save_for_backward(*gradients)
         else:
             ctx.save_for_backward(labels, student, *teachers)
-            ctx.gradients = None if ctx.deferred else gradients
+            ctx.gradients = None if deferred else gradients
         return loss
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         if torch.compiler.is_compiling():
             gradients = _again(ctx, upstream) if ctx.deferred else [_scaled(g, upstream) for g in ctx.saved_tensors]
+        elif torch.is_grad_enabled():
+            raise RuntimeError("kd_loss has no second derivative: call backward() or grad() without create_graph=True")
         else:
-            if torch.is_grad_enabled():
-                raise RuntimeError("kd_loss has no second derivative: call backward() or grad() without create_graph=True")
             gradients, ctx.gradients = ctx.gradients, None  # given away: whoever gets the buffer may keep it
             if gradients is None:
                 gradients = _again(ctx, upstream)
@@ -137,7 +137,7 @@ class _DistillKL(torch.autograd.Function):
                 for gradient in gradients:
                     gradient.mul_(upstream[..., None] if upstream.dim() else upstream)
         remaining = iter(gradients)
-        return None, None, *(next(remaining) if need else None for need in ctx.wanted)
+        return None, None, *[next(remaining) if need else None for need in ctx.wanted]
 
 
 def _again(ctx: Any, upstream: Tensor) -> list[Tensor]:
@@ -210,15 +210,15 @@ def _(
 
 
 def _arithmetic(*tensors: Tensor) -> torch.dtype:
-    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+    return torch.float64 if torch.float64 in [x.dtype for x in tensors] else torch.float32
 
 
 # ---- the PyTorch form ------------------------------------------------------------------------------------------------
 
-CHUNK = 2**16  # elements a thread: a handful of float32 buffers of that size stay in its second-level cache
+CHUNK = 2**16  # elements a thread: a handful of float32 temporaries of that size stay in its second-level cache
 CHUNK_OFF_CPU = 2**26  # elements in all: few launches, bounded memory
 
-Scale = float | Tensor  # of the gradients: one number, or one a row, [R, 1]
+Scale = float | Tensor  # of a loss and its gradients: one number, or one a row, [R, 1]
 
 
 def loss_and_gradients(
@@ -229,7 +229,7 @@ def loss_and_gradients(
     wanted: Sequence[bool],
     upstream: Tensor | None,
 ) -> tuple[Tensor, list[Tensor]]:
-    """The loss, and its gradients times `upstream` (None: 1), by PyTorch operations. Call it where autograd records nothing.
+    """The loss and its gradients, times `upstream` where given, by PyTorch operations. Call it where autograd records nothing.
 
     Args:
         student: [..., C], floating.
@@ -259,50 +259,52 @@ def _batch(
     upstream: Tensor | None,
     zero_terms: bool,
 ) -> tuple[Tensor, list[Tensor]]:
-    leading, C = student.shape[:-1], student.shape[-1]
+    shape = student.shape
+    C = shape[-1]
     inputs = [student, *teachers]
-    gradients = [torch.empty_like(x, memory_format=torch.contiguous_format) if need else None for need, x in zip(wanted, inputs)]
-    outputs = gradients
-    if len(leading) != 1:
+    if len(shape) != 2:
         inputs = [x.reshape(-1, C) for x in inputs]
-        outputs = [g if g is None else g.view(-1, C) for g in gradients]
     N = inputs[0].shape[0]
+    dtype = _arithmetic(*inputs)
     labels, dropped, broken = _readable(labels, C, options.ignore_index)
-    rows = torch.zeros(N, 1, dtype=_arithmetic(*inputs), device=student.device)
 
     scale: Scale = 1.0
     if options.reduction == "mean":
-        scale = 1 / max(N, 1) if dropped is None else (N - dropped.sum(dtype=rows.dtype)).clamp_min_(1.0).reciprocal_()
+        scale = 1 / max(N, 1) if dropped is None else (N - dropped.sum(dtype=dtype)).clamp_min_(1.0).reciprocal_()
     if upstream is not None:
-        scale = upstream.to(rows.dtype).reshape(-1, 1) * scale
+        scale = upstream.to(dtype).reshape(-1, 1) * scale
     if isinstance(scale, Tensor):
         scale = scale.reshape(-1, 1).expand(N, 1)
 
     step = max(1, (CHUNK * torch.get_num_threads() if student.is_cpu else CHUNK_OFF_CPU) // C)
     if step >= N:
-        _chunk(inputs, labels, options, scale, rows, outputs, _FRESH, zero_terms)
+        rows, gradients = _chunk(inputs, dtype, labels, options, wanted, scale, zero_terms)
     else:
-        scratch = _Scratch(rows, step, C)
+        rows = student.new_empty(N, 1, dtype=dtype)
+        gradients = [x.new_empty(N, C) for need, x in zip(wanted, inputs) if need]
         for start in range(0, N, step):
             part = slice(start, start + step)
-            _chunk(
+            rows[part], pieces = _chunk(
                 [x[part] for x in inputs],
+                dtype,
                 None if labels is None else labels[part],
                 options,
+                wanted,
                 scale[part] if isinstance(scale, Tensor) else scale,
-                rows[part],
-                [None if g is None else g[part] for g in outputs],
-                scratch,
                 zero_terms,
             )
+            for gradient, piece in zip(gradients, pieces):
+                gradient[part] = piece
 
-    for mask, value in ((dropped, 0.0), (broken, math.nan)):
-        if mask is not None:
-            for x in (rows, *outputs):
-                if x is not None:
-                    x.masked_fill_(mask, value)
-    loss = rows.view(leading) if options.reduction == "none" else rows.sum()
-    return loss, [g for g in gradients if g is not None]
+    if dropped is not None:
+        for x in (rows, *gradients):
+            x.masked_fill_(dropped, 0)
+            if broken is not None:
+                x.masked_fill_(broken, math.nan)
+    loss = rows.view(shape[:-1]) if options.reduction == "none" else rows.sum()
+    if len(shape) != 2:
+        gradients = [g.view(shape) for g in gradients]
+    return loss, gradients
 
 
 def _readable(labels: Tensor | None, C: int, ignore_index: int) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
@@ -326,31 +328,31 @@ def _readable(labels: Tensor | None, C: int, ignore_index: int) -> tuple[Tensor 
     return labels.masked_fill(dropped | broken, 0), dropped, broken
 
 
-class _Scratch:
-    """Buffers [rows, C] for out=, handed out in turn and again after rewind(). Without `like` None, which is a fresh tensor each."""
-
-    def __init__(self, like: Tensor | None, rows: int = 0, C: int = 0) -> None:
-        self.like, self.rows, self.C = like, rows, C
-        self.buffers: list[Tensor] = []
-        self.used = 0
-
-    def take(self, rows: int) -> Tensor | None:
-        if self.like is None:
-            return None
-        if self.used == len(self.buffers):
-            self.buffers.append(self.like.new_empty(self.rows, self.C))
-        self.used += 1
-        return self.buffers[self.used - 1][:rows]
-
-    def copy(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        buffer = self.take(len(x))
-        return x.to(dtype) if buffer is None else buffer.copy_(x)
-
-    def rewind(self, used: int = 0) -> None:
-        self.used = used
-
-
-_FRESH = _Scratch(None)
+def _chunk(
+    logits: Sequence[Tensor],
+    dtype: torch.dtype,
+    labels: Tensor | None,
+    options: Options,
+    wanted: Sequence[bool],
+    scale: Scale,
+    zero_terms: bool,
+) -> tuple[Tensor, list[Tensor]]:
+    """The losses [R, 1] of R rows and the wanted gradients [R, C], both times `scale`."""
+    T, standardize, eps, kd_weight, ce_weight = options[:5]
+    student, *teachers = [x if x.dtype == dtype else x.to(dtype) for x in logits]
+    if kd_weight != 0:
+        q = _temper(student, T, standardize, eps)
+        rows, gradients = _distillation(teachers, q, options, wanted, scale, zero_terms)
+        if gradients[0] is not None:
+            _to_logits(gradients[0], q, T)  # here, where the teachers' temporaries are gone
+    else:
+        rows = student.new_zeros(len(student), 1)
+        gradients = [torch.zeros_like(x) if need else None for need, x in zip(wanted, (student, *teachers))]
+    if ce_weight != 0 and labels is not None:
+        if kd_weight == 0 or standardize or T != 1:
+            q = _temper(student, 1.0, False, 0.0)
+        _cross_entropy(q, labels, options, scale, rows, gradients[0])
+    return rows, [(g if g.dtype == x.dtype else g.to(x.dtype)).contiguous() for g, x in zip(gradients, logits) if g is not None]
 
 
 class _Tempered(NamedTuple):
@@ -363,97 +365,34 @@ class _Tempered(NamedTuple):
     width: Tensor | None = None  # (sd + eps) * T, [R, 1]
 
 
-def _chunk(
-    logits: list[Tensor],
-    labels: Tensor | None,
-    options: Options,
-    scale: Scale,
-    rows: Tensor,
-    gradients: list[Tensor | None],
-    scratch: _Scratch,
-    zero_terms: bool,
-) -> None:
-    """Adds the losses of R rows to `rows` [R, 1] and writes the gradients [R, C], both times `scale`."""
-    scratch.rewind()
-    student, *teachers = [x if x.dtype == rows.dtype else scratch.copy(x, rows.dtype) for x in logits]
-    total = gradients[0]  # the student's gradient, summed in place where its dtype is that of the arithmetic
-    if total is not None and total.dtype != rows.dtype:
-        total = scratch.copy(total, rows.dtype)
-
-    mark = scratch.used
-    q = None
-    if options.kd_weight != 0:
-        q = _temper(student, options.temperature, options.standardize, options.eps, scratch)
-        _distillation(teachers, q, options, scale, rows, total, gradients[1:], scratch, zero_terms)
-    else:
-        for gradient in (total, *gradients[1:]):
-            if gradient is not None:
-                gradient.zero_()
-    if options.ce_weight != 0 and labels is not None:
-        if q is None or options.standardize or options.temperature != 1:
-            scratch.rewind(mark)
-            q = _temper(student, 1.0, False, 0.0, scratch)
-        _cross_entropy(q, labels, options, scale, rows, total)
-    if total is not None and gradients[0] is not None and total is not gradients[0]:
-        gradients[0].copy_(total)
-
-
-def _distillation(
-    teachers: list[Tensor],
-    q: _Tempered,
-    options: Options,
-    scale: Scale,
-    rows: Tensor,
-    total: Tensor | None,
-    gradients: list[Tensor | None],
-    scratch: _Scratch,
-    zero_terms: bool,
-) -> None:
-    """Adds kd_weight * sum_k w_k T^2 divergence_k to `rows`; writes the student's gradient to `total`, the teachers' to `gradients`."""
-    T, weights, divergence = options.temperature, options.teacher_weights, _DIVERGENCE[options.divergence]
-    mark = scratch.used
-    for k, (teacher, weight, gradient) in enumerate(zip(teachers, weights, gradients)):
-        scratch.rewind(mark)
-        weight *= options.kd_weight
-        p = _temper(teacher, T, options.standardize, options.eps, scratch)
-        out = total if k == 0 else scratch.take(rows.shape[0])
-        value, dp, dq = divergence(p, q, gradient is not None, total is not None, out, scratch, zero_terms)
-        _add(rows, value, weight * T * T, scale)
-        if gradient is not None:
-            gradient.copy_(_to_logits(dp, p, T, scale * (weight * T), scratch))
-        if total is not None and k > 0:
-            total.add_(dq, alpha=weight)
-        elif total is not None and len(teachers) > 1:
-            total.mul_(weight)
-    if total is not None:
-        lone_weight = weight if len(teachers) == 1 else 1.0  # left for the last multiplication
-        _to_logits(total, q, T, scale * (lone_weight * T), scratch)
-
-
-def _add(total: Tensor, x: Tensor, weight: float, scale: Scale) -> None:
-    """Total += weight * scale * x."""
-    if isinstance(scale, Tensor):
-        total.addcmul_(x, scale, value=weight)
-    else:
-        total.add_(x, alpha=weight * scale)
-
-
-def _temper(x: Tensor, T: float, standardize: bool, eps: float, scratch: _Scratch) -> _Tempered:
+def _temper(x: Tensor, T: float, standardize: bool, eps: float) -> _Tempered:
     """Standardizes rows [R, C] if so asked, divides by T, and takes the softmax."""
-    R, C = x.shape
-    u, centred, norm, width = x, None, None, None
     if standardize:
         # moments of x - max: exact for a constant row, stable under an offset
-        centred = torch.sub(x, x.amax(-1, keepdim=True), out=scratch.take(R))
-        centred.sub_(_row_sums(centred).div_(C))
+        centred = x - x.amax(-1, keepdim=True)
+        centred.sub_(_row_sums(centred).div_(_number(x.shape[1], x)))
         norm = _row_norms(centred)
-        width = torch.add(norm.new_full((), eps * T), norm, alpha=T / math.sqrt(C - 1))
-        u = torch.div(centred, width, out=scratch.take(R))
-    elif T != 1:
-        u = torch.div(x, T, out=scratch.take(R))
-    log_probability = torch.log_softmax(u, -1, out=scratch.take(R))
-    probability = torch.exp(log_probability, out=scratch.take(R) if u is x else u)  # u is no longer needed
-    return _Tempered(log_probability, probability, centred, norm, width)
+        width = torch.add(_number(eps * T, x), norm, alpha=T / math.sqrt(x.shape[1] - 1))
+        u = centred / width
+        log_probability = torch.log_softmax(u, -1)
+        return _Tempered(log_probability, torch.exp(log_probability, out=u), centred, norm, width)
+    if T != 1:
+        x = x / _number(T, x)
+    log_probability = torch.log_softmax(x, -1)
+    return _Tempered(log_probability, log_probability.exp() if T == 1 else torch.exp(log_probability, out=x))
+
+
+def _number(value: float, like: Tensor) -> float | Tensor:
+    """A number in the form that an operation with `like` takes fastest: a tensor on the CPU, where it needs no conversion."""
+    return _constant(value, like.dtype) if like.is_cpu else value
+
+
+@lru_cache(maxsize=1024)
+def _constant(value: float, dtype: torch.dtype) -> Tensor:
+    constant = torch.tensor(value, dtype=dtype, device="cpu")
+    if type(constant) is not Tensor:  # raised, so never cached for later calls
+        raise RuntimeError(f"kd_loss reads values on the CPU, which a {type(constant).__name__} does not have")
+    return constant
 
 
 # All threads share a lone long row, and then sum it in another order than beside other rows. Two such rows are one each.
@@ -473,63 +412,82 @@ def _row_norms(x: Tensor) -> Tensor:
     return torch.linalg.vector_norm(x, dim=-1, keepdim=True)
 
 
-def _to_logits(du: Tensor, x: _Tempered, T: float, scale: Scale, scratch: _Scratch) -> Tensor:
-    """From dL/du to dL/dx, in place and times T * scale: through the division by T or the standardization."""
+def _distillation(
+    teachers: Sequence[Tensor], q: _Tempered, options: Options, wanted: Sequence[bool], scale: Scale, zero_terms: bool
+) -> tuple[Tensor, list[Tensor | None]]:
+    """Of R rows kd_weight * sum_k w_k T^2 divergence_k, [R, 1], and the gradients, the student's in u; all times `scale`."""
+    T, divergence = options.temperature, _DIVERGENCE[options.divergence]
+    through = T * T if options.standardize else T  # T^2 dL/du; without standardize dL/dx = dL/du / T at once
+    rows = total = None
+    gradients: list[Tensor | None] = []
+    for teacher, weight, want in zip(teachers, options.teacher_weights, wanted[1:]):
+        weight *= options.kd_weight
+        p = _temper(teacher, T, options.standardize, options.eps)
+        value, dp, dq = divergence(p, q, want, zero_terms)
+        _times(value, weight * T * T, scale)
+        rows = value if rows is None else rows.add_(value)
+        gradients.append(_to_logits(_times(dp, weight * through, scale), p, T) if want and dp is not None else None)
+        if wanted[0]:
+            _times(dq, weight * through, scale)
+            total = dq if total is None else total.add_(dq)
+    assert rows is not None, "there is at least one teacher"
+    return rows, [total, *gradients]
+
+
+def _times(x: Tensor, weight: float, scale: Scale) -> Tensor:
+    """Multiplies x by weight * scale, in place."""
+    return x.mul_(scale * weight if isinstance(scale, Tensor) else _number(scale * weight, x))
+
+
+def _to_logits(du: Tensor, x: _Tempered, T: float) -> Tensor:
+    """dL/dx from dL/du of standardized rows, in place; as it is for others."""
     if x.centred is None or x.norm is None or x.width is None:
-        return du.mul_(scale)
-    R, C = du.shape
-    along = _row_sums(torch.mul(du, x.centred, out=scratch.take(R)))
+        return du
+    along = _row_sums(du * x.centred)
     along.div_((x.width * x.norm).clamp_min_(1e-30))  # 0 / 1e-30 in a constant row: it has no direction to grow in
-    return du.addcmul_(x.centred, along, value=-T / math.sqrt(C - 1)).mul_(scale * T / x.width)
+    return du.addcmul_(x.centred, along, value=-T / math.sqrt(du.shape[1] - 1)).div_(x.width)
 
 
-# A divergence takes the teacher's p, the student's q, whether its gradients in u_teacher and u_student are wanted, and a buffer
-# for the latter, and returns its value [R, 1] and these two (unspecified where not wanted).
+# A divergence takes the teacher's p, the student's q and whether its gradient in u_teacher is wanted, and returns its value
+# [R, 1] and its gradients in u_teacher (None where not wanted) and u_student. All three belong to the caller.
 
 
-def _kl(
-    p: _Tempered, q: _Tempered, want_p: bool, out_p: Tensor | None, out_q: Tensor | None, scratch: _Scratch, zero_terms: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """KL(p || q). zero_terms: a class of probability 0 counts as 0 even where a logarithm is infinite."""
-    log_ratio = torch.sub(p.log_probability, q.log_probability, out=out_p)
+def _kl(p: _Tempered, q: _Tempered, want_p: bool, zero_terms: bool) -> tuple[Tensor, Tensor | None, Tensor]:
+    """KL(p || q). zero_terms: a class of probability 0 counts as 0 even where a logarithm is infinite. Without want_p, uses p up."""
+    log_ratio = torch.sub(p.log_probability, q.log_probability, out=None if want_p else p.log_probability)
     if zero_terms:
         log_ratio.masked_fill_(p.probability == 0, 0)
-    dq = torch.sub(q.probability, p.probability, out=out_q)
-    # q - p sums to 0 over a row, and makes sum p log(p / q) + q - p stationary in both logarithms: their rounding cancels
-    terms = torch.addcmul(dq, p.probability, log_ratio, out=scratch.take(len(dq)) if want_p else log_ratio)
-    value = _row_sums(terms)
-    return value, log_ratio.sub_(value).mul_(p.probability) if want_p else log_ratio, dq
+    dq = q.probability - p.probability
+    # q - p adds 0 to the row's sum of p log(p / q), and makes it stationary in both logarithms: their rounding cancels
+    value = _row_sums(torch.addcmul(dq, p.probability, log_ratio, out=None if want_p else log_ratio))
+    if not want_p:
+        return value, None, dq
+    dp = log_ratio.mul_(p.probability)
+    return value, dp.addcmul_(p.probability, _row_sums(dp), value=-1), dq
 
 
-def _forward(p: _Tempered, q: _Tempered, want_p: bool, want_q: bool, out: Tensor | None, scratch: _Scratch, zero_terms: bool) -> Any:
-    """KL(teacher || student)."""
-    R = len(p.probability)
-    return _kl(p, q, want_p, scratch.take(R), scratch.take(R) if out is None else out, scratch, zero_terms)
-
-
-def _reverse(p: _Tempered, q: _Tempered, want_p: bool, want_q: bool, out: Tensor | None, scratch: _Scratch, zero_terms: bool) -> Any:
-    """KL(student || teacher)."""
-    R = len(p.probability)
-    value, dq, dp = _kl(q, p, want_q, scratch.take(R) if out is None else out, scratch.take(R), scratch, zero_terms)
+def _reverse(p: _Tempered, q: _Tempered, want_p: bool, zero_terms: bool) -> tuple[Tensor, Tensor | None, Tensor]:
+    """KL(q || p)."""
+    value, dq, dp = _kl(q, p, True, zero_terms)
+    assert dq is not None
     return value, dp, dq
 
 
-def _jensen_shannon(p: _Tempered, q: _Tempered, want_p: bool, want_q: bool, out: Tensor | None, scratch: _Scratch, zero_terms: bool) -> Any:
-    """(KL(teacher || m) + KL(student || m)) / 2, m the equal mixture; its gradients are half of each term's own in p and q."""
-    R = len(p.probability)
-    m = torch.add(p.probability, q.probability, out=scratch.take(R)).div_(2)
-    mixture = _Tempered(torch.log(m, out=scratch.take(R)), m)
-    unused = scratch.take(R)
-    at_p, dp, _ = _kl(p, mixture, want_p, scratch.take(R), unused, scratch, zero_terms)
-    at_q, dq, _ = _kl(q, mixture, want_q, scratch.take(R) if out is None else out, unused, scratch, zero_terms)
-    return (at_p + at_q).div_(2), dp.div_(2), dq.div_(2)
+def _jensen_shannon(p: _Tempered, q: _Tempered, want_p: bool, zero_terms: bool) -> tuple[Tensor, Tensor | None, Tensor]:
+    """(KL(p || m) + KL(q || m)) / 2, m = (p + q) / 2. With r = log(q / p), log(m / p) = log(1 + (e^r - 1) / 2)."""
+    # two impossible classes are alike; beyond 80 the smaller probability is nothing beside the other
+    r = (q.log_probability - p.log_probability).nan_to_num_(0.0).clamp_(-80, 80)
+    dp = r.expm1().div_(2).log1p_().mul_(p.probability).div_(-2)
+    dq = r.neg_().expm1_().div_(2).log1p_().mul_(q.probability).div_(-2)
+    at_p, at_q = _row_sums(dp), _row_sums(dq)
+    return at_p + at_q, dp.addcmul_(p.probability, at_p, value=-1), dq.addcmul_(q.probability, at_q, value=-1)
 
 
-_DIVERGENCE = {"forward": _forward, "reverse": _reverse, "js": _jensen_shannon}
+_DIVERGENCE = {"forward": _kl, "reverse": _reverse, "js": _jensen_shannon}
 
 
 def _cross_entropy(x: _Tempered, labels: Tensor, options: Options, scale: Scale, rows: Tensor, total: Tensor | None) -> None:
-    """Adds ce_weight * CE of labels [R, 1] to `rows` and its gradient to `total`. x at temperature 1; its probabilities are used up."""
+    """Adds ce_weight * CE of labels [R, 1] to `rows`, its gradient to `total`. x at temperature 1; its probabilities are used up."""
     smoothing, C = options.label_smoothing, x.probability.shape[1]
     _add(rows, x.log_probability.gather(1, labels), options.ce_weight * (smoothing - 1), scale)
     if smoothing:
@@ -540,3 +498,11 @@ def _cross_entropy(x: _Tempered, labels: Tensor, options: Options, scale: Scale,
     if smoothing:
         difference.sub_(smoothing / C)
     _add(total, difference, options.ce_weight, scale)
+
+
+def _add(total: Tensor, x: Tensor, weight: float, scale: Scale) -> None:
+    """Adds x * weight * scale to total."""
+    if isinstance(scale, Tensor):
+        total.addcmul_(x, scale, value=weight)
+    else:
+        total.add_(x, alpha=weight * scale)
