@@ -1,15 +1,13 @@
 """Timing that survives a noisy machine: two callables in turn, in one process, compared pair by pair."""
 
 import json
-import os
-import platform
 import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
+from kdfast import machine
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -45,30 +43,8 @@ def interleaved(ours: Callable[[], Any], theirs: Callable[[], Any], *, pairs: in
     }
 
 
-def machine() -> dict[str, Any]:
-    """The machine and the versions that a result belongs to."""
-    facts: dict[str, Any] = {
-        "cpu": _cpu_name(),
-        "cores": len(os.sched_getaffinity(0)),
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-    }
-    if torch.cuda.is_available():
-        facts |= {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda}
-    return facts
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
-
-
 def write_json(name: str, cases: list[dict[str, Any]]) -> Path:
     """Writes benchmarks/results/<name>.json: the machine, the date and one entry a case."""
     path = RESULTS / f"{name}.json"
-    path.write_text(json.dumps({"machine": machine(), "date": time.strftime("%Y-%m-%d"), "cases": cases}, indent=1) + "\n")
+    path.write_text(json.dumps({"machine": machine.facts(), "date": time.strftime("%Y-%m-%d"), "cases": cases}, indent=1) + "\n")
     return path

@@ -1,7 +1,5 @@
 """What every training command needs around its run: the folder, its configuration, the device, signals, loaders, the closing results."""
 
-import os
-import platform
 import shlex
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -12,7 +10,7 @@ from typing import Any
 
 import torch
 
-from kdfast import files
+from kdfast import files, machine
 from kdfast.commands import artifact
 from kdfast.commands import config as configuration
 from kdfast.commands.artifact import Preparation
@@ -20,7 +18,6 @@ from kdfast.commands.config import DataOptions, RunOptions
 from kdfast.data import ImageData, Loaders, hide_labels, load, make_loaders
 from kdfast.engine import Console, Options, Run, Training, World, catching, join, locked
 from kdfast.engine.logs import observers
-from kdfast.version import __version__
 
 
 @dataclass(frozen=True)
@@ -199,26 +196,5 @@ def loader_maker(
 
 def environment(world: World) -> Mapping[str, Any]:
     """What the results were made with."""
-    facts: dict[str, Any] = {
-        "kdfast": __version__,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "cpu": _cpu(),
-        "cores": len(os.sched_getaffinity(0)),
-        "threads": torch.get_num_threads(),
-        "processes": world.size,
-        "device": str(world.device),
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-    }
-    if world.device.type == "cuda":
-        facts |= {"gpu": torch.cuda.get_device_name(world.device), "cuda": torch.version.cuda}
-    return facts
-
-
-def _cpu() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
+    command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    return machine.facts() | {"processes": world.size, "device": str(world.device), "command": command}
