@@ -2,11 +2,11 @@
 
 from setuptools import find_packages, setup
 
-FOLDERS = {"kdfast.kernels": "kernels", "kdfast.benchmarks": "benchmarks"}
+FOLDERS = {"kdfast.kernels": "kernels", "kdfast.benchmarks": "benchmarks", "kdfast.benchmarks.results": "benchmarks/results"}
 
 setup(
     license="MIT",
     packages=find_packages(include=["kdfast", "kdfast.*"]) + list(FOLDERS),
     package_dir={"kdfast": "kdfast", **FOLDERS},
-    package_data={"kdfast": ["py.typed"], "kdfast.report": ["*.html"], "kdfast.benchmarks": ["results/*.json"]},
+    package_data={"kdfast": ["py.typed"], "kdfast.report": ["*.html"], "kdfast.benchmarks.results": ["*.json"]},
 )

@@ -2,9 +2,12 @@
 
 import json
 import os
+import shutil
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +16,7 @@ from torch import nn
 from kdfast.data import ImageData, Loaders, Split, make_loaders
 from kdfast.engine import Interrupted, NonFiniteLoss, Options, Run, Stage, Training, World
 from kdfast.engine.interrupt import StopRequest
+from kdfast.engine.logs import observers
 from kdfast.engine.metrics import AccuracyMeter, TermMeter, evaluate
 from kdfast.engine.schedule import factor, make_optimizer
 from kdfast.recipes.recipe import cross_entropy
@@ -388,3 +392,50 @@ def test_evaluate_counts_by_hand():
     assert result.confusion == [[6, 0, 0], [0, 6, 0], [0, 0, 6]]
     with pytest.raises(ValueError, match="has 4 classes"):
         evaluate(lambda images: images.mean(dim=(2, 3)), data.test, ("a", "b", "c", "d"), CPU)
+
+
+# ---- logs and compilation --------------------------------------------------------------------------------------------
+
+
+def test_tensorboard_is_told_every_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    told: list[tuple] = []
+
+    class Writer:
+        def __init__(self, folder: str):
+            assert folder == str(tmp_path / "tensorboard")
+
+        def add_scalar(self, name: str, value: float, epoch: int) -> None:
+            told.append((name, value, epoch))
+
+        def flush(self) -> None:
+            pass
+
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=Writer))
+    folder_after(tmp_path, observers=observers(["tensorboard"], tmp_path))
+    expected = [(f"{line['stage']}/val/top1", line["val/top1"], line["epoch"]) for line in lines(tmp_path)]
+    assert [entry for entry in told if entry[0].endswith("val/top1")] == expected
+
+
+@pytest.mark.parametrize("name", ["tensorboard", "wandb"])
+def test_a_missing_logger_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str):
+    for module in ("torch.utils.tensorboard", "wandb"):
+        monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(ValueError, match=rf"log {name} needs the package {name}: pip install kdfast\[{name}\]"):
+        observers([name], tmp_path)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
+def test_a_compiled_stage_follows_the_eager_one(tmp_path: Path):
+    ends = []
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Flatten(), nn.Linear(192, 8), nn.ReLU(), nn.Linear(8, 3))
+        (tmp_path / str(compiled)).mkdir()
+
+        def one(model=model):
+            return (yield stage("s", model, replace(TRAINING, epochs=2)))
+
+        result = Run(tmp_path / str(compiled), CPU, Options(compile=compiled)).complete(one())
+        ends.append((result.metrics["val/loss"], model[1].weight.detach().clone()))
+    assert ends[0][0] == pytest.approx(ends[1][0], rel=1e-4)
+    assert torch.allclose(ends[0][1], ends[1][1], rtol=1e-3, atol=1e-5)
