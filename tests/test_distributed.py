@@ -45,6 +45,7 @@ Run(folder, world, Options()).complete(stages())
 result = evaluate(lambda x: model(x.double()), data.test, ("a", "b", "c"), world)
 if world.main:
     torch.save([model.state_dict(), result.images, result.loss, result.confusion], folder / "end.pt")
+world.barrier()
 world.close()
 """
 

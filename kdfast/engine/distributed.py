@@ -1,5 +1,6 @@
 """One process or several: what torchrun's environment says, and the few collective operations that the loop needs."""
 
+import gc
 import io
 import os
 from collections.abc import Iterable
@@ -60,6 +61,7 @@ class World:
     def close(self) -> None:
         """Leaves the process group."""
         if self.size > 1 and dist.is_initialized():
+            gc.collect()  # DDP modules are parts of cycles; one that outlives its process group can abort the interpreter's exit
             dist.destroy_process_group()
 
 
