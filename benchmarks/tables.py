@@ -78,9 +78,18 @@ def table() -> str:
     return "\n".join([*lines, "", measured])
 
 
+def training() -> str:
+    """Images/s of whole training loops."""
+    result = json.loads((RESULTS / "cpu-self_distillation.json").read_text())
+    lines = ["| loop | images/s | over the tutorial's |", "|---|---:|---:|"]
+    lines += [f"| {c['variant']} | {c['images_per_s']:.1f} | {c['speedup']:.2f} |" for c in result["cases"]]
+    machine = result["machine"]
+    return "\n".join([*lines, "", f"{machine['cpu']}, {machine['threads']} threads, PyTorch {machine['torch']}, {result['date']}."])
+
+
 def filled(text: str) -> str:
     """The text of a page with its tables between their markers."""
-    for name, make in (("cpu-summary", summary), ("cpu", table)):
+    for name, make in (("cpu-summary", summary), ("cpu", table), ("cpu-training", training)):
         before, marker, rest = text.partition(f"<!-- table: {name} -->\n")
         if marker:
             text = f"{before}{marker}{make()}\n<!-- end -->{rest.partition('<!-- end -->')[2]}"
