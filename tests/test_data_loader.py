@@ -289,8 +289,7 @@ def test_signals_to_the_process_group_leave_the_workers_working():
         text=True,
         start_new_session=True,
     )
-    for _ in range(4):  # workers take turns: by now each has handed out a batch, so each has settled its signals
-        assert process.stdout.readline() == "batch\n"
+    assert process.stdout.readline() == "batch\n"  # of the first worker: the other may still be starting
     os.killpg(process.pid, signal.SIGINT)
     os.killpg(process.pid, signal.SIGTERM)
     started = time.monotonic()

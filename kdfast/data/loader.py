@@ -12,6 +12,7 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -156,7 +157,9 @@ class TorchvisionLoader:
     def _host_batches(self) -> Iterator[Batch]:
         """uint8 batches in host memory; what a worker could not do is raised here, without the worker's traceback."""
         try:
-            for batch in self._batches:
+            with _signals_held():
+                batches = iter(self._batches)
+            for batch in batches:
                 if isinstance(batch, str):
                     raise DataError(batch)
                 yield batch
@@ -252,6 +255,19 @@ def _import_what_workers_need() -> None:
     """Once, before they are forked: each of them would take seconds to import these by itself."""
     import torchvision.io
     import torchvision.transforms.v2  # noqa: F401
+
+
+@contextmanager
+def _signals_held() -> Iterator[None]:
+    """Ctrl-C and SIGTERM wait until the block has ended; workers that it starts inherit that until they have settled their own."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT, signal.SIGTERM])
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _leave_signals_to_the_main_process(_: int) -> None:
