@@ -48,6 +48,8 @@ class Settings:
     """Weight of the teacher's term, which has the factor T^2 already; standardized logits want about 9 (lskd.py)."""
     ce_weight: float = 1.0
     """Weight of the cross-entropy (joint)."""
+    label_smoothing: float = 0.0
+    """Label smoothing of the cross-entropy (joint)."""
     classify_epochs: int = 50
     """Epochs of the student's classifier (notebook)."""
     classify_lr: float = 1e-4
@@ -128,6 +130,7 @@ def _joint(setup: Setup, settings: Settings, teacher: nn.Module) -> Stages[Train
             standardize=True,
             kd_weight=settings.kd_weight,
             ce_weight=0.0 if readme else settings.ce_weight,
+            label_smoothing=settings.label_smoothing,
             hidden=setup.labels_hidden,
         )
         hidden = batch.labels == -100

@@ -23,6 +23,8 @@ class Settings:
 
     alpha: float = 0.5
     """Weight of the feature term; the cross-entropy has 1 - alpha."""
+    label_smoothing: float = 0.0
+    """Label smoothing of the cross-entropy."""
     shallow: str | None = None
     """Module whose output learns; None: the middle stage."""
     deep: str | None = None
@@ -57,7 +59,7 @@ def distil(setup: Setup, settings: Settings, teacher: nn.Module | None) -> Stage
 
     def loss(outputs: Outputs, batch: Batch) -> Terms:
         features = feature_loss.feature_term(outputs["low"], outputs["high"])
-        ce = cross_entropy(outputs["logits"], batch.labels)
+        ce = cross_entropy(outputs["logits"], batch.labels, label_smoothing=settings.label_smoothing)
         return {"feature": settings.alpha * features, "ce": (1 - settings.alpha) * ce}
 
     yield Stage(
