@@ -87,17 +87,15 @@ class _Job:
             say=opened.console.say,
         )
         # what cannot work should fail now, not after the teacher's training
-        for spec in (self._setup.student_spec, self._setup.teacher_spec)[: 2 if self._trains_teacher else 1]:
-            with torch.device("meta"):
-                build(spec)
-        self._setup.loaders(config.training)
-        self._given = None if config.teacher == "train" else self._given_teacher()
-        if self._given is not None and not self._recipe.needs_teacher:
+        given = config.teacher != "train"
+        if given and not self._recipe.needs_teacher:
             raise ValueError(f"teacher {config.teacher} was given, but recipe {config.recipe} has none")
-
-    @property
-    def _trains_teacher(self) -> bool:
-        return self._recipe.needs_teacher and self.config.teacher == "train"
+        with torch.device("meta"):
+            build(self._setup.student_spec)
+            if self._recipe.needs_teacher and not given:
+                build(self._setup.teacher_spec)
+        self._setup.loaders(config.training)
+        self._given = self._given_teacher() if given else None
 
     def header(self) -> str:
         """What is about to run, in a few lines."""
@@ -126,8 +124,8 @@ class _Job:
         source = config.teacher if given else "trained in this run"
         if given is None and not config.teacher_pretrained:
             self._notes.append("The teacher was trained in this run, from random weights.")
-        stages = self._recipe.teacher(setup, config.method, given) if self._recipe.teacher else self._plain_teacher(given)
-        model, spec = run.complete(stages)
+        stages = self._recipe.teacher or supervised_teacher
+        model, spec = run.complete(stages(setup, config.method, given))
         model.to(self._opened.world.device).eval()
         if self._opened.world.main:
             self._save_teacher(model, spec)
@@ -141,9 +139,6 @@ class _Job:
             self._notes.append(text)
         facts = {"model": spec.name, "parameters": size, "source": source}
         return model, facts | _numbers(evaluation) | {"images_per_s": evaluation.images_per_s, "confusion": evaluation.confusion}
-
-    def _plain_teacher(self, given: Trained | None) -> Stages[Trained]:
-        return (yield from supervised_teacher(self._setup)) if given is None else given
 
     def _given_teacher(self) -> Trained:
         config, classes = self.config, self._setup.classes

@@ -13,10 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kdfast.data import Batch
+from kdfast.data import HIDDEN, Batch
 from kdfast.engine.distributed import World
-
-HIDDEN = -100
 
 
 class NonFiniteLoss(RuntimeError):

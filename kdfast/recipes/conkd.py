@@ -21,7 +21,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from kdfast.data import Batch, Loaders
+from kdfast.data import HIDDEN, Batch, Loaders
 from kdfast.engine import Stage, Training
 from kdfast.engine.stage import Outputs, Terms
 from kdfast.functional import kd_loss, supcon_loss
@@ -133,11 +133,10 @@ def _joint(setup: Setup, settings: Settings, teacher: nn.Module) -> Stages[Train
             label_smoothing=settings.label_smoothing,
             hidden=setup.labels_hidden,
         )
-        hidden = batch.labels == -100
-        stand_in = -1 - batch.index if readme else outputs["teacher"].argmax(dim=1)
+        likely = outputs["teacher"].argmax(dim=1)
         contrast = supcon_loss(
             outputs["embedding"],
-            torch.where(hidden, stand_in, batch.labels),
+            _alone_where_hidden(batch) if readme else torch.where(batch.labels == HIDDEN, likely, batch.labels),
             temperature=settings.contrast_temperature,
             self_positive=readme,
             normalize=readme,
@@ -205,7 +204,7 @@ def _notebook(setup: Setup, settings: Settings, teacher: EmbeddingTeacher) -> St
 def train_teacher(setup: Setup, settings: Settings, given: Trained | None) -> Stages[Trained]:
     """The notebook's teacher: a contrastive stage, from the given weights where there are some, then a linear classifier."""
     if settings.procedure != "notebook":
-        return (yield from supervised_teacher(setup)) if given is None else given
+        return (yield from supervised_teacher(setup, settings, given))
     if given is not None and isinstance(given.model, EmbeddingTeacher):
         return given
 
@@ -239,10 +238,14 @@ def train_teacher(setup: Setup, settings: Settings, given: Trained | None) -> St
     return Trained(EmbeddingTeacher(replace_head(encoder, head), projection), spec)
 
 
+def _alone_where_hidden(batch: Batch) -> Tensor:
+    """The labels, and for an image whose label is hidden a class of its own."""
+    return torch.where(batch.labels == HIDDEN, -1 - batch.index, batch.labels)
+
+
 def _contrast_twice(embedding: Tensor, batch: Batch, settings: Settings) -> Tensor:
-    """SupCon of the embedding given twice, as two views; an image with a hidden label is alone in its class."""
-    labels = torch.where(batch.labels == -100, -1 - batch.index, batch.labels)
-    return supcon_loss(embedding, labels, temperature=settings.contrast_temperature, duplicates=2)
+    """SupCon of the embedding given twice, as two views."""
+    return supcon_loss(embedding, _alone_where_hidden(batch), temperature=settings.contrast_temperature, duplicates=2)
 
 
 def _classify(name: str, encoder: nn.Module, head: nn.Module, training: Training, data: Loaders, keep: Literal["best", "last"]) -> Stage:

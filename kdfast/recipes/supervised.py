@@ -26,8 +26,10 @@ def supervised(
     return model
 
 
-def teacher(setup: Setup) -> Stages[Trained]:
-    """The teacher, trained on all labels."""
+def teacher(setup: Setup, settings: object, given: Trained | None) -> Stages[Trained]:
+    """The given teacher as it is, or one trained on all labels; the method's own settings have no part in it."""
+    if given is not None:
+        return given
     data = setup.loaders(setup.teacher_training, all_labels=True)
     model = yield from supervised("teacher", setup.new_teacher(), data, setup.teacher_training)
     return Trained(model, setup.teacher_spec)
