@@ -4,12 +4,14 @@ VENV ?= .venv
 TORCH ?= torch torchvision
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+# tests of operators with kernels, which run once more where Triton interprets these on the CPU
+INTERPRETED := tests/test_distill_kl.py tests/test_distill_kl_kernel.py tests/test_linear_kd.py
 
 .PHONY: demo test lint format clean help
 
 help:
 	@echo "make demo    install, and distil a student on handwritten digits (about 3 minutes after installation)"
-	@echo "make test    install, and run the tests"
+	@echo "make test    install, and run the tests, those of kernels in Triton's interpreter too"
 	@echo "make lint    ruff, its formatter and mypy"
 	@echo "make clean   remove environments, caches and runs"
 
@@ -23,7 +25,9 @@ demo: $(READY)
 	$(BIN)/kdfast distill
 
 test: $(READY)
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 -m "not speed"
+	$(BIN)/python -m pytest -m speed
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 -m "not speed" $(INTERPRETED)
 
 lint: $(READY)
 	$(BIN)/ruff check

@@ -1,95 +1,126 @@
-"""The Lion step on the CPU against lion-pytorch's two forms and AdamW: python -m kdfast.benchmarks.lion
+"""The Lion step for the harness: the parameters of ResNet-18 and ResNet-101, the latter's many small tensors included, and single tensors.
 
-Floor: five passes over memory (read p, g, m; write p, m), 20 bytes a float32 parameter, at the speed of a large copy_ measured
-here. Cases: the parameters of ResNet-18 and ResNet-101, the latter's many small tensors included, and one tensor of 256 MB.
+Its value is the momentum after the first step, its gradient what the step did to the parameters.
 """
 
-import gc
-import statistics
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
-import lion_pytorch
 import torch
 import torchvision
-from kdfast.benchmarks import timing
-from lion_pytorch.foreach import Lion as ForeachLion
+from kdfast.benchmarks.harness import COMPILED, EAGER, OURS, Case, Step, Variant
+from kdfast.benchmarks.timing import CPU
 from torch import Tensor
 
+from kdfast import reference
 from kdfast.optim import Lion
 
-PEERS: dict[str, Callable[[list[Tensor]], torch.optim.Optimizer]] = {
-    "lion_pytorch": lambda params: lion_pytorch.Lion(params, lr=1e-4, weight_decay=0.1),
-    "lion_pytorch.foreach": lambda params: ForeachLion(params, lr=1e-4, weight_decay=0.1),
-    "torch AdamW(foreach)": lambda params: torch.optim.AdamW(params, lr=1e-4, weight_decay=0.1, foreach=True),
-    "kdfast Lion(foreach=False)": lambda params: Lion(params, lr=1e-4, weight_decay=0.1, foreach=False),
+OPTIONS = {"lr": 1e-2, "weight_decay": 0.1}  # a rate at which the step stands out from rounding
+PARAMETERS = {
+    "cpu": {"quick": ["16 MB"], "usual": ["ResNet-18", "256 MB"], "long": ["ResNet-101"]},
+    "cuda": {"quick": ["ResNet-18"], "usual": ["ResNet-101", "256 MB"]},
 }
 
 
-def shapes(case: str) -> list[torch.Size]:
-    """The parameter shapes of a torchvision network, or of one tensor of 256 MB."""
-    if case == "256 MB":
-        return [torch.Size([64 * 2**20])]
+def cases(device: torch.device, dtype: torch.dtype) -> Iterator[Case]:
+    """Every set of parameters."""
+    for tier, names in PARAMETERS[device.type].items():
+        for name in names:
+            yield case(name, shapes(name), dtype, device, tier)
+
+
+def shapes(name: str) -> list[torch.Size]:
+    """The parameter shapes of a torchvision network, or of one tensor that in float32 has so many MB."""
+    if name.endswith(" MB"):
+        return [torch.Size([int(name.removesuffix(" MB")) * 2**18])]
     with torch.device("meta"):
-        return [p.shape for p in getattr(torchvision.models, case)().parameters()]
+        return [p.shape for p in getattr(torchvision.models, name.lower().replace("-", ""))().parameters()]
 
 
-def parameters(sizes: list[torch.Size]) -> list[Tensor]:
-    """Random parameters with random gradients."""
-    params = [torch.nn.Parameter(torch.randn(size)) for size in sizes]
-    for p in params:
-        p.grad = torch.randn_like(p)
-    return params
+def case(name: str, sizes: list[torch.Size], dtype: torch.dtype = torch.float32, device: torch.device = CPU, tier: Any = "usual") -> Case:
+    """Steps of parameters of these sizes."""
+
+    def inputs(seed: int) -> tuple[list[Tensor], list[Tensor]]:
+        random = torch.Generator(device).manual_seed(seed)
+        params, grads = ([torch.randn(size, generator=random, device=device).to(dtype) for size in sizes] for _ in range(2))
+        return [0.02 * p for p in params], grads
+
+    def exact(params: list[Tensor], grads: list[Tensor]) -> tuple[Tensor, Tensor]:
+        p, g = _flat(params).double(), _flat(grads).double()
+        after, momentum = reference.lion_step(p, g, torch.zeros_like(p), **OPTIONS)
+        return momentum, after - p
+
+    elements = sum(size.numel() for size in sizes)
+    return Case(
+        operator="Lion",
+        name=f"{name}, {len(sizes)} tensors" if len(sizes) > 1 else f"one tensor of {elements:,}",
+        shape={"tensors": len(sizes), "N": elements},
+        dtype=dtype,
+        device=device,
+        bytes=5 * elements * dtype.itemsize,  # parameter, gradient and momentum are read, parameter and momentum written
+        operations=10 * elements,  # decay 1, interpolation 3, sign 1, update 2, momentum 3
+        inputs=inputs,
+        exact=exact,
+        variants=_variants(device),
+        tier=tier,
+    )
 
 
-def copy_bandwidth(elements: int = 32 * 2**20) -> float:
-    """Bytes a second that copy_ reads and writes, best of ten."""
-    source, target = torch.randn(elements), torch.empty(elements)
-    seconds = []
-    for _ in range(10):
-        start = time.perf_counter()
-        target.copy_(source)
-        seconds.append(time.perf_counter() - start)
-    return 8 * elements / min(seconds)
+def _variants(device: torch.device) -> dict[str, Variant]:
+    def of(make: Callable[[list[Tensor]], torch.optim.Optimizer], compile: bool = False) -> Callable[..., Step]:
+        return lambda params, grads: _step(make, params, grads, compile)
 
+    def original() -> Callable[..., Any]:
+        from lion_pytorch import Lion
 
-def measure(case: str, peer: str, pairs: int) -> dict[str, Any]:
-    """Both optimizers step the same shapes in turn."""
-    sizes = shapes(case)
-    ours, theirs = Lion(parameters(sizes), lr=1e-4, weight_decay=0.1), PEERS[peer](parameters(sizes))
-    bandwidths = [copy_bandwidth()]
-    result = timing.interleaved(ours.step, theirs.step, pairs=pairs)
-    bandwidths.append(copy_bandwidth())
-    moved = 20 * sum(size.numel() for size in sizes)
-    floor_ms = 1e3 * moved / statistics.mean(bandwidths)
+        return lambda params: Lion(params, **OPTIONS)
+
+    def original_foreach() -> Callable[..., Any]:
+        from lion_pytorch.foreach import Lion
+
+        return lambda params: Lion(params, **OPTIONS)
+
+    def optimi() -> Callable[..., Any]:
+        from optimi import Lion
+
+        return lambda params: Lion(params, **OPTIONS, kahan_sum=False)  # what it does to 16-bit parameters unasked, and no other does
+
+    def timm() -> Callable[..., Any]:
+        from timm.optim import Lion
+
+        return lambda params: Lion(params, **OPTIONS)
+
+    def bitsandbytes() -> Callable[..., Any]:
+        from bitsandbytes.optim import Lion32bit
+
+        return lambda params: Lion32bit(params, **OPTIONS)
+
     return {
-        "case": case,
-        "peer": peer,
-        "tensors": len(sizes),
-        "bytes": moved,
-        "copy_GB_s": statistics.mean(bandwidths) / 1e9,
-        "floor_ms": floor_ms,
-        **result,
-        "ours_over_floor": result["ours_ms"] / floor_ms,
-        "theirs_over_floor": result["theirs_ms"] / floor_ms,
+        EAGER: Variant(lambda: of(original())),
+        COMPILED: Variant(lambda: of(original(), compile=True)),
+        "lion-pytorch foreach": Variant(lambda: of(original_foreach())),
+        "torch-optimi": Variant(lambda: of(optimi())),
+        "timm": Variant(lambda: of(timm())),
+        "bitsandbytes": Variant(lambda: of(bitsandbytes()), synchronizes=True),
+        OURS: Variant(lambda: of(lambda params: Lion(params, **OPTIONS, capturable=device.type == "cuda"))),
     }
 
 
-def main(pairs: int = 20) -> None:
-    """Measures every case, prints a table and writes results/cpu-lion.json."""
-    cases = []
-    for case in ("resnet18", "resnet101", "256 MB"):
-        for peer in PEERS:
-            gc.collect()
-            cases.append(measure(case, peer, pairs))
-            print(
-                "{case:10} {peer:28} ours {ours_ms:7.1f} ms ({ours_over_floor:.2f} x floor)  theirs {theirs_ms:7.1f} ms "
-                "({theirs_over_floor:.2f} x floor)  speed-up {speedup:.2f}".format(**cases[-1]),
-                flush=True,
-            )
-    print(timing.write_json("cpu-lion", cases))
+def _step(make: Callable[[list[Tensor]], torch.optim.Optimizer], params: list[Tensor], grads: list[Tensor], compile: bool) -> Step:
+    params = [torch.nn.Parameter(p.clone()) for p in params]
+    for p, g in zip(params, grads):
+        p.grad = g.clone()  # peers have been seen to use it as scratch
+    optimizer = make(params)
+    run = torch.compile(optimizer.step) if compile else optimizer.step
+
+    def results() -> tuple[Tensor, Tensor]:
+        before = _flat(params)
+        run()
+        momenta = [next(s for s in optimizer.state[p].values() if isinstance(s, Tensor) and s.shape == p.shape) for p in params]
+        return _flat(momenta), _flat(params).double() - before
+
+    return Step(run, results)
 
 
-if __name__ == "__main__":
-    main()
+def _flat(tensors: list[Tensor]) -> Tensor:
+    return torch.cat([x.detach().flatten() for x in tensors])

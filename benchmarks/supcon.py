@@ -1,33 +1,83 @@
-"""Supervised contrastive loss on the CPU, forward and backward: SupContrast's formula in eager PyTorch, the same compiled, and ours.
+"""Supervised contrastive loss, forward and backward, for the harness.
 
-    python -m kdfast.benchmarks.supcon [--large]      writes results/cpu-supcon.json
-
-Two views of N / 2 samples, 10 classes, unit rows, float32, tau = 0.07. A training step counts 6 N^2 D operations in the N x N form;
-the rates printed are of those, whatever a variant really computes.
+Two views of N / 2 samples, 10 classes, unit rows, tau = 0.07. A training step counts 6 N^2 D operations in the N x N form (2 forward,
+4 backward); rates are of those, whatever a variant really computes.
 """
 
-import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from kdfast.benchmarks import timing
+from kdfast.benchmarks.harness import Case, Variant, loss_step, loss_variants
+from kdfast.benchmarks.timing import CPU
 from torch import Tensor
 
+import kdfast
+from kdfast import reference
 from kdfast.losses import SupConLoss
 
-SIZES = (64, 256, 1024, 4096)
-LARGE = (8192,)
-WIDTHS = (128, 512)
+SIZES = {
+    "cpu": {
+        "quick": [(256, 128)],
+        "usual": [(64, 128), (1024, 128), (64, 512), (256, 512), (1024, 512)],
+        "long": [(4096, 128), (8192, 128), (4096, 512), (8192, 512)],
+    },
+    "cuda": {
+        "quick": [(1024, 128), (8192, 128)],
+        "usual": [(4096, 128), (8192, 512), (16384, 128)],
+        "long": [(32768, 128), (131072, 128)],
+    },
+}
 TEMPERATURE = 0.07
+LARGEST_MATRIX = 8192  # beyond this N, an N x N matrix in float64 is too much to check against
+
+
+def cases(device: torch.device, dtype: torch.dtype) -> Iterator[Case]:
+    """Every size."""
+    for tier, sizes in SIZES[device.type].items():
+        for N, D in sizes:
+            yield case(N, D, dtype, device, tier)
+
+
+def case(N: int, D: int, dtype: torch.dtype = torch.float32, device: torch.device = CPU, tier: Any = "usual") -> Case:
+    """N rows of D features, and the loss's gradient in them."""
+
+    def inputs(seed: int) -> tuple[Tensor, Tensor]:
+        random = torch.Generator(device).manual_seed(seed)
+        features = F.normalize(torch.randn(N // 2, 2, D, generator=random, device=device), dim=2).to(dtype)
+        return features.requires_grad_(), torch.randint(10, (N // 2,), generator=random, device=device)
+
+    def exact(features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        features = features.detach().double().requires_grad_()
+        if N <= LARGEST_MATRIX:
+            value = reference.supcon_loss(features, labels, temperature=TEMPERATURE)
+        else:
+            with kdfast.backend("torch"):  # in tiles; the tests hold it to the reference
+                value = kdfast.functional.supcon_loss(features, labels, temperature=TEMPERATURE)
+        return value.detach(), torch.autograd.grad(value, features)[0]
+
+    peers = {"pytorch-metric-learning": Variant(lambda: loss_step(_metric_learning()), synchronizes=True)}
+    return Case(
+        operator="supcon_loss",
+        name=f"N {N:,}, D {D}",
+        shape={"N": N, "D": D},
+        dtype=dtype,
+        device=device,
+        bytes=2 * N * D * dtype.itemsize,  # the features are read, their gradient is written
+        operations=6 * N**2 * D,
+        inputs=inputs,
+        exact=exact,
+        variants=loss_variants(eager, SupConLoss(TEMPERATURE), peers),
+        tier=tier,
+    )
 
 
 def eager(features: Tensor, labels: Tensor) -> Tensor:
     """The loss as SupContrast states it: N x N matrices, the maximum over the diagonal too; features [B, V, D], labels [B]."""
     B, V = features.shape[:2]
     same = (labels[:, None] == labels).float().repeat(V, V)
-    others = 1 - torch.eye(B * V)
+    others = 1 - torch.eye(B * V, device=features.device)
     rows = torch.cat(features.unbind(1))
     S = rows @ rows.T / TEMPERATURE
     S = S - S.max(dim=1, keepdim=True).values.detach()
@@ -38,64 +88,13 @@ def eager(features: Tensor, labels: Tensor) -> Tensor:
     return -((positive * log_probability).sum(1) / count).view(V, B).mean()
 
 
-def step(loss: Callable[[Tensor, Tensor], Tensor], features: Tensor, labels: Tensor) -> Callable[[], Tensor]:
-    """One forward and backward; returns the features' gradient."""
+def _metric_learning() -> Callable[..., Tensor]:
+    from pytorch_metric_learning.distances import DotProductSimilarity
+    from pytorch_metric_learning.losses import SupConLoss as Peer
 
-    def run() -> Tensor:
-        return torch.autograd.grad(loss(features, labels), features)[0]
+    peer = Peer(TEMPERATURE, distance=DotProductSimilarity(normalize_embeddings=False))
 
-    return run
+    def loss(features: Tensor, labels: Tensor) -> Tensor:
+        return peer(torch.cat(features.unbind(1)), labels.repeat(features.shape[1]))
 
-
-def batch(N: int, D: int) -> tuple[Tensor, Tensor]:
-    """Features [N / 2, 2, D] of unit length that require grad, labels [N / 2]."""
-    generator = torch.Generator().manual_seed(N + D)
-    features = F.normalize(torch.randn(N // 2, 2, D, generator=generator), dim=2)
-    return features.requires_grad_(), torch.randint(0, 10, (N // 2,), generator=generator)
-
-
-def case(N: int, D: int, pairs: int) -> dict[str, Any]:
-    """Times of all variants at one size, and their gradients' largest differences from eager's in float64."""
-    features, labels = batch(N, D)
-    ours = step(SupConLoss(TEMPERATURE), features, labels)
-    original = step(eager, features, labels)
-    torch._dynamo.reset()
-    compiled = step(torch.compile(eager), features, labels)
-    exact = original() if N > 4096 else step(eager, features.detach().double().requires_grad_(), labels)()
-    against_eager = timing.interleaved(ours, original, pairs=pairs)
-    against_compiled = timing.interleaved(ours, compiled, pairs=pairs)
-    return {
-        "N": N,
-        "D": D,
-        "operations": 6 * N * N * D,
-        "ours_ms": against_eager["ours_ms"],
-        "eager_ms": against_eager["theirs_ms"],
-        "compiled_ms": against_compiled["theirs_ms"],
-        "speedup_over_eager": against_eager["speedup"],
-        "speedup_over_compiled": against_compiled["speedup"],
-        "ours_error": ((ours() - exact).abs().max() / exact.abs().max()).item(),
-        "eager_error": ((original() - exact).abs().max() / exact.abs().max()).item(),
-    }
-
-
-def main() -> None:
-    """Times every size and writes the table."""
-    parser = argparse.ArgumentParser(description="supervised contrastive loss on the CPU: eager, compiled, ours")
-    parser.add_argument("--large", action="store_true", help="N = 8192 too")
-    sizes = SIZES + (LARGE if parser.parse_args().large else ())
-    cases = []
-    for D in WIDTHS:
-        for N in sizes:
-            cases.append(case(N, D, pairs=20 if N <= 1024 else 5))
-            row = cases[-1]
-            times = "  ".join(f"{name} {row[name + '_ms']:9.3f} ms" for name in ("eager", "compiled", "ours"))
-            rate = row["operations"] / row["ours_ms"] / 1e6
-            print(
-                f"N {N:6} D {D:4}  {times}  {row['speedup_over_eager']:5.2f}x {row['speedup_over_compiled']:5.2f}x  {rate:6.0f} GFLOP/s",
-                flush=True,
-            )
-    print(timing.write_json("cpu-supcon", cases))
-
-
-if __name__ == "__main__":
-    main()
+    return loss

@@ -1,46 +1,203 @@
-"""Timing that survives a noisy machine: two callables in turn, in one process, compared pair by pair."""
+"""Timing that survives a noisy machine: callables in turn, in one process, compared round by round; what a device alone takes; memory."""
 
 import json
+import math
+import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from kdfast import machine
 
 RESULTS = Path(__file__).parent / "results"
+CPU = torch.device("cpu")
+
+# ---- as the caller sees it -------------------------------------------------------------------------------------------
 
 
-def _once(function: Callable[[], Any], calls: int) -> float:
-    """Seconds a call."""
+def _once(function: Callable[[], Any], calls: int, device: torch.device = CPU) -> float:
+    """Seconds a call, until the device is done."""
     start = time.perf_counter()
     for _ in range(calls):
         function()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
     return (time.perf_counter() - start) / calls
 
 
-def interleaved(ours: Callable[[], Any], theirs: Callable[[], Any], *, pairs: int = 20, at_least: float = 2e-3) -> dict[str, float]:
-    """Times the two in turn, ours theirs ours theirs ...; the speed-up is the median over pairs of theirs / ours.
+def in_turn(
+    functions: Mapping[str, Callable[[], Any]], *, rounds: int = 20, at_least: float = 2e-3, device: torch.device = CPU
+) -> dict[str, list[float]]:
+    """Times functions in turn, a b c a b c ..., so that what else the machine does meets all of them.
 
     Args:
-        ours: callable without arguments.
-        theirs: the same.
-        pairs: how often each is timed.
+        functions: callables without arguments, by name.
+        rounds: how often each is timed.
         at_least: seconds that one timing lasts; short calls are repeated to fill it.
+        device: where they compute; a timing ends when it is done.
 
     Returns:
-        ours_ms and theirs_ms (medians, milliseconds a call) and speedup (above 1: ours is faster).
+        Seconds a call by name, round by round.
     """
-    seconds = max(_once(ours, 1), _once(theirs, 1))  # the first calls warm up
-    seconds = min(seconds, max(_once(ours, 3), _once(theirs, 3)))
-    calls = max(1, round(at_least / max(seconds, 1e-7)))
-    measured = [(_once(ours, calls), _once(theirs, calls)) for _ in range(pairs)]
-    return {
-        "ours_ms": 1e3 * statistics.median(a for a, _ in measured),
-        "theirs_ms": 1e3 * statistics.median(b for _, b in measured),
-        "speedup": statistics.median(b / a for a, b in measured),
-    }
+    calls = {}
+    for name, function in functions.items():
+        _once(function, 1, device)  # warms up
+        seconds = _once(function, 1, device)
+        if seconds < at_least:
+            seconds = _once(function, 3, device)
+        calls[name] = max(1, round(at_least / max(seconds, 1e-7)))
+    measured: dict[str, list[float]] = {name: [] for name in functions}
+    for _ in range(rounds):
+        for name, function in functions.items():
+            measured[name].append(_once(function, calls[name], device))
+    return measured
+
+
+def speedup(ours: Sequence[float], theirs: Sequence[float]) -> float:
+    """Median over rounds of theirs / ours: above 1, ours is faster."""
+    return statistics.median(b / a for a, b in zip(ours, theirs, strict=True))
+
+
+def interleaved(ours: Callable[[], Any], theirs: Callable[[], Any], *, pairs: int = 20, at_least: float = 2e-3) -> dict[str, float]:
+    """in_turn for two: ours_ms and theirs_ms (medians, milliseconds a call) and their speedup."""
+    seconds = in_turn({"ours": ours, "theirs": theirs}, rounds=pairs, at_least=at_least)
+    medians = {f"{name}_ms": 1e3 * statistics.median(values) for name, values in seconds.items()}
+    return {**medians, "speedup": speedup(seconds["ours"], seconds["theirs"])}
+
+
+def backward_seconds(forward: Callable[[], Callable[[], Any]], *, rounds: int = 20, device: torch.device = CPU) -> float:
+    """Median seconds of a backward pass by itself.
+
+    Args:
+        forward: runs a forward pass, which is not timed, and returns its backward pass.
+        rounds: how often.
+        device: where they compute.
+    """
+    seconds = []
+    for _ in range(rounds):
+        backward = forward()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        seconds.append(_once(backward, 1, device))
+    return statistics.median(seconds)
+
+
+# ---- as a GPU sees it ------------------------------------------------------------------------------------------------
+
+
+def _captured(function: Callable[[], Any]) -> torch.cuda.CUDAGraph:
+    """A CUDA graph of one call."""
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):  # restores the stream where a capture fails, which torch.cuda.graph does not
+        for _ in range(3):  # compiles kernels and makes workspaces, which must not happen while capturing
+            function()
+        with torch.cuda.graph(graph, stream=stream):
+            function()
+    torch.cuda.current_stream().wait_stream(stream)
+    return graph
+
+
+def _event_seconds(work: Callable[[], Any], before: Callable[[], Any], rounds: int) -> float:
+    """Median seconds on the device between an event before `work` and one after it; `before` runs outside of them."""
+    pairs = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(rounds)]
+    for start, end in pairs:
+        before()
+        start.record()
+        work()
+        end.record()
+    torch.cuda.synchronize()
+    return statistics.median(1e-3 * start.elapsed_time(end) for start, end in pairs)
+
+
+def device_seconds(functions: Sequence[Callable[[], Any]], *, rounds: int = 20) -> float:
+    """Device time of a call, without the host's share: a CUDA graph of many calls, replayed.
+
+    Args:
+        functions: the same computation on several sets of buffers. The calls go round them, so that with enough sets none finds its
+            inputs in the cache.
+        rounds: replays.
+
+    Raises:
+        RuntimeError: the computation cannot be captured.
+    """
+    functions[0]()  # warms up
+    seconds = _once(functions[0], 1, torch.device("cuda"))
+    calls = max(len(functions), min(100, math.ceil(5e-3 / seconds)))  # a replay of milliseconds, beside which its launch is nothing
+
+    def work() -> None:
+        for call in range(calls):
+            functions[call % len(functions)]()
+
+    graph = _captured(work)
+    graph.replay()
+    return _event_seconds(graph.replay, lambda: None, rounds) / calls
+
+
+def cold_seconds(function: Callable[[], Any], *, rounds: int = 20) -> float:
+    """Device time of a single call that finds the second-level cache full of other data, the launch of its graph included.
+
+    Raises:
+        RuntimeError: the computation cannot be captured.
+    """
+    graph = _captured(function)
+    other = torch.empty(4 * cache_bytes(), dtype=torch.uint8, device="cuda")
+    return _event_seconds(graph.replay, other.zero_, rounds)
+
+
+def cache_bytes() -> int:
+    """Size of the GPU's second-level cache."""
+    return torch.cuda.get_device_properties().L2_cache_size
+
+
+# ---- ceilings --------------------------------------------------------------------------------------------------------
+
+
+def copy_bandwidth(device: torch.device = CPU) -> float:
+    """Bytes a second that copy_ reads and writes, on tensors far larger than any cache."""
+    elements = 2**27 if device.type == "cuda" else 2**25
+    source, target = torch.randn(elements, device=device), torch.empty(elements, device=device)
+    return 8 * elements / _least_seconds(lambda: target.copy_(source), device)
+
+
+def dense_rate(device: torch.device = CPU, dtype: torch.dtype = torch.float32) -> float:
+    """Operations a second (a multiply-add is two) of a large matrix product in the dtype, at PyTorch's precision settings."""
+    n = 8192 if device.type == "cuda" else 1024
+    a, b = torch.randn(n, n, device=device).to(dtype), torch.randn(n, n, device=device).to(dtype)
+    return 2 * n**3 / _least_seconds(lambda: a @ b, device)
+
+
+def _least_seconds(function: Callable[[], Any], device: torch.device) -> float:
+    if device.type == "cuda":
+        return device_seconds([function], rounds=5)
+    return min(_once(function, 1) for _ in range(10))
+
+
+# ---- memory ----------------------------------------------------------------------------------------------------------
+
+
+def peak_memory(function: Callable[[], Any], device: torch.device = CPU) -> int:
+    """Most bytes live at once during a call, beyond what lived before; call it once first, for what stays."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        function()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's notes on itself
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profile:
+        function()
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    return max(accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())), default=0)
+
+
+# ---- results ---------------------------------------------------------------------------------------------------------
 
 
 def write_json(name: str, cases: list[dict[str, Any]]) -> Path:

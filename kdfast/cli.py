@@ -21,6 +21,7 @@ COMMANDS = {
     "export": "write a trained network as onnx, pt2 or safetensors",
     "report": "make a run's report again, or compare several runs",
     "list": "recipes, presets, models or datasets",
+    "bench": "this machine's numbers: kernels, loaders, train, codegen; report",
 }
 
 OVERVIEW = """usage: kdfast COMMAND [options]
@@ -190,6 +191,17 @@ def _list(arguments: Sequence[str]) -> None:
     listing.show(arguments[0])
 
 
+def _bench(arguments: Sequence[str]) -> None:
+    from kdfast.commands import bench
+
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(bench.OVERVIEW)
+        return
+    name, *rest = arguments
+    options, run = bench.bench(name)
+    run(_parse(options, rest, f"bench {name}"))
+
+
 _RUN: dict[str, Callable[[Sequence[str]], None]] = {
     "teacher": _teacher,
     "distill": _distill,
@@ -198,6 +210,7 @@ _RUN: dict[str, Callable[[Sequence[str]], None]] = {
     "export": _simple("export", "Export", "export"),
     "report": _report,
     "list": _list,
+    "bench": _bench,
 }
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kdfast import reference
-from kdfast.ops import attention_map, distill_kl, supcon
+from kdfast.ops import attention_map, distill_kl, linear_kd, supcon
 
 # ---- logit distillation ----------------------------------------------------------------------------------------------
 
@@ -77,6 +77,77 @@ def kd_loss(
         temperature, standardize, eps, kd_weight, ce_weight, weights, label_smoothing, ignore_index, divergence, reduction
     )
     return distill_kl.kd_loss(student, teachers, labels, options)
+
+
+def linear_kd_loss(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    teacher_hidden: Tensor,
+    teacher_weight: Tensor,
+    labels: Tensor | None = None,
+    *,
+    student_bias: Tensor | None = None,
+    teacher_bias: Tensor | None = None,
+    chunk_rows: int | None = None,
+    temperature: float = 4.0,
+    standardize: bool = False,
+    eps: float = 1e-7,
+    kd_weight: float = 1.0,
+    ce_weight: float = 0.0,
+    label_smoothing: float = 0.0,
+    ignore_index: int = -100,
+    divergence: str = "forward",
+    reduction: str = "mean",
+) -> Tensor:
+    """kd_loss of two linear layers' outputs, for vocabularies whose logits [N, C] are too large to keep.
+
+    Equal to kd_loss(F.linear(student_hidden, student_weight, student_bias), F.linear(teacher_hidden, ...), labels, ...), but the
+    logits exist for `chunk_rows` rows at a time. Beyond inputs and gradients it needs 1.25 * chunk_rows * C times the bytes of a
+    student's and a teacher's logit (from about 64 rows on). On top of that come, where they apply, copies of float32 weights in
+    autocast's dtype, and for each 16-bit weight that requires grad, with more rows than chunk_rows, its gradient's sum: 4 C D bytes,
+    until the call returns. bfloat16 sums would miss kd_loss's accuracy from two chunks on. Weights in float32 under autocast need none.
+
+    Gradients flow to whichever of the six tensors require them; there is no second derivative. They are computed in the forward
+    pass, so that the logits need not be computed again; with reduction "none" and for float16 logits (whose gradients wait for
+    GradScaler's factor) in the backward pass. Keep `reduction="mean"` or "sum" where speed counts.
+
+    Args:
+        student_hidden: [..., D_s], what the student's last layer is given; floating, any strides.
+        student_weight: [C, D_s], as torch.nn.Linear has it, in student_hidden's dtype. Under autocast dtypes may differ: as
+            in F.linear hidden, weight and bias are rounded to autocast's dtype (float64 is not), and so are the logits.
+        teacher_hidden: [..., D_t], the rows of student_hidden; dtype and D_t may differ from the student's.
+        teacher_weight: [C, D_t].
+        labels: class indices, int64 [...], as for kd_loss.
+        student_bias: [C].
+        teacher_bias: [C].
+        chunk_rows: how many rows' logits exist at a time. None: 2^24 / C (on CUDA 2^27 / C), at least 64; or all, where they take
+            no more memory than the sums of 16-bit weights' gradients that more chunks would need.
+        temperature: T > 0, this and the following as for kd_loss.
+        standardize: standardizes each row of logits.
+        eps: added to the standard deviation.
+        kd_weight: weight of the distillation term; at 0 the teacher is not read.
+        ce_weight: weight of the cross-entropy; at 0 it is not computed.
+        label_smoothing: of the cross-entropy, in [0, 1].
+        ignore_index: a row with this label adds nothing to either term. Its hidden states must be finite, as for F.linear: the
+            weights' gradients contain 0 times them.
+        divergence: "forward", "reverse" or "js".
+        reduction: "mean" over the rows that count (0 if none does), "sum", or "none".
+
+    Returns:
+        [], or [...] for reduction "none"; float32, or float64 if an input is. Equal inputs give equal bits.
+
+    Raises:
+        ValueError: shapes or devices do not fit, chunk_rows is not a positive integer, or as for kd_loss. On a GPU a label out of
+            range makes its row's loss NaN, and with it the weights' gradients.
+        TypeError: a tensor is not floating, or not in its hidden tensor's dtype without autocast; or labels are not int64.
+        RuntimeError: the gradient is itself differentiated (create_graph=True).
+    """
+    options = distill_kl.Options(
+        temperature, standardize, eps, kd_weight, ce_weight, (1.0,), label_smoothing, ignore_index, divergence, reduction
+    )
+    student = linear_kd.Layer(student_hidden, student_weight, student_bias)
+    teacher = linear_kd.Layer(teacher_hidden, teacher_weight, teacher_bias)
+    return linear_kd.linear_kd_loss(student, teacher, labels, chunk_rows, options)
 
 
 # ---- supervised contrastive loss -------------------------------------------------------------------------------------

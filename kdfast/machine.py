@@ -2,6 +2,8 @@
 
 import os
 import platform
+import subprocess
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +24,31 @@ def facts() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
     }
     if torch.cuda.is_available():
-        known |= {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda}
+        known |= {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda, "triton": _version("triton")}
     return known
+
+
+_GPU = (
+    "name", "driver_version", "memory.total", "clocks.sm", "clocks.max.sm", "clocks.mem", "clocks.max.mem", "power.draw", "power.limit",
+    "temperature.gpu",
+)  # fmt: skip
+
+
+def gpus() -> list[dict[str, str]]:
+    """What nvidia-smi says of each NVIDIA GPU now: driver, memory (MiB), clocks (MHz), power (W), temperature (C); [] without it."""
+    command = ["nvidia-smi", f"--query-gpu={','.join(_GPU)}", "--format=csv,noheader,nounits"]
+    try:
+        lines = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout.splitlines()
+    except (OSError, subprocess.SubprocessError):
+        return []
+    return [dict(zip(_GPU, (value.strip() for value in line.split(",")))) for line in lines]
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def _cpu_name() -> str:

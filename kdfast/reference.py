@@ -5,6 +5,7 @@ Every function follows its paper line by line and is differentiated by autograd.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -59,6 +60,23 @@ def kd_loss(
     if reduction == "none":
         return rows
     return rows.sum() / kept.sum().clamp(min=1) if reduction == "mean" else rows.sum()
+
+
+def linear_kd_loss(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    teacher_hidden: Tensor,
+    teacher_weight: Tensor,
+    labels: Tensor | None = None,
+    *,
+    student_bias: Tensor | None = None,
+    teacher_bias: Tensor | None = None,
+    **options: Any,
+) -> Tensor:
+    """kd_loss of the logits hidden @ weight.T + bias; options are its own."""
+    student = F.linear(student_hidden, student_weight, student_bias)
+    teacher = F.linear(teacher_hidden, teacher_weight, teacher_bias)
+    return kd_loss(student, teacher, labels, **options)
 
 
 def tempered_log_softmax(x: Tensor, temperature: float, standardize: bool, eps: float) -> Tensor:

@@ -1,4 +1,4 @@
-"""What every test shares: one thread (the runner starts a process a core), a fixed seed, where the real images are."""
+"""What every test shares: one thread (the runner starts a process a core), a fixed seed, a device, where the real images are."""
 
 import os
 from pathlib import Path
@@ -6,7 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.numeric import DEVICE
+
 torch.set_num_threads(1)
+if DEVICE != "cpu":
+    torch.set_default_device(DEVICE)
 
 
 @pytest.fixture(autouse=True)
@@ -32,3 +36,10 @@ def oracles():
     if not path.is_file():
         pytest.skip(f"no oracles: {path} is not a file; set KDFAST_ORACLES")
     return np.load(path)
+
+
+@pytest.fixture(autouse=True)
+def _own_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pytest started by a test is nobody's worker: pytest-benchmark, for one, measures nothing in a worker."""
+    for name in ("PYTEST_XDIST_WORKER", "PYTEST_XDIST_WORKER_COUNT", "PYTEST_XDIST_TESTRUNUID"):
+        monkeypatch.delenv(name, raising=False)

@@ -1,5 +1,6 @@
 """The one error measure of all numeric tests, and gradients by autograd."""
 
+import os
 from collections.abc import Callable, Sequence
 
 import torch
@@ -7,6 +8,11 @@ from torch import Tensor
 
 # KERNELS.md section 5: what a dtype may lose against float64 beyond eager PyTorch's own error in it
 ALLOWANCE = {torch.float32: 0.0, torch.bfloat16: 1e-3, torch.float16: 1e-3, torch.float64: 0.0}
+DEVICE = os.environ.get("KDFAST_TEST_DEVICE", "cpu")  # where tests of operators put their tensors
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+KERNELS = INTERPRETED or DEVICE != "cpu"  # operators run their Triton kernels in this process
+if INTERPRETED:  # Triton's interpreter truncates float32 to bfloat16 where a GPU rounds: one more unit in the last place
+    ALLOWANCE[torch.bfloat16] = 2**-7
 FLOAT32_ERROR = 1e-5
 
 

@@ -1,6 +1,7 @@
 """kd_loss against its reference in float64: the contracts of KERNELS.md section 5 that apply to it."""
 
 import os
+from contextlib import nullcontext
 from itertools import accumulate
 
 import pytest
@@ -8,28 +9,30 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kdfast.benchmarks.distill_kl import VARIANTS, measure, original
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.torch_version import TorchVersion
 
 from kdfast import reference
 from kdfast.functional import kd_loss
 from kdfast.losses import KDLoss, LogitStandardizationLoss
-from kdfast.ops import distill_kl
-from tests.numeric import ALLOWANCE, FLOAT32_ERROR, error, value_and_gradients
+from kdfast.ops import distill_kl, distill_kl_torch
+from tests.numeric import ALLOWANCE, FLOAT32_ERROR, KERNELS, error, value_and_gradients
 
 SHAPES = [(1, 2), (3, 7), (4097, 10), (3, 100), (3, 1000), (33, 1001), (1, 32003), (3, 32003)]
 FLOATS = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+torch_form = pytest.mark.skipif(KERNELS, reason="about the PyTorch form, and the kernel runs here")
+kernel = pytest.mark.skipif(not KERNELS, reason="about the kernel: needs a GPU or TRITON_INTERPRET=1")
 
 
 def logits(*shape, dtype=torch.float32, spread=3.0):
     return (spread * torch.randn(shape)).to(dtype)
 
 
-def agree(inputs, upstream=None, floor=0.0, **options):
+def agree(inputs, upstream=None, floor=0.0, slack=1.0, **options):
     """Value and gradients of kd_loss(*inputs) against float64, and a zero and a permuted gradient that must not pass.
 
     floor: absolute error that passes, for inputs whose value or gradient is a small difference of nearly equal probabilities.
+    slack: by what eager PyTorch's own error may be exceeded where it is more than 1e-5.
     """
 
     def call(function):
@@ -39,11 +42,13 @@ def agree(inputs, upstream=None, floor=0.0, **options):
     peer = value_and_gradients(call(reference.kd_loss), inputs, upstream)
     ours = value_and_gradients(call(kd_loss), inputs, upstream)
     allowance = max(ALLOWANCE[x.dtype] for x in inputs)
+    if upstream is not None and allowance:  # a gradient that was rounded is scaled and rounded again
+        allowance += 2**-7  # twice half a unit in bf16's last place
     for index, (got, eager, want) in enumerate(zip(ours, peer, exact)):
         size = want.abs().max().item() if want.isfinite().all() else 1.0
-        allowed = max(FLOAT32_ERROR, error(eager, want), floor / max(size, 1e-300)) + allowance
+        allowed = max(FLOAT32_ERROR, slack * error(eager, want), floor / max(size, 1e-300)) + allowance
         assert error(got, want) <= allowed, (index, error(got, want), allowed)
-        if index and size > 0 and size > 1e3 * floor and want.shape[-1] > 2:
+        if index and size > 1e3 * floor and want.shape[-1] > 2 and allowed < 0.1:  # eager's own gradient may have underflowed
             assert error(torch.zeros_like(got), want) > allowed, "a zero gradient would pass"
             assert error(got.roll(1, -1), want) > allowed, "a permuted gradient would pass"
 
@@ -53,7 +58,7 @@ def agree(inputs, upstream=None, floor=0.0, **options):
 def test_value_and_gradients_match_float64(shape, standardize):
     labels = torch.randint(shape[1], shape[:1])
     # two classes standardize to +-0.7 whatever the logits: a gradient of 0
-    floor = 3e-6 if standardize and shape[1] == 2 else 0.0
+    floor = 1e-5 if standardize and shape[1] == 2 else 0.0
     agree([logits(*shape), logits(*shape)], temperature=2.0, standardize=standardize, floor=floor)
     agree(
         [logits(*shape), logits(*shape)], labels=labels, temperature=4.0, standardize=standardize, kd_weight=0.9, ce_weight=0.1, floor=floor
@@ -111,7 +116,7 @@ def test_original_implementations(oracles):
 
 
 def test_strided_rows_chunks_and_leading_dimensions(monkeypatch):
-    monkeypatch.setattr(distill_kl, "CHUNK", 256)
+    monkeypatch.setattr(distill_kl_torch, "CHUNK", 256)
     labels = torch.randint(100, (21,))
     for make in (lambda: logits(21, 300)[:, 3:103], lambda: logits(100, 21).t(), lambda: logits(3, 7, 100).reshape(21, 100)):
         agree([make(), make(), make()], labels=labels, ce_weight=0.3, standardize=True)
@@ -275,17 +280,19 @@ def test_inputs_are_never_written():
 
 
 def test_the_value_at_a_high_temperature_does_not_cancel():
+    allowed = FLOAT32_ERROR if KERNELS else 3e-6  # eager PyTorch is off by 1.6e-5 here
     for divergence in ("forward", "reverse", "js"):
         for seed in range(20):
             torch.manual_seed(seed)
             inputs = [logits(2, 30), logits(2, 30)]
             options = {"temperature": 8.0, "standardize": True, "divergence": divergence}
-            assert error(kd_loss(*inputs, **options), reference.kd_loss(*(x.double() for x in inputs), **options)) <= 3e-6
+            assert error(kd_loss(*inputs, **options), reference.kd_loss(*(x.double() for x in inputs), **options)) <= allowed
 
 
+@torch_form
 def test_fake_tensors_leave_nothing_behind():
     inputs = [logits(3, 4), logits(3, 4)]
-    distill_kl._constant.cache_clear()
+    distill_kl_torch._constant.cache_clear()
     with pytest.raises(RuntimeError, match="FakeTensor"), FakeTensorMode() as mode:
         kd_loss(*(mode.from_tensor(x) for x in inputs))
     assert kd_loss(*inputs).isfinite()
@@ -300,10 +307,13 @@ def peak_memory(function, student):
     return max(accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())))
 
 
+@torch_form
 @pytest.mark.parametrize("shape", [(64, 1000), (256, 32000)], ids=str)
 def test_never_more_memory_than_the_original(shape):
+    from kdfast.benchmarks.distill_kl import LOSSES, original
+
     student, teacher, labels = logits(*shape).requires_grad_(), logits(*shape), torch.randint(shape[1], shape[:1])
-    for name, options in VARIANTS.items():
+    for name, options in LOSSES.items():
         y = labels if "ce_weight" in options else None
         ours, theirs = (peak_memory(lambda: loss(student, teacher, y, **options), student) for loss in (kd_loss, original))  # noqa: B023
         assert theirs > 4 * student.nbytes, "the measure misses what eager PyTorch allocates"
@@ -326,6 +336,21 @@ def test_compiles_without_a_break_and_equals_eager(dtype):
         torch.testing.assert_close(got, want, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_an_eager_loss_in_a_compiled_backward(dtype):
+    labels, inputs = torch.randint(12, (6,)), [logits(6, 12, dtype=dtype), logits(6, 12)]
+
+    def gradients(compiled):
+        leaves = [x.clone().requires_grad_() for x in inputs]
+        loss = 2 * kd_loss(*leaves, labels, standardize=True, ce_weight=0.4)
+        with torch._dynamo.compiled_autograd._enable(torch.compile(backend="aot_eager")) if compiled else nullcontext():
+            loss.backward()
+        return [x.grad for x in leaves]
+
+    for got, want in zip(gradients(True), gradients(False)):
+        torch.testing.assert_close(got, want)
+
+
 def test_registered_operator():
     options = distill_kl.Options(2.0, True, 1e-7, 1.0, 0.3, (1.0, 0.5), 0.1, -100, "js", "none")
     labels = torch.tensor([1, 2, -100])
@@ -334,27 +359,68 @@ def test_registered_operator():
         torch.library.opcheck(distill_kl._op, args)
 
 
-@settings(max_examples=200, deadline=None, derandomize=bool(os.environ.get("CI")), database=None)
+@st.composite
+def rows_of_logits(draw, N, C):
+    """[N, C] of any dtype, layout and size, with constant, one-hot or far-off rows among them."""
+    dtype = draw(st.sampled_from(FLOATS[:3] if KERNELS else FLOATS))
+    x = draw(st.sampled_from([0.01, 1.0, 3.0, 50.0])) * torch.randn(N, C)
+    kind = draw(st.sampled_from(["plain"] * 4 + ["offset", "constant", "one-hot"]))
+    row = draw(st.integers(0, N - 1))
+    if kind == "offset":
+        x = x + draw(st.sampled_from([-1e4, 300.0, 1e4]))
+    elif kind == "constant":
+        x[row] = draw(st.sampled_from([0.0, 0.1, -1e4]))
+    elif kind == "one-hot":
+        x[row] = 1e4 * F.one_hot(torch.tensor(draw(st.integers(0, C - 1))), C)
+    x = x.to(dtype)
+    match draw(st.sampled_from(["contiguous", "sliced", "shifted", "transposed"])):
+        case "sliced":  # rows lie apart
+            wide = torch.empty(N, C + draw(st.integers(1, 9)), dtype=dtype)
+            wide[:, :C] = x
+            return wide[:, :C]
+        case "shifted":  # and begin at an odd address
+            wide = torch.empty(N, C + 8, dtype=dtype)
+            wide[:, 1 : C + 1] = x
+            return wide[:, 1 : C + 1]
+        case "transposed":
+            return x.t().contiguous().t()
+    return x
+
+
+@settings(max_examples=600 if KERNELS else 1500, deadline=None, derandomize=bool(os.environ.get("CI")), database=None)
 @given(
+    data=st.data(),
     N=st.integers(1, 5),
-    C=st.integers(3, 40),
-    K=st.integers(1, 3),
-    temperature=st.floats(0.5, 8),
-    standardize=st.booleans(),
-    divergence=st.sampled_from(["forward", "reverse", "js"]),
-    reduction=st.sampled_from(["mean", "sum"]),
-    smoothing=st.sampled_from([0.0, 0.1]),
-    ce_weight=st.sampled_from([0.0, 0.5]),
-    dtype=st.sampled_from(FLOATS),
+    C=st.sampled_from([3, 4, 5, 7, 8, 10, 16, 24, 33, 40]) | st.integers(3, 70),
     seed=st.integers(0, 2**20),
 )
-def test_fuzz(N, C, K, temperature, standardize, divergence, reduction, smoothing, ce_weight, dtype, seed):
+def test_fuzz(data, N, C, seed):
     torch.manual_seed(seed)
-    inputs = [logits(N, C, dtype=dtype) for _ in range(1 + K)]
+    draw, K = data.draw, data.draw(st.integers(1, 4))
+    inputs = [draw(rows_of_logits(N, C)) for _ in range(1 + K)]
+    labels = torch.randint(C, (N,)).masked_fill(torch.rand(N) < 0.2, -100) if draw(st.booleans()) else None
+    reduction = draw(st.sampled_from(["mean", "sum", "none"]))
+    temperature, teacher_weights = draw(st.floats(0.5, 8)), [draw(st.floats(0.1, 3)) for _ in range(K)]
+    kd_weight, ce_weight = draw(st.sampled_from([(1.0, 0.0), (9.0, 0.0)] + [(0.0, 0.5), (0.9, 0.5)] * (labels is not None)))
+    # contract 1 allows ten times as much where a gradient vanishes; a teacher's grows with log p - log q
+    spread = max((x.amax(1) - x.amin(1)).max().item() for x in inputs) / temperature
+    floor = 1e-6 * max(temperature * kd_weight * sum(teacher_weights), ce_weight) * max(1, spread)
+    floor += 2**-24 * any(x.dtype == torch.float16 for x in inputs)  # a step of float16's smallest numbers
     agree(
-        inputs, labels=torch.randint(C, (N,)), temperature=temperature, standardize=standardize, divergence=divergence,
-        reduction=reduction, label_smoothing=smoothing, ce_weight=ce_weight, floor=1e-6,  # contract 1 allows 1e-5 T max(p)
-    )  # fmt: skip
+        inputs,
+        upstream=torch.rand((N,) if reduction == "none" else ()) + 0.5,
+        labels=labels,
+        temperature=temperature,
+        standardize=draw(st.booleans()),
+        divergence=draw(st.sampled_from(["forward", "reverse", "js"])),
+        reduction=reduction,
+        teacher_weights=teacher_weights,
+        kd_weight=kd_weight,
+        ce_weight=ce_weight,
+        label_smoothing=draw(st.sampled_from([0.0, 0.1])),
+        floor=floor,
+        slack=2.0,  # of badly conditioned rows two evaluations are off by as much, not by the same
+    )
 
 
 X = torch.ones(2, 3)
@@ -374,8 +440,8 @@ X = torch.ones(2, 3)
         ((X, X.to("meta")), {}, "teacher must be on student's device"),
         ((X, [X, X]), {"teacher_weights": [1.0]}, "teacher_weights must hold 2"),
         ((X, X), {"teacher_weights": []}, "teacher_weights must hold 1"),
-        ((X, X, torch.tensor([0, 3])), {}, r"labels must be in \[0, 3\).*got 3"),
-        ((X, X, torch.tensor([0, -1])), {}, "labels must be in.*got -1"),
+        pytest.param((X, X, torch.tensor([0, 3])), {}, r"labels must be in \[0, 3\).*got 3", marks=torch_form),
+        pytest.param((X, X, torch.tensor([0, -1])), {}, "labels must be in.*got -1", marks=torch_form),
         ((X, X, torch.tensor([0, 1], dtype=torch.int32)), {}, "labels must be int64"),
         ((X, X, torch.tensor([0])), {}, "labels must have shape"),
         ((X, X), {"label_smoothing": 1.5}, "label_smoothing must be in"),
@@ -399,15 +465,20 @@ def test_modules():
     LogitStandardizationLoss()(teacher, student.clone().requires_grad_()).backward()
 
 
-@pytest.mark.slow
+@torch_form
+@pytest.mark.speed
 @pytest.mark.parametrize("shape", [(8, 10), (64, 100), (128, 100), (256, 1000), (1024, 1000)], ids=str)
 def test_not_slower_than_the_original(shape):
+    from kdfast.benchmarks.distill_kl import LOSSES, case
+    from kdfast.benchmarks.timing import interleaved
+
     # a known shortfall: PyTorch 2.11 spends more on an autograd.Function, and a batch of 8 pays for it (measured there: 0.89 to 0.94)
     least = 0.85 if shape == (8, 10) and TorchVersion(torch.__version__) < "2.12" else 0.95
-    best = {}
+    best = dict.fromkeys(LOSSES, 0.0)
     for _ in range(5):
-        for case in measure(*shape, pairs=20):
-            best[case["variant"]] = max(best.get(case["variant"], 0.0), case["speedup"])
+        for loss in LOSSES:
+            ours, theirs = (case(loss, *shape).step(variant).run for variant in ("kdfast", "eager"))
+            best[loss] = max(best[loss], interleaved(ours, theirs, pairs=20)["speedup"])
         if min(best.values()) >= least:
             return
     pytest.fail(f"slower than eager: {best}")

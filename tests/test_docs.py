@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from kdfast.benchmarks import report
 
 from kdfast import cli, models, recipes
 from kdfast.commands import config
@@ -27,6 +28,10 @@ def test_the_readmes_loop_example_runs():
         "student_logits": torch.randn(8, 10, requires_grad=True),
         "teacher_logits": torch.randn(8, 10),
         "labels": torch.arange(8),
+        "student_hidden": torch.randn(8, 4, requires_grad=True),
+        "teacher_hidden": torch.randn(8, 6),
+        "student_head": torch.nn.Linear(4, 10),
+        "teacher_head": torch.nn.Linear(6, 10),
         "features": torch.nn.functional.normalize(torch.randn(8, 2, 16), dim=2).requires_grad_(),
         "model": torch.nn.Linear(2, 2),
     }
@@ -76,12 +81,17 @@ def test_every_preset_makes_a_configuration_with_known_networks():
 
 
 def test_the_figures_in_the_documents_come_from_the_committed_results():
-    from kdfast.benchmarks.tables import PAGES, filled
-
-    for page in PAGES:
+    for page in report.PAGES:
         text = page.read_text()
         assert "| kd_loss (lskd) |" in text
-        assert filled(text) == text, f"{page.name}: run python -m kdfast.benchmarks.tables"
+        assert report.filled(text) == text, f"{page.name}: run kdfast bench report"
+    shown = re.findall(r"!\[[^]]*\]\(figures/(.+?)\)", (ROOT / "docs" / "performance.md").read_text())
+    assert set(shown) == {path.name for path in report.FIGURES.iterdir()}
+    for device in report.devices():
+        results = report.committed(device)
+        for name in report.figures(results):
+            drawn = (report.FIGURES / f"{device}-{name}.svg").read_text()
+            assert report.digest(results) in drawn, f"{device}-{name}.svg is of other results: run kdfast bench report"
 
 
 def trainings(recipe: str, preset: str) -> tuple:

@@ -1,4 +1,6 @@
-"""Logit distillation: checks, choice of backend, autograd, registration, and the PyTorch form. reference.kd_loss is its meaning.
+"""Logit distillation: checks, choice of backend, autograd, registration. reference.kd_loss is its meaning.
+
+It runs in one of two forms with the same two functions: the Triton kernel (kernels/distill_kl.py), or ops/distill_kl_torch.py.
 
 A row of C logits x, at temperature T:
 
@@ -10,42 +12,21 @@ A row of C logits x, at temperature T:
 
 The forward pass computes the gradient as well, while the row is at hand. The first backward pass gives that buffer away,
 so that it becomes the .grad of a leaf without a copy; a further one (retain_graph) computes it again.
-
-KL is summed as p (log p - log q) + q - p: the last two add 0 to a row and cancel the rounding of the logarithms, which at a
-high temperature are nearly equal. The PyTorch form walks the batch in chunks of rows that stay in cache.
 """
 
-import math
-from collections.abc import Callable, Sequence
-from functools import lru_cache
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from kdfast.ops import distill_kl_torch
 from kdfast.ops.backend import kernel
+from kdfast.ops.distill_kl_torch import Options, arithmetic
 
 DIVERGENCES = ("forward", "reverse", "js")
 REDUCTIONS = ("mean", "sum", "none")
-
-
-class Options(NamedTuple):
-    """What a call was asked for, beyond its tensors; the names are those of kd_loss."""
-
-    temperature: float
-    standardize: bool
-    eps: float
-    kd_weight: float
-    ce_weight: float
-    teacher_weights: tuple[float, ...]
-    label_smoothing: float
-    ignore_index: int
-    divergence: str
-    reduction: str
-
-
-# (student, teachers, labels, options, wanted gradients, upstream) -> loss, gradients: the PyTorch form here, or a kernel's launcher
-Launch = Callable[..., tuple[Tensor, list[Tensor]]]
 
 
 def separate(teacher: Tensor | Sequence[Tensor], student: Tensor) -> tuple[Tensor, ...]:
@@ -60,8 +41,7 @@ def kd_loss(student: Tensor, teachers: tuple[Tensor, ...], labels: Tensor | None
     _check(student, teachers, labels, options)
     if torch.is_grad_enabled() and (student.requires_grad or any(t.requires_grad for t in teachers)):
         return _DistillKL.apply(options, labels, student, *teachers)
-    launch = _launcher(student, teachers)
-    return launch(student, teachers, labels, options, (False,) * (1 + len(teachers)), None)[0]
+    return _form(student, teachers).loss_and_gradients(student, teachers, labels, options, (False,) * (1 + len(teachers)), None)[0]
 
 
 def _check(student: Tensor, teachers: Sequence[Tensor], labels: Tensor | None, options: Options) -> None:
@@ -111,11 +91,12 @@ def _check(student: Tensor, teachers: Sequence[Tensor], labels: Tensor | None, o
 class _DistillKL(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, options: Options, labels: Tensor | None, student: Tensor, *teachers: Tensor) -> Tensor:
-        wanted, launch = ctx.needs_input_grad[2:], _launcher(student, teachers)
+        wanted, form = ctx.needs_input_grad[2:], _form(student, teachers)
         # a float16 gradient of a mean underflows before a GradScaler's upstream factor lifts it: such wait for the factor
         deferred = torch.float16 in [x.dtype for x, need in zip((student, *teachers), wanted) if need]
-        loss, gradients = launch(student, teachers, labels, options, (False,) * len(wanted) if deferred else wanted, None)
-        ctx.options, ctx.launch, ctx.wanted, ctx.deferred = options, launch, wanted, deferred
+        now = (False,) * len(wanted) if deferred else wanted
+        loss, gradients, ctx.remaining = form.loss_and_gradients(student, teachers, labels, options, now, None)
+        ctx.options, ctx.form, ctx.wanted, ctx.deferred = options, form, wanted, deferred
         if torch.compiler.is_compiling() and not deferred:
             ctx.save_for_backward(*gradients)
         else:
@@ -126,51 +107,56 @@ class _DistillKL(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         if torch.compiler.is_compiling():
-            gradients = _again(ctx, upstream) if ctx.deferred else [_scaled(g, upstream) for g in ctx.saved_tensors]
+            if ctx.form is _Registered and not ctx.deferred:
+                gradients = [_scaled(g, upstream) for g in ctx.saved_tensors]
+            else:  # or the forward pass ran eagerly, and kept the inputs
+                gradients = _again(ctx, _Registered, upstream)
         elif torch.is_grad_enabled():
             raise RuntimeError("kd_loss has no second derivative: call backward() or grad() without create_graph=True")
         else:
             gradients, ctx.gradients = ctx.gradients, None  # given away: whoever gets the buffer may keep it
             if gradients is None:
-                gradients = _again(ctx, upstream)
-            elif upstream.is_cuda or upstream.dim() or upstream.item() != 1:
-                for gradient in gradients:
-                    gradient.mul_(upstream[..., None] if upstream.dim() else upstream)
-        remaining = iter(gradients)
-        return None, None, *[next(remaining) if need else None for need in ctx.wanted]
+                gradients = _again(ctx, ctx.form, upstream)
+            else:
+                ctx.form.rescale(gradients, upstream, ctx.remaining)
+        in_order = iter(gradients)
+        return None, None, *[next(in_order) if need else None for need in ctx.wanted]
 
 
-def _again(ctx: Any, upstream: Tensor) -> list[Tensor]:
+def _again(ctx: Any, form: ModuleType | type["_Registered"], upstream: Tensor) -> list[Tensor]:
     """The gradients from the inputs, scaled by `upstream` before they are rounded to their dtype."""
     labels, student, *teachers = ctx.saved_tensors
-    return ctx.launch(student, teachers, labels, ctx.options, ctx.wanted, upstream)[1]
+    return form.loss_and_gradients(student, teachers, labels, ctx.options, ctx.wanted, upstream)[1]
 
 
 def _scaled(gradient: Tensor, upstream: Tensor) -> Tensor:
-    return (gradient * (upstream[..., None] if upstream.dim() else upstream)).to(gradient.dtype)
+    return (gradient * upstream[..., None]).to(gradient.dtype)  # of one dimension at least: else it would be rounded to that dtype
 
 
-def _launcher(student: Tensor, teachers: Sequence[Tensor]) -> Launch:
+def _form(student: Tensor, teachers: Sequence[Tensor]) -> ModuleType | type["_Registered"]:
     """The backend in force, fixed here for the backward pass too; a compiled graph asks when it runs."""
     if torch.compiler.is_compiling():
-        return _registered
-    module = kernel("distill_kl", student, *teachers)
-    return loss_and_gradients if module is None else module.loss_and_gradients
+        return _Registered
+    return kernel("distill_kl", student, *teachers) or distill_kl_torch
 
 
 # ---- what torch.compile sees -----------------------------------------------------------------------------------------
 
 
-def _registered(
-    student: Tensor,
-    teachers: Sequence[Tensor],
-    labels: Tensor | None,
-    options: Options,
-    wanted: Sequence[bool],
-    upstream: Tensor | None,
-) -> tuple[Tensor, list[Tensor]]:
-    loss, *gradients = _op(student, list(teachers), labels, upstream, list(wanted), *options)
-    return loss, gradients
+class _Registered:
+    """The form that a graph calls."""
+
+    @staticmethod
+    def loss_and_gradients(
+        student: Tensor,
+        teachers: Sequence[Tensor],
+        labels: Tensor | None,
+        options: Options,
+        wanted: Sequence[bool],
+        upstream: Tensor | None,
+    ) -> tuple[Tensor, list[Tensor], None]:
+        loss, *gradients = _op(student, list(teachers), labels, upstream, list(wanted), *options)
+        return loss, gradients, None
 
 
 @torch.library.custom_op("kdfast::distill_kl", mutates_args=())
@@ -195,7 +181,11 @@ def _op(
         temperature, standardize, eps, kd_weight, ce_weight, tuple(teacher_weights),
         label_smoothing, ignore_index, divergence, reduction,
     )  # fmt: skip
-    loss, gradients = _launcher(student, teachers)(student, teachers, labels, options, wanted, upstream)
+    module = kernel("distill_kl", student, *teachers)
+    if module is None:
+        loss, gradients, _ = distill_kl_torch.loss_and_gradients(student, teachers, labels, options, wanted, upstream)
+    else:
+        loss, gradients, _ = module.loss_and_gradients(student, teachers, labels, options, wanted, upstream, in_graph=True)
     return [loss, *gradients]
 
 
@@ -204,305 +194,6 @@ def _(
     student: Tensor, teachers: list[Tensor], labels: Tensor | None, upstream: Tensor | None, wanted: list[bool], *options: Any
 ) -> list[Tensor]:
     reduction = options[-1]
-    loss = student.new_empty(student.shape[:-1] if reduction == "none" else (), dtype=_arithmetic(student, *teachers))
+    loss = student.new_empty(student.shape[:-1] if reduction == "none" else (), dtype=arithmetic(student, *teachers))
     gradients = [torch.empty_like(x, memory_format=torch.contiguous_format) for need, x in zip(wanted, (student, *teachers)) if need]
     return [loss, *gradients]
-
-
-def _arithmetic(*tensors: Tensor) -> torch.dtype:
-    return torch.float64 if torch.float64 in [x.dtype for x in tensors] else torch.float32
-
-
-# ---- the PyTorch form ------------------------------------------------------------------------------------------------
-
-CHUNK = 2**16  # elements a thread: a handful of float32 temporaries of that size stay in its second-level cache
-CHUNK_OFF_CPU = 2**26  # elements in all: few launches, bounded memory
-
-Scale = float | Tensor  # of a loss and its gradients: one number, or one a row, [R, 1]
-
-
-def loss_and_gradients(
-    student: Tensor,
-    teachers: Sequence[Tensor],
-    labels: Tensor | None,
-    options: Options,
-    wanted: Sequence[bool],
-    upstream: Tensor | None,
-) -> tuple[Tensor, list[Tensor]]:
-    """The loss and its gradients, times `upstream` where given, by PyTorch operations. Call it where autograd records nothing.
-
-    Args:
-        student: [..., C], floating.
-        teachers: each [..., C], floating.
-        labels: int64 [...], or None.
-        options: see Options.
-        wanted: for the student and each teacher, whether its gradient is computed.
-        upstream: the gradient of the loss, in the loss's shape.
-
-    Returns:
-        The loss, [] or [...] for reduction "none", float32 (float64 if an input is), and the wanted gradients in order, each
-        contiguous in its input's shape and dtype.
-    """
-    loss, gradients = _batch(student, teachers, labels, options, wanted, upstream, zero_terms=not student.is_cpu)
-    if student.is_cpu and not math.isfinite((loss.sum() if loss.dim() else loss).item()):
-        # rare: a logit of -inf made 0 * inf where the class counts for nothing; once more, with such terms set to 0
-        loss, gradients = _batch(student, teachers, labels, options, wanted, upstream, zero_terms=True)
-    return loss, gradients
-
-
-def _batch(
-    student: Tensor,
-    teachers: Sequence[Tensor],
-    labels: Tensor | None,
-    options: Options,
-    wanted: Sequence[bool],
-    upstream: Tensor | None,
-    zero_terms: bool,
-) -> tuple[Tensor, list[Tensor]]:
-    shape = student.shape
-    C = shape[-1]
-    inputs = [student, *teachers]
-    if len(shape) != 2:
-        inputs = [x.reshape(-1, C) for x in inputs]
-    N = inputs[0].shape[0]
-    dtype = _arithmetic(*inputs)
-    labels, dropped, broken = _readable(labels, C, options.ignore_index)
-
-    scale: Scale = 1.0
-    if options.reduction == "mean":
-        scale = 1 / max(N, 1) if dropped is None else (N - dropped.sum(dtype=dtype)).clamp_min_(1.0).reciprocal_()
-    if upstream is not None:
-        scale = upstream.to(dtype).reshape(-1, 1) * scale
-    if isinstance(scale, Tensor):
-        scale = scale.reshape(-1, 1).expand(N, 1)
-
-    step = max(1, (CHUNK * torch.get_num_threads() if student.is_cpu else CHUNK_OFF_CPU) // C)
-    if step >= N:
-        rows, gradients = _chunk(inputs, dtype, labels, options, wanted, scale, zero_terms)
-    else:
-        rows = student.new_empty(N, 1, dtype=dtype)
-        gradients = [x.new_empty(N, C) for need, x in zip(wanted, inputs) if need]
-        for start in range(0, N, step):
-            part = slice(start, start + step)
-            rows[part], pieces = _chunk(
-                [x[part] for x in inputs],
-                dtype,
-                None if labels is None else labels[part],
-                options,
-                wanted,
-                scale[part] if isinstance(scale, Tensor) else scale,
-                zero_terms,
-            )
-            for gradient, piece in zip(gradients, pieces):
-                gradient[part] = piece
-
-    if dropped is not None:
-        for x in (rows, *gradients):
-            x.masked_fill_(dropped, 0)
-            if broken is not None:
-                x.masked_fill_(broken, math.nan)
-    loss = rows.view(shape[:-1]) if options.reduction == "none" else rows.sum()
-    if len(shape) != 2:
-        gradients = [g.view(shape) for g in gradients]
-    return loss, gradients
-
-
-def _readable(labels: Tensor | None, C: int, ignore_index: int) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Labels safe to index with, rows that count for nothing, and (not on the CPU) rows whose label is out of range; each [N, 1]."""
-    if labels is None:
-        return None, None, None
-    labels = labels.reshape(-1, 1)
-    if labels.is_cpu:
-        if not labels.numel():
-            return labels, None, None
-        least, most = labels.aminmax()
-        if least.item() >= 0 and most.item() < C and not 0 <= ignore_index < C:
-            return labels, None, None
-    dropped = labels == ignore_index
-    broken = ((labels < 0) | (labels >= C)) & ~dropped
-    if labels.is_cpu:
-        if broken.any():
-            label = labels[broken][0].item()
-            raise ValueError(f"kd_loss: labels must be in [0, {C}) or equal to ignore_index {ignore_index}, got {label}")
-        return labels.masked_fill(dropped, 0), dropped, None
-    return labels.masked_fill(dropped | broken, 0), dropped, broken
-
-
-def _chunk(
-    logits: Sequence[Tensor],
-    dtype: torch.dtype,
-    labels: Tensor | None,
-    options: Options,
-    wanted: Sequence[bool],
-    scale: Scale,
-    zero_terms: bool,
-) -> tuple[Tensor, list[Tensor]]:
-    """The losses [R, 1] of R rows and the wanted gradients [R, C], both times `scale`."""
-    T, standardize, eps, kd_weight, ce_weight = options[:5]
-    student, *teachers = [x if x.dtype == dtype else x.to(dtype) for x in logits]
-    if kd_weight != 0:
-        q = _temper(student, T, standardize, eps)
-        rows, gradients = _distillation(teachers, q, options, wanted, scale, zero_terms)
-        if gradients[0] is not None:
-            _to_logits(gradients[0], q, T)  # here, where the teachers' temporaries are gone
-    else:
-        rows = student.new_zeros(len(student), 1)
-        gradients = [torch.zeros_like(x) if need else None for need, x in zip(wanted, (student, *teachers))]
-    if ce_weight != 0 and labels is not None:
-        if kd_weight == 0 or standardize or T != 1:
-            q = _temper(student, 1.0, False, 0.0)
-        _cross_entropy(q, labels, options, scale, rows, gradients[0])
-    return rows, [(g if g.dtype == x.dtype else g.to(x.dtype)).contiguous() for g, x in zip(gradients, logits) if g is not None]
-
-
-class _Tempered(NamedTuple):
-    """Rows of logits as a divergence sees them, [R, C]; the last three with standardize only."""
-
-    log_probability: Tensor
-    probability: Tensor
-    centred: Tensor | None = None  # x - mean, [R, C]
-    norm: Tensor | None = None  # |x - mean| = sd * sqrt(C - 1), [R, 1]
-    width: Tensor | None = None  # (sd + eps) * T, [R, 1]
-
-
-def _temper(x: Tensor, T: float, standardize: bool, eps: float) -> _Tempered:
-    """Standardizes rows [R, C] if so asked, divides by T, and takes the softmax."""
-    if standardize:
-        # moments of x - max: exact for a constant row, stable under an offset
-        centred = x - x.amax(-1, keepdim=True)
-        centred.sub_(_row_sums(centred).div_(_number(x.shape[1], x)))
-        norm = _row_norms(centred)
-        width = torch.add(_number(eps * T, x), norm, alpha=T / math.sqrt(x.shape[1] - 1))
-        u = centred / width
-        log_probability = torch.log_softmax(u, -1)
-        return _Tempered(log_probability, torch.exp(log_probability, out=u), centred, norm, width)
-    if T != 1:
-        x = x / _number(T, x)
-    log_probability = torch.log_softmax(x, -1)
-    return _Tempered(log_probability, log_probability.exp() if T == 1 else torch.exp(log_probability, out=x))
-
-
-def _number(value: float, like: Tensor) -> float | Tensor:
-    """A number in the form that an operation with `like` takes fastest: a tensor on the CPU, where it needs no conversion."""
-    return _constant(value, like.dtype) if like.is_cpu else value
-
-
-@lru_cache(maxsize=1024)
-def _constant(value: float, dtype: torch.dtype) -> Tensor:
-    constant = torch.tensor(value, dtype=dtype, device="cpu")
-    if type(constant) is not Tensor:  # raised, so never cached for later calls
-        raise RuntimeError(f"kd_loss reads values on the CPU, which a {type(constant).__name__} does not have")
-    return constant
-
-
-# All threads share a lone long row, and then sum it in another order than beside other rows. Two such rows are one each.
-
-
-def _row_sums(x: Tensor) -> Tensor:
-    """[R, 1]."""
-    if x.shape[0] == 1:
-        return x.expand(2, -1).sum(-1, keepdim=True)[:1]
-    return x.sum(-1, keepdim=True)
-
-
-def _row_norms(x: Tensor) -> Tensor:
-    """[R, 1]."""
-    if x.shape[0] == 1:
-        return torch.linalg.vector_norm(x.expand(2, -1), dim=-1, keepdim=True)[:1]
-    return torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-
-
-def _distillation(
-    teachers: Sequence[Tensor], q: _Tempered, options: Options, wanted: Sequence[bool], scale: Scale, zero_terms: bool
-) -> tuple[Tensor, list[Tensor | None]]:
-    """Of R rows kd_weight * sum_k w_k T^2 divergence_k, [R, 1], and the gradients, the student's in u; all times `scale`."""
-    T, divergence = options.temperature, _DIVERGENCE[options.divergence]
-    through = T * T if options.standardize else T  # T^2 dL/du; without standardize dL/dx = dL/du / T at once
-    rows = total = None
-    gradients: list[Tensor | None] = []
-    for teacher, weight, want in zip(teachers, options.teacher_weights, wanted[1:]):
-        weight *= options.kd_weight
-        p = _temper(teacher, T, options.standardize, options.eps)
-        value, dp, dq = divergence(p, q, want, zero_terms)
-        _times(value, weight * T * T, scale)
-        rows = value if rows is None else rows.add_(value)
-        gradients.append(_to_logits(_times(dp, weight * through, scale), p, T) if want and dp is not None else None)
-        if wanted[0]:
-            _times(dq, weight * through, scale)
-            total = dq if total is None else total.add_(dq)
-    assert rows is not None, "there is at least one teacher"
-    return rows, [total, *gradients]
-
-
-def _times(x: Tensor, weight: float, scale: Scale) -> Tensor:
-    """Multiplies x by weight * scale, in place."""
-    return x.mul_(scale * weight if isinstance(scale, Tensor) else _number(scale * weight, x))
-
-
-def _to_logits(du: Tensor, x: _Tempered, T: float) -> Tensor:
-    """dL/dx from dL/du of standardized rows, in place; as it is for others."""
-    if x.centred is None or x.norm is None or x.width is None:
-        return du
-    along = _row_sums(du * x.centred)
-    along.div_((x.width * x.norm).clamp_min_(1e-30))  # 0 / 1e-30 in a constant row: it has no direction to grow in
-    return du.addcmul_(x.centred, along, value=-T / math.sqrt(du.shape[1] - 1)).div_(x.width)
-
-
-# A divergence takes the teacher's p, the student's q and whether its gradient in u_teacher is wanted, and returns its value
-# [R, 1] and its gradients in u_teacher (None where not wanted) and u_student. All three belong to the caller.
-
-
-def _kl(p: _Tempered, q: _Tempered, want_p: bool, zero_terms: bool) -> tuple[Tensor, Tensor | None, Tensor]:
-    """KL(p || q). zero_terms: a class of probability 0 counts as 0 even where a logarithm is infinite. Without want_p, uses p up."""
-    log_ratio = torch.sub(p.log_probability, q.log_probability, out=None if want_p else p.log_probability)
-    if zero_terms:
-        log_ratio.masked_fill_(p.probability == 0, 0)
-    dq = q.probability - p.probability
-    # q - p adds 0 to the row's sum of p log(p / q), and makes it stationary in both logarithms: their rounding cancels
-    value = _row_sums(torch.addcmul(dq, p.probability, log_ratio, out=None if want_p else log_ratio))
-    if not want_p:
-        return value, None, dq
-    dp = log_ratio.mul_(p.probability)
-    return value, dp.addcmul_(p.probability, _row_sums(dp), value=-1), dq
-
-
-def _reverse(p: _Tempered, q: _Tempered, want_p: bool, zero_terms: bool) -> tuple[Tensor, Tensor | None, Tensor]:
-    """KL(q || p)."""
-    value, dq, dp = _kl(q, p, True, zero_terms)
-    assert dq is not None
-    return value, dp, dq
-
-
-def _jensen_shannon(p: _Tempered, q: _Tempered, want_p: bool, zero_terms: bool) -> tuple[Tensor, Tensor | None, Tensor]:
-    """(KL(p || m) + KL(q || m)) / 2, m = (p + q) / 2. With r = log(q / p), log(m / p) = log(1 + (e^r - 1) / 2)."""
-    # two impossible classes are alike; beyond 80 the smaller probability is nothing beside the other
-    r = (q.log_probability - p.log_probability).nan_to_num_(0.0).clamp_(-80, 80)
-    dp = r.expm1().div_(2).log1p_().mul_(p.probability).div_(-2)
-    dq = r.neg_().expm1_().div_(2).log1p_().mul_(q.probability).div_(-2)
-    at_p, at_q = _row_sums(dp), _row_sums(dq)
-    return at_p + at_q, dp.addcmul_(p.probability, at_p, value=-1), dq.addcmul_(q.probability, at_q, value=-1)
-
-
-_DIVERGENCE = {"forward": _kl, "reverse": _reverse, "js": _jensen_shannon}
-
-
-def _cross_entropy(x: _Tempered, labels: Tensor, options: Options, scale: Scale, rows: Tensor, total: Tensor | None) -> None:
-    """Adds ce_weight * CE of labels [R, 1] to `rows`, its gradient to `total`. x at temperature 1; its probabilities are used up."""
-    smoothing, C = options.label_smoothing, x.probability.shape[1]
-    _add(rows, x.log_probability.gather(1, labels), options.ce_weight * (smoothing - 1), scale)
-    if smoothing:
-        _add(rows, _row_sums(x.log_probability), -options.ce_weight * smoothing / C, scale)
-    if total is None:
-        return
-    difference = x.probability.scatter_add_(1, labels, rows.new_full(labels.shape, smoothing - 1))
-    if smoothing:
-        difference.sub_(smoothing / C)
-    _add(total, difference, options.ce_weight, scale)
-
-
-def _add(total: Tensor, x: Tensor, weight: float, scale: Scale) -> None:
-    """Adds x * weight * scale to total."""
-    if isinstance(scale, Tensor):
-        total.addcmul_(x, scale, value=weight)
-    else:
-        total.add_(x, alpha=weight * scale)

@@ -1,0 +1,427 @@
+"""What the compiler makes of every launch, proven without a GPU: kdfast bench codegen, or python -m kdfast.benchmarks.codegen
+
+A launcher is called on CPU tensors while its launch is recorded instead of run. Triton's own JIT then specializes and compiles it as
+it would for a launch on each target, and the binary is read: registers, spills, shared memory, the width of loads and stores, tensor-core
+instructions. So what is proven is what is launched. Beside it stand the bytes that the kernel asks for and the least any could.
+"""
+
+import math
+import re
+import subprocess
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+from unittest import mock
+
+import torch
+import triton
+import tyro
+from kdfast.kernels import distill_kl
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+from kdfast import files, machine
+from kdfast.ops.distill_kl_torch import Options
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+SHARED_LIMIT = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448, "gfx942": 65_536}  # bytes a program; triton.compile takes any
+SPILL_LIMIT = 24  # bytes a thread: register allocation spills so little here and there, each release of Triton elsewhere
+
+
+# ---- launches --------------------------------------------------------------------------------------------------------
+
+
+class Launch(NamedTuple):
+    """One `function[grid](*arguments, **options)`."""
+
+    function: JITFunction
+    grid: Any
+    arguments: tuple[Any, ...]
+    options: dict[str, Any]
+
+    @property
+    def named(self) -> dict[str, Any]:
+        """Arguments and options by name."""
+        return dict(zip(self.function.arg_names, self.arguments)) | self.options
+
+    @property
+    def plan(self) -> dict[str, int]:
+        """Its tile and warps: the integers among the compile-time arguments, and the number of warps."""
+        constants = {self.function.arg_names[i] for i in self.function.constexprs}
+        tile = {name: value for name, value in self.named.items() if name in constants and type(value) is int}
+        return tile | {"warps": self.named.get("num_warps", 4)}
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """The tensors among the arguments, by the kernel's name for them: x, or x[1] for the second of a tuple."""
+        for name, value in self.named.items():
+            yield from ((path, leaf) for path, leaf in _leaves(name, value) if isinstance(leaf, Tensor))
+
+
+def _leaves(name: str, value: Any) -> Iterator[tuple[str, Any]]:
+    if isinstance(value, tuple):
+        for i, item in enumerate(value):
+            yield from _leaves(f"{name}[{i}]", item)
+    else:
+        yield name, value
+
+
+@contextmanager
+def recorded() -> Iterator[list[Launch]]:
+    """Kernels launched in the block are not run but listed; tensors may be on the CPU.
+
+    Raises:
+        RuntimeError: kernels are interpreted here, not compiled.
+    """
+    if knobs.runtime.interpret:
+        raise RuntimeError("codegen compiles kernels, which it cannot in a process started with TRITON_INTERPRET=1: unset it")
+    launches: list[Launch] = []
+
+    def record(function: JITFunction, *arguments: Any, grid: Any, warmup: bool, **options: Any) -> None:
+        launches.append(Launch(function, grid, arguments, options))
+
+    with mock.patch.object(JITFunction, "run", record):
+        yield launches
+
+
+class _Absent:
+    """A driver for a GPU that is not there: what Triton's JIT asks before it compiles."""
+
+    def __init__(self, target: GPUTarget):
+        self.target = target
+
+    def get_current_device(self) -> GPUTarget:
+        return self.target  # the key under which the JIT keeps what it compiled
+
+    def get_current_stream(self, device: GPUTarget) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+
+def compiled(launches: Iterable[Launch], target: str) -> list["Code"]:
+    """What the compiler makes of each launch on the target, one of TARGETS."""
+
+    def compile_one(launch: Launch) -> Code:
+        kernel = launch.function.warmup(*launch.arguments, grid=launch.grid, **launch.options)
+        return _nvidia(kernel) if TARGETS[target].backend == "cuda" else _amd(kernel)
+
+    driver.set_active(_Absent(TARGETS[target]))
+    try:
+        with ThreadPoolExecutor(2) as pool:
+            return list(pool.map(compile_one, launches))
+    finally:
+        driver.set_active(None)  # found again when next asked for
+
+
+# ---- binaries --------------------------------------------------------------------------------------------------------
+
+
+class Code(NamedTuple):
+    """A compiled kernel's resources and instructions."""
+
+    registers: int  # a thread
+    spilled: int  # bytes of stack a thread
+    shared: int  # bytes a program
+    loads: dict[int, int]  # global loads: bits -> instructions
+    stores: dict[int, int]
+    products: dict[str, int]  # tensor-core instructions by name
+    widths: dict[str, int]  # bits of the narrowest access by argument; NVIDIA only
+
+
+def _nvidia(kernel: Any) -> Code:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        resources, sass = (_cuobjdump(option, file.name) for option in ("--dump-resource-usage", "-sass"))
+    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", resources).groups()
+    accesses = {"LDG": Counter(), "STG": Counter()}
+    for name, modifiers in re.findall(r"\s(LDG|LDGSTS|STG)((?:\.\w+)*) ", sass):
+        bits = re.search(r"\.[US]?(8|16|64|128|256)\b", modifiers)
+        accesses[name[:3]][int(bits[1]) if bits else 32] += 1
+    products = Counter(re.findall(r"\s(\w+MMA)\b", sass))
+    return Code(
+        int(registers), int(stack), kernel.metadata.shared, dict(accesses["LDG"]), dict(accesses["STG"]), dict(products), _widths(kernel)
+    )
+
+
+def _cuobjdump(option: str, path: str) -> str:
+    return subprocess.run([knobs.nvidia.cuobjdump.path, option, path], check=True, capture_output=True, text=True).stdout
+
+
+def _amd(kernel: Any) -> Code:
+    text = kernel.asm["amdgcn"]
+    bits = {"dwordx4": 128, "dwordx3": 96, "dwordx2": 64, "dword": 32, "short": 16, "byte": 8}
+    accesses = {"load": Counter(), "store": Counter()}
+    for kind, size in re.findall(r"\b(?:global|buffer|flat)_(load|store)_[us]?(dword(?:x\d)?|short|byte)", text):
+        accesses[kind][bits[size]] += 1
+    registers, scratch = (int(re.search(rf"\.{key}:\s+(\d+)", text)[1]) for key in ("vgpr_count", "private_segment_fixed_size"))
+    products = Counter(re.findall(r"\b(v_mfma)_", text))
+    return Code(registers, scratch, kernel.metadata.shared, dict(accesses["load"]), dict(accesses["store"]), dict(products), {})
+
+
+def _widths(kernel: Any) -> dict[str, int]:
+    """The narrowest global access through each pointer argument, in bits, from the PTX.
+
+    An address is traced back through the instructions that made it to the one pointer parameter it starts from.
+    """
+    # PTX parameters are the arguments that are left when tuples are opened and constants taken out
+    leaves = [leaf for name, kind in kernel.src.signature.items() for leaf in _leaves(name, kind) if leaf[1] != "constexpr"]
+    pointers = {f"param_{i}": name for i, (name, kind) in enumerate(leaves) if kind.startswith("*")}
+    made_from: dict[str, set[str]] = {}
+    accesses: list[tuple[str, int]] = []
+    for line in kernel.asm["ptx"].splitlines():
+        if wide := re.search(r"(?:ld|st)\.global\S*?(?:\.v(\d))?\.[busf](\d+)\s.*\[\s*(%rd\d+)", line):
+            accesses.append((wide[3], int(wide[1] or 1) * int(wide[2])))
+        elif copy := re.search(r"cp\.async\S*\s+\[.*?\],\s*\[\s*(%rd\d+).*?\],\s*0x(\w+)", line):
+            accesses.append((copy[1], int(copy[2], 16) * 8))
+        elif made := re.search(r"(%rd\d+),\s*(.*);", line):
+            made_from.setdefault(made[1], set()).update(re.findall(r"%rd\d+|param_\d+", made[2]))
+    widths: dict[str, int] = {}
+    for register, bits in accesses:
+        name = pointers[_origin(register, made_from, pointers)]
+        widths[name] = min(bits, widths.get(name, bits))
+    return widths
+
+
+def _origin(register: str, made_from: dict[str, set[str]], pointers: dict[str, str]) -> str:
+    seen, todo = set(), {register}
+    while todo:
+        seen |= todo
+        todo = set().union(*(made_from.get(r, set()) for r in todo)) - seen
+    (origin,) = seen & pointers.keys()
+    return origin
+
+
+def problems(launch: Launch, code: Code, target: str) -> list[str]:
+    """What is wrong with a compiled launch: spills, too much shared memory, rows accessed in smaller pieces than they allow."""
+    found = []
+    if "enable_fp_fusion" not in launch.options:
+        found.append("does not state enable_fp_fusion, whose default differs between releases")
+    if code.spilled > SPILL_LIMIT:
+        found.append(f"spills {code.spilled} bytes a thread")
+    if code.shared > SHARED_LIMIT[target]:
+        found.append(f"needs {code.shared:,} bytes of shared memory, {SHARED_LIMIT[target]:,} are there")
+    for name, tensor in launch.tensors():
+        if tensor.dim() > 1 and name in code.widths and code.widths[name] < _row_width(tensor):
+            found.append(f"{name} is accessed {code.widths[name]} bits at a time, its rows allow {_row_width(tensor)}")
+    return found
+
+
+def _row_width(rows: Tensor) -> int:
+    """Bits, at most 128, that address, length and stride of the rows are multiples of."""
+    size = rows.element_size()
+    return 8 * math.gcd(16, rows.data_ptr(), rows.shape[-1] * size, rows.stride(-2) * size)
+
+
+# ---- cases -----------------------------------------------------------------------------------------------------------
+
+
+class Case(NamedTuple):
+    """One call of a launcher, on CPU tensors, that makes one launch."""
+
+    kernel: str
+    N: int
+    C: int
+    dtypes: str  # of the student and the teachers
+    variant: str
+    launch: Callable[[], Any]
+    moved: int  # bytes of [N, C] tensors that loads and stores ask for
+    floor: int  # the least that any kernel could
+
+
+class Variant(NamedTuple):
+    """What a call of kd_loss asks for, as far as it changes the kernel."""
+
+    K: int = 1  # teachers; none: the cross-entropy alone
+    standardize: bool = False
+    ce: bool = False
+    divergence: str = "forward"
+    student: bool = True  # its gradient is wanted
+    teachers: bool = False  # theirs are
+    upstream: bool = False  # the gradient of the loss is given
+    reduction: str = "mean"
+
+
+VARIANTS = {
+    "ce": Variant(0, ce=True),
+    "kd": Variant(),
+    "lskd+ce": Variant(standardize=True, ce=True),
+    "lskd+ce, 5 teachers": Variant(5, standardize=True, ce=True),
+    "mutual js": Variant(standardize=True, ce=True, divergence="js", teachers=True, upstream=True, reduction="none"),
+    "mutual js, 5 teachers": Variant(5, standardize=True, ce=True, divergence="js", teachers=True, upstream=True),
+    "kd, no gradient": Variant(student=False),
+    "lskd+ce, no gradient": Variant(standardize=True, ce=True, student=False),
+    "lskd, upstream": Variant(standardize=True, upstream=True),
+    "mutual kd": Variant(teachers=True, upstream=True),
+    "reverse": Variant(divergence="reverse"),
+    "js, 2 teachers": Variant(2, standardize=True, divergence="js"),
+}
+COMMON = ("lskd+ce", "lskd+ce, 5 teachers", "mutual js")
+ROWS = 5  # N: nothing is run, and the plan depends on C alone
+
+
+def distill_kl_cases() -> Iterator[Case]:
+    """Every plan with what it is mostly asked and what fills its registers; every variant in each regime."""
+    fp32, bf16, fp16 = torch.float32, torch.bfloat16, torch.float16
+    yield distill_kl_case(1, "kd", fp32, fp32)
+    for C in (2, 4, 8, 10, 20, 50, 100, 200, 500, 1000, 1001, 1024, 2048, 4096, 8192, 32000, 32003, 131072):
+        for variant in VARIANTS if C in (100, 1000, 8192, 32000) else COMMON:
+            yield distill_kl_case(C, variant, fp32, fp32)
+        yield rescale_case(C, fp32)
+    for C in (10, 100, 1000, 1001, 4096, 8192, 32000, 32003):
+        for variant in COMMON:
+            yield distill_kl_case(C, variant, bf16, bf16)
+        yield distill_kl_case(C, "lskd+ce", fp32, bf16)
+    yield distill_kl_case(1000, "lskd+ce", fp16, fp16)
+    yield rescale_case(1000, bf16)
+
+
+def distill_kl_case(C: int, variant: str, student_dtype: torch.dtype, teacher_dtype: torch.dtype) -> Case:
+    """loss_and_gradients on [ROWS, C]."""
+    v = VARIANTS[variant]
+    dtypes = (student_dtype, *[teacher_dtype] * v.K)
+    wanted = (v.student, *[v.teachers] * v.K)
+    options = Options(
+        temperature=2.0, standardize=v.standardize, eps=1e-7, kd_weight=0.9 if v.K else 0.0, ce_weight=0.1 if v.ce else 0.0,
+        teacher_weights=(1.0,) * v.K, label_smoothing=0.1, ignore_index=-100, divergence=v.divergence, reduction=v.reduction,
+    )  # fmt: skip
+
+    def launch() -> None:
+        student, *teachers = [torch.zeros(ROWS, C, dtype=dtype) for dtype in dtypes]
+        labels = torch.zeros(ROWS, dtype=torch.int64) if v.ce else None
+        upstream = torch.ones(ROWS if v.reduction == "none" else ()) if v.upstream else None
+        distill_kl.loss_and_gradients(student, teachers, labels, options, wanted, upstream)
+
+    sizes = [ROWS * C * dtype.itemsize for dtype in dtypes]
+    reads = distill_kl.reads(C, v.K, wanted, standardize=v.standardize, divergence=v.divergence)
+    read = reads * sum(sizes) // len(sizes)  # inputs of two dtypes are in cases that read each equally often
+    if reads > len(sizes) and v.ce and v.teachers:
+        read += sizes[0]  # a store to the teachers' gradients keeps the compiler from merging the last walk's two loads of a step
+    written = sum(size for size, want in zip(sizes, wanted) if want)
+    return Case("distill_kl", ROWS, C, _names(*dtypes[:2]), variant, launch, read + written, sum(sizes) + written)
+
+
+def rescale_case(C: int, dtype: torch.dtype) -> Case:
+    """Rescale on a gradient [ROWS, C], by a factor that is not 1."""
+
+    def launch() -> None:
+        distill_kl.rescale([torch.zeros(ROWS, C, dtype=dtype)], torch.tensor(2.0), torch.tensor(1.0))
+
+    moved = 2 * ROWS * C * dtype.itemsize
+    return Case("distill_kl", ROWS, C, _names(dtype), "rescale", launch, moved, moved)
+
+
+def _names(*dtypes: torch.dtype) -> str:
+    short = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+    return " ".join(dict.fromkeys(short[dtype] for dtype in dtypes))
+
+
+# ---- table -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Codegen:
+    """Registers, spills, shared memory, load widths and bytes moved of every kernel and launch plan; needs no GPU."""
+
+    targets: tuple[Literal["sm_80", "sm_90", "sm_100", "gfx942"], ...] = ("sm_80", "sm_90", "sm_100", "gfx942")
+    """Architectures to compile for."""
+    out: Path | None = None
+    """Also write the numbers, with machine and versions, to this JSON file."""
+
+
+def measure(cases: Sequence[Case], target: str) -> list[dict[str, Any]]:
+    """One entry a case: what its launch compiles to, the bytes it moves, and what is wrong with it.
+
+    Raises:
+        RuntimeError: this process interprets kernels.
+    """
+    with recorded() as launches:
+        for case in cases:
+            case.launch()
+    return [
+        {
+            **{name: getattr(case, name) for name in ("kernel", "N", "C", "dtypes", "variant")},
+            "function": launch.function.__name__,
+            "plan": launch.plan,
+            "target": target,
+            **code._asdict(),
+            "bytes_moved": case.moved,
+            "bytes_floor": case.floor,
+            "problems": problems(launch, code, target),
+        }
+        for case, launch, code in zip(cases, launches, compiled(launches, target), strict=True)
+    ]
+
+
+def run(options: Codegen) -> list[dict[str, Any]]:
+    """Compiles, prints the table, and writes options.out where asked to.
+
+    Returns:
+        One entry a case and target, see measure().
+
+    Raises:
+        RuntimeError: this process interprets kernels.
+    """
+    cases = list(distill_kl_cases())
+    entries = [entry for target in options.targets for entry in measure(cases, target)]
+    console = Console(width=200, soft_wrap=True, highlight=False)  # a case is one line, also where the output goes to a file
+    console.print(table(entries))
+    wrong = [entry for entry in entries if entry["problems"]]
+    for entry in wrong:
+        console.print(f"{entry['target']}, C {_titled(entry)}: {'; '.join(entry['problems'])}", style="red", markup=False)
+    console.print(f"Triton {triton.__version__}: {len(entries)} kernels compiled, {len(wrong)} with a problem")
+    if options.out is not None:
+        facts = machine.facts() | {"triton": triton.__version__}
+        files.write_json(options.out, {"machine": facts, "date": time.strftime("%Y-%m-%d"), "cases": entries})
+    return entries
+
+
+def table(entries: Iterable[dict[str, Any]]) -> Table:
+    """A row a case and target. Loads and stores are instructions by width in bits."""
+    made = Table(box=box.SIMPLE_HEAD)
+    for column in ("target", "kernel", "case", "plan"):
+        made.add_column(column, no_wrap=True)
+    for column in ("registers", "spills", "shared", "loads", "stores", "tensor cores", "bytes / floor"):
+        made.add_column(column, justify="right", no_wrap=True)
+    for entry in entries:
+        made.add_row(
+            entry["target"],
+            entry["kernel"] + entry["function"],
+            _titled(entry),
+            " ".join(f"{name.lower()} {value}" for name, value in entry["plan"].items()),
+            *(str(entry[name]) for name in ("registers", "spilled", "shared")),
+            *(_counted(entry[name]) for name in ("loads", "stores", "products")),
+            f"{entry['bytes_moved'] / entry['bytes_floor']:.2f}",
+            style="red" if entry["problems"] else None,
+        )
+    return made
+
+
+def _titled(entry: dict[str, Any]) -> str:
+    return f"{entry['C']} {entry['dtypes']}, {entry['variant']}"
+
+
+def _counted(instructions: dict[Any, int]) -> str:
+    return " ".join(f"{count}x{kind}" for kind, count in sorted(instructions.items(), reverse=True))
+
+
+if __name__ == "__main__":
+    run(tyro.cli(Codegen))

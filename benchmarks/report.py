@@ -1,0 +1,408 @@
+"""Tables and figures from measured JSON: kdfast bench report
+
+The documents' tables stand between markers, <!-- table: DEVICE --> (every case), <!-- table: DEVICE-summary --> or <!-- table:
+DEVICE-training -->, and <!-- end -->. DEVICE is what the names of files in benchmarks/results begin with: "cpu" for cpu-lion.json.
+Cases in which a peer wins are there like the others.
+"""
+
+import hashlib
+import io
+import json
+import re
+import statistics
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from kdfast.benchmarks.harness import COMPILED, EAGER, OURS
+from kdfast.benchmarks.timing import RESULTS
+
+from kdfast import files
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+ROOT = Path(__file__).parents[1]
+PAGES = (ROOT / "README.md", ROOT / "docs" / "performance.md")
+FIGURES = ROOT / "docs" / "figures"
+FAMILIES = ("kd_loss", "linear_kd_loss", "supcon_loss", "Lion", "attention_transfer_loss")  # in this order
+COLOURS = {OURS: "#00795c", EAGER: "#b0305c", COMPILED: "#3d6fc4"}
+NAMES = {OURS: "kdfast", EAGER: "eager PyTorch", COMPILED: "its torch.compile"}
+
+# ---- reading ---------------------------------------------------------------------------------------------------------
+
+
+class Results(NamedTuple):
+    """Results of harness.measure from one machine.
+
+    Attributes:
+        measured: on what, with which PyTorch, when.
+        packages: the peers' versions; "" where they are not known.
+        cases: the results.
+    """
+
+    measured: str
+    packages: str
+    cases: list[dict[str, Any]]
+
+
+def read(path: Path) -> Results:
+    """Operators' results, from `kdfast bench kernels --out`, `pytest benchmarks --benchmark-json`, gpu.py or linear_kd.py.
+
+    Raises:
+        ValueError: the file holds none.
+    """
+    try:
+        found = json.loads(path.read_text())
+        benchmarks = found.get("steps", {}).get("benchmarks", found).get("benchmarks")
+        cases = found.get("cases", []) if benchmarks is None else [benchmark["extra_info"] for benchmark in benchmarks]
+        cases = [_of_linear_kd(case) if "chunk_rows" in case else case for case in cases]
+        cases = [case for case in cases if "variants" in case]
+        machine, date = found.get("machine") or found["machine_info"], found.get("date") or found["datetime"][:10]
+    except (json.JSONDecodeError, AttributeError, KeyError, TypeError):
+        cases = []
+    if not cases:
+        raise ValueError(f"{path} must hold results of `kdfast bench kernels` or `pytest benchmarks`, and it holds none")
+    packages = ", ".join(f"{name} {version}" for name, version in machine.get("packages", {}).items())
+    return Results(_measured(machine, date), packages, cases)
+
+
+def committed(device: str) -> list[Results]:
+    """What benchmarks/results holds of a device."""
+    found = []
+    for path in sorted(RESULTS.glob(f"{device}-*.json")):
+        try:
+            found.append(read(path))
+        except ValueError:  # loaders, training
+            continue
+    return found
+
+
+def devices() -> list[str]:
+    """What there are committed results of."""
+    names = {path.name.partition("-")[0] for path in RESULTS.glob("*-*.json")}
+    return sorted(name for name in names if committed(name))
+
+
+def _measured(machine: dict[str, Any], date: str) -> str:
+    on = [machine["cpu"], "1 thread" if machine["threads"] == 1 else f"{machine['threads']} threads"]
+    if "gpu" in machine:
+        on = [machine["gpu"], *(f"driver {gpu['driver_version']}" for gpu in machine.get("gpus", [])[:1])]
+    return ", ".join([*on, f"PyTorch {machine['torch']}", f"Python {machine['python']}", date])
+
+
+def _of_linear_kd(case: dict[str, Any]) -> dict[str, Any]:
+    """A case of linear_kd.py as harness.measure would have it."""
+    variants = {}
+    for name, milliseconds in case["milliseconds"].items():
+        variants[OURS if name == "ours" else {"unfused": "kd_loss of two F.linear"}.get(name, name)] = {
+            "call_ms": milliseconds,
+            "speedup": case.get(f"speedup_over_{name}", 1.0),
+            "memory": 1e6 * case["peak_mb"][name],
+            "gradient_error": max(case["errors"][name]),
+        }
+    shape = {key: case[key] for key in ("N", "D", "C")}
+    return {"operator": "linear_kd_loss", "case": "N {N:,}, D {D:,}, C {C:,}".format(**shape), **case, "shape": shape, "variants": variants}
+
+
+# ---- tables ----------------------------------------------------------------------------------------------------------
+
+
+def summary(results: Sequence[Results]) -> str:
+    """A line an operator and peer: how many cases, the least, median and largest speed-up, in how many we are slower."""
+    groups: dict[tuple[str, str], list[float]] = {}
+    for case in _cases(results):
+        for peer, row in peers(case):
+            groups.setdefault((case["operator"], peer), []).append(row["speedup"])
+            if "device_ms" in row and "device_ms" in case["variants"][OURS]:
+                groups.setdefault((case["operator"], f"{peer}, device time"), []).append(_device_speedup(case, row))
+    lines = ["| operator | against | cases | least | median | largest | slower in |", "|---|---|---:|---:|---:|---:|---:|"]
+    for (operator, peer), ratios in groups.items():
+        spread = f"{min(ratios):.2f} | {statistics.median(ratios):.2f} | {max(ratios):.2f}"
+        lines.append(f"| {operator} | {peer} | {len(ratios)} | {spread} | {sum(r < 1 for r in ratios)} |")
+    return "\n".join([*lines, "", _sources(results)])
+
+
+def table(results: Sequence[Results]) -> str:
+    """Every case: a table an operator, and what could not be measured below it."""
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for case in _cases(results):
+        groups.setdefault(_family(case), []).append(case)
+    packages = "; ".join(dict.fromkeys(result.packages for result in results if result.packages))
+    return "\n\n".join([*map(_operator_table, groups.values()), _sources(results), *([f"With {packages}."] if packages else [])])
+
+
+def _operator_table(cases: list[dict[str, Any]]) -> str:
+    names = list(dict.fromkeys(peer for case in cases for peer, _ in peers(case)))
+    gpu = any("device_ms" in case["variants"][OURS] for case in cases)
+    columns = ["ours, ms", *(["device, ms", "cold, ms"] if gpu else []), *(f"over {peer}" for peer in names)]
+    columns += ["backward, ms", "of the floor", "memory, MB", "eager's, MB", "value error", "gradient error"]
+    lines = [f"| operator | case | {' | '.join(columns)} |", f"|---|---|{'---:|' * len(columns)}"]
+    for case in cases:
+        ours, eager = case["variants"][OURS], case["variants"].get(EAGER, {})
+        cells = [number(ours["call_ms"]), *((number(ours.get(key)) for key in ("device_ms", "cold_ms")) if gpu else ())]
+        cells += [speedups(case, peer) for peer in names]
+        cells += [number(ours.get("backward_ms")), percent(ours.get("floor_share"))]
+        cells += [number(variant["memory"] / 1e6 if "memory" in variant else None) for variant in (ours, eager)]
+        cells += ["–" if ours.get(key) is None else f"{ours[key]:.0e}" for key in ("value_error", "gradient_error")]
+        dtype = "" if case["dtype"] == "float32" else f", {case['dtype']}"
+        lines.append(f"| {case['operator']} | {case['case']}{dtype} | {' | '.join(cells)} |")
+    if why := unmeasured(cases):
+        lines += ["", f"Not measured: {'; '.join(why)}."]
+    return "\n".join(lines)
+
+
+def training(device: str) -> str:
+    """Images/s of whole training loops."""
+    result = json.loads((RESULTS / f"{device}-self_distillation.json").read_text())
+    lines = ["| loop | images/s | over the tutorial's |", "|---|---:|---:|"]
+    lines += [f"| {c['variant']} | {c['images_per_s']:.1f} | {c['speedup']:.2f} |" for c in result["cases"]]
+    return "\n".join([*lines, "", f"{_measured(result['machine'], result['date'])}."])
+
+
+def filled(text: str) -> str:
+    """The text of a page with its tables between their markers."""
+
+    def made(marker: re.Match[str]) -> str:
+        device, kind = marker["device"], marker["kind"]
+        content = training(device) if kind == "training" else {None: table, "summary": summary}[kind](committed(device))
+        return f"<!-- table: {marker['name']} -->\n{content}\n<!-- end -->"
+
+    pattern = r"<!-- table: (?P<name>(?P<device>\w+)(-(?P<kind>summary|training))?) -->\n.*?<!-- end -->"
+    return re.sub(pattern, made, text, flags=re.DOTALL)
+
+
+def _cases(results: Sequence[Results]) -> list[dict[str, Any]]:
+    """By operator, then by size."""
+    cases = [case for result in results for case in result.cases]
+    names = list(dict.fromkeys(case["operator"] for case in cases))
+
+    def place(case: dict[str, Any]) -> tuple[Any, ...]:
+        return FAMILIES.index(_family(case)), names.index(case["operator"]), *reversed(case["shape"].values()), case["case"]
+
+    return sorted(cases, key=place)
+
+
+def _family(case: dict[str, Any]) -> str:
+    return case["operator"].partition(" ")[0]
+
+
+def peers(case: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The other variants that were measured."""
+    return ((name, row) for name, row in case["variants"].items() if name != OURS and "call_ms" in row)
+
+
+def _device_speedup(case: dict[str, Any], row: dict[str, Any]) -> float:
+    return row["device_ms"] / case["variants"][OURS]["device_ms"]
+
+
+def speedups(case: dict[str, Any], peer: str) -> str:
+    """In call time, and on a GPU in device time."""
+    row = case["variants"].get(peer, {})
+    if "call_ms" not in row:
+        return "–"
+    call = f"{row['speedup']:.2f}"
+    if "device_ms" not in case["variants"][OURS]:
+        return call
+    return f"{call} / {_device_speedup(case, row):.2f}" if "device_ms" in row else f"{call} / –"
+
+
+def number(x: float | None) -> str:
+    """Three digits."""
+    if x is None:
+        return "–"
+    return f"{x:,.0f}" if x >= 100 else f"{x:.3g}"
+
+
+def percent(x: float | None) -> str:
+    """Of a share."""
+    return "–" if x is None else f"{100 * x:.0f} %"
+
+
+def unmeasured(cases: Sequence[dict[str, Any]]) -> list[str]:
+    """Peers that could not be compared: why, and in how many cases."""
+    why = Counter(
+        f"{peer}{', on the device' if key == 'device_skipped' else ''}: {row[key]}"
+        for case in cases
+        for peer, row in case["variants"].items()
+        for key in ("skipped", "device_skipped")
+        if key in row
+    )
+    return [f"{reason} ({count} of {len(cases)} cases)" for reason, count in why.items()]
+
+
+def _sources(results: Sequence[Results]) -> str:
+    """What was measured on what; one machine need not be named for every operator."""
+    operators: dict[str, list[str]] = {}
+    for result in results:
+        operators.setdefault(result.measured, []).extend(map(_family, result.cases))
+    if len(operators) == 1:
+        return f"{next(iter(operators))}."
+    return "\n".join(f"- {', '.join(dict.fromkeys(names))}: {measured}." for measured, names in operators.items())
+
+
+# ---- figures ---------------------------------------------------------------------------------------------------------
+
+
+def figures(results: Sequence[Results]) -> dict[str, str]:
+    """SVGs by name; each carries digest(results), by which a stale one is found."""
+    cases = _cases(results)
+    drawn = {"speedup": _speedup_figure(cases), "roofline": _roofline_figure(cases), "memory": _memory_figure(cases)}
+    return {name: _svg(figure, digest(results)) for name, figure in drawn.items() if figure is not None}
+
+
+def digest(results: Sequence[Results]) -> str:
+    """Of the cases that figures are made from."""
+    return hashlib.sha256(json.dumps(_cases(results), sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _speedup_figure(cases: list[dict[str, Any]]) -> "Figure":
+    """A line an operator, a dot a case."""
+    operators = list(dict.fromkeys(case["operator"] for case in cases))[::-1]
+    figure, (axes,) = _figure(1, height=1.2 + 0.42 * len(operators))
+    for offset, peer in ((0.14, EAGER), (-0.14, COMPILED)):
+        found = [(case, case["variants"][peer]) for case in cases if "call_ms" in case["variants"].get(peer, {})]
+        ratios = [
+            _device_speedup(case, row) if {"device_ms"} <= row.keys() & case["variants"][OURS].keys() else row["speedup"]
+            for case, row in found
+        ]
+        heights = [operators.index(case["operator"]) + offset for case, _ in found]
+        if found:
+            axes.scatter(ratios, heights, s=26, color=COLOURS[peer], alpha=0.75, linewidths=0, label=f"over {NAMES[peer]}")
+    axes.axvline(1, color="#555555", linewidth=1)
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}x")
+    axes.set_yticks(range(len(operators)), operators)
+    axes.set_ylim(-0.6, len(operators) - 0.4)
+    axes.set_xlabel("speed-up, a dot a case; left of 1 the peer is faster")
+    figure.legend(loc="outside upper center", ncols=2, frameon=False)
+    return figure
+
+
+def _roofline_figure(cases: list[dict[str, Any]]) -> "Figure | None":
+    """Each operator's largest case: operations a second over operations a byte, below what this machine copies and multiplies."""
+    largest: dict[tuple[str, str], dict[str, Any]] = {}
+    for case in sorted((case for case in cases if "floor_ms" in case), key=lambda case: case["floor_ms"]):
+        largest[case["operator"], case["dtype"]] = case
+    if not largest:
+        return None
+    figure, (axes,) = _figure(1, height=4.6)
+    intensities = [case["operations"] / case["bytes"] for case in largest.values()]
+    low, high = min(intensities) / 2, max(intensities) * 2
+    for dtype in dict.fromkeys(dtype for _, dtype in largest):
+        of = [case for case in cases if case["dtype"] == dtype and "floor_ms" in case]
+        bandwidth, rate = (statistics.median(case[key] for case in of) for key in ("copy_bytes_per_s", "dense_operations_per_s"))
+        xs = sorted({low, high, min(max(rate / bandwidth, low), high)})
+        axes.plot(xs, [min(rate, bandwidth * x) / 1e9 for x in xs], color="#555555", linewidth=1.2)
+        axes.annotate(
+            f"{dtype}: copies {bandwidth / 1e9:,.0f} GB/s, multiplies {rate / 1e9:,.0f} GFLOP/s",
+            (high, min(rate, bandwidth * high) / 1e9),
+            (0, 3),
+            textcoords="offset points",
+            ha="right",
+            va="bottom",
+            fontsize=9,
+        )
+    for variant in (EAGER, COMPILED, OURS):
+        rows = [(x, case, case["variants"].get(variant, {})) for x, case in zip(intensities, largest.values())]
+        points = [(x, case["operations"] / row.get("device_ms", row["call_ms"]) / 1e6) for x, case, row in rows if "call_ms" in row]
+        if points:
+            axes.scatter(*zip(*points), s=26, color=COLOURS[variant], linewidths=0, label=NAMES[variant])
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.set_ylim(bottom=axes.get_ylim()[0] / 30)  # room for names
+    for x, (operator, _) in zip(intensities, largest):
+        axes.text(x, 0.02, operator, transform=axes.get_xaxis_transform(), rotation=90, ha="center", va="bottom", fontsize=8)
+    axes.set_xlabel("operations a byte that any version has to move")
+    axes.set_ylabel("GFLOP/s")
+    figure.legend(loc="outside upper center", ncols=3, frameon=False)
+    return figure
+
+
+def _memory_figure(cases: list[dict[str, Any]]) -> "Figure | None":
+    """Peak memory over size, where an operator has one series of sizes: logits' elements, or rows at 128 features."""
+    panels = {
+        "kd_loss (lskd)": ("logits, N C", lambda shape: shape["N"] * shape["C"]),
+        "supcon_loss": ("rows N, D = 128", lambda shape: shape["N"] if shape["D"] == 128 else None),
+    }
+    drawn = {name: panel for name, panel in panels.items() if any(case["operator"] == name for case in cases)}
+    if not drawn:
+        return None
+    figure, all_axes = _figure(len(drawn), height=3.6)
+    for axes, (operator, (label, size)) in zip(all_axes, drawn.items()):
+        for variant in (EAGER, COMPILED, OURS):
+            points = sorted(
+                (size(case["shape"]), case["variants"][variant]["memory"] / 1e6)
+                for case in cases
+                if case["operator"] == operator and case["dtype"] == cases[0]["dtype"]
+                if size(case["shape"]) is not None and case["variants"].get(variant, {}).get("memory")
+            )
+            if points:
+                axes.plot(*zip(*points), "o-", markersize=4, linewidth=1.5, color=COLOURS[variant], label=NAMES[variant])
+        axes.set_xscale("log")
+        axes.set_yscale("log")
+        axes.set_title(operator, fontsize=10)
+        axes.set_xlabel(label)
+        axes.set_ylabel("MB beyond the inputs")
+    figure.legend(*all_axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=3, frameon=False)
+    return figure
+
+
+def _figure(columns: int, height: float) -> "tuple[Figure, list[Axes]]":
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, height), layout="constrained", facecolor="white")
+    axes = [figure.add_subplot(1, columns, place + 1) for place in range(columns)]
+    for each in axes:
+        each.grid(color="#dddddd", linewidth=0.6)
+        each.set_axisbelow(True)
+        each.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def _svg(figure: "Figure", identifier: str) -> str:
+    """The same text for the same figure: no date, no random names."""
+    import matplotlib as mpl
+
+    text = io.StringIO()
+    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": "kdfast"}):
+        figure.savefig(text, format="svg", metadata={"Date": None, "Creator": "kdfast bench report", "Identifier": identifier})
+    return re.sub(r"[ \t]+$", "", text.getvalue(), flags=re.MULTILINE)
+
+
+# ---- writing ---------------------------------------------------------------------------------------------------------
+
+
+def write_documents() -> list[Path]:
+    """Makes the tables and figures of README.md and docs/ again from the committed results; returns what was written.
+
+    Raises:
+        ValueError: this is an installation, and no checkout.
+    """
+    if not all(page.exists() for page in PAGES):
+        raise ValueError(f"the documents are made in a checkout of kdfast, and {ROOT} is none: name the JSON files to report on")
+    for page in PAGES:
+        files.write_text(page, filled(page.read_text()))
+    written = [*PAGES]
+    for device in devices():
+        for name, svg in figures(committed(device)).items():
+            written.append(FIGURES / f"{device}-{name}.svg")
+            files.write_text(written[-1], svg)
+    return written
+
+
+def write_report(paths: Sequence[Path], folder: Path) -> Path:
+    """Writes report.md and its figures on the results in these files; returns its path.
+
+    Raises:
+        ValueError: a file holds no results.
+    """
+    results = [read(path) for path in paths]
+    lines = ["# Operators", "", summary(results), "", table(results), ""]
+    for name, svg in figures(results).items():
+        files.write_text(folder / f"{name}.svg", svg)
+        lines += [f"![{name}]({name}.svg)", ""]
+    files.write_text(folder / "report.md", "\n".join(lines))
+    return folder / "report.md"

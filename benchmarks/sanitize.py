@@ -1,0 +1,64 @@
+"""A small run of every Triton kernel in every regime, for compute-sanitizer to watch:
+
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck python -m kdfast.benchmarks.sanitize
+
+Without PyTorch's cache of memory every tensor is an allocation of its own, so that a read beyond its end is seen. Sizes are odd, rows
+few; what is computed is the tests' business. TRITON_INTERPRET=1 runs it on the CPU.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kdfast import backend
+from kdfast.functional import kd_loss
+
+
+def distill_kl(device: torch.device) -> int:
+    """Logit distillation: several rows a program, one row in registers, a loop over the row, with few and with many tensors."""
+    runs = 0
+
+    def run(N: int, C: int, *, learn: bool, dtype: torch.dtype = torch.float32, strided: bool = False, **options: Any) -> None:
+        nonlocal runs
+
+        def logits(learns: bool) -> Tensor:
+            columns = C + 3 if strided else C  # the last row ends where the allocation does
+            return torch.randn(N, columns, device=device, dtype=dtype)[:, columns - C :].requires_grad_(learns)
+
+        labels = torch.randint(C, (N,), device=device)
+        labels[0], labels[-1] = C + 5, -100  # out of range; ignored
+        inputs = [logits(True), logits(learn), logits(learn)]
+        loss = kd_loss(inputs[0], inputs[1:], labels if "ce_weight" in options else None, **options)
+        torch.autograd.grad(loss, [x for x in inputs if x.requires_grad], torch.full_like(loss, 0.5))
+        runs += 1
+
+    for C in (10, 100, 1001, 4096, 8191, 9001, 12000):
+        run(5, C, learn=False)
+        run(3, C, learn=True, standardize=True, ce_weight=0.1, label_smoothing=0.1)
+    for C in (10, 1001, 9001):
+        run(5, C, learn=False, dtype=torch.bfloat16, divergence="js", standardize=True)
+        run(5, C, learn=False, dtype=torch.float16, divergence="reverse")  # its gradients are made by the backward pass
+        run(5, C, learn=False, reduction="none", strided=True, ce_weight=0.1)
+    if device.type == "cuda":  # the interpreter would take a minute
+        run(1100, 520, learn=False)  # more programs than one adds up at a time
+    return runs
+
+
+KERNELS: Mapping[str, Callable[[torch.device], int]] = {"distill_kl": distill_kl}  # by file in kernels/
+
+
+def main() -> None:
+    """Launches all of them on the current GPU, and prints how often."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.manual_seed(0)
+    with backend("triton"):
+        for name, launch in KERNELS.items():
+            print(f"{name}: {launch(device)} runs, forward and backward", flush=True)
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,362 @@
+"""Throughput of a distillation step on this machine, and where its time goes: kdfast bench train
+
+A step is the engine's: the recipe's own stage in channels_last and in autocast, one backward pass, one optimizer step. Its images are
+random and live on the device, so that the step is measured and not the loader; the engine's metrics are not in it.
+
+    teacher      its forward pass
+    student      the student's forward pass, its projection head's included
+    losses       the loss terms, and their gradients in the networks' outputs
+    backward     from there through the student
+    optimizer    the update of the weights
+
+The peer is the same step with the same networks, precision and compilation, but with the originals' losses in eager PyTorch and
+lion_pytorch in place of ours. Both run in turn, in one process.
+"""
+
+import importlib.util
+import statistics
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from kdfast.benchmarks import distill_kl, supcon, timing
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+from kdfast import files, machine, recipes
+from kdfast.data import Batch, ImageData, Split, make_loaders
+from kdfast.engine import Stage, Training, World, join
+from kdfast.engine.schedule import make_optimizer
+from kdfast.engine.stage import Outputs, Terms
+from kdfast.models import ModelSpec, create
+from kdfast.recipes import Setup
+
+PARTS = ("teacher", "student", "losses", "backward", "optimizer")
+WARMUP = 3  # steps of each side that are not counted: compilation, and cuDNN's choice of algorithms
+ROUNDS = 3  # at least, however long they take
+
+
+@dataclass(frozen=True)
+class Train:
+    """Training-step throughput: images/s, where the time goes, and the same step without kdfast's losses and optimizer."""
+
+    recipe: Literal["kd", "lskd", "conkd"] = "conkd"
+    """Method whose losses are computed, with its default settings."""
+    student: str = "resnet18"
+    """Student's architecture (kdfast list models)."""
+    teacher: str | None = None
+    """Teacher's architecture; none: resnet101 on CUDA, resnet34 on the CPU."""
+    classes: int = 1000
+    """Outputs of both networks."""
+    image_size: int | None = None
+    """Pixels; none: 224 on CUDA, 64 on the CPU."""
+    batch_size: int | None = None
+    """Images a step; none: 256 on CUDA, 32 on the CPU."""
+    optimizer: Literal["lion", "adamw", "sgd"] = "lion"
+    """The student's optimizer."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Autocast; auto: bf16 on CUDA, fp32 on the CPU."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """torch.compile of the forward passes; auto: on CUDA."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+    seconds: float = 30.0
+    """Time for the steps that count; networks are made, compiled and warmed up before."""
+    out: Path | None = None
+    """Also write the numbers, with machine and versions, to this JSON file."""
+
+    def __post_init__(self) -> None:
+        for name, least in (("classes", 2), ("image_size", 1), ("batch_size", 2)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"{name} must be at least {least}, got {value}")
+        if not self.seconds > 0:
+            raise ValueError(f"seconds must be positive, got {self.seconds}")
+
+    def on(self, device: torch.device) -> "Train":
+        """These options with nothing left to choose."""
+        gpu = device.type == "cuda"
+        return replace(
+            self,
+            teacher=self.teacher or ("resnet101" if gpu else "resnet34"),
+            image_size=self.image_size or (224 if gpu else 64),
+            batch_size=self.batch_size or (256 if gpu else 32),
+            precision=("bf16" if gpu else "fp32") if self.precision == "auto" else self.precision,
+            compile=("on" if gpu else "off") if self.compile == "auto" else self.compile,
+            device=str(device),
+        )
+
+
+# ---- a step ----------------------------------------------------------------------------------------------------------
+
+
+class Clock:
+    """Marks on the time line of a device, CUDA events on a GPU, so that setting one waits for nothing."""
+
+    def __init__(self, device: torch.device):
+        self._gpu = device.type == "cuda"
+        self._marks: list[tuple[str, Any]] = []
+
+    @torch.compiler.disable
+    def mark(self, part: str) -> None:
+        """Ends a part here; "start" begins a step."""
+        if self._gpu:
+            now = torch.cuda.Event(enable_timing=True)
+            now.record()
+        else:
+            now = time.perf_counter()
+        self._marks.append((part, now))
+
+    def take(self) -> list[dict[str, float]]:
+        """Milliseconds of each part, a step an entry, and starts afresh. The device has to be done with them."""
+        steps: list[dict[str, float]] = []
+        for (_, before), (part, now) in zip([("", None), *self._marks], self._marks):
+            if part == "start":
+                steps.append({})
+            else:
+                steps[-1][part] = before.elapsed_time(now) if self._gpu else 1e3 * (now - before)
+        self._marks = []
+        return steps
+
+
+class _Marked(nn.Module):
+    """A teacher whose forward pass ends with a mark."""
+
+    def __init__(self, model: nn.Module, clock: Clock):
+        super().__init__()
+        self.model, self._clock = model, clock
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits = self.model(images)
+        self._clock.mark("teacher")
+        return logits
+
+
+class Step:
+    """A side of the comparison: networks, losses and optimizer, ready to step on one batch again and again.
+
+    Args:
+        options: with nothing left to choose.
+        teacher: on the device.
+        batch: on the device.
+        plain: the originals' losses and optimizer.
+    """
+
+    def __init__(self, options: Train, teacher: nn.Module, batch: Batch, *, plain: bool):
+        device = batch.images.device
+        self.clock, self._batch = Clock(device), batch
+        # a step's time does not depend on the rate; at this one the weights stay where they are, however many steps fit
+        training = Training(optimizer=options.optimizer, lr=1e-6, weight_decay=1e-4, batch_size=len(batch.labels))
+        torch.manual_seed(0)  # both sides have the same weights
+        self.stage = _stage(options, training, _Marked(teacher, self.clock))
+        for module in (*self.stage.frozen, *self.stage.train):
+            module.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.stage.modes(training=True)
+        self._forward = torch.compile(self.stage.forward) if options.compile == "on" else self.stage.forward
+        self._loss = plain_loss(options) if plain else self.stage.loss
+        parameters = list(self.stage.parameters())
+        self.optimizer = plain_optimizer(parameters, training) if plain else make_optimizer(parameters, training)
+        self._autocast = torch.autocast(device.type, torch.bfloat16, enabled=options.precision == "bf16")
+
+    def __call__(self) -> None:
+        """One step, marked."""
+        self.clock.mark("start")
+        with self._autocast:
+            outputs = self._forward(self._batch)
+            self.clock.mark("student")
+            # cut here, so that the losses' share of the backward pass counts as theirs
+            leaves = {name: value.detach().requires_grad_(value.requires_grad) for name, value in outputs.items()}
+            terms = self._loss(leaves, self._batch)
+        torch.stack([term.float() for term in terms.values()]).sum().backward()
+        self.clock.mark("losses")
+        pairs = [(outputs[name], leaf.grad) for name, leaf in leaves.items() if leaf.grad is not None]
+        torch.autograd.backward([output for output, _ in pairs], [gradient for _, gradient in pairs])
+        self.clock.mark("backward")
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.clock.mark("optimizer")
+
+
+def _stage(options: Train, training: Training, teacher: nn.Module) -> Stage:
+    """The recipe's stage, as `kdfast distill` would fit it."""
+    recipe = recipes.get(options.recipe)
+    # one pixel an image: the stage wants to know of data, but the step brings its own
+    split = Split(torch.arange(options.classes), pixels=torch.zeros(options.classes, 3, 1, 1, dtype=torch.uint8))
+    data = ImageData(
+        name="random",
+        classes=tuple(map(str, range(options.classes))),
+        train=split,
+        val=split,
+        test=split,
+        mean=(0.5, 0.5, 0.5),
+        std=(0.5, 0.5, 0.5),
+        image_size=1,
+        val_is_test=True,
+        train_transform="none",
+        eval_transform="none",
+    )
+    setup = Setup(
+        data=data,
+        training=training,
+        teacher_training=training,
+        student_spec=ModelSpec(options.student, options.classes),
+        teacher_spec=ModelSpec(str(options.teacher), options.classes),
+        student_pretrained=False,
+        teacher_pretrained=False,
+        labels_hidden=False,
+        seed=0,
+        make_loaders=lambda training, augment, all_labels, seed: make_loaders(data, batch_size=training.batch_size),
+        say=lambda line: None,
+    )
+    return next(recipe.distil(setup, recipe.settings(), teacher))
+
+
+def plain_loss(options: Train) -> Callable[[Outputs, Batch], Terms]:
+    """The recipe's loss as the originals write it, in eager PyTorch."""
+    settings = recipes.get(options.recipe).settings()
+
+    def loss(outputs: Outputs, batch: Batch) -> Terms:
+        terms = {
+            "ce+kd": distill_kl.original(
+                outputs["logits"],
+                outputs["teacher"],
+                batch.labels,
+                temperature=settings.temperature,
+                standardize=getattr(settings, "standardize", True),  # conkd always does
+                kd_weight=settings.kd_weight,
+                ce_weight=settings.ce_weight,
+            )
+        }
+        if options.recipe == "conkd":
+            terms["supcon"] = settings.alpha * supcon.eager(outputs["embedding"][:, None], batch.labels)
+        return terms
+
+    return loss
+
+
+def plain_optimizer(parameters: Iterable[nn.Parameter], training: Training) -> torch.optim.Optimizer:
+    """lion_pytorch's faster form in place of our Lion, torch's AdamW where that is not installed; others are torch's already."""
+    if training.optimizer != "lion":
+        return make_optimizer(parameters, training)
+    if importlib.util.find_spec("lion_pytorch") is None:
+        return torch.optim.AdamW(parameters, lr=training.lr, weight_decay=training.weight_decay)
+    from lion_pytorch.foreach import Lion
+
+    return Lion(parameters, lr=training.lr, weight_decay=training.weight_decay)
+
+
+# ---- measurement -----------------------------------------------------------------------------------------------------
+
+
+def measure(options: Train, world: World) -> dict[str, Any]:
+    """Both sides in turn.
+
+    Args:
+        options: with nothing left to choose.
+        world: the device to run on.
+
+    Returns:
+        The options, for each side what `usual` says of its steps, and the speed-up: the median over pairs of steps of plain / kdfast.
+    """
+    torch.manual_seed(0)
+    size, device = options.image_size, world.device
+    images = torch.randn(options.batch_size, 3, size, size, device=device).contiguous(memory_format=torch.channels_last)
+    labels = torch.randint(options.classes, (options.batch_size,), device=device)
+    batch = Batch(images, labels, torch.arange(options.batch_size, device=device))
+    teacher = create(str(options.teacher), options.classes)
+    sides = {"kdfast": Step(options, teacher, batch, plain=False), "plain": Step(options, teacher, batch, plain=True)}
+    for step in sides.values():
+        for _ in range(WARMUP):
+            step()
+    memory = {name: timing.peak_memory(step, device) for name, step in sides.items()}
+    for step in sides.values():
+        step.clock.take()
+
+    # a GPU is to have the next step's kernels waiting, as in training: several steps before the other side's turn
+    turn = 5 if device.type == "cuda" else 1
+    end, rounds = time.monotonic() + options.seconds, 0
+    while rounds < ROUNDS or time.monotonic() < end:
+        for step in sides.values():
+            for _ in range(turn):
+                step()
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+        rounds += 1
+
+    taken = {name: step.clock.take() for name, step in sides.items()}
+    result: dict[str, Any] = asdict(options) | {"steps": len(taken["kdfast"])}
+    del result["out"]
+    for name, step in sides.items():
+        optimizer = type(step.optimizer)
+        parts = usual(taken[name])
+        step_ms = sum(parts.values())
+        result[name] = {
+            "optimizer": f"{optimizer.__module__.split('.')[0]} {optimizer.__name__}",
+            "images_per_s": round(1e3 * len(labels) / step_ms, 2),
+            "step_ms": round(step_ms, 4),
+            "parts_ms": {part: round(ms, 4) for part, ms in parts.items()},
+            "losses_and_optimizer": round((parts["losses"] + parts["optimizer"]) / step_ms, 5),
+            "memory_bytes": memory[name],
+        }
+    pairs = zip(taken["kdfast"], taken["plain"])
+    result["speedup"] = round(statistics.median(sum(plain.values()) / sum(ours.values()) for ours, plain in pairs), 4)
+    return result
+
+
+def usual(steps: list[dict[str, float]]) -> dict[str, float]:
+    """Each part's mean over the middle half of the steps by their whole time: unlike medians, these add up to a step."""
+    ordered = sorted(steps, key=lambda parts: sum(parts.values()))
+    middle = ordered[len(ordered) // 4 : len(ordered) - len(ordered) // 4]
+    return {part: statistics.fmean(parts[part] for parts in middle) for part in PARTS}
+
+
+def table(result: dict[str, Any]) -> Table:
+    """The numbers side by side."""
+    ours, plain = result["kdfast"], result["plain"]
+    made = Table(box=box.SIMPLE_HEAD)
+    for column in ("", "kdfast", f"eager losses, {plain['optimizer']}"):
+        made.add_column(column, justify="left" if not column else "right")
+    for part in PARTS:
+        made.add_row(part, *(f"{side['parts_ms'][part]:.2f} ms" for side in (ours, plain)))
+    made.add_section()
+    made.add_row("step", *(f"{side['step_ms']:.2f} ms" for side in (ours, plain)))
+    made.add_row("images/s", *(f"{side['images_per_s']:,.1f}" for side in (ours, plain)))
+    made.add_row("losses and optimizer", *(f"{100 * side['losses_and_optimizer']:.2f} %" for side in (ours, plain)))
+    made.add_row("memory of the step", *(f"{side['memory_bytes'] / 2**20:,.0f} MB" for side in (ours, plain)))
+    return made
+
+
+def run(options: Train) -> dict[str, Any]:
+    """Measures, prints the table, and writes options.out where asked to.
+
+    Returns:
+        What measure() does.
+
+    Raises:
+        ValueError: no such network, recipe or device.
+    """
+    world = join(options.device)
+    options = options.on(world.device)
+    console = Console(soft_wrap=True)
+    console.print(
+        f"{options.recipe}: {options.teacher} -> {options.student}, batch {options.batch_size}, {options.image_size} px, "
+        f"{options.precision}{', compiled' if options.compile == 'on' else ''}, on {_name(world.device)}",
+        highlight=False,
+    )
+    result = measure(options, world)
+    console.print(table(result))
+    console.print(f"{result['speedup']:.3f}x the images/s of the plain step; {result['steps']} steps of each", highlight=False)
+    if options.out is not None:
+        files.write_json(options.out, {"machine": machine.facts(), "date": time.strftime("%Y-%m-%d"), "cases": [result]})
+    return result
+
+
+def _name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"the CPU, {torch.get_num_threads()} threads"

@@ -1,0 +1,143 @@
+"""kdfast bench: what this machine's numbers are, and reports of them."""
+
+import importlib
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+import tyro
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from kdfast import files
+from kdfast.benchmarks import harness, operators, report
+from kdfast.benchmarks.harness import COMPILED, EAGER, OURS
+from kdfast.engine import join
+
+BENCHES = {
+    "kernels": "every operator against eager PyTorch and torch.compile",
+    "loaders": "images a second of the loader, against torchvision's",
+    "train": "a distillation step: images a second, and where its time goes",
+    "codegen": "what every kernel compiles to; needs no GPU",
+    "report": "tables and figures from measured JSON",
+}
+OVERVIEW = "usage: kdfast bench {}\n\n{}".format("|".join(BENCHES), "\n".join(f"  {name:<9}{what}" for name, what in BENCHES.items()))
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """Measure the operators on this machine: time, share of the floor, memory and error, beside eager PyTorch and torch.compile."""
+
+    operators: tuple[str, ...] = ()
+    """Of kd_loss, supcon_loss, Lion, attention_transfer_loss; none: all."""
+    tier: Literal["quick", "usual", "long"] = "quick"
+    """How many and how large cases: about a minute, some minutes, or all."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of floating inputs."""
+    peers: bool = False
+    """Other libraries and torch.compile max-autotune too."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+    out: Path | None = None
+    """Also write the numbers, with machine and versions, to this JSON file."""
+
+
+def kernels(options: Kernels) -> list[dict[str, Any]]:
+    """Measures, prints a table, writes options.out where asked to, and returns the results of harness.measure.
+
+    Raises:
+        ValueError: there is no such device.
+    """
+    device = join(options.device).device
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    cases = operators.cases(device, getattr(torch, options.dtype), operators=options.operators, tier=options.tier)
+    console, results = Console(width=None if sys.stdout.isatty() else 200), []
+    with console.status("") as status:
+        for number, case in enumerate(cases, 1):
+            status.update(f"{number} of {len(cases)}: {case}")
+            try:
+                results.append(harness.measure(case, only=None if options.peers else (EAGER, COMPILED, OURS)))
+            except torch.OutOfMemoryError:
+                console.print(f"{case} does not fit on this GPU", highlight=False)
+    console.print(_table(results))
+    if any("device_ms" in result["variants"][OURS] for result in results):
+        console.print("speed-ups in call time / in device time", highlight=False)
+    for line in report.unmeasured(results):
+        console.print(f"not measured: {line}", highlight=False)
+    if options.out is not None:
+        files.write_json(options.out, operators.document(results))
+        console.print(options.out, highlight=False, soft_wrap=True)
+    return results
+
+
+def _table(results: list[dict[str, Any]]) -> Table:
+    """A line a case; what else was measured is in the JSON."""
+    peers = list(dict.fromkeys(peer for result in results for peer, _ in report.peers(result)))
+    gpu = any("device_ms" in result["variants"][OURS] for result in results)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    table.add_column("operator", no_wrap=True)
+    table.add_column("case", overflow="fold")
+    over = [f"over {'compiled' if peer == COMPILED else peer}" for peer in peers]
+    for column in ("ms", *(["device, ms"] if gpu else []), *over, "of the floor", "memory, MB", "of eager"):
+        table.add_column(column, justify="right", min_width=max(map(len, column.split())))
+    for result in results:
+        ours, eager = result["variants"][OURS], result["variants"][EAGER]
+        times = [report.number(ours.get(key)) for key in ("call_ms", *(["device_ms"] if gpu else []))]
+        part = f"{100 * ours['memory'] / eager['memory']:.0f} %" if eager.get("memory") else "–"
+        memory = [report.number(ours["memory"] / 1e6), part]
+        table.add_row(
+            result["operator"],
+            result["case"],
+            *times,
+            *(report.speedups(result, peer) for peer in peers),
+            report.percent(ours.get("floor_share")),
+            *memory,
+        )
+    return table
+
+
+@dataclass(frozen=True)
+class Report:
+    """Tables and figures: of the files given, or of the committed results into README.md and docs/."""
+
+    results: Annotated[tuple[Path, ...], tyro.conf.Positional] = ()
+    """JSON files of `kdfast bench kernels --out` or `pytest benchmarks --benchmark-json`; none: the documents' own."""
+    out: Path = Path("bench-report")
+    """Folder for report.md and its figures, where files are given."""
+
+
+def make_report(options: Report) -> list[Path]:
+    """Writes the report and returns its paths.
+
+    Raises:
+        ValueError: a file without results, or no checkout whose documents could be written.
+    """
+    written = [report.write_report(options.results, options.out)] if options.results else report.write_documents()
+    for path in written:
+        print(path)
+    return written
+
+
+def bench(name: str) -> tuple[type, Callable[[Any], object]]:
+    """The options and the function of one of BENCHES.
+
+    Raises:
+        ValueError: there is no such benchmark, or it needs a package that is not installed.
+    """
+    if name not in BENCHES:
+        raise ValueError(f"bench knows {', '.join(BENCHES)}, got {name!r}")
+    if name == "kernels":
+        return Kernels, kernels
+    if name == "report":
+        return Report, make_report
+    module_name, options = {"loaders": ("loaders", "Loaders"), "train": ("training", "Train"), "codegen": ("codegen", "Codegen")}[name]
+    try:
+        module = importlib.import_module(f"kdfast.benchmarks.{module_name}")
+    except ModuleNotFoundError as missing:
+        raise ValueError(f"bench {name} needs the package {missing.name}, which is not installed") from None
+    return getattr(module, options), module.run

@@ -1,0 +1,75 @@
+"""kdfast bench loaders: both sides do the same work, on a user's own images or on generated ones."""
+
+import json
+import statistics
+
+import pytest
+import torch
+from kdfast.benchmarks import loaders
+from kdfast.benchmarks.loaders import Loaders, make_photographs, run
+from PIL import Image
+
+from kdfast.data import load, training_transform
+
+
+@pytest.fixture(scope="module")
+def photographs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("photographs")
+    make_photographs(folder, 8)
+    return folder
+
+
+def test_generated_photographs_weigh_what_real_ones_do(photographs):
+    files = sorted(photographs.rglob("*.jpg"))
+    assert len(files) == 8
+    assert {path.parent.name for path in files} == {"class0", "class1"}
+    assert len({path.read_bytes() for path in files}) == 8
+    sizes = {Image.open(path).size for path in files}
+    assert sizes == {(500, 375)}
+    bits = statistics.mean(8 * path.stat().st_size / (500 * 375) for path in files)
+    assert 3 < bits < 6, "ImageNet's have about 4.4 bits a pixel"
+
+
+def test_a_folder_of_ones_own(photographs, tmp_path, capsys):
+    out = tmp_path / "x.json"
+    cases = run(Loaders(data_dir=photographs, workers=1, images=6, image_size=32, batch_size=2, epochs=1, device="cpu", out=out))
+    assert [(case["name"], case["workers"], case["image_size"]) for case in cases] == [(photographs.name, 0, 32), (photographs.name, 1, 32)]
+    for case in cases:
+        assert case["images"] == 6
+        assert min(case["ours_images_per_s"], case["torchvision_images_per_s"], case["speedup"]) > 0
+        assert case["speedup"] == pytest.approx(case["ours_images_per_s"] / case["torchvision_images_per_s"], rel=0.01)
+    assert json.loads(out.read_text())["cases"] == cases
+    assert photographs.name in capsys.readouterr().out
+
+
+def test_without_a_folder_images_are_generated_and_removed(monkeypatch, capsys):
+    made = []
+    monkeypatch.setattr(loaders, "GENERATED", 8)
+    monkeypatch.setattr(loaders, "make_photographs", lambda folder, count: made.append(folder) or make_photographs(folder, count))
+    (case,) = run(Loaders(workers=0, image_size=32, batch_size=4, epochs=1, device="cpu"))
+    assert case["name"] == "generated"
+    assert not made[0].exists()
+
+
+def test_both_sides_hand_out_the_same_kind_of_batch(photographs):
+    data = load(str(photographs), val_fraction=0)
+    theirs, label = loaders._theirs(data, 32)[0]
+    ours = training_transform("imagenet", 32, data.mean, data.std)(data.train.read(0))
+    assert theirs.shape == ours.shape == (3, 32, 32)
+    assert theirs.dtype == ours.dtype == torch.float32
+    assert label == data.train.labels[0]
+    # random crops differ, but both have passed the same normalization
+    assert abs(theirs.mean() - ours.mean()) < 0.5
+    assert theirs.min() >= (0 - torch.tensor(data.mean)).div(torch.tensor(data.std)).min() - 1e-6
+
+
+def test_named_data_sets_are_found_beside_each_other(real_data):
+    names = [name for name, _ in loaders._sources(Loaders(data_dir=real_data, images=50), real_data)]
+    assert names == ["imagenette", "cifar10"]
+
+
+def test_bad_options_are_named(tmp_path):
+    with pytest.raises(ValueError, match="epochs must be at least 1, got 0"):
+        Loaders(epochs=0)
+    with pytest.raises(ValueError, match="no data set or folder"):
+        run(Loaders(data_dir=tmp_path / "nowhere", device="cpu"))
