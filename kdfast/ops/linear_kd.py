@@ -327,8 +327,12 @@ def _row_operator(
     weights: Tensor,
 ) -> Tensor:
     """The losses [R] of a chunk's logits [R, C]; wanted gradients overwrite the logits, a part of the rows at a time."""
-    # the kernel takes the gradients alone, the PyTorch form up to ten tensors of the part's size in the dtype of its arithmetic
-    parts = 8 if form is not distill_kl_torch else 32 if student.dtype == teacher.dtype == weights.dtype else 64
+    if form is not distill_kl_torch:  # the kernel takes the gradients alone
+        parts = 8
+    else:  # PyTorch up to ten tensors of the part's size in the dtype of its arithmetic, five for plain distillation of the student
+        plain = options.divergence == "forward" and not (options.standardize or options.ce_weight or wanted[-1])
+        parts = 12 if plain else 22
+        parts *= 1 if student.dtype == teacher.dtype == weights.dtype else 2
     step = max(1, student.shape[0] // parts)
     options = options._replace(reduction="none")
     losses = torch.empty_like(weights)
