@@ -7,6 +7,7 @@ inputs, and float64 for float64. Every function raises ValueError or TypeError i
 from collections.abc import Sequence
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -167,6 +168,8 @@ def supcon_loss(
     duplicates: int = 1,
     normalize: bool = False,
     reduction: str = "mean",
+    group: "dist.ProcessGroup | None" = None,
+    uneven: bool = False,
 ) -> Tensor:
     """Supervised contrastive loss of "Supervised Contrastive Learning" (Khosla et al., NeurIPS 2020), in O(N D) memory.
 
@@ -177,6 +180,13 @@ def supcon_loss(
     An anchor without positives adds 0 (and counts in the mean, as in the authors' code), and so does a row that is alone. Features
     of any length are taken as they are; no temperature makes the sum underflow. Bitwise reproducible on a CPU.
 
+    With a process group the anchors of this rank are contrasted with the rows of all its ranks, as if their batches were joined in the
+    order of the ranks. Every rank makes the same call with its own rows, and calls backward as often: both exchange rows, and one rank
+    that stays away leaves the others waiting. "mean" and "sum" give the joined batch's value on every rank, and gradients times the
+    number of ranks: DistributedDataParallel's average over ranks is then what one process has on the joined batch. Without it, sum
+    the gradients over ranks and divide by their number. "none" gives the losses of this rank's own anchors, and gradients as they
+    are: the local mean of ranks with equally many rows is right under that average. Gradients reach the rows of all ranks.
+
     Args:
         features: [B, V, D], V views of B samples (further dimensions are flattened after the second), or [B, D], which counts as
             `duplicates` equal views. float32, float64, bfloat16 or float16; any strides.
@@ -184,7 +194,8 @@ def supcon_loss(
             the positives are the other views of the same sample (SimCLR).
         mask: [B, B], bool, int or floating; instead of labels. Entry (i, j) weighs sample j among the positives of sample i. No
             gradient reaches it.
-        contrast: [M, D], rows to contrast with that are no anchors, such as a queue; differentiable as the features are.
+        contrast: [M, D], rows to contrast with that are no anchors, such as a queue; differentiable as the features are. Not
+            exchanged: with a group, give all ranks the same rows. Their gradient is scaled as that of the features.
         contrast_labels: [M], their labels, with `labels`; without them these rows are nobody's positives.
         temperature: positive.
         base_temperature: positive; the loss is multiplied by temperature / base_temperature. None: by 1.
@@ -193,6 +204,10 @@ def supcon_loss(
         duplicates: how many equal views [B, D] stands for; 2 costs a quarter of the work of stacking the features twice.
         normalize: divides features and contrast by their L2 norms first (1e-12 at least).
         reduction: "mean" over all anchors, "sum" over them, or "none".
+        group: a torch.distributed.ProcessGroup, such as torch.distributed.group.WORLD; None, or one rank: this process alone. All
+            ranks hold equally many samples, and either all of them or none require grad.
+        uneven: lets ranks hold different numbers of samples, none at all too. They exchange these numbers first, for which the host
+            waits; torch.compile(fullgraph=True) therefore takes only False.
 
     Returns:
         A scalar, or for "none" [B, V] (V = duplicates for features [B, D]; [B] with contrast_mode "one"). float64 for float64
@@ -200,8 +215,8 @@ def supcon_loss(
 
     Raises:
         ValueError: a shape does not fit, labels and mask are given together, contrast_labels without labels or contrast,
-            a temperature is not positive, or a choice is unknown.
-        TypeError: features or contrast are not floating, or mask is complex or requires grad.
+            a mask with a group of several ranks, uneven without a group, a temperature is not positive, or a choice is unknown.
+        TypeError: features or contrast are not floating, mask is complex or requires grad, or group is no process group.
         RuntimeError: on backward with create_graph=True.
     """
     return supcon.supcon_loss(
@@ -217,6 +232,8 @@ def supcon_loss(
         duplicates=duplicates,
         normalize=normalize,
         reduction=reduction,
+        group=group,
+        uneven=uneven,
     )
 
 

@@ -6,6 +6,7 @@ State-free unless the method has state (SelfDistillationLoss has a 1x1 convoluti
 from collections.abc import Sequence
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -115,11 +116,13 @@ class SupContrastiveLoss(nn.Module):
 
     Args:
         temperature: positive.
+        group: contrasts with the rows of all its ranks, which call it together; see functional.supcon_loss.
     """
 
-    def __init__(self, temperature: float = 0.07) -> None:
+    def __init__(self, temperature: float = 0.07, *, group: "dist.ProcessGroup | None" = None) -> None:
         super().__init__()
         self.temperature = temperature
+        self.group = group
 
     def forward(self, features: Tensor, labels: Tensor) -> Tensor:
         """The loss of features [B, D] of any length (embeddings, or logits as the README has it) and labels [B].
@@ -127,7 +130,7 @@ class SupContrastiveLoss(nn.Module):
         Raises:
             ValueError, TypeError: as functional.supcon_loss.
         """
-        return functional.supcon_loss(features, labels, temperature=self.temperature, self_positive=True, normalize=True)
+        return functional.supcon_loss(features, labels, temperature=self.temperature, self_positive=True, normalize=True, group=self.group)
 
     def extra_repr(self) -> str:
         """What print(module) shows."""
@@ -144,13 +147,22 @@ class SupConLoss(nn.Module):
         temperature: positive.
         contrast_mode: "all": every view is an anchor; "one": only the first view of each sample is.
         base_temperature: positive; the loss is multiplied by temperature / base_temperature.
+        group: contrasts with the rows of all its ranks, which call it together; see functional.supcon_loss. Takes no mask.
     """
 
-    def __init__(self, temperature: float = 0.07, contrast_mode: str = "all", base_temperature: float = 0.07) -> None:
+    def __init__(
+        self,
+        temperature: float = 0.07,
+        contrast_mode: str = "all",
+        base_temperature: float = 0.07,
+        *,
+        group: "dist.ProcessGroup | None" = None,
+    ) -> None:
         super().__init__()
         self.temperature = temperature
         self.contrast_mode = contrast_mode
         self.base_temperature = base_temperature
+        self.group = group
 
     def forward(self, features: Tensor, labels: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         """The loss of features [B, V, ...], normalized by the caller, and labels [B] or a mask [B, B] or neither.
@@ -167,6 +179,7 @@ class SupConLoss(nn.Module):
             temperature=self.temperature,
             base_temperature=self.base_temperature,
             contrast_mode=self.contrast_mode,
+            group=self.group,
         )
 
     def extra_repr(self) -> str:
@@ -186,10 +199,18 @@ class ConKDLoss(nn.Module):
         variant: "readme": the contrastive term is SupContrastiveLoss. "notebook": it is SupConLoss of the features given
             twice, as two equal views (computed as the quarter of that problem that it is); the caller normalizes the features,
             and `teacher` and `student` are the embeddings, taken for logits.
+        group: contrasts with the rows of all its ranks, which call it together; see functional.supcon_loss. The distillation term
+            stays this rank's own, as averaging gradients over ranks wants it.
     """
 
     def __init__(
-        self, alpha: float = 0.15, temperature: float = 2.0, contrast_temperature: float = 0.07, *, variant: str = "readme"
+        self,
+        alpha: float = 0.15,
+        temperature: float = 2.0,
+        contrast_temperature: float = 0.07,
+        *,
+        variant: str = "readme",
+        group: "dist.ProcessGroup | None" = None,
     ) -> None:
         super().__init__()
         if variant not in ("readme", "notebook"):
@@ -198,6 +219,7 @@ class ConKDLoss(nn.Module):
         self.temperature = temperature
         self.contrast_temperature = contrast_temperature
         self.variant = variant
+        self.group = group
 
     def forward(self, teacher: Tensor, student: Tensor, features: Tensor, labels: Tensor) -> Tensor:
         """The loss of teacher and student logits [B, C], the student's features [B, D] and labels [B].
@@ -218,6 +240,7 @@ class ConKDLoss(nn.Module):
             self_positive=readme,
             normalize=readme,
             duplicates=1 if readme else 2,
+            group=self.group,
         )
         return distillation + self.alpha * contrastive
 

@@ -50,6 +50,66 @@ world.close()
 """
 
 
+CONTRAST = """
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from kdfast.data import make_loaders
+from kdfast.engine import Options, Run, Training, join
+from kdfast.models import ModelSpec, create, projection_head
+from kdfast.recipes import conkd
+from kdfast.recipes.recipe import Setup
+from tests.test_engine import noise, split
+
+world = join("cpu")
+torch.set_default_dtype(torch.float64)
+training = Training(epochs=2, batch_size=16, micro_batch={micro}, lr=0.01, schedule="constant")
+
+
+data = replace(noise(), val=split(17, 1))  # in validation the second process has one batch less
+
+
+class Doubled(nn.Sequential):
+    def forward(self, images):
+        return super().forward(images.double())
+
+
+def network(num_classes):
+    return Doubled(nn.Flatten(), nn.Linear(192, 12), nn.Tanh(), nn.Linear(12, num_classes))
+
+
+def loaders(training, augment, all_labels, seed):
+    size = training.batch_size // world.size
+    return make_loaders(data, batch_size=size, label_fraction=0.6, rank=world.rank, world_size=world.size)
+
+
+spec = ModelSpec("__main__:network", 3)
+setup = Setup(data, training, training, spec, spec, False, False, True, 0, loaders, print)
+
+
+def first_stage(procedure):
+    settings = conkd.Settings(procedure=procedure, alpha=3.0, kd_weight=0.1)  # the contrast is what is trained on
+    teacher = conkd.EmbeddingTeacher(create(spec.name, 3), projection_head(12))
+    yield next(conkd.distil(setup, settings, teacher))
+
+
+ends = {{}}
+for procedure in ("joint", "readme", "notebook"):
+    folder = Path(sys.argv[1]) / procedure
+    folder.mkdir(exist_ok=True)
+    Run(folder, world, Options()).complete(first_stage(procedure))
+    ends[procedure] = torch.load(folder / "checkpoint.pt", weights_only=True)["weights"]
+if world.main:
+    torch.save(ends, Path(sys.argv[1]) / "end.pt")
+world.barrier()
+world.close()
+"""
+
+
 def run(folder: Path, processes: int, script: str) -> list:
     import torch
 
@@ -82,6 +142,19 @@ def test_two_processes_train_as_one(tmp_path: Path, micro: int | None):
     assert len(lines) == len(lines2) == 3
     for a, b in zip(lines, lines2):
         assert {k: v for k, v in b.items() if "/" in k} == {k: pytest.approx(v, rel=1e-6) for k, v in a.items() if "/" in k}
+
+
+@pytest.mark.parametrize("micro", [None, 6])
+def test_the_contrast_of_conkd_sees_all_processes(tmp_path: Path, micro: int | None):
+    import torch
+
+    one = run(tmp_path / "one", 1, CONTRAST.format(micro=None))
+    two = run(tmp_path / "two", 2, CONTRAST.format(micro=micro))
+    for procedure, weights in one.items():
+        for name in weights:
+            assert torch.allclose(weights[name], two[procedure][name], rtol=1e-9, atol=1e-9), f"{procedure}: {name}"
+        terms, terms2 = (json.loads((tmp_path / n / procedure / "metrics.jsonl").read_text().splitlines()[0]) for n in ("one", "two"))
+        assert terms2["train/supcon"] == pytest.approx(terms["train/supcon"], rel=1e-9)
 
 
 def test_torchrun_runs_the_command_line(tmp_path: Path):

@@ -22,8 +22,8 @@ def blocks(name: str) -> list[str]:
     return re.findall(r"```python\n(.*?)```", (ROOT / name).read_text(), re.DOTALL)
 
 
-def test_the_readmes_loop_example_runs():
-    (code,) = blocks("README.md")
+def test_the_readmes_loop_examples_run():
+    code, with_a_group = blocks("README.md")
     names = {
         "student_logits": torch.randn(8, 10, requires_grad=True),
         "teacher_logits": torch.randn(8, 10),
@@ -37,6 +37,11 @@ def test_the_readmes_loop_example_runs():
     }
     exec(code, names)
     assert names["loss"].isfinite()
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        exec(with_a_group, names | {"torch": torch})
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def test_the_recipe_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

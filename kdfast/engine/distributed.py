@@ -74,6 +74,12 @@ def mean_over_processes(value: Tensor) -> Tensor:
     return value / dist.get_world_size()
 
 
+def all_processes() -> "dist.ProcessGroup | None":
+    """The group of all processes, for losses that see the rows of all; None where this one is alone."""
+    alone = not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1
+    return None if alone else dist.group.WORLD
+
+
 def join(device: str = "auto") -> World:
     """Joins the processes that torchrun started (RANK, WORLD_SIZE and LOCAL_RANK are set), or stands alone.
 

@@ -1,10 +1,11 @@
 """Supervised contrastive loss: checks, choice of backend, autograd, registration, and its PyTorch form in tiles.
 
 Anchors f_1 .. f_N are contrasted with each other, every f_j counting k times (k equal views of one row: `duplicates`; f_i itself
-k - 1 times), and with M other rows g_j that are no anchors (a queue, the further views in contrast_mode "one"):
+k - 1 times), and with M other rows g_j that are no anchors (the rows of other processes, which come first and count k times like
+the anchors' own, then the further views in contrast_mode "one" and a queue, which count once: k_j is k or 1):
 
     S_ij  = f_i . f_j / tau, and f_i . g_j / tau
-    lse_i = log[(k-1) e^{S_ii} + k sum_{j != i} e^{S_ij} + sum_{j > N} e^{S_ij}]
+    lse_i = log[(k-1) e^{S_ii} + k sum_{j != i} e^{S_ij} + sum_{j > N} k_j e^{S_ij}]
     L_i   = scale (w_i lse_i - f_i . t_i / tau) / d_i,    d_i = w_i, or 1 where w_i < 1e-6 (no positives)
 
 t_i is the sum of the positives of i and w_i their number; with a mask, the weighted sum and the sum of weights. The positives are
@@ -13,6 +14,8 @@ N x N work, and S is symmetric: the tiles on and above the diagonal serve their 
 with h_i = v_i scale / d_i, u_i = w_i h_i and G_ij = u_i e^{S_ij - lse_i},
 
     dL/df = [(G + G') f + G g - h t - P' (h f)] / tau
+
+Process groups end in `supcon_loss`: what follows it knows of other rows only. gather.py brings their gradients home.
 
 A tile is recomputed once and multiplied twice, for its rows and for its columns: 4 N^2 D operations forward and backward, where
 the N x N form takes 6. Memory is O(N D); a tile fits a core's second-level cache. What fits one tile is not worth the bookkeeping:
@@ -24,9 +27,11 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from kdfast.ops import gather
 from kdfast.ops.backend import kernel
 
 TILE = 512
@@ -44,6 +49,8 @@ class Setting(NamedTuple):
     duplicates: int
     self_positive: bool
     normalize: bool
+    copied: int = 0
+    """How many leading other rows count `duplicates` times, as the anchors do."""
 
 
 # ---- entry and checks ------------------------------------------------------------------------------------------------
@@ -63,11 +70,16 @@ def supcon_loss(
     duplicates: int = 1,
     normalize: bool = False,
     reduction: str = "mean",
+    group: "dist.ProcessGroup | None" = None,
+    uneven: bool = False,
 ) -> Tensor:
     """kdfast.functional.supcon_loss, which documents it."""
     _check_rows(features, contrast, duplicates)
     _check_positives(features, labels, mask, contrast, contrast_labels)
     _check_choices(temperature, base_temperature, contrast_mode, reduction)
+    _check_group(group, uneven, mask)
+    if group is not None and group.size() == 1:
+        group = None
 
     views = features[:, None] if features.ndim == 2 else features.flatten(2)
     B, V, D = views.shape
@@ -75,14 +87,23 @@ def supcon_loss(
     anchors = views.reshape(B * V, D) if in_all else views[:, 0]
     others = [] if in_all or V == 1 else [views[:, 1:].reshape(B * (V - 1), D)]
     others += [] if contrast is None else [contrast]
+    names = torch.arange(B, device=features.device) if labels is None else labels.reshape(-1).to(features.device)
+    foreign_names: Tensor | None = None
+    samples = B  # of all ranks
+    if group is not None:
+        foreign_rows, foreign_names = _of_other_ranks(views, None if labels is None else names, group, uneven)
+        others.insert(0, foreign_rows)
+        samples += len(foreign_names)
     other_rows = torch.cat(others) if others else views.new_empty(0, D)
+    copied = V * (samples - B)
 
-    if len(anchors) * duplicates + len(other_rows) < 2:  # nothing to contrast with
-        losses = 0 * anchors.sum(1, dtype=_arithmetic(anchors))
+    if not len(anchors) or (len(anchors) + copied) * duplicates + len(other_rows) - copied < 2:  # nothing to contrast
+        # other rows are part of it so that a rank without rows takes its part in the backward pass
+        losses = 0 * (anchors.sum(1, dtype=_arithmetic(anchors)) + other_rows.sum(dtype=_arithmetic(anchors)))
     else:
-        names = _names(B, V, in_all, labels, contrast_labels, features.device)
+        names = _names_of_rows(names, foreign_names, V, in_all, contrast_labels)
         scale = 1.0 if base_temperature is None else temperature / base_temperature
-        setting = Setting(float(temperature), float(scale), duplicates, self_positive, normalize)
+        setting = Setting(float(temperature), float(scale), duplicates, self_positive, normalize, copied)
         if mask is not None:
             mask = mask.detach().to(features.device)
         losses = _SupCon.apply(anchors, other_rows, names, mask, setting)
@@ -90,6 +111,9 @@ def supcon_loss(
     copies = duplicates if in_all else 1
     if reduction == "none":
         return losses.view(B, V).repeat(1, copies) if in_all else losses
+    if group is not None:
+        total = gather.sum_over_ranks(losses.sum(), group)
+        return copies * total if reduction == "sum" else total / max(samples * (V if in_all else 1), 1)
     if reduction == "sum":
         return copies * losses.sum()
     return losses.mean() if len(losses) else losses.sum()
@@ -147,22 +171,44 @@ def _check_choices(temperature: float, base_temperature: float | None, contrast_
         raise ValueError(f"supcon_loss: reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
 
 
+def _check_group(group: Any, uneven: bool, mask: Tensor | None) -> None:
+    if group is None:
+        if uneven:
+            raise ValueError("supcon_loss: uneven = True needs a group, got None")
+        return
+    gather.check_group("supcon_loss", group)
+    if mask is not None and group.size() > 1:
+        raise ValueError(f"supcon_loss: mask must be None with a group of {group.size()} ranks, whose rows it does not cover: give labels")
+
+
 def _arithmetic(rows: Tensor) -> torch.dtype:
     return torch.float64 if rows.dtype == torch.float64 else torch.float32
 
 
-def _names(B: int, V: int, in_all: bool, labels: Tensor | None, contrast_labels: Tensor | None, device: torch.device) -> Tensor:
+def _of_other_ranks(views: Tensor, labels: Tensor | None, group: "dist.ProcessGroup", uneven: bool) -> tuple[Tensor, Tensor]:
+    """The rows of the other ranks, all views of theirs, and the names of their samples."""
+    B, V, D = views.shape
+    sizes = gather.sizes_of_ranks(B, group, views.device) if uneven else [B] * group.size()
+    rows = gather.rows_of_others(views.reshape(B * V, D), [V * size for size in sizes], group)
+    if labels is None:  # any numbers but this rank's own, 0 .. B - 1
+        return rows, torch.arange(B, sum(sizes), device=views.device)
+    return rows, gather.names_of_others(labels, sizes, group)
+
+
+def _names_of_rows(names: Tensor, foreign: Tensor | None, V: int, in_all: bool, contrast_labels: Tensor | None) -> Tensor:
     """The name of every row that is somebody's positive: [N], or [N + M'] with the first M' of the other rows.
 
     Rows of one name are each other's positives. It is the label, or the number of the sample (SimCLR, and with a mask).
     """
-    names = torch.arange(B, device=device) if labels is None else labels.reshape(-1).to(device)
-    queue = [] if contrast_labels is None else [contrast_labels.reshape(-1).to(device)]
-    if V == 1:
-        return torch.cat([names, *queue]) if queue else names
-    of_views = names[:, None].expand(B, V if in_all else V - 1).reshape(-1)
-    rows = [of_views, *queue] if in_all else [names, of_views, *queue]
-    return torch.cat(rows) if len(rows) > 1 else of_views
+
+    def of_views(names: Tensor, count: int) -> Tensor:
+        return names[:, None].expand(len(names), count).reshape(-1) if count != 1 else names
+
+    rows = [of_views(names, V)] if in_all else [names]
+    rows += [] if foreign is None else [of_views(foreign, V)]
+    rows += [] if in_all or V == 1 else [of_views(names, V - 1)]
+    rows += [] if contrast_labels is None else [contrast_labels.reshape(-1).to(names.device)]
+    return torch.cat(rows) if len(rows) > 1 else rows[0]
 
 
 # ---- autograd --------------------------------------------------------------------------------------------------------
@@ -194,7 +240,7 @@ def _implementation(anchors: Tensor, others: Tensor) -> tuple[Callable, Callable
     """The functions that run forward and backward for these rows.
 
     forward(anchors [N, D], others [M, D], names [N + M'], mask [B, B] or None, setting) -> the losses [N], and what backward needs:
-        [m [N], Z [N], t [N, D], w [N]] with lse = m + log Z, or one matrix for a few rows on a CPU.
+        [m [N], Z [N], t [N, D], w [N]] with lse = m + log Z, or one matrix for a few rows on a CPU; the kernel's own.
     backward(upstream [N], anchors, others, names, mask, kept, setting, for_others) -> the gradients of sum(upstream * losses) for
         the anchors [N, D] and the others ([M, D]; [0, D] unless for_others), in the rows' dtypes.
     """
@@ -239,15 +285,18 @@ def _forward_op(
     duplicates: int,
     self_positive: bool,
     normalize: bool,
+    copied: int,
 ) -> tuple[Tensor, list[Tensor]]:
     run = _implementation(anchors, others)[0]
-    return run(anchors, others, names, mask, Setting(temperature, scale, duplicates, self_positive, normalize))
+    return run(anchors, others, names, mask, Setting(temperature, scale, duplicates, self_positive, normalize, copied))
 
 
 @_forward_op.register_fake
-def _(anchors: Tensor, others: Tensor, *_rest: Any) -> tuple[Tensor, list[Tensor]]:
+def _(anchors: Tensor, others: Tensor, names: Tensor, *_rest: Any) -> tuple[Tensor, list[Tensor]]:
     N, M = len(anchors), len(others)
     row = anchors.new_empty(N, dtype=_arithmetic(anchors))
+    if kernel("supcon", anchors, others) is not None:
+        return row, [*(row.new_empty(N) for _ in range(3)), names.new_empty(names.shape, dtype=torch.int32)]
     if _is_small(anchors, others):
         return row, [row.new_empty(N, N + M)]
     return row, [row.new_empty(N), row.new_empty(N), row.new_empty(anchors.shape), row.new_empty(N)]
@@ -267,8 +316,9 @@ def _backward_op(
     duplicates: int,
     self_positive: bool,
     normalize: bool,
+    copied: int,
 ) -> tuple[Tensor, Tensor]:
-    setting = Setting(temperature, scale, duplicates, self_positive, normalize)
+    setting = Setting(temperature, scale, duplicates, self_positive, normalize, copied)
     return _implementation(anchors, others)[1](upstream, anchors, others, names, mask, kept, setting, for_others)
 
 
@@ -310,7 +360,7 @@ def _positive_matrix(N: int, M: int, names: Tensor, mask: Tensor | None, setting
     if len(names) < N + M:
         P = F.pad(P, (0, N + M - len(names)))
     if k > 1:
-        P[:, :N] *= k
+        P[:, : N + setting.copied] *= k
     if not setting.self_positive:
         P.fill_diagonal_(0) if k == 1 else P.diagonal().mul_((k - 1) / k)
     return P
@@ -335,7 +385,7 @@ def matrix_forward(anchors: Tensor, others: Tensor, names: Tensor, mask: Tensor 
     attraction = (P * S).sum(1, keepdim=True)
     S.exp_()
     if k > 1:
-        S[:, :N] *= k
+        S[:, : N + setting.copied] *= k
         S.diagonal().mul_((k - 1) / k)
     elif own is not None:
         S.fill_diagonal_(0)
@@ -482,8 +532,10 @@ def _denominators(f: Tensor, g: Tensor, setting: Setting) -> tuple[Tensor, Tenso
         add(rows, tile, 1)
         if columns is not rows:
             add(columns, tile, 0)
+    for rows, _, tile in _oblong_tiles(f, g[: setting.copied], setting, direct):
+        add(rows, tile, 1)
     Z *= setting.duplicates
-    for rows, _, tile in _oblong_tiles(f, g, setting, direct):
+    for rows, _, tile in _oblong_tiles(f, g[setting.copied :], setting, direct):
         add(rows, tile, 1)
     return m, Z
 
@@ -494,15 +546,19 @@ def _denominator_gradients(f: Tensor, g: Tensor, m: Tensor, share: Tensor, setti
     df, dg = torch.zeros_like(f), torch.zeros_like(g) if for_others else g.new_empty(0, g.shape[1])
     memory = f.new_empty(min(len(f), TILE) ** 2)
 
-    for rows, columns, tile in _oblong_tiles(f, g, setting, direct):
-        if not direct:
-            tile.sub_(m[rows, None]).exp_()
-        tile.mul_(share[rows, None])
-        df[rows].addmm_(tile, g[columns])
-        if for_others:
-            dg[columns].addmm_(tile.t(), f[rows])
+    def add_others(which: slice, share: Tensor) -> None:
+        these, d_these = g[which], dg[which]
+        for rows, columns, tile in _oblong_tiles(f, these, setting, direct):
+            if not direct:
+                tile.sub_(m[rows, None]).exp_()
+            tile.mul_(share[rows, None])
+            df[rows].addmm_(tile, these[columns])
+            if for_others:
+                d_these[columns].addmm_(tile.t(), f[rows])
 
+    add_others(slice(setting.copied, None), share)
     share = share * setting.duplicates
+    add_others(slice(setting.copied), share)
     for rows, columns, tile in _square_tiles(f, setting, direct):
         spare = memory[: tile.numel()].view(tile.shape)
         if direct:  # G_ij and G_ji share their exponential
@@ -527,11 +583,14 @@ def tiled_forward(anchors: Tensor, others: Tensor, names: Tensor, mask: Tensor |
     N, dtype = len(anchors), _arithmetic(anchors)
     f, g = _rows(anchors, dtype, setting.normalize)[0], _rows(others, dtype, setting.normalize)[0]
     groups = _dense_rank(names) if mask is None else names
-    named = len(groups) - N
+    named, copied = len(groups) - N, setting.copied
     counted = F.pad(f, (0, 1), value=1.0)  # one more column counts the positives
-    sums = _group_sums(counted, groups[:N], len(groups)).mul_(setting.duplicates)
-    if named:
-        sums += _group_sums(F.pad(g[:named], (0, 1), value=1.0), groups[N:], len(groups))
+    sums = _group_sums(counted, groups[:N], len(groups))
+    if copied:
+        sums += _group_sums(F.pad(g[:copied], (0, 1), value=1.0), groups[N : N + copied], len(groups))
+    sums *= setting.duplicates
+    if named > copied:
+        sums += _group_sums(F.pad(g[copied:named], (0, 1), value=1.0), groups[N + copied :], len(groups))
     spread = _spread(sums, None if setting.self_positive else counted, groups[:N], mask, dtype)
     positives, weights = spread[:, :-1].contiguous(), spread[:, -1].contiguous()
     m, Z = _denominators(f, g, setting)
@@ -562,10 +621,13 @@ def tiled_backward(
     transposed = None if mask is None else mask.t()
     pulled = h * f
     sums = _group_sums(pulled, groups[:N], len(groups))
-    if for_others:
-        dg[: len(groups) - N] -= _spread(sums, None, groups[N:], transposed, dtype)
-        dg = _through_rows(dg.div_(setting.temperature), g, g_length, others.dtype)
+    named, copied = len(groups) - N, setting.copied
+    if for_others and named > copied:
+        dg[copied:named] -= _spread(sums, None, groups[N + copied :], transposed, dtype)
     sums *= setting.duplicates
+    if for_others and copied:
+        dg[:copied] -= _spread(sums, None, groups[N : N + copied], transposed, dtype)
     df -= _spread(sums, None if setting.self_positive else pulled, groups[:N], transposed, dtype)
     df -= positives.mul(h)
-    return _through_rows(df.div_(setting.temperature), f, f_length, anchors.dtype), dg.to(others.dtype)
+    d_anchors = _through_rows(df.div_(setting.temperature), f, f_length, anchors.dtype)
+    return d_anchors, _through_rows(dg.div_(setting.temperature), g, g_length, others.dtype) if for_others else dg.to(others.dtype)

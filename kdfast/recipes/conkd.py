@@ -11,7 +11,8 @@ Three procedures:
                           SupCon on its embedding, then a linear classifier.
 
 z is standardization (lskd.py), T the temperature. In `joint` an image whose label is hidden is contrasted under the teacher's
-most likely class; elsewhere it is alone in its class.
+most likely class; elsewhere it is alone in its class. Where several processes train, an image is contrasted with the images of
+them all, as in one process; in validation with those of its own process.
 """
 
 from collections.abc import Mapping
@@ -19,10 +20,12 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from kdfast.data import HIDDEN, Batch, Loaders
 from kdfast.engine import Stage, Training
+from kdfast.engine.distributed import all_processes
 from kdfast.engine.stage import Outputs, Terms
 from kdfast.functional import kd_loss, supcon_loss
 from kdfast.models import Taps, classifier_head, feature_size, find_head, projection_head, replace_head
@@ -140,6 +143,7 @@ def _joint(setup: Setup, settings: Settings, teacher: nn.Module) -> Stages[Train
             temperature=settings.contrast_temperature,
             self_positive=readme,
             normalize=readme,
+            group=_contrasted_processes(),
         )
         return terms | {"supcon": settings.alpha * contrast}
 
@@ -245,7 +249,18 @@ def _alone_where_hidden(batch: Batch) -> Tensor:
 
 def _contrast_twice(embedding: Tensor, batch: Batch, settings: Settings) -> Tensor:
     """SupCon of the embedding given twice, as two views."""
-    return supcon_loss(embedding, _alone_where_hidden(batch), temperature=settings.contrast_temperature, duplicates=2)
+    return supcon_loss(
+        embedding,
+        _alone_where_hidden(batch),
+        temperature=settings.contrast_temperature,
+        duplicates=2,
+        group=_contrasted_processes(),
+    )
+
+
+def _contrasted_processes() -> "dist.ProcessGroup | None":
+    """Those whose images are contrasted with this one's: in validation none, for processes may have different numbers of batches."""
+    return all_processes() if torch.is_grad_enabled() else None
 
 
 def _classify(name: str, encoder: nn.Module, head: nn.Module, training: Training, data: Loaders, keep: Literal["best", "last"]) -> Stage:
