@@ -22,7 +22,7 @@ from unittest import mock
 import torch
 import triton
 import tyro
-from kdfast.kernels import distill_kl
+from kdfast.kernels import distill_kl, supcon
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -34,6 +34,7 @@ from triton.runtime.jit import JITFunction
 
 from kdfast import files, machine
 from kdfast.ops.distill_kl_torch import Options
+from kdfast.ops.supcon import Setting
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -82,6 +83,11 @@ def _leaves(name: str, value: Any) -> Iterator[tuple[str, Any]]:
         yield name, value
 
 
+def _must_compile() -> None:
+    if knobs.runtime.interpret:
+        raise RuntimeError("codegen compiles kernels, which it cannot in a process started with TRITON_INTERPRET=1: unset it")
+
+
 @contextmanager
 def recorded() -> Iterator[list[Launch]]:
     """Kernels launched in the block are not run but listed; tensors may be on the CPU.
@@ -89,8 +95,7 @@ def recorded() -> Iterator[list[Launch]]:
     Raises:
         RuntimeError: kernels are interpreted here, not compiled.
     """
-    if knobs.runtime.interpret:
-        raise RuntimeError("codegen compiles kernels, which it cannot in a process started with TRITON_INTERPRET=1: unset it")
+    _must_compile()
     launches: list[Launch] = []
 
     def record(function: JITFunction, *arguments: Any, grid: Any, warmup: bool, **options: Any) -> None:
@@ -235,16 +240,17 @@ def _row_width(rows: Tensor) -> int:
 
 
 class Case(NamedTuple):
-    """One call of a launcher, on CPU tensors, that makes one launch."""
+    """One launch of a launcher that is called on CPU tensors."""
 
     kernel: str
     N: int
-    C: int
-    dtypes: str  # of the student and the teachers
+    C: int  # classes, or features
+    dtypes: str  # of the student and the teachers, or of the features
     variant: str
     launch: Callable[[], Any]
-    moved: int  # bytes of [N, C] tensors that loads and stores ask for
+    moved: int  # bytes of [N, C] tensors that loads and stores ask for; of a walk over an N x N matrix, operations
     floor: int  # the least that any kernel could
+    function: str | None = None  # which of the launches is meant, where the launcher makes several
 
 
 class Variant(NamedTuple):
@@ -329,6 +335,81 @@ def rescale_case(C: int, dtype: torch.dtype) -> Case:
     return Case("distill_kl", ROWS, C, _names(dtype), "rescale", launch, moved, moved)
 
 
+class SupConVariant(NamedTuple):
+    """What a call of supcon_loss asks for, as far as it changes the kernels."""
+
+    normalize: bool = False
+    duplicates: int = 1
+    masked: bool = False
+    contrast: int = 0  # rows that are no anchors
+    precision: str = "highest"  # of float32 products
+
+
+SUPCON_VARIANTS = {
+    "labels": SupConVariant(),
+    "labels, tf32": SupConVariant(precision="high"),
+    "normalize, 2 views": SupConVariant(normalize=True, duplicates=2),
+    "mask, queue": SupConVariant(masked=True, contrast=64),
+    "mask, queue, tf32": SupConVariant(masked=True, contrast=64, precision="high"),
+}
+DEVICES = {
+    "sm_80": supcon.Device(SHARED_LIMIT["sm_80"]),
+    "sm_90": supcon.H100,
+    "sm_100": supcon.Device(SHARED_LIMIT["sm_100"], tensor_memory=True),
+    "gfx942": supcon.Device(SHARED_LIMIT["gfx942"]),
+}
+
+
+def supcon_cases(target: str) -> Iterator[Case]:
+    """Every plan of both walks on the target, and what stands beside them."""
+    fp32, bf16, fp16 = torch.float32, torch.bfloat16, torch.float16
+    for N in (1024, 8192):
+        for D in (64, 128, 256, 512, 2048):
+            for variant in ("labels", "normalize, 2 views", "mask, queue"):
+                yield from supcon_walks(target, N, D, variant, bf16)
+        for D in (64, 128, 256, 512):
+            for variant in ("labels, tf32", "mask, queue, tf32"):
+                yield from supcon_walks(target, N, D, variant, fp32)
+    for D in (64, 128, 512):
+        yield from supcon_walks(target, 8192, D, "labels", fp32)
+    yield from supcon_walks(target, 8192, 128, "labels", fp16)
+    for D, dtype in ((10, fp32), (128, bf16), (2048, bf16)):
+        for function in ("_prepare", "_finish"):
+            yield supcon_case(target, 8192, D, "normalize, 2 views", dtype, function)
+    for function in ("_first_of_name", "_losses", "_shares"):
+        yield supcon_case(target, 8192, 128, "labels", bf16, function)
+
+
+def supcon_walks(target: str, N: int, D: int, variant: str, dtype: torch.dtype) -> Iterator[Case]:
+    """The forward and the backward walk."""
+    for function in ("_denominators", "_gradients"):
+        yield supcon_case(target, N, D, variant, dtype, function)
+
+
+def supcon_case(target: str, N: int, D: int, variant: str, dtype: torch.dtype, function: str) -> Case:
+    """One launch of a training step of the loss."""
+    v = SUPCON_VARIANTS[variant]
+    setting = Setting(0.07, 1.0, v.duplicates, False, v.normalize)
+
+    def launch() -> None:
+        before = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision(v.precision)
+        try:
+            with mock.patch.object(supcon, "_kind", return_value=DEVICES[target]):
+                anchors, others = torch.zeros(N, D, dtype=dtype), torch.zeros(v.contrast, D, dtype=dtype)
+                names, mask = torch.zeros(N, dtype=torch.int64), torch.zeros(4, 4) if v.masked else None
+                kept = supcon.forward(anchors, others, names, mask, setting)[1]
+                supcon.backward(torch.ones(N), anchors, others, names, mask, kept, setting, v.contrast > 0)
+        finally:
+            torch.set_float32_matmul_precision(before)
+
+    precision = "ieee" if dtype == torch.float32 and v.precision == "highest" else "tf32"
+    slice = supcon.plans(N, -(-D // 8) * 8, dtype, precision, v.masked, DEVICES[target]).slice
+    forward, backward = supcon.operations(N, D, slice)
+    moved, floor = {"_denominators": (forward, forward), "_gradients": (backward, 4 * N**2 * D)}.get(function, (1, 1))
+    return Case("supcon", N, D, _names(dtype), f"{variant}, N {N}", launch, moved, floor, function)
+
+
 def _names(*dtypes: torch.dtype) -> str:
     short = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
     return " ".join(dict.fromkeys(short[dtype] for dtype in dtypes))
@@ -347,15 +428,21 @@ class Codegen:
     """Also write the numbers, with machine and versions, to this JSON file."""
 
 
+def _launch(case: Case) -> Launch:
+    with recorded() as launches:
+        case.launch()
+    (launch,) = [launch for launch in launches if case.function in (None, launch.function.__name__)][:1]
+    return launch
+
+
 def measure(cases: Sequence[Case], target: str) -> list[dict[str, Any]]:
     """One entry a case: what its launch compiles to, the bytes it moves, and what is wrong with it.
 
     Raises:
         RuntimeError: this process interprets kernels.
     """
-    with recorded() as launches:
-        for case in cases:
-            case.launch()
+    _must_compile()
+    launches = [_launch(case) for case in cases]
     return [
         {
             **{name: getattr(case, name) for name in ("kernel", "N", "C", "dtypes", "variant")},
@@ -380,8 +467,7 @@ def run(options: Codegen) -> list[dict[str, Any]]:
     Raises:
         RuntimeError: this process interprets kernels.
     """
-    cases = list(distill_kl_cases())
-    entries = [entry for target in options.targets for entry in measure(cases, target)]
+    entries = [entry for target in options.targets for entry in measure([*distill_kl_cases(), *supcon_cases(target)], target)]
     console = Console(width=200, soft_wrap=True, highlight=False)  # a case is one line, also where the output goes to a file
     console.print(table(entries))
     wrong = [entry for entry in entries if entry["problems"]]
@@ -395,11 +481,11 @@ def run(options: Codegen) -> list[dict[str, Any]]:
 
 
 def table(entries: Iterable[dict[str, Any]]) -> Table:
-    """A row a case and target. Loads and stores are instructions by width in bits."""
+    """A row a case and target. Loads and stores are instructions by width in bits; moved are bytes, or operations (see Case)."""
     made = Table(box=box.SIMPLE_HEAD)
     for column in ("target", "kernel", "case", "plan"):
         made.add_column(column, no_wrap=True)
-    for column in ("registers", "spills", "shared", "loads", "stores", "tensor cores", "bytes / floor"):
+    for column in ("registers", "spills", "shared", "loads", "stores", "tensor cores", "moved / floor"):
         made.add_column(column, justify="right", no_wrap=True)
     for entry in entries:
         made.add_row(

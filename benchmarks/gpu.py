@@ -37,7 +37,15 @@ from kdfast.benchmarks.contracts import CONTRACTS, NotAvailable
 from kdfast import files, machine
 
 ROOT = Path(__file__).parents[1]
-TESTS = ("test_distill_kl", "test_distill_kl_kernel", "test_linear_kd", "test_supcon", "test_lion", "test_feature_losses")
+TESTS = (
+    "test_distill_kl",
+    "test_distill_kl_kernel",
+    "test_linear_kd",
+    "test_supcon",
+    "test_supcon_kernel",
+    "test_lion",
+    "test_feature_losses",
+)
 SANITIZERS = ("memcheck", "racecheck", "initcheck", "synccheck")
 GRACE = 15.0  # seconds between asking a process to stop and stopping it: pytest writes its results meanwhile
 FAILURES = 40  # named in the result, at most

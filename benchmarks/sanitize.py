@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from kdfast import backend
-from kdfast.functional import kd_loss
+from kdfast.functional import kd_loss, supcon_loss
 
 
 def distill_kl(device: torch.device) -> int:
@@ -46,7 +46,32 @@ def distill_kl(device: torch.device) -> int:
     return runs
 
 
-KERNELS: Mapping[str, Callable[[torch.device], int]] = {"distill_kl": distill_kl}  # by file in kernels/
+def supcon(device: torch.device) -> int:
+    """Supervised contrastive loss: rows held and rows walked, names and a mask, other rows, every dtype."""
+    runs = 0
+
+    def run(N: int, D: int, *, dtype: torch.dtype = torch.float32, masked: bool = False, others: int = 0, **options: Any) -> None:
+        nonlocal runs
+        features = torch.randn(N, D, device=device).to(dtype).requires_grad_()
+        contrast = torch.randn(others, D, device=device).to(dtype).requires_grad_() if others else None
+        labels = None if masked else torch.randint(3, (N,), device=device)
+        mask = torch.rand(N, N, device=device) if masked else None
+        loss = supcon_loss(features, labels, mask=mask, contrast=contrast, **options)
+        torch.autograd.grad(loss, [x for x in (features, contrast) if x is not None])
+        runs += 1
+
+    for D in (10, 128, 300):
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            run(65, D, dtype=dtype)
+            run(67, D, dtype=dtype, others=5, normalize=True, duplicates=2)
+        run(65, D, masked=True, others=3, self_positive=True)
+    if device.type == "cuda":  # the interpreter would take a minute
+        run(4099, 128, dtype=torch.bfloat16)  # large tiles, and the bound from the device
+        run(4099, 128, dtype=torch.bfloat16, temperature=0.005)
+    return runs
+
+
+KERNELS: Mapping[str, Callable[[torch.device], int]] = {"distill_kl": distill_kl, "supcon": supcon}  # by file in kernels/
 
 
 def main() -> None:

@@ -14,8 +14,11 @@ triton = pytest.importorskip("triton")
 
 import triton.language as tl  # noqa: E402
 from kdfast.benchmarks import codegen  # noqa: E402
+from kdfast.benchmarks.timing import peak_memory  # noqa: E402
 from kdfast.benchmarks.traffic import counted_traffic  # noqa: E402
-from kdfast.kernels import distill_kl  # noqa: E402
+from kdfast.kernels import distill_kl, supcon  # noqa: E402
+
+from kdfast.ops.supcon import Setting  # noqa: E402
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 compiles = pytest.mark.skipif(INTERPRETED, reason="TRITON_INTERPRET=1: kernels are not compiled")
@@ -268,10 +271,59 @@ def test_instructions_ask_for_the_predicted_bytes(C):
         assert step * entry["N"] * C == entry["bytes_moved"] * plan.get("ROWS", 1) * plan["BLOCK"], entry["variant"]
 
 
+def supcon_of_interest(target):
+    """Every plan once, in the variant that fills its registers most."""
+    fp32, bf16 = torch.float32, torch.bfloat16
+    for N, D, variant, dtype in [
+        *((8192, D, "labels", bf16) for D in (64, 128, 256, 512, 2048)),
+        *((1024, D, "normalize, 2 views", bf16) for D in (128, 256)),
+        *((8192, D, "mask, queue", bf16) for D in (128, 512)),
+        *((8192, D, "labels, tf32", fp32) for D in (128, 512)),
+        (8192, 128, "labels", fp32),
+    ]:
+        yield from codegen.supcon_walks(target, N, D, variant, dtype)
+    for function in ("_first_of_name", "_losses", "_shares", "_prepare", "_finish"):
+        variant = "normalize, 2 views" if function in ("_prepare", "_finish") else "labels"
+        yield codegen.supcon_case(target, 8192, 128, variant, bf16, function)
+
+
+@compiles
+@pytest.mark.parametrize(("target", "product"), [("sm_90", "HGMMA"), ("sm_100", "UTCHMMA")])
+@pytest.mark.parametrize("half", [0, 1])
+def test_contrastive_loss_holds_the_bars(target, product, half):
+    for entry in codegen.measure(list(supcon_of_interest(target))[half::2], target):
+        name = f"{entry['function']}, D {entry['C']} {entry['dtypes']}, {entry['variant']}, {entry['plan']}"
+        assert not entry["problems"], f"{name}: {'; '.join(entry['problems'])}"
+        walks = entry["function"] in ("_denominators", "_gradients")
+        exact = entry["dtypes"] == "fp32" and "tf32" not in entry["variant"]
+        assert set(entry["products"]) == ({product} if walks and not exact else set()), name
+        if entry["dtypes"] == "bf16" and "mask" not in entry["variant"] and entry["C"] <= 256:
+            assert entry["bytes_moved"] == entry["bytes_floor"], f"{name}: more than 6 N^2 D operations"
+
+
+@compiles
+@pytest.mark.parametrize("N", [8192, 32768])
+def test_contrastive_loss_takes_little_memory(N):
+    """What the launchers allocate beyond the features and their gradient: KERNELS.md allows 4 N D b + 64 N bytes."""
+    D, dtype = 128, torch.bfloat16
+    features, others, names = torch.zeros(N, D, dtype=dtype), torch.zeros(0, D, dtype=dtype), torch.zeros(N, dtype=torch.int64)
+    setting, upstream = Setting(0.07, 1.0, 1, False, False), torch.ones(N)
+
+    def step():
+        kept = supcon.forward(features, others, names, None, setting)[1]
+        launches.clear()  # which hold what they were given
+        return supcon.backward(upstream, features, others, names, None, kept, setting, False)
+
+    with codegen.recorded() as launches:
+        assert peak_memory(step) - features.nbytes < 4 * features.nbytes + 64 * N
+
+
 @compiles
 @pytest.mark.parametrize("target", ["sm_80", "gfx942"])
 def test_other_targets_compile(target):
     cases = [codegen.distill_kl_case(C, "lskd+ce", torch.float32, torch.float32) for C in (10, 1000, 32000)]
+    for D, variant, dtype in ((128, "labels", torch.bfloat16), (512, "mask, queue", torch.bfloat16), (128, "labels, tf32", torch.float32)):
+        cases += codegen.supcon_walks(target, 8192, D, variant, dtype)
     for entry in codegen.measure(cases, target):
         assert not entry["problems"], entry
 
@@ -280,6 +332,7 @@ def test_other_targets_compile(target):
 def test_the_table_and_the_json(tmp_path, monkeypatch, capsys):
     cases = [codegen.distill_kl_case(1000, "kd", torch.float32, torch.bfloat16), codegen.rescale_case(1000, torch.float32)]
     monkeypatch.setattr(codegen, "distill_kl_cases", lambda: iter(cases))
+    monkeypatch.setattr(codegen, "supcon_cases", lambda target: iter(()))
     codegen.run(codegen.Codegen(targets=("sm_90",), out=tmp_path / "codegen.json"))
     printed = capsys.readouterr().out
     assert "1000 fp32 bf16, kd" in printed
@@ -299,6 +352,7 @@ def test_the_table_says_what_is_wrong(monkeypatch, capsys):
 
     case = codegen.Case("copy", 5, 1000, "fp32", "unhinted", launch, 40000, 40000)
     monkeypatch.setattr(codegen, "distill_kl_cases", lambda: iter([case]))
+    monkeypatch.setattr(codegen, "supcon_cases", lambda target: iter(()))
     codegen.run(codegen.Codegen(targets=("sm_90",)))
     printed = capsys.readouterr().out
     assert "sm_90, C 1000 fp32, unhinted: x is accessed 32 bits at a time, its rows allow 128; y is" in printed

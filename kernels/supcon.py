@@ -1,0 +1,740 @@
+"""Supervised contrastive loss: the logsumexp of a similarity matrix that is never stored, and the gradient of its rows.
+
+Rows x_1 .. x_R: the first N are anchors, and all are columns. Column j counts c_j times: `duplicates` where j < `counted`, else once;
+an anchor is in its own denominator `duplicates` - 1 times. With r_i = 1 / |x_i| (normalize) or 1:
+
+    S_ij     = r_i r_j x_i . x_j / tau
+    Z_i      = sum_j c_j exp(S_ij - m_i)
+    P_ij     = c_j where i and j have one name, or c_j mask[name_i, name_j]
+    L_i      = scale (W_i (m_i + log Z_i) - sum_j P_ij S_ij) / d_i,   W_i = sum_j P_ij,  d_i = W_i, or 1 where W_i < 1e-6
+
+With the upstream gradient v: h_i = v_i scale / d_i and s_i = W_i h_i / Z_i for anchors, 0 for other rows, and
+
+    dL/dS_ij = s_i c_j exp(S_ij - m_i) - h_i P_ij =: G_ij
+    dL/d(r_i x_i) = sum_j (G_ij + G_ji) r_j x_j / tau
+
+A tile of S is made once forward (2 N^2 D operations), and once backward, where it gives G_ij and, transposed, G_ji, and is multiplied
+by the columns: 4 N^2 D. So 6 N^2 D in all while a row's gradient fits in registers; above, every slice of the gradient makes its tiles
+anew: (4 + 2 ceil(D / slice)) N^2 D. The slice is 256 features, and 128 for float32, for masks, and above D = 256 on Blackwell.
+
+m_i is the largest S_ij of the denominator, kept up while walking (`online`), or one bound for all rows where exp(S - bound) stays a
+normal number (`direct`): 1 / tau for rows of unit length, max |x|^2 / tau for others, which a program reads from the device. Then G_ij
+and G_ji share their exponential. Columns are walked in `splits` parts where there are few rows; parts are added up in a fixed order by
+a launch of their own (`_losses`, `_finish`). No atomics: bits depend on the inputs alone.
+
+Floor: operations, see above; beyond the rows and their gradient the memory is `splits` float32 [N, D] backward and a few numbers a row.
+"""
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton import knobs
+
+SAFE_EXPONENT = 40.0  # |S| up to here needs no running maximum: sums of e^{-80 ..} are normal float32 numbers
+MANY = 4096  # anchors: from here on large tiles fill a GPU, and a look at the rows' lengths costs nothing beside the walk
+LOG2_E = math.log2(math.e)
+LOWEST = tl.constexpr(-3.4028235e38)  # finite: a row that has met nothing must not make NaN
+
+
+class Plan(NamedTuple):
+    """How one launch walks S: tiles of `rows` x `columns`, `features` at a time, `warps` warps, `stages` loads in flight."""
+
+    rows: int
+    columns: int
+    features: int
+    warps: int
+    stages: int
+
+    def shared(self, D: int, size: int) -> int:
+        """The most shared memory, in bytes, that a program needs for elements of `size` bytes; compilers get by with down to a half."""
+        held = self.rows if self.features >= D else 0
+        moving = self.columns if self.features >= D else self.rows + self.columns
+        return self.features * size * (held + 2 * self.stages * moving)
+
+
+class Plans(NamedTuple):
+    """Both passes; `slice`: features of the gradient that a program of the backward pass makes."""
+
+    forward: Plan
+    backward: Plan
+    slice: int
+
+
+class Device(NamedTuple):
+    """What plans depend on: bytes of shared memory that a program may have, and whether products land in a memory of their own."""
+
+    shared: int
+    tensor_memory: bool = False
+
+
+H100 = Device(232_448)
+
+
+def plans(N: int, D: int, dtype: torch.dtype, precision: str, masked: bool, device: Device = H100) -> Plans:
+    """The launch plans for N anchors of D features, a multiple of 8. None spills more than 24 bytes (`kdfast bench codegen`).
+
+    Args:
+        N: anchors.
+        D: features.
+        dtype: of the rows.
+        precision: of products of float32 rows, "ieee" or "tf32".
+        masked: a mask's gathers need registers too.
+        device: where.
+    """
+    width = max(16, triton.next_power_of_2(D))
+    if dtype == torch.float32 and precision == "ieee":
+        # such products are unrolled in registers: short ones
+        return Plans(Plan(64, 64, 16, 8, 1), Plan(64, 32, min(width, 32), 8, 1), min(width, 128))
+    size = dtype.itemsize
+    part = min(width, 128 // size)  # of rows that are not held
+    crowded = masked or size == 4 or device.shared < 200_000 or (device.tensor_memory and width > 256)
+    limit = 128 if crowded else 256  # features of a gradient in registers
+    columns = 32 if masked or device.tensor_memory else 64
+    if N < MANY:
+        forward = backward = [Plan(64, columns, width, 4, 2), Plan(64, 32, width, 4, 2)]
+        if device.tensor_memory:
+            forward = [Plan(64, 32, width, 8, 2)]
+    else:
+        forward = [Plan(128, columns, width, 8, 3), Plan(128, columns, width, 8, 2), Plan(128, 32, width, 8, 2)]
+        backward = [Plan(128, 64, width, 8, 3), Plan(128, 64, width, 8, 2), Plan(128, 32, width, 8, 2)]
+    if masked or size == 4:
+        forward, backward = forward[1:], backward[-1:]
+    if width > limit:
+        narrow = Plan(64 if masked and size == 2 else 128, 32, part, 8, 2)
+        forward, backward = [Plan(128, columns, part, 8, 2)], [narrow if crowded else Plan(64, 64, part, 8, 2)]
+    if device.shared < 100_000:  # and 64 threads a warp
+        forward, backward = [], []
+    least = [Plan(64, 64, part, 4, 2), Plan(64, 32, part, 4, 2), Plan(32, 32, part, 4, 1)]
+    first = [next(p for p in (*choice, *least) if p.shared(D, size) <= device.shared) for choice in (forward, backward)]
+    return Plans(*first, min(width, limit))
+
+
+def operations(N: int, D: int, slice: int) -> tuple[int, int]:
+    """Multiplications and additions of both passes, for N anchors that are all rows: 6 N^2 D together at the least."""
+    return 2 * N**2 * D, (2 * math.ceil(D / slice) + 2) * N**2 * D
+
+
+def splits(N: int, total: int, plan: Plan, slices: int, most: int) -> int:
+    """Into how many parts the columns are walked, so that some 264 programs are at work: two for each multiprocessor of an H100."""
+    programs = triton.cdiv(N, plan.rows) * slices
+    return max(1, min(264 // max(1, programs), triton.cdiv(total, 4 * plan.columns), most))
+
+
+# ---- tiles -----------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _load(x, row, inside, start, D, stride, WIDTH: tl.constexpr, INTERPRETED: tl.constexpr):
+    """Features start .. start + WIDTH of rows of x, 0 where there are none."""
+    feature = start + tl.arange(0, WIDTH)
+    block = tl.load(x + row.to(tl.int64)[:, None] * stride + feature[None, :], mask=inside[:, None] & (feature < D)[None, :], other=0.0)
+    return block.to(tl.float32) if INTERPRETED else block
+
+
+@triton.jit
+def _product(
+    xi, xj, x, row, row_inside, col, col_inside, D, stride,
+    WIDTH: tl.constexpr, WHOLE: tl.constexpr, INTERPRETED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """x_i . x_j of a tile; xi and xj are the rows themselves where the plan holds them WHOLE."""
+    if INTERPRETED:  # a GPU adds up i j and j i in one order, NumPy does not: in float64 it makes no difference
+        exact = tl.zeros([row.shape[0], col.shape[0]], tl.float64)
+        for start in range(0, D, WIDTH):
+            a = _load(x, row, row_inside, start, D, stride, WIDTH, INTERPRETED).to(tl.float64)
+            b = _load(x, col, col_inside, start, D, stride, WIDTH, INTERPRETED).to(tl.float64)
+            exact = tl.dot(a, tl.trans(b), exact, out_dtype=tl.float64)
+        product = exact.to(tl.float32)
+    elif WHOLE:
+        product = tl.dot(xi, tl.trans(xj), input_precision=PRECISION)
+    else:
+        product = tl.zeros([row.shape[0], col.shape[0]], tl.float32)
+        for start in range(0, D, WIDTH):
+            a = _load(x, row, row_inside, start, D, stride, WIDTH, INTERPRETED)
+            b = _load(x, col, col_inside, start, D, stride, WIDTH, INTERPRETED)
+            product = tl.dot(a, tl.trans(b), product, input_precision=PRECISION)
+    return product
+
+
+@triton.jit
+def _bound(tops, blocks):
+    """The largest of what _prepare left: of every |S_ij|, in units of log 2."""
+    most = tl.full([1024], 0.0, tl.float32)
+    for start in range(0, blocks, 1024):
+        at = start + tl.arange(0, 1024)
+        most = tl.maximum(most, tl.load(tops + at, mask=at < blocks, other=0.0))
+    return tl.max(most, 0)
+
+
+@triton.jit
+def _alike(names, mask, name_i, name_j, both, B):
+    """P without c: where the names are one, or the mask's weights."""
+    if mask is None:
+        P = tl.where(both & (name_i[:, None] == name_j[None, :]), 1.0, 0.0)
+    else:
+        at = name_i[:, None] * B + name_j[None, :]
+        P = tl.load(mask + at, mask=both, other=0).to(tl.float32)
+    return P
+
+
+# Of the column tiles first .. last a program walks the plain ones, then those that meet the diagonal or lack columns: two loops, and
+# only the second asks for every element where it stands.
+
+
+@triton.jit
+def _edges(first, last, total, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Where plain tiles end before the diagonal, begin again behind it, and end."""
+    start = tl.program_id(0) * ROWS
+    full = tl.maximum(first, tl.minimum(total // COLUMNS, last))
+    meets = tl.maximum(first, tl.minimum(start // COLUMNS, full))
+    passed = tl.maximum(meets, tl.minimum(tl.cdiv(start + ROWS, COLUMNS), last))
+    return meets, passed, tl.maximum(full, passed)
+
+
+@triton.jit
+def _plain_steps(first, last, total, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    meets, passed, full = _edges(first, last, total, ROWS, COLUMNS)
+    return meets - first + full - passed
+
+
+@triton.jit
+def _tile(step, first, last, total, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """The column tile of a step of the walk."""
+    meets, passed, full = _edges(first, last, total, ROWS, COLUMNS)
+    before, plain, diagonal = meets - first, meets - first + full - passed, passed - meets
+    tile = tl.where(step < before, first + step, passed + step - before)
+    return tl.where(step < plain, tile, tl.where(step < plain + diagonal, meets + step - plain, full + step - plain - diagonal))
+
+
+# ---- forward ---------------------------------------------------------------------------------------------------------
+
+
+@triton.jit(do_not_specialize=["count"])
+def _first_of_name(names, first, count, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """The index of the first row of the same name: 32 bits, which are all that a tile has registers for."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    name = tl.load(names + row, mask=row < count, other=0)
+    found = tl.where(row < count, 2147483647, 0)
+    start = 0
+    while (start < count) & (tl.max(found, 0) == 2147483647):
+        at = start + tl.arange(0, BLOCK)
+        other = tl.load(names + at, mask=at < count, other=0)
+        same = (name[:, None] == other[None, :]) & (at < count)[None, :]
+        found = tl.minimum(found, tl.min(tl.where(same, at[None, :], 2147483647), 1))
+        start += BLOCK
+    tl.store(first + row, tl.minimum(found, row), mask=row < count)  # a name that is not even its own (NaN) is a row's alone
+
+
+@triton.jit
+def _prepare(x, r, tops, rows, D, stride, to_log2, NORMALIZE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """With NORMALIZE r_i = 1 / |x_i|; without, the largest |x|^2 / tau of these rows, in units of log 2."""
+    D, stride = D // 8 * 8, stride // 8 * 8
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    squares = tl.zeros([ROWS, BLOCK], tl.float32)
+    largest = tl.zeros([ROWS, BLOCK], tl.float32)
+    if NORMALIZE:  # of the row's largest element, so that no square overflows or vanishes
+        for start in range(0, D, BLOCK):
+            largest = tl.maximum(largest, tl.abs(_load(x, row, row < rows, start, D, stride, BLOCK, True)))
+        top = tl.max(largest, 1)
+        top = tl.where(top > 0, top, 1.0)
+        for start in range(0, D, BLOCK):
+            part = _load(x, row, row < rows, start, D, stride, BLOCK, True) / top[:, None]
+            squares += part * part
+        tl.store(r + row, 1.0 / tl.maximum(tl.sqrt(tl.sum(squares, 1)) * top, 1e-12), mask=row < rows)
+    else:
+        for start in range(0, D, BLOCK):
+            part = _load(x, row, row < rows, start, D, stride, BLOCK, True)
+            squares += part * part
+        size = tl.sum(squares, 1) * to_log2
+        tl.store(tops + tl.program_id(0), tl.max(tl.where(size == size, size, float("inf")), 0))
+
+
+@triton.jit
+def _walk(
+    xi, x, names, mask, r, ri, name_i, row, begin, end, first, last, m, Z, A, W,
+    N, total, named, counted, B, D, stride, to_log2,
+    CAREFUL: tl.constexpr, DIRECT: tl.constexpr, DUPLICATES: tl.constexpr, SELF_POSITIVE: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr, WHOLE: tl.constexpr,
+    INTERPRETED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Adds the steps begin .. end of the walk to the sums. CAREFUL: the diagonal or columns that are not there may be among them."""
+    for step in range(begin, end):
+        col = _tile(step, first, last, total, ROWS, COLUMNS) * COLUMNS + tl.arange(0, COLUMNS)
+        real = col < total
+        xj = xi
+        if WHOLE:
+            xj = _load(x, col, real, 0, D, stride, WIDTH, INTERPRETED)
+        S = _product(xi, xj, x, row, row < N, col, real, D, stride, WIDTH, WHOLE, INTERPRETED, PRECISION) * to_log2
+        if r is not None:
+            S = S * ri[:, None] * tl.load(r + col, mask=real, other=0.0)[None, :]
+        name_j = tl.load(names + col, mask=col < named, other=0)
+        P = _alike(names, mask, name_i, name_j, (row < N)[:, None] & (col < named)[None, :], B)
+        c = tl.full([COLUMNS], 1.0, tl.float32)
+        if DUPLICATES > 1:
+            c = tl.where(col < counted, 1.0 * DUPLICATES, 1.0)
+            P = P * c[None, :]
+        itself = row[:, None] == col[None, :]
+        if CAREFUL and not SELF_POSITIVE:
+            P = tl.where(itself, P * ((DUPLICATES - 1) / DUPLICATES), P)
+        # no 0 * inf where an anchor's own similarity is no positive
+        A += tl.sum(tl.where(P != 0.0, P * S, 0.0) if mask is None else P * S, 1)
+        W += tl.sum(P, 1)
+        if CAREFUL:
+            S = tl.where(real[None, :] & ((DUPLICATES > 1) | (row[:, None] != col[None, :])), S, float("-inf"))
+        if not DIRECT:
+            larger = tl.minimum(tl.maximum(m, tl.max(S, 1)), -LOWEST)  # infinities are not to cancel
+            Z = Z * tl.exp2(m - larger)
+            m = larger
+        e = tl.exp2(S - m[:, None])
+        if DUPLICATES > 1:
+            e = e * c[None, :]
+            if CAREFUL:
+                e = tl.where(itself, e * ((DUPLICATES - 1) / DUPLICATES), e)
+        Z += tl.sum(e, 1)
+    return m, Z, A, W
+
+
+@triton.jit
+def _sums(
+    xi, x, names, mask, r, ri, name_i, row, first, last, bound,
+    N, total, named, counted, B, D, stride, to_log2,
+    DIRECT: tl.constexpr, DUPLICATES: tl.constexpr, SELF_POSITIVE: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr, WHOLE: tl.constexpr,
+    INTERPRETED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """m, Z, A = sum P S and W of a block of rows over column tiles first .. last, in units of log 2."""
+    m = tl.full([ROWS], LOWEST, tl.float32)
+    if DIRECT:
+        m = tl.zeros([ROWS], tl.float32) + bound
+    Z = tl.zeros([ROWS], tl.float32)
+    A = tl.zeros([ROWS], tl.float32)
+    W = tl.zeros([ROWS], tl.float32)
+    plain = _plain_steps(first, last, total, ROWS, COLUMNS)
+    m, Z, A, W = _walk(
+        xi, x, names, mask, r, ri, name_i, row, 0, plain, first, last, m, Z, A, W,
+        N, total, named, counted, B, D, stride, to_log2,
+        False, DIRECT, DUPLICATES, SELF_POSITIVE, ROWS, COLUMNS, WIDTH, WHOLE, INTERPRETED, PRECISION,
+    )  # fmt: skip
+    m, Z, A, W = _walk(
+        xi, x, names, mask, r, ri, name_i, row, plain, last - first, first, last, m, Z, A, W,
+        N, total, named, counted, B, D, stride, to_log2,
+        True, DIRECT, DUPLICATES, SELF_POSITIVE, ROWS, COLUMNS, WIDTH, WHOLE, INTERPRETED, PRECISION,
+    )  # fmt: skip
+    return m, Z, A, W
+
+
+@triton.jit(do_not_specialize=["N", "total", "named", "counted", "B", "blocks", "tiles"])
+def _denominators(
+    x, names, mask, r, tops, out,
+    N, total, named, counted, B, D, stride, blocks, tiles, to_log2, bound, limit,
+    DIRECT: tl.constexpr, DUPLICATES: tl.constexpr, SELF_POSITIVE: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr, WHOLE: tl.constexpr,
+    INTERPRETED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """m, Z, A and W of a block of anchors over a part of the columns, `tiles` tiles, into out [splits, 4, N]."""
+    D, stride = D // 8 * 8, stride // 8 * 8
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    inside = row < N
+    name_i = tl.load(names + row, mask=inside, other=0)
+    ri = tl.zeros([ROWS], tl.float32)
+    if r is not None:
+        ri = tl.load(r + row, mask=inside, other=0.0)
+    first = tl.program_id(1) * tiles
+    last = tl.minimum(first + tiles, tl.cdiv(total, COLUMNS))
+    xi = row
+    if WHOLE:
+        xi = _load(x, row, inside, 0, D, stride, WIDTH, INTERPRETED)
+    if tops is not None:
+        bound = _bound(tops, blocks)
+        if bound <= limit:
+            m, Z, A, W = _sums(
+                xi, x, names, mask, r, ri, name_i, row, first, last, bound, N, total, named, counted, B, D, stride, to_log2,
+                True, DUPLICATES, SELF_POSITIVE, ROWS, COLUMNS, WIDTH, WHOLE, INTERPRETED, PRECISION,
+            )  # fmt: skip
+        else:
+            m, Z, A, W = _sums(
+                xi, x, names, mask, r, ri, name_i, row, first, last, bound, N, total, named, counted, B, D, stride, to_log2,
+                False, DUPLICATES, SELF_POSITIVE, ROWS, COLUMNS, WIDTH, WHOLE, INTERPRETED, PRECISION,
+            )  # fmt: skip
+    else:
+        m, Z, A, W = _sums(
+            xi, x, names, mask, r, ri, name_i, row, first, last, bound, N, total, named, counted, B, D, stride, to_log2,
+            DIRECT, DUPLICATES, SELF_POSITIVE, ROWS, COLUMNS, WIDTH, WHOLE, INTERPRETED, PRECISION,
+        )  # fmt: skip
+    at = out + tl.program_id(1).to(tl.int64) * 4 * N + row
+    tl.store(at, m, mask=inside)
+    tl.store(at + N.to(tl.int64), Z, mask=inside)
+    tl.store(at + 2 * N.to(tl.int64), A, mask=inside)
+    tl.store(at + 3 * N.to(tl.int64), W, mask=inside)
+
+
+@triton.jit(do_not_specialize=["N", "parts"])
+def _losses(sums, m_out, Z_out, W_out, losses, N, parts, scale, BLOCK: tl.constexpr):
+    """Adds up the parts of the columns, and makes the losses."""
+    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = row < N
+    m = tl.full([BLOCK], LOWEST, tl.float32)
+    for part in range(parts):
+        m = tl.maximum(m, tl.load(sums + tl.cast(part, tl.int64) * 4 * N + row, mask=inside, other=LOWEST))
+    Z = tl.zeros([BLOCK], tl.float32)
+    A = tl.zeros([BLOCK], tl.float32)
+    W = tl.zeros([BLOCK], tl.float32)
+    for part in range(parts):
+        at = sums + tl.cast(part, tl.int64) * 4 * N + row
+        Z += tl.load(at + N, mask=inside, other=0.0) * tl.exp2(tl.load(at, mask=inside, other=LOWEST) - m)
+        A += tl.load(at + 2 * N, mask=inside, other=0.0)
+        W += tl.load(at + 3 * N, mask=inside, other=0.0)
+    per_log2 = 0.6931471805599453
+    loss = scale * (W * (m * per_log2 + tl.log(Z)) - A * per_log2) / tl.where(W < 1e-6, 1.0, W)
+    tl.store(m_out + row, m, mask=inside)
+    tl.store(Z_out + row, Z, mask=inside)
+    tl.store(W_out + row, W, mask=inside)
+    tl.store(losses + row, loss, mask=inside)
+
+
+# ---- backward --------------------------------------------------------------------------------------------------------
+
+
+@triton.jit(do_not_specialize=["N"])
+def _shares(upstream, Z, W, s, h, tops, N, scale, BLOCK: tl.constexpr):
+    """Both s and h of the anchors; tops: the largest of each block's |h| and |W h|."""
+    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = row < N
+    w = tl.load(W + row, mask=inside, other=1.0)
+    v = tl.load(upstream + row, mask=inside, other=0.0) * scale / tl.where(w < 1e-6, 1.0, w)
+    tl.store(h + row, v, mask=inside)
+    tl.store(s + row, w * v / tl.load(Z + row, mask=inside, other=1.0), mask=inside)
+    if tops is not None:
+        tl.store(tops + tl.program_id(0), tl.max(tl.abs(v) * tl.maximum(tl.abs(w), 1.0), 0))
+
+
+@triton.jit
+def _pull(
+    xi, x, names, mask, r, ri, name_i, mi, si, hi, ci, row, m, s, h, begin, end, first, last, acc, slice_start, per_top,
+    N, rows, total, named, counted, B, D, stride, to_log2, bound,
+    CAREFUL: tl.constexpr, DIRECT: tl.constexpr, DUPLICATES: tl.constexpr, SELF_POSITIVE: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr, SLICE: tl.constexpr, WHOLE: tl.constexpr,
+    INTERPRETED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Adds (G + G') r x of the steps begin .. end of the walk to acc. CAREFUL: as in _walk."""
+    for step in range(begin, end):
+        col = _tile(step, first, last, total, ROWS, COLUMNS) * COLUMNS + tl.arange(0, COLUMNS)
+        real = col < total
+        xj = _load(x, col, real, slice_start, D, stride, SLICE, INTERPRETED)
+        S = _product(xi, xj, x, row, row < rows, col, real, D, stride, WIDTH, WHOLE, INTERPRETED, PRECISION) * to_log2
+        rj = tl.full([COLUMNS], 1.0, tl.float32)
+        if r is not None:
+            rj = tl.load(r + col, mask=real, other=0.0)
+            S = S * ri[:, None] * rj[None, :]
+        sj = tl.load(s + col, mask=col < N, other=0.0) * per_top
+        hj = tl.load(h + col, mask=col < N, other=0.0) * per_top
+        name_j = tl.load(names + col, mask=col < named, other=0)
+        both = (row < named)[:, None] & (col < named)[None, :]
+        cj = tl.full([COLUMNS], 1.0, tl.float32)
+        if DUPLICATES > 1:
+            cj = tl.where(col < counted, 1.0 * DUPLICATES, 1.0)
+        itself = row[:, None] == col[None, :]
+        if CAREFUL:
+            S = tl.where(real[None, :] & ((DUPLICATES > 1) | (row[:, None] != col[None, :])), S, float("-inf"))
+        if DIRECT:
+            G = tl.exp2(S - bound) * (si[:, None] * cj[None, :] + ci[:, None] * sj[None, :])
+        else:
+            mj = tl.load(m + col, mask=col < N, other=float("inf"))
+            G = tl.exp2(S - mi[:, None]) * (si[:, None] * cj[None, :]) + tl.exp2(S - mj[None, :]) * (ci[:, None] * sj[None, :])
+        if mask is None:
+            P = tl.where(both & (name_i[:, None] == name_j[None, :]), hi[:, None] * cj[None, :] + ci[:, None] * hj[None, :], 0.0)
+        else:
+            P = _alike(names, mask, name_i, name_j, both, B) * (hi[:, None] * cj[None, :])
+            at = name_j[None, :] * B + name_i[:, None]
+            P += tl.load(mask + at, mask=both, other=0).to(tl.float32) * (ci[:, None] * hj[None, :])
+        if CAREFUL:
+            if DUPLICATES > 1:
+                G = tl.where(itself, G * ((DUPLICATES - 1) / DUPLICATES), G)
+            if not SELF_POSITIVE:
+                P = tl.where(itself, P * ((DUPLICATES - 1) / DUPLICATES), P)
+        G = G - P
+        if r is not None:
+            G = G * rj[None, :]
+        acc = tl.dot(G.to(xj.dtype), xj, acc, input_precision=PRECISION)
+    return acc
+
+
+@triton.jit
+def _pulls(
+    xi, x, names, mask, r, ri, name_i, mi, si, hi, ci, row, m, s, h, first, last, slice_start, per_top,
+    N, rows, total, named, counted, B, D, stride, to_log2, bound,
+    DIRECT: tl.constexpr, DUPLICATES: tl.constexpr, SELF_POSITIVE: tl.constexpr, ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr, WIDTH: tl.constexpr, SLICE: tl.constexpr, WHOLE: tl.constexpr,
+    INTERPRETED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    acc = tl.zeros([ROWS, SLICE], tl.float32)
+    plain = _plain_steps(first, last, total, ROWS, COLUMNS)
+    acc = _pull(
+        xi, x, names, mask, r, ri, name_i, mi, si, hi, ci, row, m, s, h, 0, plain, first, last, acc, slice_start, per_top,
+        N, rows, total, named, counted, B, D, stride, to_log2, bound,
+        False, DIRECT, DUPLICATES, SELF_POSITIVE, ROWS, COLUMNS, WIDTH, SLICE, WHOLE, INTERPRETED, PRECISION,
+    )  # fmt: skip
+    acc = _pull(
+        xi, x, names, mask, r, ri, name_i, mi, si, hi, ci, row, m, s, h, plain, last - first, first, last, acc, slice_start, per_top,
+        N, rows, total, named, counted, B, D, stride, to_log2, bound,
+        True, DIRECT, DUPLICATES, SELF_POSITIVE, ROWS, COLUMNS, WIDTH, SLICE, WHOLE, INTERPRETED, PRECISION,
+    )  # fmt: skip
+    return acc
+
+
+@triton.jit(do_not_specialize=["N", "rows", "total", "named", "counted", "B", "blocks", "share_blocks", "tiles"])
+def _gradients(
+    x, names, mask, r, tops, m, s, h, share_tops, out,
+    N, rows, total, named, counted, B, D, stride, blocks, share_blocks, tiles, to_log2, bound, limit,
+    DIRECT: tl.constexpr, DUPLICATES: tl.constexpr, SELF_POSITIVE: tl.constexpr, ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr, WIDTH: tl.constexpr, SLICE: tl.constexpr, WHOLE: tl.constexpr,
+    INTERPRETED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Tau times the gradient of r x: a block of rows and a slice of features, over a part of the columns, into out [splits, rows, D]."""
+    D, stride = D // 8 * 8, stride // 8 * 8
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    inside, anchor = row < rows, row < N
+    slice_start = tl.program_id(2) * SLICE
+    name_i = tl.load(names + row, mask=row < named, other=0)
+    top, per_top = 1.0, 1.0
+    if share_tops is not None:  # float16 would lose shares as small as these are: they are carried relative to the largest
+        top = _bound(share_tops, share_blocks)
+        top = tl.where(top > 0, top, 1.0)
+        per_top = 1.0 / top
+    si = tl.load(s + row, mask=anchor, other=0.0) * per_top
+    hi = tl.load(h + row, mask=anchor, other=0.0) * per_top
+    mi = tl.load(m + row, mask=anchor, other=float("inf"))
+    ci = tl.full([ROWS], 1.0, tl.float32)
+    if DUPLICATES > 1:
+        ci = tl.where(row < counted, 1.0 * DUPLICATES, 1.0)
+    ri = tl.zeros([ROWS], tl.float32)
+    if r is not None:
+        ri = tl.load(r + row, mask=inside, other=0.0)
+    # rows that are no anchors pull at anchors alone
+    columns = tl.where(tl.program_id(0) * ROWS < N, total, N)
+    first = tl.program_id(1) * tiles
+    last = tl.minimum(first + tiles, tl.cdiv(columns, COLUMNS))
+    xi = row
+    if WHOLE:
+        xi = _load(x, row, inside, 0, D, stride, WIDTH, INTERPRETED)
+    if tops is not None:
+        bound = _bound(tops, blocks)
+        if bound <= limit:
+            acc = _pulls(
+                xi, x, names, mask, r, ri, name_i, mi, si, hi, ci, row, m, s, h, first, last, slice_start, per_top,
+                N, rows, total, named, counted, B, D, stride, to_log2, bound,
+                True, DUPLICATES, SELF_POSITIVE, ROWS, COLUMNS, WIDTH, SLICE, WHOLE, INTERPRETED, PRECISION,
+            )  # fmt: skip
+        else:
+            acc = _pulls(
+                xi, x, names, mask, r, ri, name_i, mi, si, hi, ci, row, m, s, h, first, last, slice_start, per_top,
+                N, rows, total, named, counted, B, D, stride, to_log2, bound,
+                False, DUPLICATES, SELF_POSITIVE, ROWS, COLUMNS, WIDTH, SLICE, WHOLE, INTERPRETED, PRECISION,
+            )  # fmt: skip
+    else:
+        acc = _pulls(
+            xi, x, names, mask, r, ri, name_i, mi, si, hi, ci, row, m, s, h, first, last, slice_start, per_top,
+            N, rows, total, named, counted, B, D, stride, to_log2, bound,
+            DIRECT, DUPLICATES, SELF_POSITIVE, ROWS, COLUMNS, WIDTH, SLICE, WHOLE, INTERPRETED, PRECISION,
+        )  # fmt: skip
+    feature = slice_start + tl.arange(0, SLICE)
+    at = (tl.program_id(1).to(tl.int64) * rows + row.to(tl.int64))[:, None] * D + feature[None, :]
+    tl.store(out + at, acc * top, mask=inside[:, None] & (feature < D)[None, :])
+
+
+@triton.jit(do_not_specialize=["begin", "end", "rows", "parts", "D_out"])
+def _finish(
+    sums, x, r, out, begin, end, rows, D, D_out, stride, parts, per_tau, V: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """The gradient of rows begin .. end of x: adds up the parts of the columns, and goes through the normalization."""
+    D, stride, D_out = D // 8 * 8, stride // 8 * 8, D_out // V * V
+    row = begin + tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    inside = row < end
+    ri = tl.full([ROWS], 1.0, tl.float32)
+    along = tl.zeros([ROWS], tl.float32)
+    if r is not None:
+        ri = tl.load(r + row, mask=inside, other=0.0)
+        product = tl.zeros([ROWS, BLOCK], tl.float32)
+        for start in range(0, D, BLOCK):
+            d = tl.zeros([ROWS, BLOCK], tl.float32)
+            for part in range(parts):
+                d += _load(sums, part * rows + row, inside, start, D, D, BLOCK, True)
+            product += d * _load(x, row, inside, start, D, stride, BLOCK, True)
+        # a length that was clamped is constant
+        along = tl.where(ri < 1e12, tl.sum(product, 1) * ri * ri, 0.0)
+    for start in range(0, D, BLOCK):
+        d = tl.zeros([ROWS, BLOCK], tl.float32)
+        for part in range(parts):
+            d += _load(sums, part * rows + row, inside, start, D, D, BLOCK, True)
+        if r is not None:
+            d = (d - _load(x, row, inside, start, D, stride, BLOCK, True) * along[:, None]) * ri[:, None]
+        feature = start + tl.arange(0, BLOCK)
+        tl.store(out + (row - begin)[:, None] * D_out + feature[None, :], d * per_tau, mask=inside[:, None] & (feature < D_out)[None, :])
+
+
+# ---- launches --------------------------------------------------------------------------------------------------------
+
+
+class _Call:
+    """What forward and backward of one call share: the rows as the kernels read them, plans, and the bound."""
+
+    def __init__(self, anchors: Tensor, others: Tensor, names: Tensor, mask: Tensor | None, setting: Any):
+        self.N, self.total, self.features = len(anchors), len(anchors) + len(others), anchors.shape[1]
+        self.x = _readable(torch.cat([anchors, others]) if len(others) else anchors)
+        self.D, self.device, self.setting = self.x.shape[1], anchors.device, setting
+        self.names, self.B = names, 0 if mask is None else len(mask)
+        self.mask = None if mask is None else mask.to(torch.uint8 if mask.dtype == torch.bool else mask.dtype).reshape(-1)
+        highest = torch.get_float32_matmul_precision() == "highest"
+        self.precision = "ieee" if self.x.dtype == torch.float32 and highest else "tf32"
+        self.plans = plans(self.N, self.D, self.x.dtype, self.precision, mask is not None, _kind(self.device))
+        self.to_log2 = LOG2_E / setting.temperature
+        self.direct = setting.normalize and 1 / setting.temperature <= SAFE_EXPONENT
+        self.r, self.tops = self._prepared()
+
+    def _prepared(self) -> tuple[Tensor | None, Tensor | None]:
+        """1 / |x| of every row, with normalize; without, blocks' largest |x|^2 where the work is worth a look at them."""
+        if not self.setting.normalize and self.N < MANY:
+            return None, None
+        block = min(1024, triton.next_power_of_2(self.D))
+        rows = 4096 // block
+        blocks = triton.cdiv(self.total, rows)
+        made = torch.empty(self.total if self.setting.normalize else blocks, dtype=torch.float32, device=self.device)
+        with torch.cuda.device_of(self.x):
+            _prepare[(blocks,)](
+                self.x, made, made, self.total, self.D, self.x.stride(0), self.to_log2,
+                NORMALIZE=self.setting.normalize, ROWS=rows, BLOCK=block, num_warps=4, enable_fp_fusion=True,
+            )  # fmt: skip
+        return (made, None) if self.setting.normalize else (None, made)
+
+    def launch(self, function: Any, grid: tuple[int, ...], plan: Plan, *tensors: Any, sizes: tuple[int, ...], more: dict[str, Any]) -> None:
+        """Launches a walk of S."""
+        setting = self.setting
+        with torch.cuda.device_of(self.x):  # a launch goes to the current device, which need not be the tensors'
+            function[grid](
+                self.x, self.names, self.mask, self.r, self.tops, *tensors, *sizes, self.to_log2,
+                self.to_log2, SAFE_EXPONENT * LOG2_E,
+                DIRECT=self.direct, DUPLICATES=setting.duplicates, SELF_POSITIVE=setting.self_positive,
+                ROWS=plan.rows, COLUMNS=plan.columns, WIDTH=plan.features, WHOLE=plan.features >= self.D,
+                INTERPRETED=knobs.runtime.interpret, PRECISION=self.precision,
+                num_warps=plan.warps, num_stages=plan.stages, enable_fp_fusion=True, **more,
+            )  # fmt: skip
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """total, named, counted, B, D, stride, blocks: as the kernels take them."""
+        blocks = 0 if self.tops is None else len(self.tops)
+        return self.total, len(self.names), self.N + self.setting.copied, self.B, self.D, self.x.stride(0), blocks
+
+
+def forward(anchors: Tensor, others: Tensor, names: Tensor, mask: Tensor | None, setting: Any) -> tuple[Tensor, list[Tensor]]:
+    """The losses of the anchors; waits for nothing on the device.
+
+    Args:
+        anchors: [N, D], float32, bfloat16 or float16.
+        others: [M, D], rows that are columns alone.
+        names: [N + M'] of anchors and the first M' others: rows of one name are positives; with a mask their index in it.
+        mask: [B, B] or None.
+        setting: temperature, scale, duplicates, self_positive, normalize, copied.
+
+    Returns:
+        The losses [N], float32, and what backward needs: m, Z and W, [N] each, and the names in 32 bits [N + M'].
+    """
+    short_names = _short(names, mask)
+    call = _Call(anchors, others, short_names, mask, setting)
+    N, plan = call.N, call.plans.forward
+    parts = splits(N, call.total, plan, 1, 64)
+    tiles = triton.cdiv(triton.cdiv(call.total, plan.columns), parts)
+    sums = torch.empty(parts * 4 * N, dtype=torch.float32, device=call.device)
+    call.launch(_denominators, (triton.cdiv(N, plan.rows), parts), plan, sums, sizes=(N, *call.shape, tiles), more={})
+    losses, m, Z, W = (torch.empty(N, dtype=torch.float32, device=call.device) for _ in range(4))
+    with torch.cuda.device_of(anchors):
+        _losses[(triton.cdiv(N, 256),)](
+            sums, m, Z, W, losses, N, parts, float(setting.scale), BLOCK=256, num_warps=4, enable_fp_fusion=True
+        )
+    return losses, [m, Z, W, short_names]
+
+
+def backward(
+    upstream: Tensor,
+    anchors: Tensor,
+    others: Tensor,
+    names: Tensor,
+    mask: Tensor | None,
+    kept: list[Tensor],
+    setting: Any,
+    for_others: bool,
+) -> tuple[Tensor, Tensor]:
+    """The gradients of sum(upstream * losses) for the anchors [N, D] and, if asked for, the others [M, D] (else [0, D])."""
+    m, Z, W, short_names = kept
+    call = _Call(anchors, others, short_names, mask, setting)
+    N, plan, float32 = call.N, call.plans.backward, {"dtype": torch.float32, "device": call.device}
+    rows = call.total if for_others else N
+
+    s, h = torch.empty(N, **float32), torch.empty(N, **float32)
+    share_blocks = triton.cdiv(N, 256)
+    share_tops = torch.empty(share_blocks, **float32) if call.x.dtype == torch.float16 else None
+    with torch.cuda.device_of(anchors):
+        _shares[(share_blocks,)](
+            upstream.contiguous(), Z, W, s, h, share_tops, N, float(setting.scale), BLOCK=256, num_warps=4, enable_fp_fusion=True
+        )
+
+    slices = triton.cdiv(call.D, call.plans.slice)
+    # the parts' gradients are the memory that this pass takes: of many rows no more than four times theirs
+    parts = splits(rows, call.total, plan, slices, call.x.itemsize if N >= 8192 else 16)
+    tiles = triton.cdiv(triton.cdiv(call.total, plan.columns), parts)
+    sums = torch.empty(parts, rows, call.D, **float32)
+    total, named, counted, B, D, stride, blocks = call.shape
+    grid = triton.cdiv(rows, plan.rows), parts, slices
+    sizes = N, rows, total, named, counted, B, D, stride, blocks, share_blocks, tiles
+    call.launch(_gradients, grid, plan, m, s, h, share_tops, sums, sizes=sizes, more={"SLICE": call.plans.slice})
+
+    d_anchors = torch.empty(anchors.shape, dtype=anchors.dtype, device=call.device)
+    d_others = torch.empty(len(others) if for_others else 0, others.shape[1], dtype=others.dtype, device=call.device)
+    block = min(1024, triton.next_power_of_2(D))
+    height = max(1, 2048 // block)
+    for out, begin in ((d_anchors, 0), (d_others, N)):
+        if len(out):
+            with torch.cuda.device_of(anchors):
+                _finish[(triton.cdiv(len(out), height),)](
+                    sums, call.x, call.r, out, begin, begin + len(out), rows, D, call.features, stride, parts,
+                    1 / setting.temperature, V=math.gcd(call.features, 8), ROWS=height, BLOCK=block, num_warps=4, enable_fp_fusion=True,
+                )  # fmt: skip
+    return d_anchors, d_others
+
+
+def _readable(x: Tensor) -> Tensor:
+    """[R, D] with rows of a multiple of 8 elements that begin at multiples of 16 bytes, as 128-bit loads need; others are copied."""
+    missing = -x.shape[1] % 8
+    if missing:
+        return F.pad(x, (0, missing))
+    if x.stride(1) == 1 and x.stride(0) % 8 == 0 and x.data_ptr() % 16 == 0:
+        return x
+    return x.clone(memory_format=torch.contiguous_format)
+
+
+def _short(names: Tensor, mask: Tensor | None) -> Tensor:
+    """The names in 32 bits: as they are where they fit or index a mask, else the index of the first row of that name."""
+    if mask is not None:  # of 2^31 elements and more, what is multiplied and added must be 64-bit
+        return names.to(torch.int32 if mask.numel() < 2**31 else torch.int64).contiguous()
+    if names.dtype in (torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool):
+        return names.to(torch.int32).contiguous()
+    first = torch.empty(len(names), dtype=torch.int32, device=names.device)
+    with torch.cuda.device_of(names):
+        _first_of_name[(triton.cdiv(len(names), 64),)](
+            names.contiguous(), first, len(names), ROWS=64, BLOCK=128, num_warps=4, enable_fp_fusion=True
+        )
+    return first
+
+
+def _kind(device: torch.device) -> Device:
+    """The device as plans see it; where there is no GPU, an H100."""
+    if device.type != "cuda":
+        return H100
+    properties = torch.cuda.get_device_properties(device)
+    if torch.version.hip is not None:
+        return Device(properties.shared_memory_per_block)
+    return Device(properties.shared_memory_per_block_optin, properties.major == 10)
