@@ -1,4 +1,4 @@
-"""The bytes that a kernel really asks memory for, counted in Triton's interpreter (TRITON_INTERPRET=1)."""
+"""The bytes that a kernel really asks memory for, and the operations of its products, counted in Triton's interpreter."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +15,7 @@ class Traffic:
 
     read: int = 0
     written: int = 0
+    operations: int = 0  # of tl.dot: a multiply-add is two, zeros of a tile's padding included
 
 
 @contextmanager
@@ -28,7 +29,7 @@ def counted_traffic() -> Iterator[Traffic]:
         raise RuntimeError("counted_traffic needs a process started with TRITON_INTERPRET=1: a compiled kernel cannot be watched")
     from triton.runtime.interpreter import InterpreterBuilder as Builder
 
-    traffic, load, store = Traffic(), Builder.create_masked_load, Builder.create_masked_store
+    traffic, load, store, dot = Traffic(), Builder.create_masked_load, Builder.create_masked_store, Builder.create_dot
 
     def size(pointers: Any, mask: Any) -> int:
         return int(mask.data.sum()) * max(8, pointers.get_element_ty().primitive_bitwidth) // 8
@@ -42,5 +43,9 @@ def counted_traffic() -> Iterator[Traffic]:
         traffic.written += size(pointers, mask)
         return store(self, pointers, value, mask, *rest)
 
-    with mock.patch.multiple(Builder, create_masked_load=counted_load, create_masked_store=counted_store):
+    def counted_dot(self: Any, a: Any, b: Any, *rest: Any, **options: Any) -> Any:
+        traffic.operations += 2 * a.data.size * b.data.shape[-1]
+        return dot(self, a, b, *rest, **options)
+
+    with mock.patch.multiple(Builder, create_masked_load=counted_load, create_masked_store=counted_store, create_dot=counted_dot):
         yield traffic

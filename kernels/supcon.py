@@ -26,6 +26,7 @@ Floor: operations, see above; beyond the rows and their gradient the memory is `
 """
 
 import math
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -38,7 +39,7 @@ from triton import knobs
 SAFE_EXPONENT = 40.0  # |S| up to here needs no running maximum: sums of e^{-80 ..} are normal float32 numbers
 MANY = 4096  # anchors: from here on large tiles fill a GPU, and a look at the rows' lengths costs nothing beside the walk
 LOG2_E = math.log2(math.e)
-LOWEST = tl.constexpr(-3.4028235e38)  # finite: a row that has met nothing must not make NaN
+LOWEST = tl.constexpr(-3.4028234663852886e38)  # finite: a row that has met nothing must not make NaN
 
 
 class Plan(NamedTuple):
@@ -96,14 +97,13 @@ def plans(N: int, D: int, dtype: torch.dtype, precision: str, masked: bool, devi
     limit = 128 if crowded else 256  # features of a gradient in registers
     columns = 32 if masked or device.tensor_memory else 64
     if N < MANY:
-        forward = backward = [Plan(64, columns, width, 4, 2), Plan(64, 32, width, 4, 2)]
-        if device.tensor_memory:
-            forward = [Plan(64, 32, width, 8, 2)]
+        forward = [Plan(64, 32, width, 8 if device.tensor_memory else 4, 2)]
+        backward = [Plan(64, columns if width < 256 else 32, width, 4, 2), Plan(64, 32, width, 4, 2)]
     else:
         forward = [Plan(128, columns, width, 8, 3), Plan(128, columns, width, 8, 2), Plan(128, 32, width, 8, 2)]
         backward = [Plan(128, 64, width, 8, 3), Plan(128, 64, width, 8, 2), Plan(128, 32, width, 8, 2)]
     if masked or size == 4:
-        forward, backward = forward[1:], backward[-1:]
+        forward, backward = forward[-2:], backward[-1:]
     if width > limit:
         narrow = Plan(64 if masked and size == 2 else 128, 32, part, 8, 2)
         forward, backward = [Plan(128, columns, part, 8, 2)], [narrow if crowded else Plan(64, 64, part, 8, 2)]
@@ -171,7 +171,7 @@ def _bound(tops, blocks):
 
 
 @triton.jit
-def _alike(names, mask, name_i, name_j, both, B):
+def _alike(mask, name_i, name_j, both, B):
     """P without c: where the names are one, or the mask's weights."""
     if mask is None:
         P = tl.where(both & (name_i[:, None] == name_j[None, :]), 1.0, 0.0)
@@ -244,7 +244,8 @@ def _prepare(x, r, tops, rows, D, stride, to_log2, NORMALIZE: tl.constexpr, ROWS
         for start in range(0, D, BLOCK):
             part = _load(x, row, row < rows, start, D, stride, BLOCK, True) / top[:, None]
             squares += part * part
-        tl.store(r + row, 1.0 / tl.maximum(tl.sqrt(tl.sum(squares, 1)) * top, 1e-12), mask=row < rows)
+        length = tl.sqrt(tl.sum(squares, 1)) * top
+        tl.store(r + row, 1.0 / tl.where(length < 1e-12, 1e-12, length), mask=row < rows)  # NaN stays
     else:
         for start in range(0, D, BLOCK):
             part = _load(x, row, row < rows, start, D, stride, BLOCK, True)
@@ -272,17 +273,23 @@ def _walk(
         if r is not None:
             S = S * ri[:, None] * tl.load(r + col, mask=real, other=0.0)[None, :]
         name_j = tl.load(names + col, mask=col < named, other=0)
-        P = _alike(names, mask, name_i, name_j, (row < N)[:, None] & (col < named)[None, :], B)
+        both = (row < N)[:, None] & (col < named)[None, :]
+        itself = row[:, None] == col[None, :]
         c = tl.full([COLUMNS], 1.0, tl.float32)
         if DUPLICATES > 1:
             c = tl.where(col < counted, 1.0 * DUPLICATES, 1.0)
-            P = P * c[None, :]
-        itself = row[:, None] == col[None, :]
-        if CAREFUL and not SELF_POSITIVE:
-            P = tl.where(itself, P * ((DUPLICATES - 1) / DUPLICATES), P)
-        # no 0 * inf where an anchor's own similarity is no positive
-        A += tl.sum(tl.where(P != 0.0, P * S, 0.0) if mask is None else P * S, 1)
-        W += tl.sum(P, 1)
+        if mask is None and DUPLICATES == 1:  # a bit for each element, where weights would take a register
+            alike = both & (name_i[:, None] == name_j[None, :])
+            if CAREFUL and not SELF_POSITIVE:
+                alike = alike & (row[:, None] != col[None, :])
+            A += tl.sum(tl.where(alike, S, 0.0), 1)
+            W += tl.sum(tl.where(alike, 1.0, 0.0), 1)
+        else:
+            P = _alike(mask, name_i, name_j, both, B) * c[None, :]
+            if CAREFUL and not SELF_POSITIVE:
+                P = tl.where(itself, 0.0 if DUPLICATES == 1 else P * ((DUPLICATES - 1) / DUPLICATES), P)
+            A += tl.sum(P * S if mask is not None else tl.where(P != 0.0, P * S, 0.0), 1)
+            W += tl.sum(P, 1)
         if CAREFUL:
             S = tl.where(real[None, :] & ((DUPLICATES > 1) | (row[:, None] != col[None, :])), S, float("-inf"))
         if not DIRECT:
@@ -448,17 +455,19 @@ def _pull(
         if mask is None:
             P = tl.where(both & (name_i[:, None] == name_j[None, :]), hi[:, None] * cj[None, :] + ci[:, None] * hj[None, :], 0.0)
         else:
-            P = _alike(names, mask, name_i, name_j, both, B) * (hi[:, None] * cj[None, :])
+            P = _alike(mask, name_i, name_j, both, B) * (hi[:, None] * cj[None, :])
             at = name_j[None, :] * B + name_i[:, None]
             P += tl.load(mask + at, mask=both, other=0).to(tl.float32) * (ci[:, None] * hj[None, :])
         if CAREFUL:
             if DUPLICATES > 1:
                 G = tl.where(itself, G * ((DUPLICATES - 1) / DUPLICATES), G)
             if not SELF_POSITIVE:
-                P = tl.where(itself, P * ((DUPLICATES - 1) / DUPLICATES), P)
+                P = tl.where(itself, 0.0 if DUPLICATES == 1 else P * ((DUPLICATES - 1) / DUPLICATES), P)
         G = G - P
         if r is not None:
             G = G * rj[None, :]
+        if INTERPRETED and x.dtype.element_ty == tl.float16:  # whose range is to be seen there too
+            G = G.to(tl.float16)
         acc = tl.dot(G.to(xj.dtype), xj, acc, input_precision=PRECISION)
     return acc
 
@@ -565,7 +574,7 @@ def _finish(
                 d += _load(sums, part * rows + row, inside, start, D, D, BLOCK, True)
             product += d * _load(x, row, inside, start, D, stride, BLOCK, True)
         # a length that was clamped is constant
-        along = tl.where(ri < 1e12, tl.sum(product, 1) * ri * ri, 0.0)
+        along = tl.where(ri < 0.99999e12, tl.sum(product, 1) * ri * ri, 0.0)
     for start in range(0, D, BLOCK):
         d = tl.zeros([ROWS, BLOCK], tl.float32)
         for part in range(parts):
@@ -585,11 +594,12 @@ class _Call:
     def __init__(self, anchors: Tensor, others: Tensor, names: Tensor, mask: Tensor | None, setting: Any):
         self.N, self.total, self.features = len(anchors), len(anchors) + len(others), anchors.shape[1]
         self.x = _readable(torch.cat([anchors, others]) if len(others) else anchors)
+        if self.x.dtype == torch.float16 and (setting.normalize or mask is not None):
+            self.x = self.x.float()  # for the range of shares over lengths or weights; products on tensor cores all the same
         self.D, self.device, self.setting = self.x.shape[1], anchors.device, setting
         self.names, self.B = names, 0 if mask is None else len(mask)
         self.mask = None if mask is None else mask.to(torch.uint8 if mask.dtype == torch.bool else mask.dtype).reshape(-1)
-        highest = torch.get_float32_matmul_precision() == "highest"
-        self.precision = "ieee" if self.x.dtype == torch.float32 and highest else "tf32"
+        self.precision = "ieee" if anchors.dtype == torch.float32 and _is_highest() else "tf32"
         self.plans = plans(self.N, self.D, self.x.dtype, self.precision, mask is not None, _kind(self.device))
         self.to_log2 = LOG2_E / setting.temperature
         self.direct = setting.normalize and 1 / setting.temperature <= SAFE_EXPONENT
@@ -706,9 +716,17 @@ def backward(
     return d_anchors, d_others
 
 
+def _is_highest() -> bool:
+    """Whether PyTorch multiplies float32 matrices in float32 here."""
+    try:
+        return torch.get_float32_matmul_precision() == "highest"
+    except RuntimeError:  # said in the newer way, and not for all devices alike
+        return torch.backends.cuda.matmul.fp32_precision != "tf32"
+
+
 def _readable(x: Tensor) -> Tensor:
     """[R, D] with rows of a multiple of 8 elements that begin at multiples of 16 bytes, as 128-bit loads need; others are copied."""
-    missing = -x.shape[1] % 8
+    missing = max(8, -(-x.shape[1] // 8) * 8) - x.shape[1]
     if missing:
         return F.pad(x, (0, missing))
     if x.stride(1) == 1 and x.stride(0) % 8 == 0 and x.data_ptr() % 16 == 0:
@@ -719,9 +737,9 @@ def _readable(x: Tensor) -> Tensor:
 def _short(names: Tensor, mask: Tensor | None) -> Tensor:
     """The names in 32 bits: as they are where they fit or index a mask, else the index of the first row of that name."""
     if mask is not None:  # of 2^31 elements and more, what is multiplied and added must be 64-bit
-        return names.to(torch.int32 if mask.numel() < 2**31 else torch.int64).contiguous()
+        return names.to(torch.int32 if mask.numel() < 2**31 else torch.int64, copy=True, memory_format=torch.contiguous_format)
     if names.dtype in (torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool):
-        return names.to(torch.int32).contiguous()
+        return names.to(torch.int32, copy=True, memory_format=torch.contiguous_format)  # an operator must not return what it was given
     first = torch.empty(len(names), dtype=torch.int32, device=names.device)
     with torch.cuda.device_of(names):
         _first_of_name[(triton.cdiv(len(names), 64),)](
@@ -730,6 +748,7 @@ def _short(names: Tensor, mask: Tensor | None) -> Tensor:
     return first
 
 
+@cache
 def _kind(device: torch.device) -> Device:
     """The device as plans see it; where there is no GPU, an H100."""
     if device.type != "cuda":

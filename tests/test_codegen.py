@@ -227,6 +227,23 @@ def test_distillation_moves_the_predicted_bytes():
         assert predicted + merged <= measured <= predicted + merged + beside, f"{C}, {variant}"
 
 
+def multiplied(N, D):
+    """The operations of the products that a step of supcon_loss makes on N rows of D features, and those predicted."""
+    features, names, others = torch.randn(N, D), torch.arange(N) % 3, torch.zeros(0, D)
+    setting = Setting(0.5, 1.0, 1, False, False)
+    with counted_traffic() as traffic:
+        kept = supcon.forward(features, others, names, None, setting)[1]
+        supcon.backward(torch.ones(N), features, others, names, None, kept, setting, False)
+    return traffic.operations, sum(supcon.operations(N, D, supcon.plans(N, D, features.dtype, "ieee", False).slice))
+
+
+@pytest.mark.parametrize(("D", "most"), [(64, 6), (128, 6), (256, 8)])
+def test_contrastive_loss_makes_the_predicted_operations(D, most):
+    """D = 256 in float32 is made in two slices."""
+    made, predicted = ast.literal_eval(interpreted(f"multiplied(192, {D})"))
+    assert made == predicted == most * 192**2 * D
+
+
 # ---- kernels ---------------------------------------------------------------------------------------------------------
 
 

@@ -123,6 +123,67 @@ def test_a_launch_goes_to_the_device_of_its_tensors(monkeypatch):
     assert all(x.device == features.device for x in guarded)
 
 
+@pytest.mark.parametrize("masked", [False, True])
+def test_float16_shares_out_of_range(masked):
+    """A length of 0, which G is divided by; weights that a sum of 1e-5 divides: neither may leave float16's range."""
+    features, labels = 100 * torch.randn(130, 16).half(), torch.randint(0, 3, (130,))
+    mask = 1e-5 * (labels[:, None] == labels) if masked else None
+    features[7] = 0
+    options = {"mask": mask} if masked else {"labels": labels}
+    features = features[:7] if masked else features
+    options = {"mask": mask[:7, :7]} if masked else options
+    exact, ours = (
+        value_and_gradients(lambda x: f(x, temperature=0.2, normalize=True, **options), [x], torch.tensor(50.0))  # noqa: B023
+        for f, x in ((reference.supcon_loss, features.double()), (supcon_loss, features))
+    )
+    rest = torch.arange(len(features)) != 7  # a row of length 0 has a gradient beyond float16
+    assert error(ours[1][rest], exact[1][rest]) < 2e-3
+
+
+@pytest.mark.parametrize(
+    "labels", [torch.tensor([0, 1, 1, 0, 2], dtype=torch.int32), torch.tensor([0.5, 1, 1, 0.5, 2])], ids=["int32", "float"]
+)
+def test_an_operator_returns_nothing_that_it_was_given(labels):
+    compiled = torch.compile(lambda x: supcon_loss(x, labels), fullgraph=True, backend="aot_eager")
+    features = unit(5, 8)
+    for a, b in zip(value_and_gradients(compiled, [features]), value_and_gradients(lambda x: supcon_loss(x, labels), [features])):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("B", [20, 520])
+def test_a_compiled_backward_runs_where_forward_ran(B):
+    import kdfast
+
+    features, labels = unit(B, 8).requires_grad_(), torch.arange(B) % 3
+    compiled = torch.compile(lambda x: supcon_loss(x, labels), fullgraph=True, backend="aot_eager")
+    with kdfast.backend("torch"):
+        plain = torch.autograd.grad(supcon_loss(features, labels), features)[0]
+        value = compiled(features)
+    assert torch.equal(torch.autograd.grad(value, features)[0], plain)
+
+
+def test_precision_may_be_said_in_the_newer_way(monkeypatch):
+    def raising():
+        raise RuntimeError("PyTorch is checking the matmul precision without a specific backend name")
+
+    features, labels = unit(20, 8, dtype=torch.bfloat16), torch.arange(20) % 3
+    before = supcon_loss(features, labels)
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", raising)
+    assert torch.equal(supcon_loss(features, labels), before)
+    assert kernel._is_highest() == (torch.backends.cuda.matmul.fp32_precision != "tf32")
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+def test_no_features_at_all(normalize):
+    assert error(supcon_loss(torch.zeros(6, 0), torch.arange(6) % 2, normalize=normalize), torch.tensor(5.0).log()) < 1e-6
+
+
+def test_an_infinite_feature_is_not_hidden_by_its_length():
+    features = torch.randn(40, 8)
+    features[2, 1] = torch.inf
+    assert supcon_loss(features, torch.arange(40) % 3, normalize=True, reduction="none").isnan().all()
+
+
 def test_a_row_may_be_zero_or_huge():
     features, labels = torch.randn(20, 16), torch.arange(20) % 3
     features[3], features[4] = 0, 1e25  # whose square overflows

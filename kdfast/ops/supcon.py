@@ -293,7 +293,7 @@ def _forward_op(
 
 @_forward_op.register_fake
 def _(anchors: Tensor, others: Tensor, names: Tensor, *_rest: Any) -> tuple[Tensor, list[Tensor]]:
-    N, M = len(anchors), len(others)
+    N, M = anchors.shape[0], others.shape[0]  # len() would make a number of a symbol
     row = anchors.new_empty(N, dtype=_arithmetic(anchors))
     if kernel("supcon", anchors, others) is not None:
         return row, [*(row.new_empty(N) for _ in range(3)), names.new_empty(names.shape, dtype=torch.int32)]
@@ -319,14 +319,19 @@ def _backward_op(
     copied: int,
 ) -> tuple[Tensor, Tensor]:
     setting = Setting(temperature, scale, duplicates, self_positive, normalize, copied)
-    return _implementation(anchors, others)[1](upstream, anchors, others, names, mask, kept, setting, for_others)
+    # where forward ran, whatever the backend is by now: only the kernels keep whole numbers
+    if not kept[-1].is_floating_point():
+        from kdfast.kernels.supcon import backward as run
+    else:
+        run = matrix_backward if len(kept) == 1 else tiled_backward
+    return run(upstream, anchors, others, names, mask, kept, setting, for_others)
 
 
 @_backward_op.register_fake
 def _(
     upstream: Tensor, anchors: Tensor, others: Tensor, names: Tensor, mask: Tensor | None, kept: list[Tensor], for_others: bool, *_rest: Any
 ) -> tuple[Tensor, Tensor]:
-    return anchors.new_empty(anchors.shape), others.new_empty(len(others) if for_others else 0, others.shape[1])
+    return anchors.new_empty(anchors.shape), others.new_empty(others.shape[0] if for_others else 0, others.shape[1])
 
 
 # ---- in PyTorch: rows, and one matrix for few of them ----------------------------------------------------------------
