@@ -201,18 +201,22 @@ def _widths(kernel: Any) -> dict[str, int]:
             made_from.setdefault(made[1], set()).update(re.findall(r"%rd\d+|param_\d+", made[2]))
     widths: dict[str, int] = {}
     for register, bits in accesses:
-        name = pointers[_origin(register, made_from, pointers)]
-        widths[name] = min(bits, widths.get(name, bits))
+        if (origin := _origin(register, made_from, pointers)) is not None:
+            name = pointers[origin]
+            widths[name] = min(bits, widths.get(name, bits))
     return widths
 
 
-def _origin(register: str, made_from: dict[str, set[str]], pointers: dict[str, str]) -> str:
+def _origin(register: str, made_from: dict[str, set[str]], pointers: dict[str, str]) -> str | None:
+    """The parameter that an address starts from; None where it was itself loaded."""
     seen, todo = set(), {register}
     while todo:
         seen |= todo
         todo = set().union(*(made_from.get(r, set()) for r in todo)) - seen
-    (origin,) = seen & pointers.keys()
-    return origin
+    origins = seen & pointers.keys()
+    if len(origins) > 1:
+        raise ValueError(f"the address in {register} starts from several parameters: {', '.join(sorted(origins))}")
+    return next(iter(origins), None)
 
 
 def problems(launch: Launch, code: Code, target: str) -> list[str]:

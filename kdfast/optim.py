@@ -6,16 +6,17 @@ Every parameter moves by lr in every step, whatever the size of its gradient: ta
 and a weight decay as many times above. The arithmetic, and how few passes over memory it takes, is in kdfast/ops/lion.py.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Hashable, Iterable
 from typing import Any, overload
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
-from kdfast.ops.lion import LOW_PRECISION, ROUNDINGS, Options, Row, grad_norm, lion_step, noise_seed
+from kdfast.ops.lion import LOW_PRECISION, ROUNDINGS, Options, Row, decoded, encoded, grad_norm, lion_step, scales_of
 
 _CAPTURABLE = ("cuda", "xpu", "hpu", "mtia")
+_LEAST_8BIT = 4096  # elements: biases and normalizations are no memory to save, and the most sensitive
 
 
 class Lion(Optimizer):
@@ -44,13 +45,20 @@ class Lion(Optimizer):
         rounding: of bfloat16 and float16 parameters. "nearest"; "stochastic": up or down so that the expectation is exact,
             the same way on all ranks; "kahan": what rounding loses is kept in a second tensor of the same dtype
             (state kahan_comp) and added next time.
-        momentum_dtype: of exp_avg, floating; None: the parameter's.
+        momentum_dtype: of exp_avg, floating; None: the parameter's. torch.int8: 8 bits an element, with a scale (state
+            exp_avg_scale) for 256 of them, and rounded up or down at random so that the mean is exact; tensors of fewer
+            than 4,096 elements keep float32. A gradient that is NaN or infinite makes all parameters of its 256 NaN.
         max_grad_norm: gradients of all groups that have this option are scaled down to this L2 norm within the step, as
             clip_grad_norm_ does, but without writing them.
 
     Raises:
         ValueError, TypeError: an option out of range, or of the wrong type.
         RuntimeError: in step(): sparse or complex gradients; fused=True without a kernel; capturable=True on a CPU.
+        TypeError: in step(): momentum_dtype=torch.int8 with float64 or sharded (DTensor) parameters.
+
+    On a GPU parameters of one device, dtypes and hyper-parameters are stepped in one launch. A gradient whose dimensions lie
+    in another order than its parameter's (channels_last and contiguous) is copied first; parameters whose memory has gaps
+    take the PyTorch form. Sharded parameters (FSDP2's DTensors) are stepped shard by shard.
 
     Checkpoints of lion_pytorch, google's, timm's and optimi's Lion load with load_state_dict.
     """
@@ -94,6 +102,7 @@ class Lion(Optimizer):
         }
         _check(defaults)
         super().__init__(params, defaults)
+        self._tables: dict[Hashable, Any] = {}  # where the kernel found the tensors
         self._step_supports_amp_scaling = True  # GradScaler hands over grad_scale and found_inf instead of reading them
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -111,6 +120,7 @@ class Lion(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self._tables = {}
         self._step_supports_amp_scaling = True
         for group in self.param_groups:
             if "beta1" in group:  # optimi
@@ -131,13 +141,30 @@ class Lion(Optimizer):
             ValueError: groups or parameters differ in number.
         """
         super().load_state_dict(state_dict)
-        # torch casts all state to the parameter's dtype: fetch wider (or narrower) momenta again
+        # torch casts all state to the parameter's dtype: momenta are fetched again in theirs, and in the parameter's layout
         for group, saved in zip(self.param_groups, state_dict["param_groups"]):
             for param, name in zip(group["params"], saved["params"]):
-                momentum = state_dict["state"].get(name, {}).get("exp_avg")
-                dtype = group["momentum_dtype"] or param.dtype
-                if isinstance(momentum, Tensor) and dtype != param.dtype:
-                    self.state[param]["exp_avg"] = momentum.to(device=param.device, dtype=dtype)
+                theirs = state_dict["state"].get(name, {})
+                if isinstance(theirs.get("exp_avg"), Tensor):
+                    self._load_momentum(param, theirs, group["momentum_dtype"])
+
+    def _load_momentum(self, param: Tensor, theirs: dict[str, Tensor], momentum_dtype: torch.dtype | None) -> None:
+        state = self.state[param]
+        momentum = theirs["exp_avg"]
+        if "exp_avg_scale" in theirs:
+            momentum = decoded(momentum, theirs["exp_avg_scale"])
+        state.pop("exp_avg_scale", None)
+        if isinstance(state.get("kahan_comp"), Tensor):
+            state["kahan_comp"] = torch.zeros_like(param, memory_format=torch.preserve_format).copy_(state["kahan_comp"])
+        state.update(_new_momentum(param, momentum_dtype))
+        if "exp_avg_scale" not in state:
+            state["exp_avg"].copy_(momentum)
+        elif "exp_avg_scale" in theirs and theirs["exp_avg"].stride() == param.stride():
+            state["exp_avg"].copy_(theirs["exp_avg"])
+            state["exp_avg_scale"].copy_(theirs["exp_avg_scale"])
+        else:
+            copy = torch.empty_like(state["exp_avg"], dtype=torch.float32).copy_(momentum)
+            state["exp_avg"], state["exp_avg_scale"] = encoded(copy, None)
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -165,32 +192,47 @@ class Lion(Optimizer):
         found_inf: Tensor | None = getattr(self, "found_inf", None)
         unscale = None if grad_scale is None else grad_scale.reciprocal()
         norm = self._grad_norm(unscale)
-        first = 0
-        for group in self.param_groups:
-            rows = self._rows(group, first, found_inf)
-            first += len(group["params"])
-            options = Options(
-                group["lr"],
-                group["betas"][0],
-                group["betas"][1],
-                group["weight_decay"] / group["init_lr"] if group["decoupled_weight_decay"] else group["weight_decay"],
-                group["cautious"],
-                group["maximize"],
-            )
+        for group, rows in self._rows_of_equal_groups(found_inf):
             lion_step(
                 rows,
-                options,
+                Options(
+                    group["lr"],
+                    group["betas"][0],
+                    group["betas"][1],
+                    group["weight_decay"] / group["init_lr"] if group["decoupled_weight_decay"] else group["weight_decay"],
+                    group["cautious"],
+                    group["maximize"],
+                    group["rounding"],
+                ),
                 grad_factor=_product(unscale, _clip_factor(norm, group["max_grad_norm"])),
                 found_inf=found_inf,
                 foreach=group["foreach"],
                 fused=group["fused"],
+                capturable=group["capturable"],
+                tables=self._tables,
             )
         return loss
+
+    def _rows_of_equal_groups(self, found_inf: Tensor | None) -> list[tuple[dict[str, Any], list[Row]]]:
+        """Parameters with gradients; those of groups whose options are the same, together."""
+        first = 0
+        found: list[tuple[dict[str, Any], dict[str, Any], list[Row]]] = []
+        for group in self.param_groups:
+            options = {name: id(value) if isinstance(value, Tensor) else value for name, value in group.items() if name in self.defaults}
+            rows = self._rows(group, first, found_inf)
+            first += len(group["params"])
+            for others, _, others_rows in found:
+                if others == options:
+                    others_rows.extend(rows)
+                    break
+            else:
+                found.append((options, group, rows))
+        return [(group, rows) for _, group, rows in found if rows]
 
     def _rows(self, group: dict[str, Any], first: int, found_inf: Tensor | None) -> list[Row]:
         """Parameters with gradients and their state, which is made when first needed."""
         rows = []
-        for index, param in enumerate(group["params"], first):
+        for number, param in enumerate(group["params"], first):
             grad = param.grad
             if grad is None:
                 continue
@@ -201,15 +243,21 @@ class Lion(Optimizer):
                 raise RuntimeError(f"Lion: capturable=True needs parameters on {' or '.join(_CAPTURABLE)}, got one on {param.device.type}")
             state = self.state[param]
             if "exp_avg" not in state:
-                state["exp_avg"] = torch.zeros_like(param, dtype=group["momentum_dtype"], memory_format=torch.preserve_format)
-            compensation = noise = None
+                state.update(_new_momentum(param, group["momentum_dtype"]))
+            elif state["exp_avg"].device != param.device:  # the model was moved
+                state.update({key: t.to(param.device) for key, t in state.items() if isinstance(t, Tensor)})
+            row = Row(param, grad, state["exp_avg"], state.get("exp_avg_scale"), number=number)
             if param.dtype in LOW_PRECISION and group["rounding"] == "kahan":
                 if state.get("kahan_comp") is None:
                     state["kahan_comp"] = torch.zeros_like(param, memory_format=torch.preserve_format)
-                compensation = state["kahan_comp"]
-            elif param.dtype in LOW_PRECISION and group["rounding"] == "stochastic":
-                noise = noise_seed(_next_step(state, param.device, found_inf), index)
-            rows.append(Row(param, grad, state["exp_avg"], compensation, noise))
+                row = row._replace(compensation=state["kahan_comp"])
+            if row.scale is not None or (param.dtype in LOW_PRECISION and group["rounding"] == "stochastic"):
+                row = row._replace(step=_step_counter(state, param.device))
+            rows.append(row if type(grad) is Tensor else _shard(row))
+        steps = [row.step for row in rows if row.step is not None]
+        for device in {step.device for step in steps}:  # counted are the steps that are taken, on the device
+            here = [step for step in steps if step.device == device]
+            torch._foreach_add_(here, 1.0 if found_inf is None else 1.0 - found_inf.to(device).reshape(()))
         return rows
 
     def _grad_norm(self, unscale: Tensor | None) -> Tensor | None:
@@ -222,14 +270,43 @@ class Lion(Optimizer):
         return norm if unscale is None else norm * unscale.to(norm.device)
 
 
-def _next_step(state: dict[str, Any], device: torch.device, found_inf: Tensor | None) -> Tensor:
-    """Counts the steps that are taken, on the device, for the noise of stochastic rounding: float32 as torch's own optimizers."""
+def _new_momentum(param: Tensor, dtype: torch.dtype | None) -> dict[str, Tensor]:
+    """The state of a parameter that was never stepped."""
+    if dtype != torch.int8:
+        return {"exp_avg": torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)}
+    if param.dtype == torch.float64 or hasattr(param, "to_local"):
+        kind = "a sharded one" if hasattr(param, "to_local") else "float64"
+        raise TypeError(f"Lion: momentum_dtype=torch.int8 needs unsharded float32, bfloat16 or float16 parameters, got {kind}")
+    if param.numel() < _LEAST_8BIT:
+        return {"exp_avg": torch.zeros_like(param, dtype=torch.float32, memory_format=torch.preserve_format)}
+    return {
+        "exp_avg": torch.zeros_like(param, dtype=torch.int8, memory_format=torch.preserve_format),
+        "exp_avg_scale": torch.zeros(scales_of(param.numel()), device=param.device),
+    }
+
+
+def _step_counter(state: dict[str, Any], device: torch.device) -> Tensor:
+    """How often the parameter was stepped, for the noise of rounding: float32 on its device, as torch's own optimizers."""
     step = state.get("step")
     if step is None or step.device != device:
-        step = torch.zeros((), device=device) if step is None else step.to(device)
-        state["step"] = step
-    step.add_(1.0 if found_inf is None else 1.0 - found_inf.to(device).reshape(()))
+        state["step"] = step = torch.zeros((), device=device) if step is None else step.to(device)
     return step
+
+
+def _shard(row: Row) -> Row:
+    """This process's part of DTensors (and the row as it is, of other subclasses of Tensor)."""
+    param: Any = row.param
+    grad: Any = row.grad
+    if not hasattr(param, "to_local"):
+        return row
+    if grad.placements != param.placements:
+        grad = grad.redistribute(placements=param.placements)
+    shard = 0  # its number among the others, for noise of its own; replicas have the same
+    for dimension, placement in enumerate(param.placements):
+        if placement.is_shard():
+            shard = shard * param.device_mesh.size(dimension) + param.device_mesh.get_local_rank(dimension)
+    local = {name: t.to_local() for name, t in row._replace(grad=grad)._asdict().items() if hasattr(t, "to_local")}
+    return row._replace(**local, number=row.number + (shard << 16), whole=param)
 
 
 def _clip_factor(norm: Tensor | None, max_norm: float | None) -> Tensor | None:
@@ -255,8 +332,8 @@ def _check(options: dict[str, Any]) -> None:
     if options["rounding"] not in ROUNDINGS:
         raise ValueError(f"Lion: rounding must be one of {', '.join(ROUNDINGS)}, got {options['rounding']!r}")
     dtype = options["momentum_dtype"]
-    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-        raise TypeError(f"Lion: momentum_dtype must be a floating torch.dtype or None, got {dtype}")
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and (dtype.is_floating_point or dtype == torch.int8)):
+        raise TypeError(f"Lion: momentum_dtype must be a floating torch.dtype, torch.int8 or None, got {dtype}")
     if options["max_grad_norm"] is not None and not options["max_grad_norm"] > 0:
         raise ValueError(f"Lion: max_grad_norm must be positive or None, got {options['max_grad_norm']}")
     if options["fused"] and options["foreach"]:

@@ -14,8 +14,9 @@ from torch import nn
 from kdfast import reference
 from kdfast.ops import backend
 from kdfast.ops import lion as ops_lion
+from kdfast.ops.lion import Row
 from kdfast.optim import Lion
-from tests.numeric import error
+from tests.numeric import INTERPRETED, error
 
 SETTINGS = {"lr": 3e-4, "betas": (0.95, 0.98), "weight_decay": 0.1}
 SHAPES = [(64, 3, 7, 7), (10, 512), (10,), (1,), (129, 257), (), (0, 3)]
@@ -51,6 +52,13 @@ def bits_equal(a, b):
     return len(a) == len(b) and all(map(same, a, b))
 
 
+def large_blocks(monkeypatch):
+    """The interpreter takes its time for every program: let there be few."""
+    from kdfast.kernels import lion as kernel
+
+    monkeypatch.setattr(kernel, "BLOCK", 2**17)
+
+
 def stepped(steps, shapes=SHAPES, dtype=torch.float32, **options):
     """Parameters after some steps on gradients that depend on the seed alone, and their optimizer."""
     torch.manual_seed(1)
@@ -79,6 +87,9 @@ def test_fifty_steps_on_resnet18_equal_lion_pytorch_bit_for_bit(foreach, memory_
     peer = peers()
     if foreach is None:
         monkeypatch.setattr(ops_lion, "_block_size", lambda: 100_003)  # many blocks, the last ones odd
+    if INTERPRETED:
+        large_blocks(monkeypatch)
+        steps = min(steps, 6 if foreach is None else 1)  # it takes three seconds for each, and 50 have been seen to be equal
     torchvision = pytest.importorskip("torchvision")
     net = torchvision.models.resnet18().to(memory_format=memory_format)
     theirs = list(net.parameters())
@@ -151,9 +162,9 @@ def test_original_values(oracles):
     assert bits_equal(momenta(optimizer, params), [torch.tensor(oracles[f"lion/exp_avg{i}"]) for i in range(5)])
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=300 if INTERPRETED else 1700, deadline=None)
 @given(data=st.data())
-def test_any_sizes_strides_dtypes_and_options_follow_the_reference(data):
+def test_fuzz_any_sizes_strides_dtypes_and_options_follow_the_reference(data):
     torch.manual_seed(data.draw(st.integers(0, 2**31)))
     dtype = data.draw(st.sampled_from([torch.float32, torch.float64, torch.bfloat16, torch.float16]))
     shapes = data.draw(st.lists(st.lists(st.integers(0, 9), max_size=4), min_size=1, max_size=5))
@@ -296,7 +307,8 @@ def test_memory_between_the_elements_of_a_strided_parameter_is_left_alone():
 
 def test_state_dict_round_trip_through_a_file_continues_with_the_same_bits():
     for options in ({}, {"momentum_dtype": torch.float32, "dtype": torch.bfloat16}, {"rounding": "kahan", "dtype": torch.bfloat16},
-                    {"rounding": "stochastic", "dtype": torch.bfloat16, "momentum_dtype": torch.float32}):  # fmt: skip
+                    {"rounding": "stochastic", "dtype": torch.bfloat16, "momentum_dtype": torch.float32},
+                    {"momentum_dtype": torch.int8}, {"momentum_dtype": torch.int8, "dtype": torch.bfloat16}):  # fmt: skip
         params, optimizer = stepped(3, **options)
         buffer = io.BytesIO()
         torch.save(optimizer.state_dict(), buffer)
@@ -536,11 +548,20 @@ def test_grad_scaler_unscales_within_the_step():
 
 
 @pytest.mark.parametrize("on_device", [False, True], ids=["read on the host", "decided on the device"])
-@pytest.mark.parametrize(("dtype", "rounding"), [(torch.float32, "nearest"), (torch.bfloat16, "kahan"), (torch.bfloat16, "stochastic")])
-def test_a_skipped_step_changes_no_byte(on_device, dtype, rounding, monkeypatch):
+@pytest.mark.parametrize(
+    ("dtype", "options"),
+    [
+        (torch.float32, {}),
+        (torch.bfloat16, {"rounding": "kahan"}),
+        (torch.bfloat16, {"rounding": "stochastic"}),
+        (torch.float32, {"momentum_dtype": torch.int8}),
+    ],
+    ids=str,
+)
+def test_a_skipped_step_changes_no_byte(on_device, dtype, options, monkeypatch):
     if on_device:
         monkeypatch.setattr(ops_lion, "_readable", lambda device: False)
-    params, optimizer = stepped(2, dtype=dtype, rounding=rounding)
+    params, optimizer = stepped(2, dtype=dtype, **options)
     with torch.no_grad():
         params[0].view(-1)[:2] = torch.tensor([0.0, -0.0])  # a select keeps the sign of zero, a step of 0 does not
 
@@ -622,7 +643,7 @@ def test_bfloat16_weight_decay_needs_more_than_nearest():
     """1 - lr wd = 1 - 1e-4 rounds to 1 in bfloat16, and p (1 - 1e-4) rounds back to p: only kahan and stochastic decay."""
     finals = {}
     for rounding in ops_lion.ROUNDINGS:
-        p = nn.Parameter(torch.full((20_000,), 1.0, dtype=torch.bfloat16))
+        p = nn.Parameter(torch.full((2_000 if INTERPRETED else 20_000,), 1.0, dtype=torch.bfloat16))
         optimizer = Lion([p], lr=1e-3, weight_decay=0.1, rounding=rounding)
         for _ in range(100):
             p.grad = torch.zeros_like(p)
@@ -631,7 +652,7 @@ def test_bfloat16_weight_decay_needs_more_than_nearest():
     exact = (1 - 1e-4) ** 100
     assert finals["nearest"] == 1.0
     assert finals["kahan"] == pytest.approx(exact, abs=2**-9)
-    assert finals["stochastic"] == pytest.approx(exact, abs=2e-4)
+    assert finals["stochastic"] == pytest.approx(exact, abs=6e-4 if INTERPRETED else 2e-4)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -653,18 +674,21 @@ def test_kahan_tracks_float32(dtype):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_stochastic_rounding_is_unbiased_and_takes_the_two_neighbours(dtype):
-    seeds = torch.arange(4000)
+    def noise(x, step):
+        return ops_lion._noise(Row(x, x, x, step=torch.tensor(float(step))), 0)
+
     for value in (1.0009765, -3.14159, 1e-3, 3.0e-6, 2.0e-7, 0.0, 1.0, 65000.0):
         x = torch.full((16,), value)
-        rounded = torch.stack([ops_lion._round_stochastically(x, dtype, ops_lion.noise_seed(s, 0), 0) for s in seeds[::8]]).float()
+        rounded = torch.stack([ops_lion._round_stochastically(x, dtype, noise(x, s)) for s in range(0, 4000, 8)]).float()
         choices = rounded.unique()
         assert len(choices) <= 2
         assert choices.min() <= x[0] <= choices.max()
         gap = (choices.max() - choices.min()).item()
         assert abs(rounded.double().mean().item() - x[0].item()) <= 4 * gap * (0.25 / rounded.numel()) ** 0.5
     special = torch.tensor([float("nan"), float("inf"), -float("inf")])
-    assert torch.equal(ops_lion._round_stochastically(special, dtype, seeds[1].int(), 0).isnan(), special.isnan())
-    assert ops_lion._round_stochastically(special, dtype, seeds[1].int(), 0)[1:].tolist() == [float("inf"), -float("inf")]
+    rounded = ops_lion._round_stochastically(special, dtype, noise(special, 1))
+    assert torch.equal(rounded.isnan(), special.isnan())
+    assert rounded[1:].tolist() == [float("inf"), -float("inf")]
 
 
 def test_stochastic_rounding_does_not_depend_on_the_generator_or_the_blocks(monkeypatch):
@@ -681,6 +705,116 @@ def test_stochastic_rounding_does_not_depend_on_the_generator_or_the_blocks(monk
     assert not bits_equal(one, nearest)
 
 
+# ---- momenta of 8 bits -----------------------------------------------------------------------------------------------
+
+INT8 = {"momentum_dtype": torch.int8}
+
+
+def test_8_bits_are_for_large_tensors_and_small_ones_keep_float32():
+    for dtype in (torch.float32, torch.bfloat16):
+        params, optimizer = stepped(1, [(64, 64), (64, 63), (5,)], dtype, **INT8)
+        assert [m.dtype for m in momenta(optimizer, params)] == [torch.int8, torch.float32, torch.float32]
+        assert optimizer.state[params[0]].keys() == {"exp_avg", "exp_avg_scale", "step"}
+        assert optimizer.state[params[0]]["exp_avg_scale"].shape == (16,)
+
+
+@pytest.mark.parametrize("n", [1, 255, 256, 257, 1000])
+def test_the_code_is_decoded_to_within_its_step(n):
+    """A level k is sqrt(|m| / scale) 127: neighbours are (2 k + 1) scale / 127^2 apart."""
+    m = torch.randn(n) * torch.randn(n).exp()
+    for noise in (None, torch.randint(-(2**31), 2**31, (n,)).int()):
+        code, scale = ops_lion.encoded(m, noise)
+        assert code.dtype == torch.int8
+        assert scale.shape == (ops_lion.scales_of(n),)
+        scales = scale.repeat_interleave(256)[:n]
+        step = (2 * (m.abs() / scales).sqrt() * 127 + 1) * scales / 127**2
+        difference = (ops_lion.decoded(code, scale) - m).abs()
+        assert (difference <= step * (0.5001 if noise is None else 1.0001)).all()
+        assert (code.sign() * m.sign() >= 0).all()
+    largest = m.abs().argmax()
+    assert ops_lion.decoded(code, scale)[largest] == pytest.approx(m[largest].item(), rel=1e-6)
+
+
+def test_the_code_is_right_on_average():
+    m = torch.randn(256)
+    draws = [ops_lion.decoded(*ops_lion.encoded(m, torch.randint(-(2**31), 2**31, (256,)).int())) for _ in range(4000)]
+    mean = torch.stack(draws).double().mean(0)
+    step = (2 * (m.abs() / m.abs().max()).sqrt() * 127 + 1) * m.abs().max() / 127**2
+    assert ((mean - m).abs() <= 4.5 * step / 2 / 4000**0.5).all()
+
+
+@pytest.mark.parametrize("value", [0.0, 1e-38, 3e38])
+def test_groups_of_zeros_tiny_and_huge_momenta(value):
+    m = torch.full((300,), value)
+    code, scale = ops_lion.encoded(m, torch.zeros(300, dtype=torch.int32))
+    decoded = ops_lion.decoded(code, scale)
+    assert decoded.isfinite().all()
+    assert torch.allclose(decoded, m if value != 1e-38 else torch.zeros(300), rtol=1e-5)
+
+
+def test_a_momentum_that_decays_does_not_stand_still():
+    """To multiply by beta2 changes m by a hundredth, less than half a step of the code: rounding to the nearest would leave it for ever."""
+    p = nn.Parameter(torch.zeros(4096))
+    optimizer = Lion([p], betas=(0.9, 0.99), **INT8)
+    p.grad = torch.rand(4096) + 0.5
+    optimizer.step()
+
+    def momentum():
+        return ops_lion.decoded(optimizer.state[p]["exp_avg"], optimizer.state[p]["exp_avg_scale"])
+
+    start = momentum()
+    p.grad = torch.zeros(4096)
+    for _ in range(50):
+        optimizer.step()
+    assert momentum().mean() == pytest.approx(start.mean().item() * 0.99**50, rel=0.02)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_steps_with_8_bits_follow_float32(dtype):
+    params, exact = parameters([(100, 100)], dtype), None
+    exact = twins(params)
+    a, b = Lion(params, lr=1e-3, **INT8), Lion(exact, lr=1e-3, momentum_dtype=torch.float32)
+    agree = []
+    for _ in range(20):
+        before = [params[0].detach().float(), exact[0].detach().float()]
+        give_gradients(params, exact)
+        a.step()
+        b.step()
+        moved, wanted = (p[0].detach().float() - old for p, old in zip((params, exact), before))
+        agree.append((moved.sign() == wanted.sign()).float().mean().item())
+    assert min(agree) > 0.97
+    m = ops_lion.decoded(*(a.state[params[0]][key] for key in ("exp_avg", "exp_avg_scale")))
+    assert error(m, b.state[exact[0]]["exp_avg"]) < 0.05
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("saved_as", [torch.int8, None], ids=str)
+@pytest.mark.parametrize("loaded_as", [torch.int8, None], ids=str)
+def test_momenta_are_loaded_from_8_bits_and_into_them_whatever_the_layout(saved_as, loaded_as, layout):
+    params, optimizer = stepped(3, [(40, 30, 2, 2), (7,)], momentum_dtype=saved_as)
+    copies = [nn.Parameter(p.detach().clone(memory_format=layout if p.dim() == 4 else torch.preserve_format)) for p in params]
+    loaded = Lion(copies)
+    saved = copy.deepcopy(optimizer.state_dict())
+    saved["param_groups"][0]["momentum_dtype"] = loaded_as
+    loaded.load_state_dict(saved)
+
+    def values(optimizer, p):
+        state = optimizer.state[p]
+        return ops_lion.decoded(state["exp_avg"], state["exp_avg_scale"]) if "exp_avg_scale" in state else state["exp_avg"]
+
+    assert loaded.state[copies[0]]["exp_avg"].dtype == (loaded_as or torch.float32)
+    assert ("exp_avg_scale" in loaded.state[copies[0]]) == (loaded_as is not None)
+    assert error(values(loaded, copies[0]), values(optimizer, params[0])) < (0.02 if loaded_as else 1e-6)
+    assert torch.equal(values(loaded, copies[1]), values(optimizer, params[1]))
+    give_gradients(copies)
+    loaded.step()
+
+
+def test_float64_parameters_with_8_bits_are_refused():
+    with pytest.raises(TypeError, match=r"momentum_dtype=torch.int8 needs unsharded.*got float64"):
+        stepped(1, dtype=torch.float64, **INT8)
+
+
 # ---- torch.compile, backends, devices --------------------------------------------------------------------------------
 
 
@@ -690,12 +824,13 @@ def test_stochastic_rounding_does_not_depend_on_the_generator_or_the_blocks(monk
         (torch.float32, {}),
         (torch.float32, {"lr": torch.tensor(3e-4), "maximize": True, "max_grad_norm": 1.0}),
         (torch.bfloat16, {"rounding": "stochastic"}),
+        (torch.float32, {"momentum_dtype": torch.int8}),
     ],
-    ids=["float32", "tensor lr", "stochastic"],
+    ids=["float32", "tensor lr", "stochastic", "int8"],
 )  # fmt: skip
 def test_compiled_steps_follow_eager_ones_without_a_graph_break(dtype, options):
     torch._dynamo.reset()
-    shapes = [(30, 7), (5,)]
+    shapes = [(30, 7), (5,), *[(70, 70)] * ("momentum_dtype" in options)]
     eager, compiled = parameters(shapes, dtype), None
     compiled = twins(eager)
     a, b = Lion(eager, **{**SETTINGS, **options}), Lion(compiled, **{**SETTINGS, **copy.deepcopy(options)})
@@ -705,6 +840,9 @@ def test_compiled_steps_follow_eager_ones_without_a_graph_break(dtype, options):
         a.step()
         step()
     for p, q in zip(eager, compiled):
+        if "momentum_dtype" in options:  # where rounding decides a code's step, a later sign may turn
+            assert ((q - p).abs() > 1e-6).float().mean() <= 5e-4
+            continue
         assert error(q, p.detach()) <= (1e-6 if dtype == torch.float32 else 2**-8)
 
 
@@ -713,8 +851,13 @@ def test_a_kernel_takes_the_step_where_the_backend_offers_one(monkeypatch):
 
     class Kernel:
         @staticmethod
-        def step(rows, options, *, grad_factor, found_inf):
-            calls.append((len(rows), options.lr, grad_factor, found_inf))
+        def table(rows, before, *, capturable):
+            return [row.param for row in rows]
+
+        @staticmethod
+        def step(rows, table, *, lr, grad_factor, found_inf, **options):
+            assert len(rows) == len(table)
+            calls.append((len(table), lr, grad_factor, found_inf))
 
     monkeypatch.setattr(backend, "kernel", lambda name, *tensors: Kernel if name == "lion" else None)
     stepped(1)
@@ -731,9 +874,17 @@ def test_fused_without_a_kernel_says_so(monkeypatch):
         stepped(1, fused=True)
 
 
-def test_capturable_needs_a_gpu():
-    with pytest.raises(RuntimeError, match="capturable=True needs parameters on cuda"):
-        stepped(1, capturable=True)
+def test_state_follows_a_parameter_to_another_device():
+    """As after model.to(device): the meta device stands for a GPU."""
+    for options in ({}, {"rounding": "kahan"}, {"rounding": "stochastic", "momentum_dtype": torch.int8}):
+        p = nn.Parameter(torch.zeros(5000, dtype=torch.bfloat16))
+        optimizer = Lion([p], **options)
+        for device in ("cpu", "meta"):
+            p.grad = None
+            torch.utils.swap_tensors(p, nn.Parameter(torch.zeros(5000, dtype=torch.bfloat16, device=device)))
+            p.grad = torch.zeros_like(p)
+            optimizer.step()
+            assert {t.device.type for t in optimizer.state[p].values()} == {device}
 
 
 @pytest.mark.parametrize(
@@ -746,7 +897,7 @@ def test_capturable_needs_a_gpu():
         ({"betas": (0.9, 1.1)}, ValueError, r"betas must be two numbers in \[0, 1\]"),
         ({"betas": (0.9,)}, ValueError, "betas must be two numbers"),
         ({"rounding": "up"}, ValueError, "rounding must be one of nearest, stochastic, kahan, got 'up'"),
-        ({"momentum_dtype": torch.int32}, TypeError, "momentum_dtype must be a floating"),
+        ({"momentum_dtype": torch.int32}, TypeError, "momentum_dtype must be a floating torch.dtype, torch.int8 or None"),
         ({"max_grad_norm": 0.0}, ValueError, "max_grad_norm must be positive"),
         ({"fused": True, "foreach": True}, ValueError, "cannot both be True"),
     ],

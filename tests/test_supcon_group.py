@@ -4,16 +4,13 @@ One spawn a world size runs all cases, for starting processes takes longer than 
 here it is compared with the reference on the joined batch in float64.
 """
 
-import os
 from collections.abc import Callable
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -22,6 +19,7 @@ from kdfast.functional import supcon_loss
 from kdfast.losses import ConKDLoss, SupConLoss, SupContrastiveLoss
 from kdfast.ops import supcon as operator
 from tests.numeric import ALLOWANCE, DEVICE, FLOAT32_ERROR, error, value_and_gradients
+from tests.processes import in_processes
 
 pytestmark = [
     pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()), reason="this PyTorch has no gloo"),
@@ -132,23 +130,6 @@ def problems(world: int) -> dict[str, Problem]:
 
 
 # ---- in the processes ------------------------------------------------------------------------------------------------
-
-
-def in_processes(work: Callable[..., Any], world: int, folder: Path) -> list[Any]:
-    """work(rank, world) in `world` processes; what each returned, by rank."""
-    running = mp.spawn(_one_process, args=(work, world, str(folder)), nprocs=world, join=False)
-    while not running.join(timeout=120):
-        pass
-    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(world)]
-
-
-def _one_process(rank: int, work: Callable[..., Any], world: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    # a rank that waits in vain is to fail, and with it the test
-    dist.init_process_group("gloo", init_method=f"file://{folder}/met", rank=rank, world_size=world, timeout=timedelta(seconds=60))
-    torch.save(work(rank, world), f"{folder}/{rank}.pt")
-    dist.barrier()
-    os._exit(0)  # at the interpreter's end PyTorch 2.11's threads now and then abort a process that has done its work
 
 
 def _every_case(rank: int, world: int) -> dict[str, list[Tensor]]:

@@ -92,7 +92,7 @@ def kernel(operator: str, *tensors: Tensor) -> ModuleType | None:
     # the usual CPU call is settled by its first tensor: small losses there cost little more than such questions
     if choice == "torch" or (choice == "auto" and not _INTERPRETED and not tensors[0].is_cuda):
         return None
-    runs_here = all((t.is_cuda or _INTERPRETED) and t.dtype in KERNEL_DTYPES for t in tensors if t.is_floating_point())
+    runs_here = all((t.is_cuda or (_INTERPRETED and t.is_cpu)) and t.dtype in KERNEL_DTYPES for t in tensors if t.is_floating_point())
     if choice == "auto":
         return _kernel_module(operator) if runs_here else None
     module = _kernel_module(operator)

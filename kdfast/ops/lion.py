@@ -13,8 +13,10 @@ is NaN would stand still in silence. bfloat16 and float16 tensors are computed i
 """
 
 import math
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Hashable, Iterator
+from operator import attrgetter
+from types import ModuleType
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,10 +26,12 @@ from kdfast.ops import backend
 
 LOW_PRECISION = (torch.bfloat16, torch.float16)
 ROUNDINGS = ("nearest", "stochastic", "kahan")
+GROUP = 256  # elements of an 8-bit momentum that share a scale
+LEVELS = 127  # of its magnitude, above 0
 
 
 class Options(NamedTuple):
-    """The hyper-parameters of one group; weight_decay is what lr multiplies (decoupled decay already divided by its lr)."""
+    """The hyper-parameters of a step; weight_decay is what lr multiplies (decoupled decay already divided by its lr)."""
 
     lr: float | Tensor
     beta1: float
@@ -35,6 +39,7 @@ class Options(NamedTuple):
     weight_decay: float
     cautious: bool
     maximize: bool
+    rounding: str  # of bfloat16 and float16 parameters
 
 
 class Row(NamedTuple):
@@ -43,8 +48,19 @@ class Row(NamedTuple):
     param: Tensor
     grad: Tensor
     momentum: Tensor
-    compensation: Tensor | None  # what the stored parameter lacks ("kahan")
-    noise: Tensor | None  # the seed of this step's rounding noise ("stochastic"), 0-dim int32
+    scale: Tensor | None = None  # of an int8 momentum: float32, one for GROUP elements of its memory
+    compensation: Tensor | None = None  # what the stored parameter lacks ("kahan")
+    step: Tensor | None = None  # how many steps were taken, 0-dim float32, and
+    number: int = 0  # the parameter's number: together the seed of rounding noise
+    whole: Any = None  # the DTensor whose shard this process has in param
+
+    @property
+    def walked(self) -> list[Tensor]:
+        """Those that have an element for each of the parameter's."""
+        return [t for t in (self.param, self.grad, self.momentum, self.compensation) if t is not None]
+
+
+_KEPT: list[Callable[[Row], Tensor | None]] = [attrgetter(name) for name in ("param", "momentum", "scale", "compensation", "step")]
 
 
 def lion_step(
@@ -55,34 +71,38 @@ def lion_step(
     found_inf: Tensor | None = None,
     foreach: bool | None = None,
     fused: bool | None = None,
+    capturable: bool = False,
+    tables: dict[Hashable, Any] | None = None,
 ) -> None:
     """Updates parameters, momenta and compensations in place.
 
     Args:
         rows: one entry a parameter; any mixture of devices, floating dtypes and strides.
-        options: of the group.
+        options: of all of them.
         grad_factor: 0-dim; gradients are multiplied by it first (clipping, 1 / loss scale). They are not written.
         found_inf: 0-dim; where it is not 0 nothing changes, decided on the device.
         foreach: False: one tensor after the other. None or True: many at once.
         fused: True: the Triton kernel or an error. False: PyTorch. None: the kernel where the backend offers it and
-            foreach is None.
+            foreach is None. Under torch.compile it is PyTorch always: the compiler makes fused kernels of its own.
+        capturable: a later step may be captured in a CUDA graph.
+        tables: the caller's, to be handed over in every step: where the kernel found the tensors last time.
 
     Raises:
         RuntimeError: fused is True and there is no kernel for these tensors.
     """
-    for bucket in _buckets(rows):
+    for key, bucket in _buckets(rows).items():
         kernel = None
-        if fused or (fused is None and foreach is None):
+        if not torch.compiler.is_compiling() and (fused or (fused is None and foreach is None)):
             kernel = backend.kernel("lion", bucket[0].param, bucket[0].grad, bucket[0].momentum)
+            if fused and kernel is None:
+                param = bucket[0].param
+                raise RuntimeError(
+                    f"Lion: fused=True needs the Triton kernel, which does not run here for {param.dtype} parameters on "
+                    f"{param.device.type} (backend {backend.current()!r}); leave fused=None"
+                )
         if kernel is not None:
-            kernel.step(bucket, options, grad_factor=grad_factor, found_inf=found_inf)
-        elif fused:
-            param = bucket[0].param
-            raise RuntimeError(
-                f"Lion: fused=True needs the Triton kernel, which does not run here for {param.dtype} parameters on "
-                f"{param.device.type} (backend {backend.current()!r}); leave fused=None"
-            )
-        else:
+            bucket = _kernel_step(kernel, bucket, options, grad_factor, found_inf, capturable, {} if tables is None else tables, key)
+        if bucket:
             _torch_step(bucket, options, grad_factor, found_inf, foreach is not False)
 
 
@@ -90,17 +110,117 @@ def grad_norm(grads: list[Tensor]) -> Tensor:
     """The L2 norm of all gradients together, 0-dim, on the first one's device; 16-bit gradients are summed in float32."""
     dtype = torch.float32 if any(g.dtype in LOW_PRECISION for g in grads) else None
     dtype = torch.float64 if any(g.dtype == torch.float64 for g in grads) else dtype
-    norms = torch._foreach_norm(grads, 2, dtype=dtype)
+    sharded = [g for g in grads if hasattr(g, "full_tensor")]  # DTensors: every process holds a part
+    whole = [g for g in grads if not hasattr(g, "full_tensor")]
+    norms = [n for some in (whole, sharded) if some for n in torch._foreach_norm(some, 2, dtype=dtype)]
+    norms = [n.full_tensor() if hasattr(n, "full_tensor") else n for n in norms]
     return torch.linalg.vector_norm(torch.stack([n.to(grads[0].device) for n in norms]))
 
 
-def _buckets(rows: list[Row]) -> list[list[Row]]:
+def _buckets(rows: list[Row]) -> dict[Hashable, list[Row]]:
     """Rows of one device and the same dtypes together."""
-    buckets: dict[tuple[torch.device, torch.dtype, torch.dtype, torch.dtype], list[Row]] = {}
+    buckets: dict[Hashable, list[Row]] = {}
     for row in rows:
-        key = (row.param.device, row.param.dtype, row.grad.dtype, row.momentum.dtype)
-        buckets.setdefault(key, []).append(row)
-    return list(buckets.values())
+        buckets.setdefault((row.param.device, row.param.dtype, row.grad.dtype, row.momentum.dtype), []).append(row)
+    return buckets
+
+
+# ---- the kernel ------------------------------------------------------------------------------------------------------
+
+
+class _Known(NamedTuple):
+    """What is known of a bucket since an earlier step, and what that depends on."""
+
+    kept: list[Any]  # where parameters and state lie, and in which order of dimensions
+    given: list[Any]  # the same of the gradients, which are new ones in every step, often at the old address
+    taken: list[int]  # rows of the table
+    rest: list[int]  # rows for PyTorch
+    table: Any
+
+
+def _kernel_step(
+    kernel: ModuleType,
+    rows: list[Row],
+    options: Options,
+    grad_factor: Tensor | None,
+    found_inf: Tensor | None,
+    capturable: bool,
+    tables: dict[Hashable, Any],
+    bucket: Hashable,
+) -> list[Row]:
+    """One bucket in one launch; returns the rows that the kernel cannot take."""
+    device = rows[0].param.device
+    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0  # a table is freed where it was made
+    key = bucket, rows[0].number, options.cautious, stream
+    kept = [[t.data_ptr() for t in map(column, rows) if t is not None] for column in _KEPT] + [[row.param.stride() for row in rows]]
+    given = [[row.grad.data_ptr() for row in rows], [row.grad.stride() for row in rows]]
+    known: _Known | None = tables.get(key)
+    if known is not None and known.kept == kept and known.given == given:
+        taken = rows if not known.rest else [rows[i] for i in known.taken]
+    else:
+        if known is not None and known.kept == kept:
+            fits, rest = known.taken, known.rest
+        else:
+            # a cautious step of a shard needs what other processes count
+            fits = [i for i, row in enumerate(rows) if _has_flat_view(row) and not (options.cautious and row.whole is not None)]
+            rest = sorted(set(range(len(rows))) - set(fits))
+        taken, copied = _in_order_of_params(rows if not rest else [rows[i] for i in fits])
+        table = kernel.table(taken, None if known is None else known.table, capturable=capturable) if taken else None
+        known = _Known(kept, given, fits, rest, table)
+        if not copied:  # copies are made anew in every step
+            tables[key] = known
+    if taken:
+        lr = options.lr
+        if isinstance(lr, Tensor):
+            lr = lr.item() if _readable(lr.device) else lr.to(device)
+        kernel.step(
+            taken,
+            known.table,
+            lr=lr,
+            betas=(options.beta1, options.beta2),
+            weight_decay=options.weight_decay,
+            rounding=options.rounding,
+            cautious=options.cautious,
+            maximize=options.maximize,
+            grad_factor=None if grad_factor is None else grad_factor.to(device, torch.float32),
+            found_inf=None if found_inf is None else found_inf.to(device, torch.float32),
+        )
+    return [rows[i] for i in known.rest]
+
+
+def _has_flat_view(row: Row) -> bool:
+    """Whether all but the gradient fill their memory without gaps, in the same order of dimensions."""
+    order = _order(row.param)
+    kept = (row.momentum, row.compensation)
+    return _is_dense(row.param) and all(t is None or _order(t) == order for t in kept)
+
+
+def _in_order_of_params(rows: list[Row]) -> tuple[list[Row], bool]:
+    """The rows, with copies of gradients whose order of dimensions is not their parameter's; and whether there are any."""
+    others = [i for i, row in enumerate(rows) if row.grad.stride() != row.param.stride() and _order(row.grad) != _order(row.param)]
+    if not others:
+        return rows, False
+    copies = [torch.empty_like(rows[i].param, dtype=rows[i].grad.dtype) for i in others]
+    torch._foreach_copy_(copies, [rows[i].grad for i in others])
+    rows = list(rows)
+    for i, copy in zip(others, copies):
+        rows[i] = rows[i]._replace(grad=copy)
+    return rows, True
+
+
+def _order(tensor: Tensor) -> tuple[int, ...]:
+    """Strides of the dimensions that have more than one element: where these agree, elements follow each other alike."""
+    return tuple(stride for stride, size in zip(tensor.stride(), tensor.shape) if size != 1)
+
+
+def _is_dense(tensor: Tensor) -> bool:
+    """Whether the tensor fills a stretch of memory, its dimensions in any order, without gaps or overlaps."""
+    expected = 1
+    for stride, size in sorted((stride, size) for stride, size in zip(tensor.stride(), tensor.shape) if size != 1):
+        if stride != expected:
+            return False
+        expected *= size
+    return True
 
 
 # ---- the PyTorch form ------------------------------------------------------------------------------------------------
@@ -125,14 +245,16 @@ def _torch_step(rows: list[Row], options: Options, grad_factor: Tensor | None, f
     elif not on_host:
         _update(rows, options, grad_factor, found_inf)
     else:
+        # one piece of memory for all blocks' updates: the next block finds it in the cache
+        scratch = torch.empty(_block_size(), dtype=_arithmetic(rows[0].param.dtype))
         for block, offset in _cut([row for row in rows if _is_large(row)]):
-            _update([block], options, grad_factor, None, offset)
+            _update([block], options, grad_factor, None, offset, scratch)
         for batch in _batches([row for row in rows if not _is_large(row)]):
             if len(batch) == 1:
                 _update(batch, options, grad_factor, None)
                 continue
             block = _joined(batch)
-            _update([block], options, grad_factor, None)
+            _update([block], options, grad_factor, None, 0, scratch)
             _scatter(block, batch)
 
 
@@ -141,13 +263,33 @@ def _readable(device: torch.device) -> bool:
     return device.type == "cpu" and not torch.compiler.is_compiling()
 
 
-def _update(rows: list[Row], options: Options, grad_factor: Tensor | None, found_inf: Tensor | None, offset: int = 0) -> None:
-    """One step of rows that share device and dtypes; `offset` is where these elements begin in their parameter."""
+def _arithmetic(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _update(
+    rows: list[Row],
+    options: Options,
+    grad_factor: Tensor | None,
+    found_inf: Tensor | None,
+    offset: int = 0,
+    scratch: Tensor | None = None,
+) -> None:
+    """One step of rows that share device and dtypes.
+
+    Args:
+        rows: whole parameters, or one block.
+        options: of the step.
+        grad_factor: multiplies the gradients.
+        found_inf: where it is not 0 nothing changes; None: everything does.
+        offset: where the block's elements begin in their parameter.
+        scratch: memory for the block's update.
+    """
     params, momenta = [row.param for row in rows], [row.momentum for row in rows]
-    arithmetic = torch.float64 if params[0].dtype == torch.float64 else torch.float32
+    arithmetic = _arithmetic(params[0].dtype)
     keep = found_inf is not None  # the old values are needed until it is known that they may go
     ps = [p.to(arithmetic, copy=keep) for p in params]
-    ms = [m.to(arithmetic, copy=keep) for m in momenta]
+    ms = [decoded(row.momentum, row.scale) if row.scale is not None else row.momentum.to(arithmetic, copy=keep) for row in rows]
     gs = [row.grad.to(arithmetic) for row in rows]
     if grad_factor is not None:
         gs = list(torch._foreach_mul(gs, grad_factor.to(arithmetic)))
@@ -155,27 +297,34 @@ def _update(rows: list[Row], options: Options, grad_factor: Tensor | None, found
     if compensations:
         ps = [p + c.to(arithmetic) for p, c in zip(ps, compensations)]
 
-    _lion(ps, gs, ms, options)
+    if scratch is not None:
+        scratch = scratch[: ps[0].numel()].view(ps[0].shape) if ps[0].numel() <= scratch.numel() else None
+    _lion(ps, gs, ms, options, [row.whole for row in rows], scratch)
 
+    noises = [None if row.step is None else _noise(row, offset) for row in rows]
+    if rows[0].scale is not None:
+        codes, scales = zip(*(encoded(m, noise) for m, noise in zip(ms, noises)))
+        _store([row.scale for row in rows if row.scale is not None], list(scales), found_inf)
+        ms = list(codes)
     _store(momenta, ms, found_inf)
     if compensations:
         stored = [p.to(params[0].dtype) for p in ps]
         _store(compensations, [p - s.to(arithmetic) for p, s in zip(ps, stored)], found_inf)
         ps = stored
-    elif rows[0].noise is not None:
-        ps = [_round_stochastically(p, row.param.dtype, row.noise, offset) for p, row in zip(ps, rows) if row.noise is not None]
+    elif options.rounding == "stochastic" and params[0].dtype in LOW_PRECISION:
+        ps = [_round_stochastically(p, params[0].dtype, noise) for p, noise in zip(ps, noises) if noise is not None]
     _store(params, ps, found_inf)
 
 
-def _lion(ps: list[Tensor], gs: list[Tensor], ms: list[Tensor], options: Options) -> None:
+def _lion(ps: list[Tensor], gs: list[Tensor], ms: list[Tensor], options: Options, wholes: list[Any], scratch: Tensor | None) -> None:
     """The formula of this file's docstring, in place on ps and ms; operation by operation what lion-pytorch computes."""
-    lr, beta1, beta2, weight_decay, cautious, maximize = options
+    lr, beta1, beta2, weight_decay, cautious, maximize, _ = options
     ascent = -1.0 if maximize else 1.0
-    updates = list(torch._foreach_mul(ms, beta1))
+    updates = list(torch._foreach_mul(ms, beta1)) if scratch is None else [torch.mul(ms[0], beta1, out=scratch)]
     torch._foreach_add_(updates, gs, alpha=ascent * (1.0 - beta1))
     updates = _signs(updates)
     if cautious:
-        updates = [_aligned(u, ascent * g) for u, g in zip(updates, gs)]
+        updates = [_aligned(u, ascent * g, whole) for u, g, whole in zip(updates, gs, wholes)]
     if weight_decay:
         torch._foreach_mul_(ps, 1.0 - lr * weight_decay)
     if isinstance(lr, Tensor):
@@ -194,10 +343,19 @@ def _signs(xs: list[Tensor]) -> list[Tensor]:
     return [torch.where(x.isnan(), x, x.sign()) for x in xs]
 
 
-def _aligned(update: Tensor, grad: Tensor) -> Tensor:
+def _aligned(update: Tensor, grad: Tensor, whole: Any) -> Tensor:
     """The cautious update (arXiv:2411.16085): only where it agrees with the gradient, scaled up by what is left out."""
     mask = (update * grad > 0).to(update.dtype)
-    return update * (mask / mask.mean().clamp(min=1e-5))
+    share = mask.mean() if whole is None else _sum_over_shards(mask.sum(), whole) / whole.numel()
+    return update * (mask / share.clamp(min=1e-5))
+
+
+def _sum_over_shards(local: Tensor, whole: Any) -> Tensor:
+    """The sum of a number that every process has of its shard of a DTensor."""
+    from torch.distributed.tensor import DTensor, Partial, Replicate
+
+    partial = [Partial() if placement.is_shard() else Replicate() for placement in whole.placements]
+    return DTensor.from_local(local, whole.device_mesh, partial, run_check=False).full_tensor()
 
 
 def _store(destinations: list[Tensor], values: list[Tensor], found_inf: Tensor | None) -> None:
@@ -219,33 +377,40 @@ def _block_size() -> int:
 
 def _is_large(row: Row) -> bool:
     # joining copies, which pays where an operation's work is below its call; rounding noise counts from its tensor's start
-    return row.param.numel() > 16384 or row.noise is not None
+    return row.param.numel() > 16384 or row.step is not None
 
 
 def _cut(rows: list[Row]) -> Iterator[tuple[Row, int]]:
     """Every row as flat blocks in the order of the parameter's memory, each with its offset."""
     for row in rows:
-        param, grad = row.param, row.grad
-        if grad.stride() != param.stride():
-            grad = torch.empty_like(param, dtype=grad.dtype).copy_(grad)
-        tensors = [t for t in (param, grad, row.momentum, row.compensation) if t is not None]
-        if not _is_dense(param) or any(t.stride() != param.stride() for t in tensors):
-            yield row, 0  # no common flat view: the whole tensor, by its indices
+        if not _has_flat_view(row):
+            yield row, 0  # the whole tensor, by its indices
             continue
-        size = _block_size()
-        for i, block in enumerate(zip(*(t.as_strided((t.numel(),), (1,)).split(size) for t in tensors))):
-            compensation = block[3] if len(block) > 3 else None
-            yield Row(block[0], block[1], block[2], compensation, row.noise), i * size
+        ((row,), _) = _in_order_of_params([row])
+        size = -(-_block_size() // GROUP) * GROUP  # a block begins where a scale does
+        blocks = zip(*(_flat(t).split(size) for t in row.walked))
+        scales = iter(() if row.scale is None else row.scale.split(size // GROUP))
+        for i, (param, grad, momentum, *compensation) in enumerate(blocks):
+            yield (
+                row._replace(
+                    param=param,
+                    grad=grad,
+                    momentum=momentum,
+                    scale=next(scales, None),
+                    compensation=compensation[0] if compensation else None,
+                ),
+                i * size,
+            )
 
 
-def _is_dense(tensor: Tensor) -> bool:
-    """Whether the tensor fills a stretch of memory, its dimensions in any order, without gaps or overlaps."""
-    expected = 1
-    for stride, size in sorted((stride, size) for stride, size in zip(tensor.stride(), tensor.shape) if size != 1):
-        if stride != expected:
-            return False
-        expected *= size
-    return True
+def _flat(tensor: Tensor) -> Tensor:
+    """A dense tensor's elements in the order of its memory."""
+    return tensor.view(-1) if tensor.is_contiguous() else tensor.as_strided((tensor.numel(),), (1,))
+
+
+def _laid_out(flat: Tensor, like: Tensor) -> Tensor:
+    """The elements that _flat(like) has, in like's shape."""
+    return flat.view(like.shape) if like.is_contiguous() else flat.as_strided(like.shape, like.stride())
 
 
 def _batches(rows: list[Row]) -> Iterator[list[Row]]:
@@ -269,8 +434,7 @@ def _joined(rows: list[Row]) -> Row:
         _flatten_dense_tensors([row.param for row in rows]),
         _flatten_dense_tensors([row.grad for row in rows]),
         _flatten_dense_tensors([row.momentum for row in rows]),
-        _flatten_dense_tensors(compensations) if compensations else None,
-        None,
+        compensation=_flatten_dense_tensors(compensations) if compensations else None,
     )
 
 
@@ -285,16 +449,18 @@ def _scatter(block: Row, rows: list[Row]) -> None:
             torch._foreach_copy_(tensors, _unflatten_dense_tensors(flat, tensors))
 
 
-# ---- stochastic rounding ---------------------------------------------------------------------------------------------
+# ---- random rounding -------------------------------------------------------------------------------------------------
 
 
-def noise_seed(step: Tensor, index: int) -> Tensor:
-    """The seed of one parameter's rounding noise in one step, 0-dim int32 on step's device.
+def _noise(row: Row, offset: int) -> Tensor:
+    """32 random bits an element, int32 [numel], of which rounding takes what it needs.
 
-    Noise is a hash of step, parameter and element and not a draw from torch's generator, whose state differs from rank to
+    They are a hash of step, parameter and element and not a draw from torch's generator, whose state differs from rank to
     rank: replicas of a data-parallel run round alike and stay equal.
     """
-    return _hash(step.to(torch.int32) * 0x1E3779B1 + index)
+    assert row.step is not None
+    index = torch.arange(offset, offset + row.param.numel(), device=row.param.device).to(torch.int32)
+    return _hash((index * 0x1E3779B1) ^ _hash(row.step.to(torch.int32) * 0x1E3779B1 + row.number))
 
 
 def _hash(x: Tensor) -> Tensor:
@@ -306,15 +472,56 @@ def _hash(x: Tensor) -> Tensor:
     return x ^ ((x >> 16) & 0xFFFF)
 
 
-def _round_stochastically(x: Tensor, dtype: torch.dtype, seed: Tensor, offset: int) -> Tensor:
+def _round_stochastically(x: Tensor, dtype: torch.dtype, noise: Tensor) -> Tensor:
     """float32 x to bfloat16 or float16, up or down with probabilities that make the expectation x.
 
     A random number below the last kept bit is added to the magnitude, then the dropped bits are cleared.
     """
-    index = torch.arange(offset, offset + x.numel(), device=x.device).to(torch.int32).view(x.shape)
     dropped = 16 if dtype == torch.bfloat16 else 13
-    noise = _hash((index * 0x1E3779B1) ^ seed) & (2**dropped - 1)
+    noise = noise.view(x.shape) & (2**dropped - 1)
     rounded = ((x.view(torch.int32) + noise) & -(2**dropped)).view(torch.float32)
     if dtype == torch.float16:  # below 2^-14 its last bit is always 2^-24
         rounded = torch.where(x.abs() < 2.0**-14, torch.floor(x * 2.0**24 + noise * 2.0**-13) * 2.0**-24, rounded)
     return torch.where(x.isfinite(), rounded, x).to(dtype)
+
+
+# ---- momenta of 8 bits -----------------------------------------------------------------------------------------------
+#
+# A sign and the root of the share of the largest in GROUP elements: k = sqrt(|m| / scale) LEVELS, so that small momenta keep their
+# sign and a few bits. k is rounded up or down at random, for the decoded momentum's expectation to be exact: with beta2 = 0.99 a step
+# changes a momentum by less than a step of the code, and rounding to the nearest would leave it where it is.
+
+
+def scales_of(numel: int) -> int:
+    """How many scales a momentum of so many elements has."""
+    return -(-numel // GROUP)
+
+
+def decoded(code: Tensor, scale: Tensor) -> Tensor:
+    """float32 momenta of an int8 code and its scales, with the code's strides; NaN where the scale is not finite."""
+    values = _grouped(_flat(code).float())
+    values = values * values.abs() * (scale * LEVELS**-2)[:, None]
+    return _laid_out(values.view(-1)[: code.numel()], code)
+
+
+def encoded(momentum: Tensor, noise: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The int8 code of a dense float32 momentum, with its strides, and its scales; None: round to the nearest."""
+    values = _grouped(_flat(momentum))
+    sizes = torch.where(values.isfinite(), values.abs(), float("inf"))
+    scale = sizes.amax(dim=1, keepdim=True)
+    # too small to divide by, or infinite: all levels 0, which an infinite scale makes NaN
+    squared = torch.where((scale > 1e-30) & scale.isfinite(), sizes * (LEVELS**2 / scale), 0.0)
+    level = squared.sqrt().floor()
+    share = 0.5 if noise is None else _grouped(((noise >> 16) & 0xFFFF) * 2.0**-16)
+    level = (level + (squared - level * level > (2.0 * level + 1.0) * share)).clamp(max=LEVELS)
+    code = torch.where(values < 0, -level, level).to(torch.int8)
+    return _laid_out(code.view(-1)[: momentum.numel()], momentum), scale.view(-1)
+
+
+def _grouped(flat: Tensor) -> Tensor:
+    """[groups, GROUP], zeros at the end.
+
+    All is computed in this shape, element beside scale: the C++ that Inductor makes of a scale looked up by index // GROUP reads beyond
+    its end in the last vector (seen with PyTorch 2.11 to 2.15).
+    """
+    return torch.cat([flat, flat.new_zeros(-flat.numel() % GROUP)]).view(-1, GROUP)

@@ -1,0 +1,383 @@
+"""What only the Triton kernel of the Lion step has to show; test_lion.py holds the rest, in the interpreter and on a GPU too."""
+
+import pytest
+import torch
+from torch import nn
+
+import kdfast
+from kdfast.ops import lion as operator
+from kdfast.optim import Lion
+from tests.numeric import INTERPRETED, KERNELS
+from tests.test_lion import SETTINGS, bits_equal, give_gradients, twins
+
+pytestmark = pytest.mark.skipif(not KERNELS, reason="the kernel needs a GPU or TRITON_INTERPRET=1")
+if KERNELS:
+    from kdfast.kernels import lion as kernel
+
+fp32, bf16, fp16, int8 = torch.float32, torch.bfloat16, torch.float16, torch.int8
+SIZES = [(1,), (3,), (2047,), (2048,), (2049,), (3, 1366), (2, 2048), (64, 3, 7, 7), (), (0, 3)]
+
+
+class Launches(list):
+    """The names of the kernels launched."""
+
+    def __init__(self, monkeypatch):
+        super().__init__()
+        for name in ("_step", "_count_moving"):
+            monkeypatch.setattr(kernel, name, self.counted(getattr(kernel, name), name))
+
+    def counted(self, function, name):
+        launches = self
+
+        class Watched:
+            def __getitem__(self, grid):
+                launches.append(name)
+                return function[grid]
+
+        return Watched()
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    return Launches(monkeypatch)
+
+
+def parameters(shapes, dtype=fp32):
+    return [nn.Parameter(torch.randn(shape).to(dtype)) for shape in shapes]
+
+
+def state(optimizer):
+    return [t for s in optimizer.state.values() for t in s.values()]
+
+
+def assert_same(ours, theirs, a, b):
+    assert bits_equal(ours, theirs)
+    assert bits_equal(state(a), state(b))
+
+
+CASES = {
+    "fp32": (fp32, {}),
+    "cautious": (fp32, {"cautious": True}),
+    "maximize": (fp32, {"maximize": True}),
+    "maximize, cautious": (fp32, {"maximize": True, "cautious": True}),
+    "clipped": (fp32, {"max_grad_norm": 0.5}),
+    "tensor lr": (fp32, {"lr": torch.tensor(3e-4)}),
+    "bf16": (bf16, {}),
+    "fp16": (fp16, {}),
+    "bf16, fp32 momentum": (bf16, {"momentum_dtype": fp32}),
+    "fp32, bf16 momentum": (fp32, {"momentum_dtype": bf16}),
+    "bf16 stochastic": (bf16, {"rounding": "stochastic"}),
+    "fp16 stochastic": (fp16, {"rounding": "stochastic", "momentum_dtype": fp32, "lr": 1e-5}),
+    "bf16 kahan": (bf16, {"rounding": "kahan"}),
+    "fp16 kahan, cautious": (fp16, {"rounding": "kahan", "cautious": True, "momentum_dtype": fp32}),
+    "int8": (fp32, {"momentum_dtype": int8}),
+    "bf16 stochastic, int8": (bf16, {"momentum_dtype": int8, "rounding": "stochastic"}),
+    "bf16 kahan, int8, cautious": (bf16, {"momentum_dtype": int8, "rounding": "kahan", "cautious": True}),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_kernel_has_the_bits_of_the_pytorch_form(name):
+    dtype, options = CASES[name]
+    shapes = [*SIZES, (41, 100), (300, 40)]
+    ours = parameters(shapes, dtype)
+    theirs = twins(ours)
+    a, b = Lion(ours, **{**SETTINGS, **options}), Lion(theirs, **{**SETTINGS, **options})
+    for _ in range(4):
+        give_gradients(ours, theirs)
+        a.step()
+        with kdfast.backend("torch"):
+            b.step()
+    assert_same(ours, theirs, a, b)
+
+
+@pytest.mark.parametrize("offset", [0, 1, 3])
+def test_tensors_that_begin_anywhere_are_stepped_in_one_launch(offset, launches):
+    """As views into a bucket of a data-parallel run do."""
+
+    def view(values):
+        return torch.cat([values.new_zeros(offset), values])[offset:]
+
+    ours = [nn.Parameter(view(torch.randn(n))) for n in (5000, 7, 4096)]
+    theirs = [nn.Parameter(p.detach().clone()) for p in ours]
+    a, b = Lion(ours, **SETTINGS), Lion(theirs, **SETTINGS)
+    for _ in range(3):
+        give_gradients(ours, theirs)
+        for i, p in enumerate(ours):
+            p.grad = view(p.grad) if i != 1 else p.grad
+        a.step()
+        with kdfast.backend("torch"):
+            b.step()
+    assert_same(ours, theirs, a, b)
+    assert launches == ["_step"] * 3
+
+
+def test_a_thousand_tiny_tensors_are_stepped_in_one_launch(launches):
+    ours = parameters([(i % 7 + 1,) for i in range(1000)])
+    theirs = twins(ours)
+    a, b = Lion(ours, **SETTINGS), Lion(theirs, **SETTINGS)
+    give_gradients(ours, theirs)
+    a.step()
+    with kdfast.backend("torch"):
+        b.step()
+    assert_same(ours, theirs, a, b)
+    assert launches == ["_step"]
+
+
+def test_groups_of_equal_options_share_a_launch_and_others_have_their_own(launches):
+    params = parameters([(5,)] * 4)
+    optimizer = Lion([{"params": [p]} for p in params[:3]] + [{"params": params[3:], "weight_decay": 0.5}], **SETTINGS)
+    give_gradients(params)
+    optimizer.step()
+    assert launches == ["_step"] * 2
+    optimizer.param_groups[1]["lr"] = 1e-2
+    optimizer.step()
+    assert launches == ["_step"] * 5
+
+
+def test_a_cautious_step_counts_first(launches):
+    params = parameters([(5000,), (7,)])
+    optimizer = Lion(params, cautious=True)
+    give_gradients(params)
+    optimizer.step()
+    assert launches == ["_count_moving", "_step"]
+
+
+# ---- layouts ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("p_format", [torch.contiguous_format, torch.channels_last])
+def test_one_launch_whatever_the_order_of_dimensions(p_format, launches):
+    params = [nn.Parameter(torch.randn(s).contiguous(memory_format=p_format)) for s in [(8, 5, 3, 3), (4, 1, 3, 3), (8, 5, 1, 1)]]
+    theirs = twins(params)
+    a, b = Lion(params, **SETTINGS), Lion(theirs, **SETTINGS)
+    for grad_format in (torch.contiguous_format, torch.channels_last, p_format):
+        give_gradients(params, theirs)
+        for p in params:
+            p.grad = p.grad.contiguous(memory_format=grad_format)
+        a.step()
+        with kdfast.backend("torch"):
+            b.step()
+    assert_same(params, theirs, a, b)
+    assert launches == ["_step"] * 3
+
+
+def test_a_gradient_of_another_order_at_the_same_address_is_seen():
+    p = nn.Parameter(torch.randn(6, 6, 2, 2))
+    memory = torch.empty(p.numel())
+    optimizer = Lion([p], lr=0.5)
+    for order in (torch.contiguous_format, torch.channels_last):
+        g = torch.empty(p.shape).contiguous(memory_format=order)
+        p.grad = memory.as_strided(g.shape, g.stride())
+        p.grad.copy_(torch.randn(p.shape) * 100)
+        before = p.detach().clone()
+        update = (0.9 * optimizer.state[p].get("exp_avg", torch.zeros_like(p)) + 0.1 * p.grad).sign()
+        optimizer.step()
+        assert torch.allclose(p.detach(), before - 0.5 * update)
+
+
+def test_a_parameter_with_gaps_takes_the_pytorch_form_and_the_others_the_kernel(launches):
+    storage = torch.zeros(3000, 2)
+    gaps, dense = storage[:, 0].requires_grad_(), nn.Parameter(torch.zeros(5))
+    gaps.grad, dense.grad = torch.ones(3000), torch.ones(5)
+    Lion([gaps, dense], lr=0.5).step()
+    assert torch.equal(storage, torch.tensor([-0.5, 0.0]).expand(3000, 2))
+    assert dense.tolist() == [-0.5] * 5
+    assert launches == ["_step"]
+
+
+def test_expanded_gradients_are_read_as_what_they_are():
+    p = nn.Parameter(torch.zeros(40, 60))
+    p.sum().backward()
+    p.grad = torch.ones(()).expand(40, 60)
+    Lion([p], lr=0.5).step()
+    assert torch.equal(p.detach(), torch.full((40, 60), -0.5))
+
+
+# ---- the table of addresses ------------------------------------------------------------------------------------------
+
+
+def test_a_table_is_made_again_only_when_an_address_has_changed(monkeypatch):
+    made = []
+    table = kernel.table
+    monkeypatch.setattr(kernel, "table", lambda *a, **k: made.append(a) or table(*a, **k))
+    params = parameters([(50,), (3000,)])
+    optimizer = Lion(params, **SETTINGS)
+    give_gradients(params)
+    for _ in range(3):
+        optimizer.step()
+    assert len(made) == 1
+    chunks = next(iter(optimizer._tables.values())).table.chunks
+    give_gradients(params)  # the old gradients still live: these lie elsewhere
+    optimizer.step()
+    assert len(made) == 2
+    if not INTERPRETED:
+        assert next(iter(optimizer._tables.values())).table.chunks is chunks
+    params[0].data = params[0].data.clone()
+    optimizer.step()
+    assert len(made) == 3
+    optimizer.zero_grad(set_to_none=True)
+    assert all(
+        not isinstance(x, torch.Tensor) or x.dtype in (torch.int64, torch.int32) for x in next(iter(optimizer._tables.values())).table
+    )
+
+
+def test_replaced_parameters_gradients_and_momenta_are_found():
+    params = parameters([(50,), (3000,)])
+    theirs = twins(params)
+    a, b = Lion(params, **SETTINGS), Lion(theirs, **SETTINGS)
+    for step in range(6):
+        give_gradients(params, theirs)
+        if step == 2:
+            params[1].data = params[1].data.clone()
+        if step == 3:
+            a.load_state_dict(a.state_dict())
+        if step == 4:
+            params[0].grad = theirs[0].grad = None
+        a.step()
+        with kdfast.backend("torch"):
+            b.step()
+    assert_same(params, theirs, a, b)
+
+
+def test_offsets_beyond_two_billion_elements(monkeypatch):
+    """A block far behind the start of its tensors, none of whose memory before it exists."""
+    block = 2**31 // kernel.BLOCK + 5
+    shift = 4 * block * kernel.BLOCK
+    p, g, m = torch.zeros(kernel.BLOCK), torch.randn(kernel.BLOCK), torch.zeros(kernel.BLOCK)
+    row = operator.Row(p, g, m)
+    table = kernel.table([row])
+    table.addresses[0, :3] -= shift
+    table.addresses[0, kernel.SIZE.value] = (block + 1) * kernel.BLOCK - 3  # the last three are not its own
+    table.chunks[0, 1] = block
+    kernel.step(
+        [row], table, lr=0.5, betas=(0.9, 0.0), weight_decay=0.0, rounding="nearest",
+        cautious=False, maximize=False, grad_factor=None, found_inf=None,
+    )  # fmt: skip
+    assert torch.equal(p[:-3], -0.5 * g[:-3].sign())
+    assert torch.equal(m[:-3], g[:-3])
+    assert p[-3:].tolist() == [0.0] * 3
+
+
+def test_blocks_of_a_tensor_of_three_billion_elements():
+    size = 3 * 2**30 + 1
+    chunks = kernel._chunks([5, size, 0, 7])
+    assert len(chunks) == 1 + 3 * 2**30 // kernel.BLOCK + 1 + 1
+    assert chunks[0].tolist() == [0, 0]
+    assert chunks[1].tolist() == [1, 0]
+    assert chunks[-2].tolist() == [1, 3 * 2**30 // kernel.BLOCK]
+    assert chunks[-1].tolist() == [3, 0]
+
+
+class Gpu:
+    """Stands in for a GPU where tables are made: what is pinned, and whether a graph is being captured."""
+
+    def __init__(self, monkeypatch):
+        self.capturing = False
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: self.capturing)
+        monkeypatch.setattr(torch.Tensor, "pin_memory", lambda x: x.clone())
+        empty_like = torch.empty_like
+        monkeypatch.setattr(torch, "empty_like", lambda x, pin_memory=False, **k: empty_like(x, **k))
+        monkeypatch.setattr(kernel, "_graphs", [])
+
+    def row(self, n):
+        class Parameter:
+            device = torch.device("cuda", 0)
+
+            def __init__(self, x):
+                self.x = x
+
+            def numel(self):
+                return self.x.numel()
+
+            def data_ptr(self):
+                return self.x.data_ptr()
+
+        x = torch.zeros(n)
+        return operator.Row(Parameter(x), x, x)
+
+
+def test_addresses_that_a_graph_copies_are_never_written_again(monkeypatch):
+    gpu = Gpu(monkeypatch)
+    monkeypatch.setattr(torch.Tensor, "to", lambda x, *a, **k: x.clone())
+    rows = [gpu.row(5), gpu.row(3000)]
+    warm = kernel.table(rows, capturable=True)
+    gpu.capturing = True
+    captured = kernel.table([gpu.row(5), gpu.row(3000)], warm, capturable=True)
+    assert captured.chunks is warm.chunks
+    assert len(kernel._graphs) == 1
+    assert kernel._graphs[0] is warm.spare, "the pinned copy outlives the optimizer"
+    with pytest.raises(RuntimeError, match="take one before the capture"):
+        kernel.table([gpu.row(5), gpu.row(3000)], captured)
+    with pytest.raises(RuntimeError, match="take one before the capture"):
+        kernel.table([gpu.row(5)], warm)
+
+
+# ---- contracts -------------------------------------------------------------------------------------------------------
+
+
+def test_a_launch_goes_to_the_device_of_its_tensors(monkeypatch):
+    guarded = []
+    guard = torch.cuda.device_of
+    monkeypatch.setattr(torch.cuda, "device_of", lambda x: guarded.append(x) or guard(x))
+    params = parameters([(5,)])
+    give_gradients(params)
+    Lion(params).step()
+    assert guarded
+    assert guarded[0] is params[0]
+
+
+@pytest.mark.parametrize("options", [{}, {"cautious": True}, {"momentum_dtype": int8}], ids=str)
+def test_steps_are_bitwise_reproducible(options):
+    results = []
+    for _ in range(2):
+        torch.manual_seed(3)
+        params = parameters([(9000,), (7, 5)])
+        optimizer = Lion(params, **SETTINGS, **options)
+        for _ in range(3):
+            give_gradients(params)
+            optimizer.step()
+        results.append([*params, *state(optimizer)])
+    assert bits_equal(*results)
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="traffic is counted in the interpreter")
+@pytest.mark.parametrize(
+    ("dtype", "options", "passes"),
+    [
+        (fp32, {}, 20),
+        (bf16, {}, 10),
+        (bf16, {"momentum_dtype": fp32}, 14),
+        (bf16, {"rounding": "kahan"}, 14),
+        (fp32, {"momentum_dtype": int8}, 14 + 8 / 256),
+        (fp32, {"cautious": True}, 28),
+    ],
+    ids=str,
+)
+def test_bytes_moved_are_those_of_five_passes(dtype, options, passes):
+    from kdfast.benchmarks.traffic import counted_traffic
+
+    N = 2 * 2048 * 8 + 100
+    params = parameters([(N,)], dtype)
+    optimizer = Lion(params, **SETTINGS, **options)
+    give_gradients(params)
+    with counted_traffic() as traffic:
+        optimizer.step()
+    programs = -(-N // kernel.BLOCK)
+    table = 100 * programs * (1 + ("cautious" in options))  # a program's place, and the addresses
+    assert N * passes <= traffic.read + traffic.written <= N * passes + table
+
+
+# ---- momenta of 8 bits -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_bad_gradient_shows_in_its_256_parameters_and_nowhere_else(bad):
+    p = nn.Parameter(torch.zeros(8192))
+    optimizer = Lion([p], momentum_dtype=int8)
+    p.grad = torch.randn(8192)
+    p.grad[300] = bad
+    optimizer.step()
+    p.grad = torch.randn(8192)
+    optimizer.step()
+    assert p.isnan().nonzero().view(-1).tolist() == list(range(256, 512))
