@@ -1,7 +1,8 @@
 """Supervised contrastive loss: the logsumexp of a similarity matrix that is never stored, and the gradient of its rows.
 
 Rows x_1 .. x_R: the first N are anchors, and all are columns. Column j counts c_j times: `duplicates` where j < `counted`, else once;
-an anchor is in its own denominator `duplicates` - 1 times. With r_i = 1 / |x_i| (normalize) or 1:
+an anchor is in its own denominator `duplicates` - 1 times. With r_i = 1 / |x_i| (normalize) or 1, where x_i stands for a copy that is
+scaled down if x_i is huge:
 
     S_ij     = r_i r_j x_i . x_j / tau
     Z_i      = sum_j c_j exp(S_ij - m_i)
@@ -40,6 +41,9 @@ SAFE_EXPONENT = 40.0  # |S| up to here needs no running maximum: sums of e^{-80 
 MANY = 4096  # anchors: from here on large tiles fill a GPU, and a look at the rows' lengths costs nothing beside the walk
 LOG2_E = math.log2(math.e)
 LOWEST = tl.constexpr(-3.4028234663852886e38)  # finite: a row that has met nothing must not make NaN
+# rows of a squared length above LONG are made SHORTER: then neither squares nor products overflow, nor is a row taken for one of no
+# length; a power of two rounds nothing
+LONG, SHORTER = tl.constexpr(2.0**100), tl.constexpr(2.0**-80)
 
 
 class Plan(NamedTuple):
@@ -230,28 +234,30 @@ def _first_of_name(names, first, count, ROWS: tl.constexpr, BLOCK: tl.constexpr)
 
 
 @triton.jit
-def _prepare(x, r, tops, rows, D, stride, to_log2, NORMALIZE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """With NORMALIZE r_i = 1 / |x_i|; without, the largest |x|^2 / tau of these rows, in units of log 2."""
+def _prepare(x, scaled, r, q, tops, rows, D, stride, to_log2, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """With normalize the rows q_i x_i, r_i = 1 / |q_i x_i| and q_i; else `tops`: these rows' largest |x|^2 / tau, in units of log 2."""
     D, stride = D // 8 * 8, stride // 8 * 8
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     squares = tl.zeros([ROWS, BLOCK], tl.float32)
-    largest = tl.zeros([ROWS, BLOCK], tl.float32)
-    if NORMALIZE:  # of the row's largest element, so that no square overflows or vanishes
-        for start in range(0, D, BLOCK):
-            largest = tl.maximum(largest, tl.abs(_load(x, row, row < rows, start, D, stride, BLOCK, True)))
-        top = tl.max(largest, 1)
-        top = tl.where(top > 0, top, 1.0)
-        for start in range(0, D, BLOCK):
-            part = _load(x, row, row < rows, start, D, stride, BLOCK, True) / top[:, None]
-            squares += part * part
-        length = tl.sqrt(tl.sum(squares, 1)) * top
-        tl.store(r + row, 1.0 / tl.where(length < 1e-12, 1e-12, length), mask=row < rows)  # NaN stays
-    else:
-        for start in range(0, D, BLOCK):
-            part = _load(x, row, row < rows, start, D, stride, BLOCK, True)
-            squares += part * part
-        size = tl.sum(squares, 1) * to_log2
+    for start in range(0, D, BLOCK):
+        part = _load(x, row, row < rows, start, D, stride, BLOCK, True)
+        squares += part * part
+    size = tl.sum(squares, 1)
+    if tops is not None:
+        size *= to_log2
         tl.store(tops + tl.program_id(0), tl.max(tl.where(size == size, size, float("inf")), 0))
+    else:
+        scale = tl.where(size > LONG, SHORTER, 1.0)  # NaN stays
+        squares = tl.zeros([ROWS, BLOCK], tl.float32)
+        for start in range(0, D, BLOCK):
+            part = _load(x, row, row < rows, start, D, stride, BLOCK, True) * scale[:, None]
+            squares += part * part
+            feature = start + tl.arange(0, BLOCK)
+            at = scaled + row.to(tl.int64)[:, None] * D + feature[None, :]
+            tl.store(at, part, mask=(row < rows)[:, None] & (feature < D)[None, :])
+        length = tl.sqrt(tl.sum(squares, 1))
+        tl.store(r + row, 1.0 / tl.where(length < 1e-12, 1e-12, length), mask=row < rows)
+        tl.store(q + row, scale, mask=row < rows)
 
 
 @triton.jit
@@ -557,22 +563,24 @@ def _gradients(
 
 @triton.jit(do_not_specialize=["begin", "end", "rows", "parts", "D_out"])
 def _finish(
-    sums, x, r, out, begin, end, rows, D, D_out, stride, parts, per_tau, V: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
+    sums, x, r, q, out, begin, end, rows, D, D_out, stride, parts, per_tau, V: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
     """The gradient of rows begin .. end of x: adds up the parts of the columns, and goes through the normalization."""
     D, stride, D_out = D // 8 * 8, stride // 8 * 8, D_out // V * V
     row = begin + tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     inside = row < end
     ri = tl.full([ROWS], 1.0, tl.float32)
+    qi = tl.full([ROWS], 1.0, tl.float32)
     along = tl.zeros([ROWS], tl.float32)
     if r is not None:
         ri = tl.load(r + row, mask=inside, other=0.0)
+        qi = tl.load(q + row, mask=inside, other=1.0)
         product = tl.zeros([ROWS, BLOCK], tl.float32)
         for start in range(0, D, BLOCK):
             d = tl.zeros([ROWS, BLOCK], tl.float32)
             for part in range(parts):
                 d += _load(sums, part * rows + row, inside, start, D, D, BLOCK, True)
-            product += d * _load(x, row, inside, start, D, stride, BLOCK, True)
+            product += d * (_load(x, row, inside, start, D, stride, BLOCK, True) * qi[:, None])
         # a length that was clamped is constant
         along = tl.where(ri < 0.99999e12, tl.sum(product, 1) * ri * ri, 0.0)
     for start in range(0, D, BLOCK):
@@ -580,7 +588,8 @@ def _finish(
         for part in range(parts):
             d += _load(sums, part * rows + row, inside, start, D, D, BLOCK, True)
         if r is not None:
-            d = (d - _load(x, row, inside, start, D, stride, BLOCK, True) * along[:, None]) * ri[:, None]
+            x_i = _load(x, row, inside, start, D, stride, BLOCK, True) * qi[:, None]
+            d = (d - x_i * along[:, None]) * ri[:, None] * qi[:, None]
         feature = start + tl.arange(0, BLOCK)
         tl.store(out + (row - begin)[:, None] * D_out + feature[None, :], d * per_tau, mask=inside[:, None] & (feature < D_out)[None, :])
 
@@ -593,32 +602,37 @@ class _Call:
 
     def __init__(self, anchors: Tensor, others: Tensor, names: Tensor, mask: Tensor | None, setting: Any):
         self.N, self.total, self.features = len(anchors), len(anchors) + len(others), anchors.shape[1]
-        self.x = _readable(torch.cat([anchors, others]) if len(others) else anchors)
-        if self.x.dtype == torch.float16 and (setting.normalize or mask is not None):
-            self.x = self.x.float()  # for the range of shares over lengths or weights; products on tensor cores all the same
+        self.rows = self.x = _readable(torch.cat([anchors, others]) if len(others) else anchors)
         self.D, self.device, self.setting = self.x.shape[1], anchors.device, setting
+        self.to_log2 = LOG2_E / setting.temperature
+        self.r = self.q = self.tops = None
+        float16 = self.x.dtype == torch.float16  # too narrow for shares over lengths or weights; tensor cores multiply the rest too
+        if setting.normalize:
+            self.x = torch.empty(self.total, self.D, dtype=torch.float32 if float16 else self.x.dtype, device=self.device)
+            self.r, self.q = (torch.empty(self.total, dtype=torch.float32, device=self.device) for _ in range(2))
+        elif float16 and mask is not None:
+            self.x = self.x.float()
+        self._prepare()
         self.names, self.B = names, 0 if mask is None else len(mask)
         self.mask = None if mask is None else mask.to(torch.uint8 if mask.dtype == torch.bool else mask.dtype).reshape(-1)
         self.precision = "ieee" if anchors.dtype == torch.float32 and _is_highest() else "tf32"
         self.plans = plans(self.N, self.D, self.x.dtype, self.precision, mask is not None, _kind(self.device))
-        self.to_log2 = LOG2_E / setting.temperature
         self.direct = setting.normalize and 1 / setting.temperature <= SAFE_EXPONENT
-        self.r, self.tops = self._prepared()
 
-    def _prepared(self) -> tuple[Tensor | None, Tensor | None]:
-        """1 / |x| of every row, with normalize; without, blocks' largest |x|^2 where the work is worth a look at them."""
+    def _prepare(self) -> None:
+        """Scaled rows and their lengths, with normalize; without, blocks' largest |x|^2 where the work is worth a look at them."""
         if not self.setting.normalize and self.N < MANY:
-            return None, None
+            return
         block = min(1024, triton.next_power_of_2(self.D))
-        rows = 4096 // block
-        blocks = triton.cdiv(self.total, rows)
-        made = torch.empty(self.total if self.setting.normalize else blocks, dtype=torch.float32, device=self.device)
-        with torch.cuda.device_of(self.x):
+        height = 4096 // block
+        blocks = triton.cdiv(self.total, height)
+        if not self.setting.normalize:
+            self.tops = torch.empty(blocks, dtype=torch.float32, device=self.device)
+        with torch.cuda.device_of(self.rows):
             _prepare[(blocks,)](
-                self.x, made, made, self.total, self.D, self.x.stride(0), self.to_log2,
-                NORMALIZE=self.setting.normalize, ROWS=rows, BLOCK=block, num_warps=4, enable_fp_fusion=True,
+                self.rows, self.x, self.r, self.q, self.tops, self.total, self.D, self.rows.stride(0), self.to_log2,
+                ROWS=height, BLOCK=block, num_warps=4, enable_fp_fusion=True,
             )  # fmt: skip
-        return (made, None) if self.setting.normalize else (None, made)
 
     def launch(self, function: Any, grid: tuple[int, ...], plan: Plan, *tensors: Any, sizes: tuple[int, ...], more: dict[str, Any]) -> None:
         """Launches a walk of S."""
@@ -701,6 +715,7 @@ def backward(
     grid = triton.cdiv(rows, plan.rows), parts, slices
     sizes = N, rows, total, named, counted, B, D, stride, blocks, share_blocks, tiles
     call.launch(_gradients, grid, plan, m, s, h, share_tops, sums, sizes=sizes, more={"SLICE": call.plans.slice})
+    del call.x  # a copy with normalize, whose memory the gradient takes
 
     d_anchors = torch.empty(anchors.shape, dtype=anchors.dtype, device=call.device)
     d_others = torch.empty(len(others) if for_others else 0, others.shape[1], dtype=others.dtype, device=call.device)
@@ -710,7 +725,7 @@ def backward(
         if len(out):
             with torch.cuda.device_of(anchors):
                 _finish[(triton.cdiv(len(out), height),)](
-                    sums, call.x, call.r, out, begin, begin + len(out), rows, D, call.features, stride, parts,
+                    sums, call.rows, call.r, call.q, out, begin, begin + len(out), rows, D, call.features, call.rows.stride(0), parts,
                     1 / setting.temperature, V=math.gcd(call.features, 8), ROWS=height, BLOCK=block, num_warps=4, enable_fp_fusion=True,
                 )  # fmt: skip
     return d_anchors, d_others

@@ -319,20 +319,20 @@ def test_contrastive_loss_holds_the_bars(target, product, half):
 
 
 @compiles
+@pytest.mark.parametrize("normalize", [False, True])
 @pytest.mark.parametrize("N", [8192, 32768])
-def test_contrastive_loss_takes_little_memory(N):
+def test_contrastive_loss_takes_little_memory(N, normalize, monkeypatch):
     """What the launchers allocate beyond the features and their gradient: KERNELS.md allows 4 N D b + 64 N bytes."""
     D, dtype = 128, torch.bfloat16
     features, others, names = torch.zeros(N, D, dtype=dtype), torch.zeros(0, D, dtype=dtype), torch.zeros(N, dtype=torch.int64)
-    setting, upstream = Setting(0.07, 1.0, 1, False, False), torch.ones(N)
+    setting, upstream = Setting(0.07, 1.0, 1, False, normalize), torch.ones(N)
+    monkeypatch.setattr(triton.JITFunction, "run", lambda *_, **__: None)
 
     def step():
         kept = supcon.forward(features, others, names, None, setting)[1]
-        launches.clear()  # which hold what they were given
         return supcon.backward(upstream, features, others, names, None, kept, setting, False)
 
-    with codegen.recorded() as launches:
-        assert peak_memory(step) - features.nbytes < 4 * features.nbytes + 64 * N
+    assert 0 < peak_memory(step) - features.nbytes < 4 * features.nbytes + 64 * N
 
 
 @compiles

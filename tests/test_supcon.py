@@ -228,6 +228,32 @@ def test_small_temperatures_and_long_rows_do_not_underflow(B: int, length: float
     assert gradient.any()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("B", [40, MANY])
+def test_huge_and_tiny_rows_normalize(B: int, dtype: torch.dtype) -> None:
+    """Squares of the rows, products of two of them and the length itself leave the range of the arithmetic; contrast rows too."""
+    features, contrast, labels = torch.randn(B, 16).clamp(-4, 4), torch.randn(9, 16).clamp(-4, 4), torch.arange(B) % 4
+    sizes = torch.tensor([1e-25, 0.0, 1e-11, 1.0, 1e12, 1e16, 1e20, 1e30, 3e36, 8e37])
+    features[: 2 * len(sizes)] *= sizes.repeat(2)[:, None]
+    contrast *= sizes[1:, None]
+    features, contrast = features.to(dtype), contrast.to(dtype)
+    if dtype == torch.float64:
+        features[4:10], contrast[3:] = 1e269 * features[4:10], 1e269 * contrast[3:]
+    tops = [x.double().abs().amax(1, keepdim=True) for x in (features, contrast)]
+    exact = [x.double() / torch.where(top > 1e-12, top, 1) for x, top in zip((features, contrast), tops)]
+
+    def call(features: Tensor, contrast: Tensor) -> Tensor:
+        return supcon_loss(features, labels, contrast=contrast, normalize=True)
+
+    want = value_and_gradients(lambda f, g: reference.supcon_loss(f, labels, contrast=g, normalize=True), exact)
+    got = value_and_gradients(call, [features, contrast])
+    assert error(got[0], want[0]) < FLOAT32_ERROR
+    for top, gradient, exact_gradient in zip(tops, got[1:], want[1:]):
+        moved = ((top > 1e-12) & (top < 1e35)).squeeze(1)  # of a longer row the gradient is no normal number
+        assert error((gradient * top)[moved], exact_gradient[moved]) < (1e-2 if dtype == torch.bfloat16 else FLOAT32_ERROR)
+        assert gradient.isfinite().all()
+
+
 @pytest.mark.parametrize("B", [40, MANY])
 def test_an_anchor_alone_in_its_class_adds_nothing_and_counts_in_the_mean(B: int) -> None:
     features = unit(B, 16, dtype=torch.float64)

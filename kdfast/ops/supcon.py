@@ -342,8 +342,16 @@ def _rows(x: Tensor, dtype: torch.dtype, normalize: bool) -> tuple[Tensor, Tenso
     x = x.to(dtype).contiguous()
     if not normalize:
         return x, None
-    length = torch.linalg.vector_norm(x, dim=1, keepdim=True).clamp_min_(LEAST_NORM)
-    return x / length, length
+    length = torch.linalg.vector_norm(x, dim=1, keepdim=True)
+    most = torch.finfo(dtype).max
+    long = length > most**0.4
+    if x.device.type != "cpu" or long.any():  # for another device's answer the host would wait
+        # squares overflow long before rows do: these rows are made shorter first
+        scale = torch.ones_like(length).masked_fill_(long, most**-0.6)
+        x = x * scale
+        length = torch.maximum(torch.linalg.vector_norm(x, dim=1, keepdim=True), LEAST_NORM * scale)
+        return x.div_(length), length.div_(scale)
+    return x / length.clamp_min_(LEAST_NORM), length
 
 
 def _through_rows(d: Tensor, unit: Tensor, length: Tensor | None, dtype: torch.dtype) -> Tensor:
