@@ -18,8 +18,8 @@ A tile of S is made once forward (2 N^2 D operations), and once backward, where 
 by the columns: 4 N^2 D. So 6 N^2 D in all while a row's gradient fits in registers; above, every slice of the gradient makes its tiles
 anew: (4 + 2 ceil(D / slice)) N^2 D. The slice is 256 features, and 128 for float32, for masks, and above D = 256 on Blackwell.
 
-m_i is the largest S_ij of the denominator, kept up while walking (`online`), or one bound for all rows where exp(S - bound) stays a
-normal number (`direct`): 1 / tau for rows of unit length, max |x|^2 / tau for others, which a program reads from the device. Then G_ij
+m_i is the largest S_ij of the denominator, kept up while walking (`online`), or 0 where exp(S) stays far inside float32's range
+(`direct`): |S| is at most 1 / tau for rows of unit length, max |x|^2 / tau for others, which a program reads from the device. Then G_ij
 and G_ji share their exponential. Columns are walked in `splits` parts where there are few rows; parts are added up in a fixed order by
 a launch of their own (`_losses`, `_finish`). No atomics: bits depend on the inputs alone.
 
@@ -37,7 +37,7 @@ import triton.language as tl
 from torch import Tensor
 from triton import knobs
 
-SAFE_EXPONENT = 40.0  # |S| up to here needs no running maximum: sums of e^{-80 ..} are normal float32 numbers
+SAFE_EXPONENT = 40.0  # |S| up to here needs no maximum: sums of e^S and shares divided by them are normal float32 numbers
 MANY = 4096  # anchors: from here on large tiles fill a GPU, and a look at the rows' lengths costs nothing beside the walk
 LOG2_E = math.log2(math.e)
 LOWEST = tl.constexpr(-3.4028234663852886e38)  # finite: a row that has met nothing must not make NaN
@@ -302,7 +302,7 @@ def _walk(
             larger = tl.minimum(tl.maximum(m, tl.max(S, 1)), -LOWEST)  # infinities are not to cancel
             Z = Z * tl.exp2(m - larger)
             m = larger
-        e = tl.exp2(S - m[:, None])
+        e = tl.exp2(S) if DIRECT else tl.exp2(S - m[:, None])
         if DUPLICATES > 1:
             e = e * c[None, :]
             if CAREFUL:
@@ -313,7 +313,7 @@ def _walk(
 
 @triton.jit
 def _sums(
-    xi, x, names, mask, r, ri, name_i, row, first, last, bound,
+    xi, x, names, mask, r, ri, name_i, row, first, last,
     N, total, named, counted, B, D, stride, to_log2,
     DIRECT: tl.constexpr, DUPLICATES: tl.constexpr, SELF_POSITIVE: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr, WHOLE: tl.constexpr,
@@ -322,7 +322,7 @@ def _sums(
     """m, Z, A = sum P S and W of a block of rows over column tiles first .. last, in units of log 2."""
     m = tl.full([ROWS], LOWEST, tl.float32)
     if DIRECT:
-        m = tl.zeros([ROWS], tl.float32) + bound
+        m = tl.zeros([ROWS], tl.float32)
     Z = tl.zeros([ROWS], tl.float32)
     A = tl.zeros([ROWS], tl.float32)
     W = tl.zeros([ROWS], tl.float32)
@@ -343,7 +343,7 @@ def _sums(
 @triton.jit(do_not_specialize=["N", "total", "named", "counted", "B", "blocks", "tiles"])
 def _denominators(
     x, names, mask, r, tops, out,
-    N, total, named, counted, B, D, stride, blocks, tiles, to_log2, bound, limit,
+    N, total, named, counted, B, D, stride, blocks, tiles, to_log2, limit,
     DIRECT: tl.constexpr, DUPLICATES: tl.constexpr, SELF_POSITIVE: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr, WHOLE: tl.constexpr,
     INTERPRETED: tl.constexpr, PRECISION: tl.constexpr,
@@ -362,20 +362,19 @@ def _denominators(
     if WHOLE:
         xi = _load(x, row, inside, 0, D, stride, WIDTH, INTERPRETED)
     if tops is not None:
-        bound = _bound(tops, blocks)
-        if bound <= limit:
+        if _bound(tops, blocks) <= limit:
             m, Z, A, W = _sums(
-                xi, x, names, mask, r, ri, name_i, row, first, last, bound, N, total, named, counted, B, D, stride, to_log2,
+                xi, x, names, mask, r, ri, name_i, row, first, last, N, total, named, counted, B, D, stride, to_log2,
                 True, DUPLICATES, SELF_POSITIVE, ROWS, COLUMNS, WIDTH, WHOLE, INTERPRETED, PRECISION,
             )  # fmt: skip
         else:
             m, Z, A, W = _sums(
-                xi, x, names, mask, r, ri, name_i, row, first, last, bound, N, total, named, counted, B, D, stride, to_log2,
+                xi, x, names, mask, r, ri, name_i, row, first, last, N, total, named, counted, B, D, stride, to_log2,
                 False, DUPLICATES, SELF_POSITIVE, ROWS, COLUMNS, WIDTH, WHOLE, INTERPRETED, PRECISION,
             )  # fmt: skip
     else:
         m, Z, A, W = _sums(
-            xi, x, names, mask, r, ri, name_i, row, first, last, bound, N, total, named, counted, B, D, stride, to_log2,
+            xi, x, names, mask, r, ri, name_i, row, first, last, N, total, named, counted, B, D, stride, to_log2,
             DIRECT, DUPLICATES, SELF_POSITIVE, ROWS, COLUMNS, WIDTH, WHOLE, INTERPRETED, PRECISION,
         )  # fmt: skip
     at = out + tl.program_id(1).to(tl.int64) * 4 * N + row
@@ -428,7 +427,7 @@ def _shares(upstream, Z, W, s, h, tops, N, scale, BLOCK: tl.constexpr):
 @triton.jit
 def _pull(
     xi, x, names, mask, r, ri, name_i, mi, si, hi, ci, row, m, s, h, begin, end, first, last, acc, slice_start, per_top,
-    N, rows, total, named, counted, B, D, stride, to_log2, bound,
+    N, rows, total, named, counted, B, D, stride, to_log2,
     CAREFUL: tl.constexpr, DIRECT: tl.constexpr, DUPLICATES: tl.constexpr, SELF_POSITIVE: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr, SLICE: tl.constexpr, WHOLE: tl.constexpr,
     INTERPRETED: tl.constexpr, PRECISION: tl.constexpr,
@@ -454,7 +453,7 @@ def _pull(
         if CAREFUL:
             S = tl.where(real[None, :] & ((DUPLICATES > 1) | (row[:, None] != col[None, :])), S, float("-inf"))
         if DIRECT:
-            G = tl.exp2(S - bound) * (si[:, None] * cj[None, :] + ci[:, None] * sj[None, :])
+            G = tl.exp2(S) * (si[:, None] * cj[None, :] + ci[:, None] * sj[None, :])
         else:
             mj = tl.load(m + col, mask=col < N, other=float("inf"))
             G = tl.exp2(S - mi[:, None]) * (si[:, None] * cj[None, :]) + tl.exp2(S - mj[None, :]) * (ci[:, None] * sj[None, :])
@@ -481,7 +480,7 @@ def _pull(
 @triton.jit
 def _pulls(
     xi, x, names, mask, r, ri, name_i, mi, si, hi, ci, row, m, s, h, first, last, slice_start, per_top,
-    N, rows, total, named, counted, B, D, stride, to_log2, bound,
+    N, rows, total, named, counted, B, D, stride, to_log2,
     DIRECT: tl.constexpr, DUPLICATES: tl.constexpr, SELF_POSITIVE: tl.constexpr, ROWS: tl.constexpr,
     COLUMNS: tl.constexpr, WIDTH: tl.constexpr, SLICE: tl.constexpr, WHOLE: tl.constexpr,
     INTERPRETED: tl.constexpr, PRECISION: tl.constexpr,
@@ -490,12 +489,12 @@ def _pulls(
     plain = _plain_steps(first, last, total, ROWS, COLUMNS)
     acc = _pull(
         xi, x, names, mask, r, ri, name_i, mi, si, hi, ci, row, m, s, h, 0, plain, first, last, acc, slice_start, per_top,
-        N, rows, total, named, counted, B, D, stride, to_log2, bound,
+        N, rows, total, named, counted, B, D, stride, to_log2,
         False, DIRECT, DUPLICATES, SELF_POSITIVE, ROWS, COLUMNS, WIDTH, SLICE, WHOLE, INTERPRETED, PRECISION,
     )  # fmt: skip
     acc = _pull(
         xi, x, names, mask, r, ri, name_i, mi, si, hi, ci, row, m, s, h, plain, last - first, first, last, acc, slice_start, per_top,
-        N, rows, total, named, counted, B, D, stride, to_log2, bound,
+        N, rows, total, named, counted, B, D, stride, to_log2,
         True, DIRECT, DUPLICATES, SELF_POSITIVE, ROWS, COLUMNS, WIDTH, SLICE, WHOLE, INTERPRETED, PRECISION,
     )  # fmt: skip
     return acc
@@ -504,7 +503,7 @@ def _pulls(
 @triton.jit(do_not_specialize=["N", "rows", "total", "named", "counted", "B", "blocks", "share_blocks", "tiles"])
 def _gradients(
     x, names, mask, r, tops, m, s, h, share_tops, out,
-    N, rows, total, named, counted, B, D, stride, blocks, share_blocks, tiles, to_log2, bound, limit,
+    N, rows, total, named, counted, B, D, stride, blocks, share_blocks, tiles, to_log2, limit,
     DIRECT: tl.constexpr, DUPLICATES: tl.constexpr, SELF_POSITIVE: tl.constexpr, ROWS: tl.constexpr,
     COLUMNS: tl.constexpr, WIDTH: tl.constexpr, SLICE: tl.constexpr, WHOLE: tl.constexpr,
     INTERPRETED: tl.constexpr, PRECISION: tl.constexpr,
@@ -537,23 +536,22 @@ def _gradients(
     if WHOLE:
         xi = _load(x, row, inside, 0, D, stride, WIDTH, INTERPRETED)
     if tops is not None:
-        bound = _bound(tops, blocks)
-        if bound <= limit:
+        if _bound(tops, blocks) <= limit:
             acc = _pulls(
                 xi, x, names, mask, r, ri, name_i, mi, si, hi, ci, row, m, s, h, first, last, slice_start, per_top,
-                N, rows, total, named, counted, B, D, stride, to_log2, bound,
+                N, rows, total, named, counted, B, D, stride, to_log2,
                 True, DUPLICATES, SELF_POSITIVE, ROWS, COLUMNS, WIDTH, SLICE, WHOLE, INTERPRETED, PRECISION,
             )  # fmt: skip
         else:
             acc = _pulls(
                 xi, x, names, mask, r, ri, name_i, mi, si, hi, ci, row, m, s, h, first, last, slice_start, per_top,
-                N, rows, total, named, counted, B, D, stride, to_log2, bound,
+                N, rows, total, named, counted, B, D, stride, to_log2,
                 False, DUPLICATES, SELF_POSITIVE, ROWS, COLUMNS, WIDTH, SLICE, WHOLE, INTERPRETED, PRECISION,
             )  # fmt: skip
     else:
         acc = _pulls(
             xi, x, names, mask, r, ri, name_i, mi, si, hi, ci, row, m, s, h, first, last, slice_start, per_top,
-            N, rows, total, named, counted, B, D, stride, to_log2, bound,
+            N, rows, total, named, counted, B, D, stride, to_log2,
             DIRECT, DUPLICATES, SELF_POSITIVE, ROWS, COLUMNS, WIDTH, SLICE, WHOLE, INTERPRETED, PRECISION,
         )  # fmt: skip
     feature = slice_start + tl.arange(0, SLICE)
@@ -639,8 +637,7 @@ class _Call:
         setting = self.setting
         with torch.cuda.device_of(self.x):  # a launch goes to the current device, which need not be the tensors'
             function[grid](
-                self.x, self.names, self.mask, self.r, self.tops, *tensors, *sizes, self.to_log2,
-                self.to_log2, SAFE_EXPONENT * LOG2_E,
+                self.x, self.names, self.mask, self.r, self.tops, *tensors, *sizes, self.to_log2, SAFE_EXPONENT * LOG2_E,
                 DIRECT=self.direct, DUPLICATES=setting.duplicates, SELF_POSITIVE=setting.self_positive,
                 ROWS=plan.rows, COLUMNS=plan.columns, WIDTH=plan.features, WHOLE=plan.features >= self.D,
                 INTERPRETED=knobs.runtime.interpret, PRECISION=self.precision,

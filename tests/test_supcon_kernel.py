@@ -123,6 +123,25 @@ def test_a_launch_goes_to_the_device_of_its_tensors(monkeypatch):
     assert all(x.device == features.device for x in guarded)
 
 
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize(("dtype", "allowed"), [(torch.float32, FLOAT32_ERROR), (torch.bfloat16, 1e-2), (torch.float16, 2e-3)], ids=str)
+def test_a_scaled_loss_over_a_small_denominator(dtype, allowed, normalize, large_tiles):
+    """A GradScaler's factor, and an anchor that is opposite to all others at nearly the lowest temperature that needs no maximum."""
+    features = torch.full((3, 1024), 1 / 32)
+    features[1:] *= -1
+    features[1, 1] *= -1
+    features[2, 2] *= -1
+    features, labels, upstream = features.to(dtype), torch.tensor([0, 0, 1]), torch.tensor([[32768.0], [0.0], [0.0]])
+    options = {"temperature": 0.0251, "normalize": normalize, "reduction": "none"}
+    exact, ours = (
+        value_and_gradients(lambda x: f(x, labels, **options), [x], upstream)  # noqa: B023
+        for f, x in ((reference.supcon_loss, features.double()), (supcon_loss, features))
+    )
+    assert error(ours[0], exact[0]) < FLOAT32_ERROR
+    assert error(ours[1], exact[1]) < allowed
+    assert error(ours[1].roll(1, 0), exact[1]) > allowed
+
+
 @pytest.mark.parametrize("masked", [False, True])
 def test_float16_shares_out_of_range(masked):
     """A length of 0, which G is divided by; weights that a sum of 1e-5 divides: neither may leave float16's range."""
