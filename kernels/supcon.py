@@ -186,7 +186,7 @@ def _alike(mask, name_i, name_j, both, B):
 
 
 # Of the column tiles first .. last a program walks the plain ones, then those that meet the diagonal or lack columns: two loops, and
-# only the second asks for every element where it stands.
+# only the second (CAREFUL) asks for every element where it stands.
 
 
 @triton.jit
@@ -261,59 +261,8 @@ def _prepare(x, scaled, r, q, tops, rows, D, stride, to_log2, ROWS: tl.constexpr
 
 
 @triton.jit
-def _walk(
-    xi, x, names, mask, r, ri, name_i, row, begin, end, first, last, m, Z, A, W,
-    N, total, named, counted, B, D, stride, to_log2,
-    CAREFUL: tl.constexpr, DIRECT: tl.constexpr, DUPLICATES: tl.constexpr, SELF_POSITIVE: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr, WHOLE: tl.constexpr,
-    INTERPRETED: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Adds the steps begin .. end of the walk to the sums. CAREFUL: the diagonal or columns that are not there may be among them."""
-    for step in range(begin, end):
-        col = _tile(step, first, last, total, ROWS, COLUMNS) * COLUMNS + tl.arange(0, COLUMNS)
-        real = col < total
-        xj = xi
-        if WHOLE:
-            xj = _load(x, col, real, 0, D, stride, WIDTH, INTERPRETED)
-        S = _product(xi, xj, x, row, row < N, col, real, D, stride, WIDTH, WHOLE, INTERPRETED, PRECISION) * to_log2
-        if r is not None:
-            S = S * ri[:, None] * tl.load(r + col, mask=real, other=0.0)[None, :]
-        name_j = tl.load(names + col, mask=col < named, other=0)
-        both = (row < N)[:, None] & (col < named)[None, :]
-        itself = row[:, None] == col[None, :]
-        c = tl.full([COLUMNS], 1.0, tl.float32)
-        if DUPLICATES > 1:
-            c = tl.where(col < counted, 1.0 * DUPLICATES, 1.0)
-        if mask is None and DUPLICATES == 1:  # a bit for each element, where weights would take a register
-            alike = both & (name_i[:, None] == name_j[None, :])
-            if CAREFUL and not SELF_POSITIVE:
-                alike = alike & (row[:, None] != col[None, :])
-            A += tl.sum(tl.where(alike, S, 0.0), 1)
-            W += tl.sum(tl.where(alike, 1.0, 0.0), 1)
-        else:
-            P = _alike(mask, name_i, name_j, both, B) * c[None, :]
-            if CAREFUL and not SELF_POSITIVE:
-                P = tl.where(itself, 0.0 if DUPLICATES == 1 else P * ((DUPLICATES - 1) / DUPLICATES), P)
-            A += tl.sum(P * S if mask is not None else tl.where(P != 0.0, P * S, 0.0), 1)
-            W += tl.sum(P, 1)
-        if CAREFUL:
-            S = tl.where(real[None, :] & ((DUPLICATES > 1) | (row[:, None] != col[None, :])), S, float("-inf"))
-        if not DIRECT:
-            larger = tl.minimum(tl.maximum(m, tl.max(S, 1)), -LOWEST)  # infinities are not to cancel
-            Z = Z * tl.exp2(m - larger)
-            m = larger
-        e = tl.exp2(S) if DIRECT else tl.exp2(S - m[:, None])
-        if DUPLICATES > 1:
-            e = e * c[None, :]
-            if CAREFUL:
-                e = tl.where(itself, e * ((DUPLICATES - 1) / DUPLICATES), e)
-        Z += tl.sum(e, 1)
-    return m, Z, A, W
-
-
-@triton.jit
 def _sums(
-    xi, x, names, mask, r, ri, name_i, row, first, last,
+    xi, x, names, mask, r, ri, name_i, row, first, last, origin,
     N, total, named, counted, B, D, stride, to_log2,
     DIRECT: tl.constexpr, DUPLICATES: tl.constexpr, SELF_POSITIVE: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr, WHOLE: tl.constexpr,
@@ -322,28 +271,58 @@ def _sums(
     """m, Z, A = sum P S and W of a block of rows over column tiles first .. last, in units of log 2."""
     m = tl.full([ROWS], LOWEST, tl.float32)
     if DIRECT:
-        m = tl.zeros([ROWS], tl.float32)
+        m = tl.zeros([ROWS], tl.float32) + origin  # 0, but were that known to the compiler, it would take more registers
     Z = tl.zeros([ROWS], tl.float32)
     A = tl.zeros([ROWS], tl.float32)
     W = tl.zeros([ROWS], tl.float32)
     plain = _plain_steps(first, last, total, ROWS, COLUMNS)
-    m, Z, A, W = _walk(
-        xi, x, names, mask, r, ri, name_i, row, 0, plain, first, last, m, Z, A, W,
-        N, total, named, counted, B, D, stride, to_log2,
-        False, DIRECT, DUPLICATES, SELF_POSITIVE, ROWS, COLUMNS, WIDTH, WHOLE, INTERPRETED, PRECISION,
-    )  # fmt: skip
-    m, Z, A, W = _walk(
-        xi, x, names, mask, r, ri, name_i, row, plain, last - first, first, last, m, Z, A, W,
-        N, total, named, counted, B, D, stride, to_log2,
-        True, DIRECT, DUPLICATES, SELF_POSITIVE, ROWS, COLUMNS, WIDTH, WHOLE, INTERPRETED, PRECISION,
-    )  # fmt: skip
+    for CAREFUL in tl.static_range(2):
+        for step in range(plain if CAREFUL else 0, last - first if CAREFUL else plain):
+            col = _tile(step, first, last, total, ROWS, COLUMNS) * COLUMNS + tl.arange(0, COLUMNS)
+            real = col < total
+            xj = xi
+            if WHOLE:
+                xj = _load(x, col, real, 0, D, stride, WIDTH, INTERPRETED)
+            S = _product(xi, xj, x, row, row < N, col, real, D, stride, WIDTH, WHOLE, INTERPRETED, PRECISION) * to_log2
+            if r is not None:
+                S = S * ri[:, None] * tl.load(r + col, mask=real, other=0.0)[None, :]
+            name_j = tl.load(names + col, mask=col < named, other=0)
+            both = (row < N)[:, None] & (col < named)[None, :]
+            itself = row[:, None] == col[None, :]
+            c = tl.full([COLUMNS], 1.0, tl.float32)
+            if DUPLICATES > 1:
+                c = tl.where(col < counted, 1.0 * DUPLICATES, 1.0)
+            if mask is None and DUPLICATES == 1:  # a bit for each element, where weights would take a register
+                alike = both & (name_i[:, None] == name_j[None, :])
+                if CAREFUL and not SELF_POSITIVE:
+                    alike = alike & (row[:, None] != col[None, :])
+                A += tl.sum(tl.where(alike, S, 0.0), 1)
+                W += tl.sum(tl.where(alike, 1.0, 0.0), 1)
+            else:
+                P = _alike(mask, name_i, name_j, both, B) * c[None, :]
+                if CAREFUL and not SELF_POSITIVE:
+                    P = tl.where(itself, 0.0 if DUPLICATES == 1 else P * ((DUPLICATES - 1) / DUPLICATES), P)
+                A += tl.sum(P * S if mask is not None else tl.where(P != 0.0, P * S, 0.0), 1)
+                W += tl.sum(P, 1)
+            if CAREFUL:
+                S = tl.where(real[None, :] & ((DUPLICATES > 1) | (row[:, None] != col[None, :])), S, float("-inf"))
+            if not DIRECT:
+                larger = tl.minimum(tl.maximum(m, tl.max(S, 1)), -LOWEST)  # infinities are not to cancel
+                Z = Z * tl.exp2(m - larger)
+                m = larger
+            e = tl.exp2(S - m[:, None])
+            if DUPLICATES > 1:
+                e = e * c[None, :]
+                if CAREFUL:
+                    e = tl.where(itself, e * ((DUPLICATES - 1) / DUPLICATES), e)
+            Z += tl.sum(e, 1)
     return m, Z, A, W
 
 
 @triton.jit(do_not_specialize=["N", "total", "named", "counted", "B", "blocks", "tiles"])
 def _denominators(
     x, names, mask, r, tops, out,
-    N, total, named, counted, B, D, stride, blocks, tiles, to_log2, limit,
+    N, total, named, counted, B, D, stride, blocks, tiles, to_log2, limit, origin,
     DIRECT: tl.constexpr, DUPLICATES: tl.constexpr, SELF_POSITIVE: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr, WHOLE: tl.constexpr,
     INTERPRETED: tl.constexpr, PRECISION: tl.constexpr,
@@ -361,21 +340,15 @@ def _denominators(
     xi = row
     if WHOLE:
         xi = _load(x, row, inside, 0, D, stride, WIDTH, INTERPRETED)
-    if tops is not None:
-        if _bound(tops, blocks) <= limit:
-            m, Z, A, W = _sums(
-                xi, x, names, mask, r, ri, name_i, row, first, last, N, total, named, counted, B, D, stride, to_log2,
-                True, DUPLICATES, SELF_POSITIVE, ROWS, COLUMNS, WIDTH, WHOLE, INTERPRETED, PRECISION,
-            )  # fmt: skip
-        else:
-            m, Z, A, W = _sums(
-                xi, x, names, mask, r, ri, name_i, row, first, last, N, total, named, counted, B, D, stride, to_log2,
-                False, DUPLICATES, SELF_POSITIVE, ROWS, COLUMNS, WIDTH, WHOLE, INTERPRETED, PRECISION,
-            )  # fmt: skip
+    if DIRECT if tops is None else _bound(tops, blocks) <= limit:
+        m, Z, A, W = _sums(
+            xi, x, names, mask, r, ri, name_i, row, first, last, origin, N, total, named, counted, B, D, stride, to_log2,
+            True, DUPLICATES, SELF_POSITIVE, ROWS, COLUMNS, WIDTH, WHOLE, INTERPRETED, PRECISION,
+        )  # fmt: skip
     else:
         m, Z, A, W = _sums(
-            xi, x, names, mask, r, ri, name_i, row, first, last, N, total, named, counted, B, D, stride, to_log2,
-            DIRECT, DUPLICATES, SELF_POSITIVE, ROWS, COLUMNS, WIDTH, WHOLE, INTERPRETED, PRECISION,
+            xi, x, names, mask, r, ri, name_i, row, first, last, origin, N, total, named, counted, B, D, stride, to_log2,
+            False, DUPLICATES, SELF_POSITIVE, ROWS, COLUMNS, WIDTH, WHOLE, INTERPRETED, PRECISION,
         )  # fmt: skip
     at = out + tl.program_id(1).to(tl.int64) * 4 * N + row
     tl.store(at, m, mask=inside)
@@ -425,59 +398,6 @@ def _shares(upstream, Z, W, s, h, tops, N, scale, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _pull(
-    xi, x, names, mask, r, ri, name_i, mi, si, hi, ci, row, m, s, h, begin, end, first, last, acc, slice_start, per_top,
-    N, rows, total, named, counted, B, D, stride, to_log2,
-    CAREFUL: tl.constexpr, DIRECT: tl.constexpr, DUPLICATES: tl.constexpr, SELF_POSITIVE: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr, SLICE: tl.constexpr, WHOLE: tl.constexpr,
-    INTERPRETED: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Adds (G + G') r x of the steps begin .. end of the walk to acc. CAREFUL: as in _walk."""
-    for step in range(begin, end):
-        col = _tile(step, first, last, total, ROWS, COLUMNS) * COLUMNS + tl.arange(0, COLUMNS)
-        real = col < total
-        xj = _load(x, col, real, slice_start, D, stride, SLICE, INTERPRETED)
-        S = _product(xi, xj, x, row, row < rows, col, real, D, stride, WIDTH, WHOLE, INTERPRETED, PRECISION) * to_log2
-        rj = tl.full([COLUMNS], 1.0, tl.float32)
-        if r is not None:
-            rj = tl.load(r + col, mask=real, other=0.0)
-            S = S * ri[:, None] * rj[None, :]
-        sj = tl.load(s + col, mask=col < N, other=0.0) * per_top
-        hj = tl.load(h + col, mask=col < N, other=0.0) * per_top
-        name_j = tl.load(names + col, mask=col < named, other=0)
-        both = (row < named)[:, None] & (col < named)[None, :]
-        cj = tl.full([COLUMNS], 1.0, tl.float32)
-        if DUPLICATES > 1:
-            cj = tl.where(col < counted, 1.0 * DUPLICATES, 1.0)
-        itself = row[:, None] == col[None, :]
-        if CAREFUL:
-            S = tl.where(real[None, :] & ((DUPLICATES > 1) | (row[:, None] != col[None, :])), S, float("-inf"))
-        if DIRECT:
-            G = tl.exp2(S) * (si[:, None] * cj[None, :] + ci[:, None] * sj[None, :])
-        else:
-            mj = tl.load(m + col, mask=col < N, other=float("inf"))
-            G = tl.exp2(S - mi[:, None]) * (si[:, None] * cj[None, :]) + tl.exp2(S - mj[None, :]) * (ci[:, None] * sj[None, :])
-        if mask is None:
-            P = tl.where(both & (name_i[:, None] == name_j[None, :]), hi[:, None] * cj[None, :] + ci[:, None] * hj[None, :], 0.0)
-        else:
-            P = _alike(mask, name_i, name_j, both, B) * (hi[:, None] * cj[None, :])
-            at = name_j[None, :] * B + name_i[:, None]
-            P += tl.load(mask + at, mask=both, other=0).to(tl.float32) * (ci[:, None] * hj[None, :])
-        if CAREFUL:
-            if DUPLICATES > 1:
-                G = tl.where(itself, G * ((DUPLICATES - 1) / DUPLICATES), G)
-            if not SELF_POSITIVE:
-                P = tl.where(itself, 0.0 if DUPLICATES == 1 else P * ((DUPLICATES - 1) / DUPLICATES), P)
-        G = G - P
-        if r is not None:
-            G = G * rj[None, :]
-        if INTERPRETED and x.dtype.element_ty == tl.float16:  # whose range is to be seen there too
-            G = G.to(tl.float16)
-        acc = tl.dot(G.to(xj.dtype), xj, acc, input_precision=PRECISION)
-    return acc
-
-
-@triton.jit
 def _pulls(
     xi, x, names, mask, r, ri, name_i, mi, si, hi, ci, row, m, s, h, first, last, slice_start, per_top,
     N, rows, total, named, counted, B, D, stride, to_log2,
@@ -485,18 +405,51 @@ def _pulls(
     COLUMNS: tl.constexpr, WIDTH: tl.constexpr, SLICE: tl.constexpr, WHOLE: tl.constexpr,
     INTERPRETED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
+    """(G + G') r x of a block of rows over column tiles first .. last."""
     acc = tl.zeros([ROWS, SLICE], tl.float32)
     plain = _plain_steps(first, last, total, ROWS, COLUMNS)
-    acc = _pull(
-        xi, x, names, mask, r, ri, name_i, mi, si, hi, ci, row, m, s, h, 0, plain, first, last, acc, slice_start, per_top,
-        N, rows, total, named, counted, B, D, stride, to_log2,
-        False, DIRECT, DUPLICATES, SELF_POSITIVE, ROWS, COLUMNS, WIDTH, SLICE, WHOLE, INTERPRETED, PRECISION,
-    )  # fmt: skip
-    acc = _pull(
-        xi, x, names, mask, r, ri, name_i, mi, si, hi, ci, row, m, s, h, plain, last - first, first, last, acc, slice_start, per_top,
-        N, rows, total, named, counted, B, D, stride, to_log2,
-        True, DIRECT, DUPLICATES, SELF_POSITIVE, ROWS, COLUMNS, WIDTH, SLICE, WHOLE, INTERPRETED, PRECISION,
-    )  # fmt: skip
+    for CAREFUL in tl.static_range(2):
+        for step in range(plain if CAREFUL else 0, last - first if CAREFUL else plain):
+            col = _tile(step, first, last, total, ROWS, COLUMNS) * COLUMNS + tl.arange(0, COLUMNS)
+            real = col < total
+            xj = _load(x, col, real, slice_start, D, stride, SLICE, INTERPRETED)
+            S = _product(xi, xj, x, row, row < rows, col, real, D, stride, WIDTH, WHOLE, INTERPRETED, PRECISION) * to_log2
+            rj = tl.full([COLUMNS], 1.0, tl.float32)
+            if r is not None:
+                rj = tl.load(r + col, mask=real, other=0.0)
+                S = S * ri[:, None] * rj[None, :]
+            sj = tl.load(s + col, mask=col < N, other=0.0) * per_top
+            hj = tl.load(h + col, mask=col < N, other=0.0) * per_top
+            name_j = tl.load(names + col, mask=col < named, other=0)
+            both = (row < named)[:, None] & (col < named)[None, :]
+            cj = tl.full([COLUMNS], 1.0, tl.float32)
+            if DUPLICATES > 1:
+                cj = tl.where(col < counted, 1.0 * DUPLICATES, 1.0)
+            itself = row[:, None] == col[None, :]
+            if CAREFUL:
+                S = tl.where(real[None, :] & ((DUPLICATES > 1) | (row[:, None] != col[None, :])), S, float("-inf"))
+            if DIRECT:
+                G = tl.exp2(S) * (si[:, None] * cj[None, :] + ci[:, None] * sj[None, :])
+            else:
+                mj = tl.load(m + col, mask=col < N, other=float("inf"))
+                G = tl.exp2(S - mi[:, None]) * (si[:, None] * cj[None, :]) + tl.exp2(S - mj[None, :]) * (ci[:, None] * sj[None, :])
+            if mask is None:
+                P = tl.where(both & (name_i[:, None] == name_j[None, :]), hi[:, None] * cj[None, :] + ci[:, None] * hj[None, :], 0.0)
+            else:
+                P = _alike(mask, name_i, name_j, both, B) * (hi[:, None] * cj[None, :])
+                at = name_j[None, :] * B + name_i[:, None]
+                P += tl.load(mask + at, mask=both, other=0).to(tl.float32) * (ci[:, None] * hj[None, :])
+            if CAREFUL:
+                if DUPLICATES > 1:
+                    G = tl.where(itself, G * ((DUPLICATES - 1) / DUPLICATES), G)
+                if not SELF_POSITIVE:
+                    P = tl.where(itself, 0.0 if DUPLICATES == 1 else P * ((DUPLICATES - 1) / DUPLICATES), P)
+            G = G - P
+            if r is not None:
+                G = G * rj[None, :]
+            if INTERPRETED and x.dtype.element_ty == tl.float16:  # whose range is to be seen there too
+                G = G.to(tl.float16)
+            acc = tl.dot(G.to(xj.dtype), xj, acc, input_precision=PRECISION)
     return acc
 
 
@@ -510,8 +463,13 @@ def _gradients(
 ):  # fmt: skip
     """Tau times the gradient of r x: a block of rows and a slice of features, over a part of the columns, into out [splits, rows, D]."""
     D, stride = D // 8 * 8, stride // 8 * 8
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    inside, anchor = row < rows, row < N
+    # a block is of anchors or of other rows, which meet anchors alone: their products with each other might be infinite
+    block, of_anchors = tl.program_id(0), tl.cdiv(N, ROWS)
+    begin, end, columns = block * ROWS, N, total
+    if block >= of_anchors:
+        begin, end, columns = N + (block - of_anchors) * ROWS, rows, N
+    row = begin + tl.arange(0, ROWS)
+    inside, anchor = row < end, row < N
     slice_start = tl.program_id(2) * SLICE
     name_i = tl.load(names + row, mask=row < named, other=0)
     top, per_top = 1.0, 1.0
@@ -528,31 +486,22 @@ def _gradients(
     ri = tl.zeros([ROWS], tl.float32)
     if r is not None:
         ri = tl.load(r + row, mask=inside, other=0.0)
-    # rows that are no anchors pull at anchors alone
-    columns = tl.where(tl.program_id(0) * ROWS < N, total, N)
     first = tl.program_id(1) * tiles
     last = tl.minimum(first + tiles, tl.cdiv(columns, COLUMNS))
     xi = row
     if WHOLE:
         xi = _load(x, row, inside, 0, D, stride, WIDTH, INTERPRETED)
-    if tops is not None:
-        if _bound(tops, blocks) <= limit:
-            acc = _pulls(
-                xi, x, names, mask, r, ri, name_i, mi, si, hi, ci, row, m, s, h, first, last, slice_start, per_top,
-                N, rows, total, named, counted, B, D, stride, to_log2,
-                True, DUPLICATES, SELF_POSITIVE, ROWS, COLUMNS, WIDTH, SLICE, WHOLE, INTERPRETED, PRECISION,
-            )  # fmt: skip
-        else:
-            acc = _pulls(
-                xi, x, names, mask, r, ri, name_i, mi, si, hi, ci, row, m, s, h, first, last, slice_start, per_top,
-                N, rows, total, named, counted, B, D, stride, to_log2,
-                False, DUPLICATES, SELF_POSITIVE, ROWS, COLUMNS, WIDTH, SLICE, WHOLE, INTERPRETED, PRECISION,
-            )  # fmt: skip
+    if DIRECT if tops is None else _bound(tops, blocks) <= limit:
+        acc = _pulls(
+            xi, x, names, mask, r, ri, name_i, mi, si, hi, ci, row, m, s, h, first, last, slice_start, per_top,
+            N, end, columns, named, counted, B, D, stride, to_log2,
+            True, DUPLICATES, SELF_POSITIVE, ROWS, COLUMNS, WIDTH, SLICE, WHOLE, INTERPRETED, PRECISION,
+        )  # fmt: skip
     else:
         acc = _pulls(
             xi, x, names, mask, r, ri, name_i, mi, si, hi, ci, row, m, s, h, first, last, slice_start, per_top,
-            N, rows, total, named, counted, B, D, stride, to_log2,
-            DIRECT, DUPLICATES, SELF_POSITIVE, ROWS, COLUMNS, WIDTH, SLICE, WHOLE, INTERPRETED, PRECISION,
+            N, end, columns, named, counted, B, D, stride, to_log2,
+            False, DUPLICATES, SELF_POSITIVE, ROWS, COLUMNS, WIDTH, SLICE, WHOLE, INTERPRETED, PRECISION,
         )  # fmt: skip
     feature = slice_start + tl.arange(0, SLICE)
     at = (tl.program_id(1).to(tl.int64) * rows + row.to(tl.int64))[:, None] * D + feature[None, :]
@@ -670,7 +619,7 @@ def forward(anchors: Tensor, others: Tensor, names: Tensor, mask: Tensor | None,
     parts = splits(N, call.total, plan, 1, 64)
     tiles = triton.cdiv(triton.cdiv(call.total, plan.columns), parts)
     sums = torch.empty(parts * 4 * N, dtype=torch.float32, device=call.device)
-    call.launch(_denominators, (triton.cdiv(N, plan.rows), parts), plan, sums, sizes=(N, *call.shape, tiles), more={})
+    call.launch(_denominators, (triton.cdiv(N, plan.rows), parts), plan, sums, sizes=(N, *call.shape, tiles), more={"origin": 0.0})
     losses, m, Z, W = (torch.empty(N, dtype=torch.float32, device=call.device) for _ in range(4))
     with torch.cuda.device_of(anchors):
         _losses[(triton.cdiv(N, 256),)](
@@ -709,7 +658,7 @@ def backward(
     tiles = triton.cdiv(triton.cdiv(call.total, plan.columns), parts)
     sums = torch.empty(parts, rows, call.D, **float32)
     total, named, counted, B, D, stride, blocks = call.shape
-    grid = triton.cdiv(rows, plan.rows), parts, slices
+    grid = triton.cdiv(N, plan.rows) + triton.cdiv(rows - N, plan.rows), parts, slices
     sizes = N, rows, total, named, counted, B, D, stride, blocks, share_blocks, tiles
     call.launch(_gradients, grid, plan, m, s, h, share_tops, sums, sizes=sizes, more={"SLICE": call.plans.slice})
     del call.x  # a copy with normalize, whose memory the gradient takes

@@ -71,6 +71,21 @@ def test_rows_of_other_processes_count_as_often_as_at_home(normalize, self_posit
     assert error(got, unlike) > 1e-4, "the copies would not be missed"
 
 
+@pytest.mark.parametrize("N", [10, 70, 128])
+@pytest.mark.parametrize("labelled", [False, True])
+def test_products_of_contrast_rows_may_overflow(N, labelled, large_tiles):
+    """They are no part of the loss, but in tiles that hold anchors as well."""
+    features, contrast, labels = 1e-20 * torch.randn(N, 8), 1e20 * torch.randn(150, 8), torch.arange(N) % 3
+    options = {"temperature": 1.0, "contrast_labels": torch.arange(150) % 3 if labelled else None}
+    exact, ours = (
+        value_and_gradients(lambda x, y: f(x, labels, contrast=y, **options), inputs)  # noqa: B023
+        for f, inputs in ((reference.supcon_loss, [features.double(), contrast.double()]), (supcon_loss, [features, contrast]))
+    )
+    for got, want in zip(ours, exact):
+        assert error(got, want) < FLOAT32_ERROR
+        assert not got.ndim or error(got.roll(1, 0), want) > FLOAT32_ERROR
+
+
 @pytest.mark.parametrize(
     "names",
     [
