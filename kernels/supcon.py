@@ -611,7 +611,7 @@ def forward(anchors: Tensor, others: Tensor, names: Tensor, mask: Tensor | None,
         setting: temperature, scale, duplicates, self_positive, normalize, copied.
 
     Returns:
-        The losses [N], float32, and what backward needs: m, Z and W, [N] each, and the names in 32 bits [N + M'].
+        The losses [N], float32, and what backward needs: m, Z and W, [N] each, and the names [N + M'], see dtype_of_names.
     """
     short_names = _short(names, mask)
     call = _Call(anchors, others, short_names, mask, setting)
@@ -695,10 +695,15 @@ def _readable(x: Tensor) -> Tensor:
     return x.clone(memory_format=torch.contiguous_format)
 
 
+def dtype_of_names(mask: Tensor | None) -> torch.dtype:
+    """Of the names that forward returns: with 2^31 elements of a mask, what is multiplied and added must be 64-bit."""
+    return torch.int32 if mask is None or mask.numel() < 2**31 else torch.int64
+
+
 def _short(names: Tensor, mask: Tensor | None) -> Tensor:
     """The names in 32 bits: as they are where they fit or index a mask, else the index of the first row of that name."""
-    if mask is not None:  # of 2^31 elements and more, what is multiplied and added must be 64-bit
-        return names.to(torch.int32 if mask.numel() < 2**31 else torch.int64, copy=True, memory_format=torch.contiguous_format)
+    if mask is not None:
+        return names.to(dtype_of_names(mask), copy=True, memory_format=torch.contiguous_format)
     if names.dtype in (torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool):
         return names.to(torch.int32, copy=True, memory_format=torch.contiguous_format)  # an operator must not return what it was given
     first = torch.empty(len(names), dtype=torch.int32, device=names.device)

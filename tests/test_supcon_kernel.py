@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from kdfast import reference
 from kdfast.functional import supcon_loss
@@ -182,6 +183,16 @@ def test_an_operator_returns_nothing_that_it_was_given(labels):
     features = unit(5, 8)
     for a, b in zip(value_and_gradients(compiled, [features]), value_and_gradients(lambda x: supcon_loss(x, labels), [features])):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("B", [100, 46341])
+def test_compiled_graphs_expect_the_names_that_come(B):
+    """The square of 46,341 is the first beyond 2^31."""
+    setting = operator.Setting(0.07, 1.0, 1, False, False)
+    with FakeTensorMode():
+        inputs = torch.empty(4, 8), torch.empty(0, 8), torch.arange(4), torch.empty(B, B, dtype=torch.bool)
+        expected = torch.ops.kdfast.supcon_forward(*inputs, *setting)[1][-1]
+    assert expected.dtype == kernel._short(torch.arange(4), torch.empty(1, dtype=torch.bool).expand(B, B)).dtype
 
 
 @pytest.mark.parametrize("B", [20, 520])

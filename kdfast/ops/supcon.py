@@ -292,11 +292,12 @@ def _forward_op(
 
 
 @_forward_op.register_fake
-def _(anchors: Tensor, others: Tensor, names: Tensor, *_rest: Any) -> tuple[Tensor, list[Tensor]]:
+def _(anchors: Tensor, others: Tensor, names: Tensor, mask: Tensor | None, *_rest: Any) -> tuple[Tensor, list[Tensor]]:
     N, M = anchors.shape[0], others.shape[0]  # len() would make a number of a symbol
     row = anchors.new_empty(N, dtype=_arithmetic(anchors))
-    if kernel("supcon", anchors, others) is not None:
-        return row, [*(row.new_empty(N) for _ in range(3)), names.new_empty(names.shape, dtype=torch.int32)]
+    module = kernel("supcon", anchors, others)
+    if module is not None:
+        return row, [*(row.new_empty(N) for _ in range(3)), names.new_empty(names.shape, dtype=module.dtype_of_names(mask))]
     if _is_small(anchors, others):
         return row, [row.new_empty(N, N + M)]
     return row, [row.new_empty(N), row.new_empty(N), row.new_empty(anchors.shape), row.new_empty(N)]
