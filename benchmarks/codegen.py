@@ -370,28 +370,22 @@ def supcon_cases(target: str) -> Iterator[Case]:
     for N in (1024, 8192):
         for D in (64, 128, 256, 512, 2048):
             for variant in ("labels", "normalize, 2 views", "mask, queue"):
-                yield from supcon_walks(target, N, D, variant, bf16)
+                yield from supcon_step(target, N, D, variant, bf16)
         for D in (64, 128, 256, 512):
             for variant in ("labels, tf32", "mask, queue, tf32"):
-                yield from supcon_walks(target, N, D, variant, fp32)
+                yield from supcon_step(target, N, D, variant, fp32)
     for D in (64, 128, 512):
-        yield from supcon_walks(target, 8192, D, "labels", fp32)
-    yield from supcon_walks(target, 8192, 128, "labels", fp16)
+        yield from supcon_step(target, 8192, D, "labels", fp32)
+    yield from supcon_step(target, 8192, 128, "labels", fp16)
     for D, dtype in ((10, fp32), (128, bf16), (2048, bf16)):
-        for function in ("_prepare", "_finish"):
-            yield supcon_case(target, 8192, D, "normalize, 2 views", dtype, function)
-    for function in ("_first_of_name", "_losses", "_shares"):
-        yield supcon_case(target, 8192, 128, "labels", bf16, function)
+        yield from supcon_step(target, 8192, D, "normalize, 2 views", dtype, ("_prepare", "_finish"))
+    yield from supcon_step(target, 8192, 128, "labels", bf16, ("_first_of_name", "_losses", "_shares"))
 
 
-def supcon_walks(target: str, N: int, D: int, variant: str, dtype: torch.dtype) -> Iterator[Case]:
-    """The forward and the backward walk."""
-    for function in ("_denominators", "_gradients"):
-        yield supcon_case(target, N, D, variant, dtype, function)
-
-
-def supcon_case(target: str, N: int, D: int, variant: str, dtype: torch.dtype, function: str) -> Case:
-    """One launch of a training step of the loss."""
+def supcon_step(
+    target: str, N: int, D: int, variant: str, dtype: torch.dtype, functions: Sequence[str] = ("_denominators", "_gradients")
+) -> Iterator[Case]:
+    """Launches of one training step of the loss: the two walks, or those of the functions."""
     v = SUPCON_VARIANTS[variant]
     setting = Setting(0.07, 1.0, v.duplicates, False, v.normalize)
 
@@ -410,8 +404,10 @@ def supcon_case(target: str, N: int, D: int, variant: str, dtype: torch.dtype, f
     precision = "ieee" if dtype == torch.float32 and v.precision == "highest" else "tf32"
     slice = supcon.plans(N, -(-D // 8) * 8, dtype, precision, v.masked, DEVICES[target]).slice
     forward, backward = supcon.operations(N, D, slice)
-    moved, floor = {"_denominators": (forward, forward), "_gradients": (backward, 4 * N**2 * D)}.get(function, (1, 1))
-    return Case("supcon", N, D, _names(dtype), f"{variant}, N {N}", launch, moved, floor, function)
+    counted = {"_denominators": (forward, forward), "_gradients": (backward, 4 * N**2 * D)}
+    for function in functions:
+        moved, floor = counted.get(function, (1, 1))
+        yield Case("supcon", N, D, _names(dtype), f"{variant}, N {N}", launch, moved, floor, function)
 
 
 def _names(*dtypes: torch.dtype) -> str:
@@ -432,11 +428,14 @@ class Codegen:
     """Also write the numbers, with machine and versions, to this JSON file."""
 
 
-def _launch(case: Case) -> Launch:
-    with recorded() as launches:
-        case.launch()
-    (launch,) = [launch for launch in launches if case.function in (None, launch.function.__name__)][:1]
-    return launch
+def _launches(cases: Sequence[Case]) -> list[Launch]:
+    """The launch that each case means; cases of one call share its recording."""
+    recordings: dict[Callable[[], Any], list[Launch]] = {}
+    for case in cases:
+        if case.launch not in recordings:
+            with recorded() as recordings[case.launch]:
+                case.launch()
+    return [next(made for made in recordings[case.launch] if case.function in (None, made.function.__name__)) for case in cases]
 
 
 def measure(cases: Sequence[Case], target: str) -> list[dict[str, Any]]:
@@ -446,7 +445,7 @@ def measure(cases: Sequence[Case], target: str) -> list[dict[str, Any]]:
         RuntimeError: this process interprets kernels.
     """
     _must_compile()
-    launches = [_launch(case) for case in cases]
+    launches = _launches(cases)
     return [
         {
             **{name: getattr(case, name) for name in ("kernel", "N", "C", "dtypes", "variant")},

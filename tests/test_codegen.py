@@ -94,6 +94,20 @@ def test_launches_are_recorded_and_not_run():
 
 
 @compiles
+def test_cases_of_one_call_share_its_recording():
+    calls = []
+
+    def launch():
+        x = torch.zeros(64)
+        calls.append(_copy[(1,)](x, x, 64, 64, V=4, BLOCK=64))
+        _softmax[(1,)](x, x, BLOCK=64)
+
+    cases = [codegen.Case("any", 1, 64, "fp32", "", launch, 1, 1, function) for function in ("_softmax", "_copy", None)]
+    assert [made.function.__name__ for made in codegen._launches(cases)] == ["_softmax", "_copy", "_copy"]
+    assert len(calls) == 1
+
+
+@compiles
 def test_arguments_are_specialized_as_in_a_launch():
     x, y = torch.zeros(2, 2048)
     # V = 1 hides nothing: what the compiler knows here, it knows from the values of the arguments
@@ -298,10 +312,9 @@ def supcon_of_interest(target):
         *((8192, D, "labels, tf32", fp32) for D in (128, 512)),
         (8192, 128, "labels", fp32),
     ]:
-        yield from codegen.supcon_walks(target, N, D, variant, dtype)
-    for function in ("_first_of_name", "_losses", "_shares", "_prepare", "_finish"):
-        variant = "normalize, 2 views" if function in ("_prepare", "_finish") else "labels"
-        yield codegen.supcon_case(target, 8192, 128, variant, bf16, function)
+        yield from codegen.supcon_step(target, N, D, variant, dtype)
+    yield from codegen.supcon_step(target, 8192, 128, "labels", bf16, ("_first_of_name", "_losses", "_shares"))
+    yield from codegen.supcon_step(target, 8192, 128, "normalize, 2 views", bf16, ("_prepare", "_finish"))
 
 
 @compiles
@@ -340,7 +353,7 @@ def test_contrastive_loss_takes_little_memory(N, normalize, monkeypatch):
 def test_other_targets_compile(target):
     cases = [codegen.distill_kl_case(C, "lskd+ce", torch.float32, torch.float32) for C in (10, 1000, 32000)]
     for D, variant, dtype in ((128, "labels", torch.bfloat16), (512, "mask, queue", torch.bfloat16), (128, "labels, tf32", torch.float32)):
-        cases += codegen.supcon_walks(target, 8192, D, variant, dtype)
+        cases += codegen.supcon_step(target, 8192, D, variant, dtype)
     for entry in codegen.measure(cases, target):
         assert not entry["problems"], entry
 
