@@ -271,7 +271,9 @@ def _sums(
     """m, Z, A = sum P S and W of a block of rows over column tiles first .. last, in units of log 2."""
     m = tl.full([ROWS], LOWEST, tl.float32)
     if DIRECT:
-        m = tl.zeros([ROWS], tl.float32) + origin  # 0, but were that known to the compiler, it would take more registers
+        m = tl.zeros([ROWS], tl.float32)
+        if r is not None:
+            m += origin  # 0, but were that known to the compiler, it would take more registers here
     Z = tl.zeros([ROWS], tl.float32)
     A = tl.zeros([ROWS], tl.float32)
     W = tl.zeros([ROWS], tl.float32)
@@ -292,12 +294,12 @@ def _sums(
             c = tl.full([COLUMNS], 1.0, tl.float32)
             if DUPLICATES > 1:
                 c = tl.where(col < counted, 1.0 * DUPLICATES, 1.0)
-            if mask is None and DUPLICATES == 1:  # a bit for each element, where weights would take a register
+            if mask is None and DUPLICATES == 1:  # bits and whole numbers, where weights would take registers
                 alike = both & (name_i[:, None] == name_j[None, :])
                 if CAREFUL and not SELF_POSITIVE:
                     alike = alike & (row[:, None] != col[None, :])
                 A += tl.sum(tl.where(alike, S, 0.0), 1)
-                W += tl.sum(tl.where(alike, 1.0, 0.0), 1)
+                W += tl.sum(alike.to(tl.int32), 1).to(tl.float32)
             else:
                 P = _alike(mask, name_i, name_j, both, B) * c[None, :]
                 if CAREFUL and not SELF_POSITIVE:
