@@ -22,7 +22,7 @@ from unittest import mock
 import torch
 import triton
 import tyro
-from kdfast.kernels import distill_kl, supcon
+from kdfast.kernels import distill_kl, lion, supcon
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -34,6 +34,7 @@ from triton.runtime.jit import JITFunction
 
 from kdfast import files, machine
 from kdfast.ops.distill_kl_torch import Options
+from kdfast.ops.lion import Row, scales_of
 from kdfast.ops.supcon import Setting
 
 TARGETS = {
@@ -219,8 +220,15 @@ def _origin(register: str, made_from: dict[str, set[str]], pointers: dict[str, s
     return next(iter(origins), None)
 
 
-def problems(launch: Launch, code: Code, target: str) -> list[str]:
-    """What is wrong with a compiled launch: spills, too much shared memory, rows accessed in smaller pieces than they allow."""
+def problems(launch: Launch, code: Code, target: str, wide: tuple[int, int] = (0, 0)) -> list[str]:
+    """What is wrong with a compiled launch: spills, too much shared memory, rows accessed in smaller pieces than they allow.
+
+    Args:
+        launch: what was compiled.
+        code: what came of it.
+        target: for which of TARGETS.
+        wide: how many loads and stores of 128 bits there must be.
+    """
     found = []
     if "enable_fp_fusion" not in launch.options:
         found.append("does not state enable_fp_fusion, whose default differs between releases")
@@ -229,8 +237,11 @@ def problems(launch: Launch, code: Code, target: str) -> list[str]:
     if code.shared > SHARED_LIMIT[target]:
         found.append(f"needs {code.shared:,} bytes of shared memory, {SHARED_LIMIT[target]:,} are there")
     for name, tensor in launch.tensors():
-        if tensor.dim() > 1 and name in code.widths and code.widths[name] < _row_width(tensor):
+        if tensor.dim() > 1 and tensor.is_floating_point() and name in code.widths and code.widths[name] < _row_width(tensor):
             found.append(f"{name} is accessed {code.widths[name]} bits at a time, its rows allow {_row_width(tensor)}")
+    for kind, counted, least in (("loads", code.loads, wide[0]), ("stores", code.stores, wide[1])):
+        if counted.get(128, 0) < least:
+            found.append(f"has {counted.get(128, 0)} {kind} of 128 bits, a whole block needs {least}")
     return found
 
 
@@ -248,13 +259,14 @@ class Case(NamedTuple):
 
     kernel: str
     N: int
-    C: int  # classes, or features
+    C: int  # classes, or features; of Lion, elements
     dtypes: str  # of the student and the teachers, or of the features
     variant: str
     launch: Callable[[], Any]
     moved: int  # bytes of [N, C] tensors that loads and stores ask for; of a walk over an N x N matrix, operations
     floor: int  # the least that any kernel could
     function: str | None = None  # which of the launches is meant, where the launcher makes several
+    wide: tuple[int, int] = (0, 0)  # loads and stores of 128 bits that there must be: of a kernel that looks its tensors up
 
 
 class Variant(NamedTuple):
@@ -410,8 +422,71 @@ def supcon_step(
         yield Case("supcon", N, D, _names(dtype), f"{variant}, N {N}", launch, moved, floor, function)
 
 
+class LionVariant(NamedTuple):
+    """What a step asks for, as far as it changes the kernel."""
+
+    rounding: str = "nearest"
+    cautious: bool = False
+    scaled: bool = False  # by a loss scale or clipping, with a rate on the device
+
+
+LION_VARIANTS = {
+    "plain": LionVariant(),
+    "scaled, lr on device": LionVariant(scaled=True),
+    "cautious": LionVariant(cautious=True),
+    "stochastic": LionVariant("stochastic"),
+    "kahan": LionVariant("kahan"),
+    "kahan, cautious, scaled": LionVariant("kahan", True, True),
+}
+ELEMENTS = 100_003  # of a Lion step's tensor: whole blocks, and one that is not
+
+
+def lion_cases(target: str) -> Iterator[Case]:
+    """Every combination of dtypes that training has, with every rounding."""
+    fp32, bf16, fp16, int8 = torch.float32, torch.bfloat16, torch.float16, torch.int8
+    for dtypes in ((fp32, fp32, fp32), (fp32, fp32, bf16), (fp32, bf16, fp32), (fp32, fp32, int8)):
+        for variant in ("plain", "scaled, lr on device", "cautious"):
+            yield from lion_launches(target, variant, *dtypes)
+    for dtypes in ((bf16, bf16, bf16), (bf16, bf16, fp32), (bf16, fp32, fp32), (bf16, bf16, int8), (fp16, fp16, fp16), (fp16, fp16, fp32)):
+        for variant in ("plain", "stochastic", "kahan", "kahan, cautious, scaled"):
+            yield from lion_launches(target, variant, *dtypes)
+
+
+def lion_launches(target: str, variant: str, param: torch.dtype, grad: torch.dtype, momentum: torch.dtype) -> Iterator[Case]:
+    """The step, and what a cautious one counts first."""
+    v = LION_VARIANTS[variant]
+
+    def launch() -> None:
+        p, g, m = (torch.zeros(ELEMENTS, dtype=dtype) for dtype in (param, grad, momentum))
+        row = Row(p, g, m, torch.zeros(scales_of(ELEMENTS)), torch.zeros_like(p), torch.zeros(()))
+        with mock.patch.object(lion, "WARPS", lion.warps(TARGETS[target].warp_size)):
+            lion.step(
+                [row], lion.table([row]), lr=torch.ones(()) if v.scaled else 1e-4, betas=(0.9, 0.99), weight_decay=0.1,
+                rounding=v.rounding, cautious=v.cautious, maximize=False,
+                grad_factor=torch.ones(()) if v.scaled else None, found_inf=torch.zeros(()) if v.scaled else None,
+            )  # fmt: skip
+
+    kahan = v.rounding == "kahan"
+    counted = (grad, momentum)
+    loaded, stored = (param, grad, momentum, *[param] * kahan), (param, momentum, *[param] * kahan)
+    names = "/".join(_names(dtype) for dtype in (param, grad, momentum))
+    if v.cautious:
+        yield Case("lion", 1, ELEMENTS, names, variant, launch, _bytes(counted), _bytes(counted), "_count_moving", (_wide(counted), 0))
+    moved = _bytes(loaded) + _bytes(stored)
+    yield Case("lion", 1, ELEMENTS, names, variant, launch, moved, moved, "_step", (_wide(loaded), _wide(stored)))
+
+
+def _bytes(dtypes: Sequence[torch.dtype]) -> int:
+    return sum(ELEMENTS * dtype.itemsize for dtype in dtypes)
+
+
+def _wide(dtypes: Sequence[torch.dtype]) -> int:
+    """Accesses of 128 bits that a thread of a whole block makes; 8 elements a thread are no 128 bits of int8."""
+    return sum(lion.ELEMENTS_A_THREAD * dtype.itemsize // 16 for dtype in dtypes)
+
+
 def _names(*dtypes: torch.dtype) -> str:
-    short = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+    short = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int8: "int8"}
     return " ".join(dict.fromkeys(short[dtype] for dtype in dtypes))
 
 
@@ -455,7 +530,7 @@ def measure(cases: Sequence[Case], target: str) -> list[dict[str, Any]]:
             **code._asdict(),
             "bytes_moved": case.moved,
             "bytes_floor": case.floor,
-            "problems": problems(launch, code, target),
+            "problems": problems(launch, code, target, case.wide),
         }
         for case, launch, code in zip(cases, launches, compiled(launches, target), strict=True)
     ]
@@ -470,7 +545,9 @@ def run(options: Codegen) -> list[dict[str, Any]]:
     Raises:
         RuntimeError: this process interprets kernels.
     """
-    entries = [entry for target in options.targets for entry in measure([*distill_kl_cases(), *supcon_cases(target)], target)]
+    entries = [
+        entry for target in options.targets for entry in measure([*distill_kl_cases(), *supcon_cases(target), *lion_cases(target)], target)
+    ]
     console = Console(width=200, soft_wrap=True, highlight=False)  # a case is one line, also where the output goes to a file
     console.print(table(entries))
     wrong = [entry for entry in entries if entry["problems"]]

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from kdfast import backend
 from kdfast.functional import kd_loss, supcon_loss
+from kdfast.optim import Lion
 
 
 def distill_kl(device: torch.device) -> int:
@@ -71,7 +72,31 @@ def supcon(device: torch.device) -> int:
     return runs
 
 
-KERNELS: Mapping[str, Callable[[torch.device], int]] = {"distill_kl": distill_kl, "supcon": supcon}  # by file in kernels/
+def lion(device: torch.device) -> int:
+    """The Lion step: whole blocks and parts, aligned and not, every rounding and momentum."""
+    runs = 0
+
+    def run(dtype: torch.dtype = torch.float32, **options: Any) -> None:
+        nonlocal runs
+        sizes = (3, 2048, 5001, 4096)
+        params = [torch.randn(n + 1, device=device).to(dtype)[i % 2 :].requires_grad_() for i, n in enumerate(sizes)]
+        optimizer = Lion(params, weight_decay=0.1, **options)
+        for _ in range(2):
+            for p in params:
+                p.grad = torch.randn_like(p)
+            optimizer.step()
+        runs += 1
+
+    run()
+    run(cautious=True, max_grad_norm=1.0, lr=torch.full((), 1e-4, device=device))
+    run(momentum_dtype=torch.int8)
+    run(torch.bfloat16, momentum_dtype=torch.int8, rounding="stochastic", cautious=True)
+    run(torch.bfloat16, rounding="kahan")
+    run(torch.float16, rounding="stochastic", momentum_dtype=torch.float32)
+    return runs
+
+
+KERNELS: Mapping[str, Callable[[torch.device], int]] = {"distill_kl": distill_kl, "supcon": supcon, "lion": lion}  # by file in kernels/
 
 
 def main() -> None:
@@ -80,7 +105,7 @@ def main() -> None:
     torch.manual_seed(0)
     with backend("triton"):
         for name, launch in KERNELS.items():
-            print(f"{name}: {launch(device)} runs, forward and backward", flush=True)
+            print(f"{name}: {launch(device)} runs", flush=True)
     if device.type == "cuda":
         torch.cuda.synchronize()
 

@@ -26,7 +26,7 @@ import triton.language as tl
 from torch import Tensor
 
 BLOCK = 2048  # elements a program
-WARPS = 4
+ELEMENTS_A_THREAD = 8  # 128 bits of 16-bit elements
 GROUP = tl.constexpr(256)  # elements of an 8-bit momentum that share a scale
 LEVELS = tl.constexpr(127)  # of its magnitude, above 0
 
@@ -34,6 +34,13 @@ LEVELS = tl.constexpr(127)  # of its magnitude, above 0
 PARAM, GRAD, MOMENTUM, SCALE, COMPENSATION, STEP, SIZE, FLAGS = (tl.constexpr(i) for i in range(8))
 COLUMNS = tl.constexpr(8)
 
+
+def warps(warp_size: int) -> int:
+    """Of a program, on a device whose warps have so many threads."""
+    return BLOCK // (ELEMENTS_A_THREAD * warp_size)
+
+
+WARPS = warps(64 if torch.version.hip else 32)
 _TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.int8: tl.int8}
 
 
@@ -101,9 +108,13 @@ def _store(pointer, at, x, n, WHOLE: tl.constexpr):
 
 
 @triton.jit
-def _grouped(BLOCK: tl.constexpr):
-    """The numbers below BLOCK, GROUP in a row."""
-    return tl.arange(0, BLOCK // GROUP)[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
+def _offsets(M: tl.constexpr, BLOCK: tl.constexpr):
+    """Of a block's elements from its first; with 8-bit momenta a row of them for every scale."""
+    if tl.int8 == M:
+        at = tl.arange(0, BLOCK // GROUP)[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
+    else:
+        at = tl.arange(0, BLOCK)
+    return at
 
 
 @triton.jit
@@ -114,18 +125,18 @@ def _scales(entry, start, n, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _load_momentum(momenta, scales, at, n, WHOLE: tl.constexpr):
+def _load_momentum(momenta, entry, start, at, n, WHOLE: tl.constexpr, BLOCK: tl.constexpr):
     m = _load(momenta, at, n, WHOLE).to(tl.float32)
-    if scales is not None:
-        pointers, present = scales
+    if momenta.dtype.element_ty == tl.int8:
+        pointers, present = _scales(entry, start, n, BLOCK)
         m = m * tl.abs(m) * (tl.load(pointers, mask=present, other=0.0) * (1.0 / (LEVELS * LEVELS)))
     return m
 
 
 @triton.jit
-def _store_momentum(momenta, scales, at, m, noise, n, WHOLE: tl.constexpr):
-    if scales is not None:
-        pointers, present = scales
+def _store_momentum(momenta, entry, start, at, m, noise, n, WHOLE: tl.constexpr, BLOCK: tl.constexpr):
+    if momenta.dtype.element_ty == tl.int8:
+        pointers, present = _scales(entry, start, n, BLOCK)
         size = tl.abs(m)
         size = tl.where(size < float("inf"), size, float("inf"))  # a maximum passes over NaN
         scale = tl.max(size, axis=1, keep_dims=True)
@@ -141,16 +152,6 @@ def _store_momentum(momenta, scales, at, m, noise, n, WHOLE: tl.constexpr):
 
 
 # ---- kernels ---------------------------------------------------------------------------------------------------------
-
-
-@triton.jit
-def _places(entry, start, n, M: tl.constexpr, BLOCK: tl.constexpr):
-    """Offsets of a block's elements from its first, and where the scales of its 8-bit momenta are: a row of elements for each."""
-    if tl.int8 == M:
-        at, scales = _grouped(BLOCK), _scales(entry, start, n, BLOCK)
-    else:
-        at, scales = tl.arange(0, BLOCK), None
-    return at, scales
 
 
 @triton.jit
@@ -170,11 +171,11 @@ def _update(
     WHOLE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The step of one block, of which every element is there (WHOLE), or the first n."""
-    at, scales = _places(entry, start, n, M, BLOCK)
+    at = _offsets(M, BLOCK)
     params = _pointer(entry, PARAM, start, P, WHOLE)
     p = _load(params, at, n, WHOLE).to(tl.float32)  # asked for before it is needed: three loads under way at once
     momenta = _pointer(entry, MOMENTUM, start, M, WHOLE)
-    m = _load_momentum(momenta, scales, at, n, WHOLE)
+    m = _load_momentum(momenta, entry, start, at, n, WHOLE, BLOCK)
     g = _gradient(entry, start, at, n, factor, G, MAXIMIZE, WHOLE)
     u = _sign(tl.fma(g, rest1, beta1 * m))
     if moving is not None:
@@ -194,7 +195,7 @@ def _update(
     else:
         p = tl.fma(u, -rate, p * decay)
     _store(params, at, _round_at_random(p, noise, P) if ROUNDING == "stochastic" else p.to(P), n, WHOLE)
-    _store_momentum(momenta, scales, at, tl.fma(g, rest2, beta2 * m), noise, n, WHOLE)
+    _store_momentum(momenta, entry, start, at, tl.fma(g, rest2, beta2 * m), noise, n, WHOLE, BLOCK)
 
 
 @triton.jit
@@ -251,8 +252,8 @@ def _moving(
     entry, start, n, factor, beta1, rest1,
     G: tl.constexpr, M: tl.constexpr, MAXIMIZE: tl.constexpr, WHOLE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    at, scales = _places(entry, start, n, M, BLOCK)
-    m = _load_momentum(_pointer(entry, MOMENTUM, start, M, WHOLE), scales, at, n, WHOLE)
+    at = _offsets(M, BLOCK)
+    m = _load_momentum(_pointer(entry, MOMENTUM, start, M, WHOLE), entry, start, at, n, WHOLE, BLOCK)
     g = _gradient(entry, start, at, n, factor, G, MAXIMIZE, WHOLE)
     agree = _sign(tl.fma(g, rest1, beta1 * m)) * g > 0  # where nothing is there g is 0
     return tl.sum(tl.ravel(agree.to(tl.int32)), 0)

@@ -349,11 +349,42 @@ def test_contrastive_loss_takes_little_memory(N, normalize, monkeypatch):
 
 
 @compiles
+@pytest.mark.parametrize("target", ["sm_90", "sm_100"])
+@pytest.mark.parametrize("momentum", ["fp32", "bf16", "fp16", "int8"])
+def test_the_lion_step_holds_the_bars(target, momentum):
+    """No spills, and 128 bits at a time in whole blocks, in every dtype and rounding."""
+    for entry in codegen.measure([case for case in codegen.lion_cases(target) if case.dtypes.endswith(momentum)], target):
+        assert not entry["problems"], f"{entry['dtypes']}, {entry['variant']}, {entry['function']}: {'; '.join(entry['problems'])}"
+
+
+@compiles
+def test_too_few_wide_accesses_are_seen():
+    (case,) = codegen.lion_launches("sm_90", "plain", torch.float32, torch.float32, torch.float32)
+    (entry,) = codegen.measure([case._replace(wide=(7, 5))], "sm_90")
+    assert entry["problems"] == ["has 6 loads of 128 bits, a whole block needs 7", "has 4 stores of 128 bits, a whole block needs 5"]
+
+
+@compiles
+def test_lion_keeps_numbers_too_small_for_a_normal_float(monkeypatch):
+    """Nothing is flushed to 0: no instruction of the step says .ftz."""
+    (case,) = codegen.lion_launches("sm_90", "plain", torch.float32, torch.float32, torch.float32)
+    with codegen.recorded() as launches:
+        case.launch()
+    texts = []
+    monkeypatch.setattr(codegen, "_nvidia", lambda kernel: texts.append(kernel.asm["ptx"]))
+    codegen.compiled(launches, "sm_90")
+    assert "fma.rn.f32" in texts[0]
+    assert ".ftz" not in texts[0]
+
+
+@compiles
 @pytest.mark.parametrize("target", ["sm_80", "gfx942"])
 def test_other_targets_compile(target):
     cases = [codegen.distill_kl_case(C, "lskd+ce", torch.float32, torch.float32) for C in (10, 1000, 32000)]
     for D, variant, dtype in ((128, "labels", torch.bfloat16), (512, "mask, queue", torch.bfloat16), (128, "labels, tf32", torch.float32)):
         cases += codegen.supcon_step(target, 8192, D, variant, dtype)
+    for dtypes in ((torch.float32,) * 3, (torch.bfloat16,) * 3, (torch.bfloat16, torch.bfloat16, torch.int8)):
+        cases += codegen.lion_launches(target, "plain", *dtypes)
     for entry in codegen.measure(cases, target):
         assert not entry["problems"], entry
 
@@ -363,6 +394,7 @@ def test_the_table_and_the_json(tmp_path, monkeypatch, capsys):
     cases = [codegen.distill_kl_case(1000, "kd", torch.float32, torch.bfloat16), codegen.rescale_case(1000, torch.float32)]
     monkeypatch.setattr(codegen, "distill_kl_cases", lambda: iter(cases))
     monkeypatch.setattr(codegen, "supcon_cases", lambda target: iter(()))
+    monkeypatch.setattr(codegen, "lion_cases", lambda target: iter(()))
     codegen.run(codegen.Codegen(targets=("sm_90",), out=tmp_path / "codegen.json"))
     printed = capsys.readouterr().out
     assert "1000 fp32 bf16, kd" in printed
@@ -383,6 +415,7 @@ def test_the_table_says_what_is_wrong(monkeypatch, capsys):
     case = codegen.Case("copy", 5, 1000, "fp32", "unhinted", launch, 40000, 40000)
     monkeypatch.setattr(codegen, "distill_kl_cases", lambda: iter([case]))
     monkeypatch.setattr(codegen, "supcon_cases", lambda target: iter(()))
+    monkeypatch.setattr(codegen, "lion_cases", lambda target: iter(()))
     codegen.run(codegen.Codegen(targets=("sm_90",)))
     printed = capsys.readouterr().out
     assert "sm_90, C 1000 fp32, unhinted: x is accessed 32 bits at a time, its rows allow 128; y is" in printed
