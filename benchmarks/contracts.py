@@ -1,4 +1,4 @@
-"""Promises of the losses that only a GPU can show, one function a promise: python -m kdfast.benchmarks.contracts NAME
+"""Promises of the losses and of Lion that only a GPU can show, one function a promise: python -m kdfast.benchmarks.contracts NAME
 
 Prints one line of JSON, {"status", "why" or what was seen}, and leaves with status 1 where the promise is broken. A process keeps to
 one promise, since a kernel that goes wrong takes its whole process along. kdfast.benchmarks.gpu runs them all.
@@ -177,6 +177,68 @@ def judge_launches(seen: Mapping[str, Mapping[str, float]]) -> None:
         raise Broken(f"more than {LAUNCHES} launches a step: {json.dumps(wrong)}")
 
 
+def lion_is_one_launch(device: torch.device) -> dict[str, Any]:
+    """A Lion step of many parameters is one kernel, with a rate on the device too."""
+    from torch.profiler import ProfilerActivity, profile
+
+    seen = {}
+    for name, lr in {"a number": 1e-4, "on the device": torch.tensor(1e-4, device=device)}.items():
+        params = [nn.Parameter(torch.randn(n, 7, device=device)) for n in range(1, 400, 3)]
+        for p in params:
+            p.grad = torch.randn_like(p)
+        optimizer = Lion(params, lr=lr, weight_decay=0.1)
+        optimizer.step()
+        torch.cuda.synchronize(device)
+        with profile(activities=[ProfilerActivity.CUDA]) as profiled:
+            for _ in range(REPEATS):
+                optimizer.step()
+            torch.cuda.synchronize(device)
+        seen[name] = {kernel: count / REPEATS for kernel, count in kernels(profiled.events()).items()}
+    if any(sum(of.values()) != 1 for of in seen.values()):
+        raise Broken(f"not one launch a step: {json.dumps(seen)}")
+    return {"kernels": seen}
+
+
+def lion_graph(device: torch.device) -> dict[str, Any]:
+    """A whole training step with Lion can be captured; replays follow new inputs and a changing rate as eager steps do."""
+    for options in ({}, {"max_grad_norm": 0.5, "cautious": True}, {"momentum_dtype": torch.int8}):
+        _one_lion_graph(device, options)
+    return {}
+
+
+def _one_lion_graph(device: torch.device, options: Mapping[str, Any]) -> None:
+    torch.manual_seed(0)
+    nets = [nn.Sequential(nn.Linear(70, 90), nn.Tanh(), nn.Linear(90, 5)).to(device) for _ in range(2)]
+    nets[1].load_state_dict(nets[0].state_dict())
+    rates = [torch.tensor(1e-3, device=device) for _ in nets]
+    optimizers = [Lion(net.parameters(), lr=rate, weight_decay=0.1, capturable=True, **options) for net, rate in zip(nets, rates)]
+    x = torch.randn(64, 70, device=device)
+
+    def train(i: int) -> None:
+        optimizers[i].zero_grad(set_to_none=True)
+        nets[i](x).square().mean().backward()
+        optimizers[i].step()
+
+    graph, side = torch.cuda.CUDAGraph(), torch.cuda.Stream(device)
+    side.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            train(0)
+            train(1)
+        optimizers[0].zero_grad(set_to_none=True)
+        with torch.cuda.graph(graph, stream=side):
+            train(0)
+    torch.cuda.current_stream(device).wait_stream(side)
+    for step in range(5):
+        x.copy_(torch.randn_like(x))
+        for rate in rates:
+            rate.fill_(1e-3 / (step + 1))
+        torch.empty(1 << 16, dtype=torch.int64).pin_memory().zero_()  # what an upload had left to others would be overwritten
+        graph.replay()
+        train(1)
+        close([p.detach() for p in nets[0].parameters()], [p.detach() for p in nets[1].parameters()], "the replay and eager steps")
+
+
 def same_bits(device: torch.device) -> dict[str, Any]:
     """Logit distillation gives the same bits in every run."""
 
@@ -258,6 +320,8 @@ CONTRACTS: Mapping[str, Callable[[torch.device], dict[str, Any]]] = {
     "other_streams": other_streams,
     "other_device": other_device,
     "compiled": compiled,
+    "lion_is_one_launch": lion_is_one_launch,
+    "lion_graph": lion_graph,
 }
 
 

@@ -44,6 +44,7 @@ TESTS = (
     "test_supcon",
     "test_supcon_kernel",
     "test_lion",
+    "test_lion_kernel",
     "test_feature_losses",
 )
 SANITIZERS = ("memcheck", "racecheck", "initcheck", "synccheck")

@@ -317,17 +317,18 @@ def _addresses(rows: Sequence[Any], sizes: Sequence[int]) -> Tensor:
         [0 if tensor is None else tensor.data_ptr() for tensor in column]
         for column in zip(*((row.param, row.grad, row.momentum, row.scale, row.compensation, row.step) for row in rows))
     ]
-    table = torch.tensor([*columns, sizes, [row.number << 1 for row in rows]], dtype=torch.int64)
+    table = torch.tensor([*columns, sizes, [row.number << 1 for row in rows]], dtype=torch.int64, device="cpu")
     table[FLAGS.value] |= (table[: STEP.value] % 16 == 0).all(0)
     return table.T.contiguous()
 
 
 def _chunks(sizes: Sequence[int]) -> Tensor:
     """int32 [programs, 2]: every block of every row."""
-    blocks = torch.tensor([-(-size // BLOCK) for size in sizes], dtype=torch.int64)
-    rows = torch.repeat_interleave(torch.arange(len(sizes)), blocks)
-    first = torch.cumsum(blocks, 0) - blocks
-    return torch.stack([rows, torch.arange(len(rows)) - first[rows]], dim=1).to(torch.int32)
+    with torch.device("cpu"):  # whatever the default
+        blocks = torch.tensor([-(-size // BLOCK) for size in sizes], dtype=torch.int64)
+        rows = torch.repeat_interleave(torch.arange(len(sizes)), blocks)
+        first = torch.cumsum(blocks, 0) - blocks
+        return torch.stack([rows, torch.arange(len(rows)) - first[rows]], dim=1).to(torch.int32)
 
 
 _graphs: list[Tensor] = []

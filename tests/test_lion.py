@@ -887,6 +887,24 @@ def test_state_follows_a_parameter_to_another_device():
             assert {t.device.type for t in optimizer.state[p].values()} == {device}
 
 
+def test_capturable_needs_a_gpu():
+    with pytest.raises(RuntimeError, match="capturable=True needs parameters on cuda"):
+        stepped(1, capturable=True)
+
+
+@pytest.mark.parametrize("options", [{}, INT8, {"dtype": torch.bfloat16, "rounding": "stochastic"}], ids=str)
+def test_the_default_device_is_of_no_account(options):
+    want, _ = stepped(2, [(90, 90), (3,)], **options)
+    torch.manual_seed(1)
+    params = parameters([(90, 90), (3,)], options.get("dtype", torch.float32))
+    optimizer = Lion(params, **SETTINGS, **{k: v for k, v in options.items() if k != "dtype"})
+    for _ in range(2):
+        give_gradients(params)
+        with torch.device("meta"):
+            optimizer.step()
+    assert bits_equal(params, want)
+
+
 @pytest.mark.parametrize(
     ("options", "kind", "message"),
     [

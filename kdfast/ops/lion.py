@@ -136,6 +136,7 @@ class _Known(NamedTuple):
     taken: list[int]  # rows of the table
     rest: list[int]  # rows for PyTorch
     table: Any
+    stream: int | None  # on which the table was made
 
 
 def _kernel_step(
@@ -150,11 +151,15 @@ def _kernel_step(
 ) -> list[Row]:
     """One bucket in one launch; returns the rows that the kernel cannot take."""
     device = rows[0].param.device
-    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0  # a table is freed where it was made
-    key = bucket, rows[0].number, options.cautious, stream
+    key = bucket, rows[0].number, options.cautious
     kept = [[t.data_ptr() for t in map(column, rows) if t is not None] for column in _KEPT] + [[row.param.stride() for row in rows]]
     given = [[row.grad.data_ptr() for row in rows], [row.grad.stride() for row in rows]]
+    stream = None
+    if device.type == "cuda" and not torch.cuda.is_current_stream_capturing():  # a graph keeps its tables, and has a stream of its own
+        stream = torch.cuda.current_stream(device).cuda_stream
     known: _Known | None = tables.get(key)
+    if known is not None and known.stream != stream and stream is not None:
+        known = None  # a table's memory may be used again, by its own stream, as soon as it is freed
     if known is not None and known.kept == kept and known.given == given:
         taken = rows if not known.rest else [rows[i] for i in known.taken]
     else:
@@ -166,9 +171,8 @@ def _kernel_step(
             rest = sorted(set(range(len(rows))) - set(fits))
         taken, copied = _in_order_of_params(rows if not rest else [rows[i] for i in fits])
         table = kernel.table(taken, None if known is None else known.table, capturable=capturable) if taken else None
-        known = _Known(kept, given, fits, rest, table)
-        if not copied:  # copies are made anew in every step
-            tables[key] = known
+        known = _Known(kept, [] if copied else given, fits, rest, table, stream)  # copies lie elsewhere in every step
+        tables[key] = known
     if taken:
         lr = options.lr
         if isinstance(lr, Tensor):
@@ -246,7 +250,7 @@ def _torch_step(rows: list[Row], options: Options, grad_factor: Tensor | None, f
         _update(rows, options, grad_factor, found_inf)
     else:
         # one piece of memory for all blocks' updates: the next block finds it in the cache
-        scratch = torch.empty(_block_size(), dtype=_arithmetic(rows[0].param.dtype))
+        scratch = torch.empty(_block_size(), dtype=_arithmetic(rows[0].param.dtype), device=device)
         for block, offset in _cut([row for row in rows if _is_large(row)]):
             _update([block], options, grad_factor, None, offset, scratch)
         for batch in _batches([row for row in rows if not _is_large(row)]):
