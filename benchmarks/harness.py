@@ -9,6 +9,7 @@ For every variant that runs here:
     value_error, gradient_error     max|x - exact| / max|exact| (Lion: of the momentum and of the parameters' change)
     device_ms     on a GPU: without the host, a CUDA graph of calls that go round sets of buffers
     cold_ms       on a GPU: a single call on an emptied cache
+    launches      on a GPU: kernels of a call
     floor_share   floor_ms / device_ms, on the CPU floor_ms / call_ms
 
 A variant that is not installed, cannot run here or computes something else has `skipped`, the reason, instead.
@@ -248,6 +249,7 @@ def _on_device(case: Case, make: Callable[..., Step], step: Step, rounds: int) -
         return {
             "device_ms": _short(1e3 * timing.device_seconds(runs, rounds=rounds)),
             "cold_ms": _short(1e3 * timing.cold_seconds(step.run, rounds=rounds)),
+            "launches": timing.launches(step.run),
         }
     except RuntimeError as failure:
         return {"device_skipped": str(failure).strip().partition("\n")[0][:120]}

@@ -1,4 +1,4 @@
-"""The Lion step for the harness: the parameters of ResNet-18 and ResNet-101, the latter's many small tensors included, and single tensors.
+"""The Lion step for the harness: the parameters of ResNets, their many small tensors included, of a ViT, and single tensors.
 
 Its value is the momentum after the first step, its gradient what the step did to the parameters.
 """
@@ -17,9 +17,10 @@ from kdfast.optim import Lion
 
 OPTIONS = {"lr": 1e-2, "weight_decay": 0.1}  # a rate at which the step stands out from rounding
 PARAMETERS = {
-    "cpu": {"quick": ["16 MB"], "usual": ["ResNet-18", "256 MB"], "long": ["ResNet-101"]},
-    "cuda": {"quick": ["ResNet-18"], "usual": ["ResNet-101", "256 MB"]},
+    "cpu": {"quick": ["16 MB"], "usual": ["ResNet-18", "256 MB"], "long": ["ResNet-101", "ViT-B/16"]},
+    "cuda": {"quick": ["ResNet-18"], "usual": ["ResNet-101", "ViT-B/16", "1024 MB"]},
 }
+NETWORKS = {"ResNet-18": "resnet18", "ResNet-101": "resnet101", "ViT-B/16": "vit_b_16"}  # torchvision's names
 
 
 def cases(device: torch.device, dtype: torch.dtype) -> Iterator[Case]:
@@ -34,7 +35,7 @@ def shapes(name: str) -> list[torch.Size]:
     if name.endswith(" MB"):
         return [torch.Size([int(name.removesuffix(" MB")) * 2**18])]
     with torch.device("meta"):
-        return [p.shape for p in getattr(torchvision.models, name.lower().replace("-", ""))().parameters()]
+        return [p.shape for p in getattr(torchvision.models, NETWORKS[name])().parameters()]
 
 
 def case(name: str, sizes: list[torch.Size], dtype: torch.dtype = torch.float32, device: torch.device = CPU, tier: Any = "usual") -> Case:

@@ -137,12 +137,12 @@ def table(results: Sequence[Results]) -> str:
 def _operator_table(cases: list[dict[str, Any]]) -> str:
     names = list(dict.fromkeys(peer for case in cases for peer, _ in peers(case)))
     gpu = any("device_ms" in case["variants"][OURS] for case in cases)
-    columns = ["ours, ms", *(["device, ms", "cold, ms"] if gpu else []), *(f"over {peer}" for peer in names)]
+    columns = ["ours, ms", *(["device, ms", "cold, ms", "launches"] if gpu else []), *(f"over {peer}" for peer in names)]
     columns += ["backward, ms", "of the floor", "memory, MB", "eager's, MB", "value error", "gradient error"]
     lines = [f"| operator | case | {' | '.join(columns)} |", f"|---|---|{'---:|' * len(columns)}"]
     for case in cases:
         ours, eager = case["variants"][OURS], case["variants"].get(EAGER, {})
-        cells = [number(ours["call_ms"]), *((number(ours.get(key)) for key in ("device_ms", "cold_ms")) if gpu else ())]
+        cells = [number(ours["call_ms"]), *((number(ours.get(key)) for key in ("device_ms", "cold_ms", "launches")) if gpu else ())]
         cells += [speedups(case, peer) for peer in names]
         cells += [number(ours.get("backward_ms")), percent(ours.get("floor_share"))]
         cells += [number(variant["memory"] / 1e6 if "memory" in variant else None) for variant in (ours, eager)]
@@ -162,15 +162,33 @@ def training(device: str) -> str:
     return "\n".join([*lines, "", f"{_measured(result['machine'], result['date'])}."])
 
 
+def momenta(device: str) -> str:
+    """Accuracy with narrow momenta, a row a data set and dtype."""
+    lines = ["| images | momentum | bytes | test accuracy, % | from float32, points |", "|---|---|---:|---:|---:|"]
+    measured = []
+    for path in sorted(RESULTS.glob(f"{device}-lion_momentum_*.json")):
+        result = json.loads(path.read_text())
+        measured.append(f"{result['cases'][0]['dataset']}: {_measured(result['machine'], result['date'])}")
+        for c in result["cases"]:
+            accuracy, runs = statistics.mean(c["accuracy"]), len(c["accuracy"])
+            against = "" if c["momentum"] == "float32" else f"{c['difference']:+.2f} ± {c['standard_error']:.2f}"
+            images = f"{c['dataset']}, {c['epochs']} epochs, {runs} seeds"
+            lines.append(f"| {images} | {c['momentum']} | {c['momentum_bytes']:,} | {accuracy:.2f} | {against} |")
+    return "\n".join([*lines, "", *(f"- {line}." for line in measured)])
+
+
 def filled(text: str) -> str:
     """The text of a page with its tables between their markers."""
 
     def made(marker: re.Match[str]) -> str:
         device, kind = marker["device"], marker["kind"]
-        content = training(device) if kind == "training" else {None: table, "summary": summary}[kind](committed(device))
+        if kind in (None, "summary"):
+            content = {None: table, "summary": summary}[kind](committed(device))
+        else:
+            content = {"training": training, "momenta": momenta}[kind](device)
         return f"<!-- table: {marker['name']} -->\n{content}\n<!-- end -->"
 
-    pattern = r"<!-- table: (?P<name>(?P<device>\w+)(-(?P<kind>summary|training))?) -->\n.*?<!-- end -->"
+    pattern = r"<!-- table: (?P<name>(?P<device>\w+)(-(?P<kind>summary|training|momenta))?) -->\n.*?<!-- end -->"
     return re.sub(pattern, made, text, flags=re.DOTALL)
 
 

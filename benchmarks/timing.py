@@ -139,6 +139,19 @@ def device_seconds(functions: Sequence[Callable[[], Any]], *, rounds: int = 20) 
     return _event_seconds(graph.replay, lambda: None, rounds) / calls
 
 
+def launches(function: Callable[[], Any]) -> int:
+    """Kernels that a call runs on the GPU, as the profiler sees them; copies and fills by the copy engines are none."""
+    from torch.autograd import DeviceType
+    from torch.profiler import ProfilerActivity, profile
+
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CUDA]) as profiled:
+        function()
+        torch.cuda.synchronize()
+    names = [event.name for event in profiled.events() if event.device_type == DeviceType.CUDA]
+    return sum(not name.startswith(("Memcpy", "Memset")) for name in names)
+
+
 def cold_seconds(function: Callable[[], Any], *, rounds: int = 20) -> float:
     """Device time of a single call that finds the second-level cache full of other data, the launch of its graph included.
 

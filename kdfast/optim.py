@@ -13,16 +13,26 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
-from kdfast.ops.lion import LOW_PRECISION, ROUNDINGS, Options, Row, decoded, encoded, grad_norm, lion_step, scales_of
+from kdfast.ops.lion import LOW_PRECISION, PLAIN, ROUNDINGS, Options, Row, decoded, encoded, grad_norm, is_sharded, lion_step, scales_of
 
 _CAPTURABLE = ("cuda", "xpu", "hpu", "mtia")
 _LEAST_8BIT = 4096  # elements: biases and normalizations are no memory to save, and the most sensitive
+_LATER_OPTIONS = {  # what a pickle of an older version may lack
+    "cautious": False,
+    "maximize": False,
+    "capturable": False,
+    "fused": None,
+    "foreach": None,
+    "rounding": "nearest",
+    "momentum_dtype": None,
+    "max_grad_norm": None,
+}
 
 
 class Lion(Optimizer):
     """Lion, a drop-in for lion_pytorch.Lion: the same arguments, state (exp_avg) and, in float32, the same bits.
 
-    One deviation is deliberate: where a gradient or momentum is NaN the parameter becomes NaN. torch.sign maps NaN to 0,
+    One deviation of its values is deliberate: where a gradient or momentum is NaN the parameter becomes NaN. torch.sign maps NaN to 0,
     and the original would leave such a parameter unchanged for ever without a word.
 
     bfloat16 and float16 parameters are stepped in float32 and rounded once (the original rounds after every operation;
@@ -39,8 +49,10 @@ class Lion(Optimizer):
         cautious: moves only elements whose update agrees with the gradient's sign, each tensor's others scaled up to keep
             its mean step (arXiv:2411.16085; lion_pytorch.cautious_lion with a factor of 0).
         maximize: ascends.
-        capturable: the step may be captured in a CUDA graph; parameters must be on a GPU.
-        fused: True: the Triton kernel, or an error where there is none. None: the kernel wherever it runs. False: PyTorch.
+        capturable: the step may be captured in a CUDA graph; parameters must be on a GPU. Take a step before the capture. A rate
+            that is to change between replays must be a tensor on the GPU: a number is captured as it is.
+        fused: True: the Triton kernel, or an error where there is none (parameters whose memory has gaps take PyTorch all the
+            same). None: the kernel wherever it runs. False: PyTorch.
         foreach: PyTorch form over many tensors at once (the default), or with False one after the other.
         rounding: of bfloat16 and float16 parameters. "nearest"; "stochastic": up or down so that the expectation is exact,
             the same way on all ranks; "kahan": what rounding loses is kept in a second tensor of the same dtype
@@ -122,12 +134,17 @@ class Lion(Optimizer):
         super().__setstate__(state)
         self._tables = {}
         self._step_supports_amp_scaling = True
+        self.defaults = _LATER_OPTIONS | self.defaults
         for group in self.param_groups:
-            if "beta1" in group:  # optimi
-                group.setdefault("betas", (group["beta1"], group["beta2"]))
-                group.setdefault("rounding", "kahan" if group.get("kahan_sum") else "nearest")
-            if "caution" in group:  # timm
-                group.setdefault("cautious", group["caution"])
+            if "beta1" in group and "betas" not in group:  # optimi
+                group["betas"] = group["beta1"], group["beta2"]
+                group["foreach"] = None  # its own choice of implementation
+                if group.get("kahan_sum"):
+                    group["rounding"] = "kahan"
+                if group.get("decouple_lr"):
+                    group["decoupled_weight_decay"], group["init_lr"] = True, group.get("max_lr") or group["lr"]
+            if "caution" in group and "cautious" not in group:  # timm
+                group["cautious"] = group["caution"]
             for option, value in self.defaults.items():
                 group.setdefault(option, value)
 
@@ -138,19 +155,36 @@ class Lion(Optimizer):
             state_dict: groups and state; a momentum keeps the precision of momentum_dtype.
 
         Raises:
-            ValueError: groups or parameters differ in number.
+            ValueError: groups or parameters differ in number, a momentum in shape; an int8 momentum lacks its exp_avg_scale; timm's
+                corrected_weight_decay, which is another formula.
         """
-        super().load_state_dict(state_dict)
-        # torch casts all state to the parameter's dtype: momenta are fetched again in theirs, and in the parameter's layout
-        for group, saved in zip(self.param_groups, state_dict["param_groups"]):
-            for param, name in zip(group["params"], saved["params"]):
-                theirs = state_dict["state"].get(name, {})
-                if isinstance(theirs.get("exp_avg"), Tensor):
-                    self._load_momentum(param, theirs, group["momentum_dtype"])
+        final: list[dict[str, Any]] = []  # what is loaded: hooks may have put another dict in place of the one given
+
+        def before(_: Optimizer, saved: dict[str, Any]) -> None:
+            _check_saved(saved)
+            final.append(saved)
+
+        def after(_: Optimizer) -> None:
+            # torch casts all state to the parameter's dtype: momenta are fetched again in theirs, and in the parameter's layout
+            for group, saved in zip(self.param_groups, final[0]["param_groups"]):
+                for param, name in zip(group["params"], saved["params"]):
+                    theirs = final[0]["state"].get(name, {})
+                    if isinstance(theirs.get("exp_avg"), Tensor):
+                        self._load_momentum(param, theirs, group["momentum_dtype"])
+
+        # the last of the hooks before, and the first of those after, which may change momenta in their turn
+        hooks = self.register_load_state_dict_pre_hook(before), self.register_load_state_dict_post_hook(after, prepend=True)
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            for hook in hooks:
+                hook.remove()
 
     def _load_momentum(self, param: Tensor, theirs: dict[str, Tensor], momentum_dtype: torch.dtype | None) -> None:
         state = self.state[param]
         momentum = theirs["exp_avg"]
+        if momentum.shape != param.shape:
+            raise ValueError(f"Lion: exp_avg must have its parameter's shape {tuple(param.shape)}, got {tuple(momentum.shape)}")
         if "exp_avg_scale" in theirs:
             momentum = decoded(momentum, theirs["exp_avg_scale"])
         state.pop("exp_avg_scale", None)
@@ -188,18 +222,20 @@ class Lion(Optimizer):
             with torch.enable_grad():
                 loss = closure()
 
+        # GradScaler's, sums over devices: 0-dim or of one element
         grad_scale: Tensor | None = getattr(self, "grad_scale", None)
         found_inf: Tensor | None = getattr(self, "found_inf", None)
-        unscale = None if grad_scale is None else grad_scale.reciprocal()
+        unscale = None if grad_scale is None else grad_scale.reshape(()).reciprocal()
+        found_inf = None if found_inf is None else found_inf.reshape(())
         norm = self._grad_norm(unscale)
         for group, rows in self._rows_of_equal_groups(found_inf):
             lion_step(
                 rows,
                 Options(
-                    group["lr"],
-                    group["betas"][0],
-                    group["betas"][1],
-                    group["weight_decay"] / group["init_lr"] if group["decoupled_weight_decay"] else group["weight_decay"],
+                    group["lr"].reshape(()) if isinstance(group["lr"], Tensor) else float(group["lr"]),
+                    float(group["betas"][0]),
+                    float(group["betas"][1]),
+                    float(group["weight_decay"] / group["init_lr"] if group["decoupled_weight_decay"] else group["weight_decay"]),
                     group["cautious"],
                     group["maximize"],
                     group["rounding"],
@@ -250,14 +286,16 @@ class Lion(Optimizer):
             if param.dtype in LOW_PRECISION and group["rounding"] == "kahan":
                 if state.get("kahan_comp") is None:
                     state["kahan_comp"] = torch.zeros_like(param, memory_format=torch.preserve_format)
+                elif state["kahan_comp"].dtype != param.dtype:
+                    state["kahan_comp"] = state["kahan_comp"].to(param.dtype)
                 row = row._replace(compensation=state["kahan_comp"])
             if row.scale is not None or (param.dtype in LOW_PRECISION and group["rounding"] == "stochastic"):
                 row = row._replace(step=_step_counter(state, param.device))
-            rows.append(row if type(grad) is Tensor else _shard(row))
+            rows.append(row if type(param) in PLAIN else _shard(row))
         steps = [row.step for row in rows if row.step is not None]
         for device in {step.device for step in steps}:  # counted are the steps that are taken, on the device
             here = [step for step in steps if step.device == device]
-            torch._foreach_add_(here, 1.0 if found_inf is None else 1.0 - found_inf.to(device).reshape(()))
+            torch._foreach_add_(here, 1.0 if found_inf is None else (found_inf.to(device) == 0).to(torch.float32))
         return rows
 
     def _grad_norm(self, unscale: Tensor | None) -> Tensor | None:
@@ -281,15 +319,15 @@ def _new_momentum(param: Tensor, dtype: torch.dtype | None) -> dict[str, Tensor]
         return {"exp_avg": torch.zeros_like(param, dtype=torch.float32, memory_format=torch.preserve_format)}
     return {
         "exp_avg": torch.zeros_like(param, dtype=torch.int8, memory_format=torch.preserve_format),
-        "exp_avg_scale": torch.zeros(scales_of(param.numel()), device=param.device),
+        "exp_avg_scale": torch.zeros(scales_of(param.numel()), dtype=torch.float32, device=param.device),
     }
 
 
 def _step_counter(state: dict[str, Any], device: torch.device) -> Tensor:
     """How often the parameter was stepped, for the noise of rounding: float32 on its device, as torch's own optimizers."""
-    step = state.get("step")
-    if step is None or step.device != device:
-        state["step"] = step = torch.zeros((), device=device) if step is None else step.to(device)
+    step = state.get("step", 0.0)
+    if not isinstance(step, Tensor) or step.dtype != torch.float32 or step.device != device or step.dim():
+        state["step"] = step = torch.as_tensor(step, dtype=torch.float32, device=device).reshape(()).clone()
     return step
 
 
@@ -299,11 +337,11 @@ def _shard(row: Row) -> Row:
     grad: Any = row.grad
     if not hasattr(param, "to_local"):
         return row
-    if grad.placements != param.placements:
+    if getattr(grad, "placements", param.placements) != param.placements:
         grad = grad.redistribute(placements=param.placements)
     shard = 0  # its number among the others, for noise of its own; replicas have the same
     for dimension, placement in enumerate(param.placements):
-        if placement.is_shard():
+        if is_sharded(placement):
             shard = shard * param.device_mesh.size(dimension) + param.device_mesh.get_local_rank(dimension)
     local = {name: t.to_local() for name, t in row._replace(grad=grad)._asdict().items() if hasattr(t, "to_local")}
     return row._replace(**local, number=row.number + (shard << 16), whole=param)
@@ -322,11 +360,24 @@ def _product(a: Tensor | None, b: Tensor | None) -> Tensor | None:
     return a.to(b.device) * b
 
 
+def _check_saved(saved: dict[str, Any]) -> None:
+    """Raises ValueError for what another Lion may have saved and this one would take for something else."""
+    for group in saved["param_groups"]:
+        if group.get("corrected_weight_decay"):
+            raise ValueError("Lion: corrected_weight_decay (timm) decays by lr^2 / max_lr, which this Lion does not: load without it")
+    for name, state in saved["state"].items():
+        momentum = state.get("exp_avg")
+        if isinstance(momentum, Tensor) and not momentum.is_floating_point() and "exp_avg_scale" not in state:
+            raise ValueError(f"Lion: exp_avg of parameter {name} is {momentum.dtype}, for which its exp_avg_scale is needed: there is none")
+
+
 def _check(options: dict[str, Any]) -> None:
     """Raises ValueError or TypeError for a group's options, naming the one at fault."""
     betas = options["betas"]
     if len(betas) != 2 or not all(0.0 <= beta <= 1.0 for beta in betas):
         raise ValueError(f"Lion: betas must be two numbers in [0, 1], got {betas}")
+    if isinstance(options["lr"], Tensor) and options["lr"].numel() != 1:
+        raise ValueError(f"Lion: lr must be a number or a tensor of one element, got shape {tuple(options['lr'].shape)}")
     if not options["lr"] >= 0:
         raise ValueError(f"Lion: lr must not be negative, got {float(options['lr'])}")
     if options["rounding"] not in ROUNDINGS:

@@ -27,6 +27,7 @@ from torch import Tensor
 
 BLOCK = 2048  # elements a program
 ELEMENTS_A_THREAD = 8  # 128 bits of 16-bit elements
+SPARES = 8  # captured steps that one step in eager mode prepares for
 GROUP = tl.constexpr(256)  # elements of an 8-bit momentum that share a scale
 LEVELS = tl.constexpr(127)  # of its magnitude, above 0
 
@@ -55,12 +56,18 @@ def _sign(x):
 
 @triton.jit
 def _hash(x):
-    """32 well-mixed bits of an int32, which wraps around; kdfast.ops.lion makes the same."""
+    """32 well-mixed bits of an int32; kdfast.ops.lion makes the same."""
     x = x ^ ((x >> 16) & 0xFFFF)
-    x = x * 0x7FEB352D
+    x = _wrapping(x, 0x7FEB352D)
     x = x ^ ((x >> 15) & 0x1FFFF)
-    x = x * -0x7B935975  # 0x846ca68b as a signed number
+    x = _wrapping(x, -0x7B935975)  # 0x846ca68b as a signed number
     return x ^ ((x >> 16) & 0xFFFF)
+
+
+@triton.jit
+def _wrapping(x, factor):
+    """The lowest 32 bits of a product, which TRITON_DEBUG=1 would call an overflow."""
+    return tl.mul(x, factor, sanitize_overflow=False)
 
 
 @triton.jit
@@ -186,7 +193,9 @@ def _update(
     if ROUNDING == "stochastic" or tl.int8 == M:
         step = tl.load(_pointer(entry, STEP, 0, tl.float32, False)).to(tl.int32)
         index = (tl.load(entry + FLAGS) >> 1).to(tl.int32)
-        noise = _hash(((start.to(tl.int32) + at) * 0x1E3779B1) ^ _hash(step * 0x1E3779B1 + index))
+        place = tl.add(start.to(tl.int32), at, sanitize_overflow=False)
+        seed = _hash(tl.add(_wrapping(step, 0x1E3779B1), index, sanitize_overflow=False))
+        noise = _hash(_wrapping(place, 0x1E3779B1) ^ seed)
 
     if ROUNDING == "kahan":
         compensations = _pointer(entry, COMPENSATION, start, P, WHOLE)
@@ -268,7 +277,8 @@ class Table(NamedTuple):
     addresses: Tensor  # int64 [rows, COLUMNS]
     chunks: Tensor  # int32 [programs, 2]: row, and block within it
     sizes: tuple[int, ...]  # of the rows: chunks depend on nothing else
-    spare: Tensor | None  # pinned memory for the addresses that a CUDA graph will find
+    spares: list[Tensor]  # pinned memory for the addresses that CUDA graphs will find, taken one by one
+    captured: bool = False  # filled by a graph's own copy, anew in every replay
 
     @property
     def programs(self) -> int:
@@ -291,23 +301,24 @@ def table(rows: Sequence[Any], before: Table | None = None, *, capturable: bool 
     sizes = tuple(row.param.numel() for row in rows)
     addresses = _addresses(rows, sizes)
     if device.type != "cuda":
-        return Table(addresses, _chunks(sizes), sizes, None)
+        return Table(addresses, _chunks(sizes), sizes, [])
     if before is not None and before.sizes != sizes:
         before = None
     if torch.cuda.is_current_stream_capturing():
-        if before is None or before.spare is None:
+        if before is None or not before.spares:
             raise RuntimeError(
-                "Lion: gradients have other addresses in this CUDA graph than in the steps before, and no step with these parameters "
-                "was taken with capturable=True: take one before the capture"
+                "Lion: gradients have other addresses in this CUDA graph than in the steps before; a step with capturable=True, these "
+                f"parameters and their gradients prepares for {SPARES} such captured steps: take one before the capture"
             )
         # the graph copies from here whenever it is replayed, so this memory is never written again
-        return Table(_in_graphs(before.spare.copy_(addresses)).to(device, non_blocking=True), before.chunks, sizes, None)
+        pinned = _in_graphs(before.spares.pop().copy_(addresses))
+        return Table(pinned.to(device, non_blocking=True), before.chunks, sizes, [], captured=True)
     pinned = addresses.pin_memory()  # PyTorch does not hand it out again before the copy from it has ended
     return Table(
         pinned.to(device, non_blocking=True),
         before.chunks if before is not None else _chunks(sizes).pin_memory().to(device, non_blocking=True),
         sizes,
-        torch.empty_like(pinned, pin_memory=True) if capturable else None,
+        list(torch.empty(SPARES, *addresses.shape, dtype=torch.int64, device="cpu", pin_memory=True)) if capturable else [],
     )
 
 
@@ -331,12 +342,12 @@ def _chunks(sizes: Sequence[int]) -> Tensor:
         return torch.stack([rows, torch.arange(len(rows)) - first[rows]], dim=1).to(torch.int32)
 
 
-_graphs: list[Tensor] = []
+_graphs: dict[int, Tensor] = {}
 
 
 def _in_graphs(tensor: Tensor) -> Tensor:
     """Keeps for good what a CUDA graph holds the address of: nobody can tell when that is destroyed."""
-    _graphs.append(tensor)
+    _graphs[id(tensor)] = tensor
     return tensor
 
 
@@ -371,7 +382,9 @@ def step(
         return
     param, grad, momentum = rows[0].param, rows[0].grad, rows[0].momentum
     if param.is_cuda and torch.cuda.is_current_stream_capturing():
-        _in_graphs(table.addresses), _in_graphs(table.chunks)
+        _in_graphs(table.chunks)
+        if not table.captured:  # a captured one is memory of the graph itself
+            _in_graphs(table.addresses)
     beta1, beta2 = betas
     grid = (table.programs,)
     gradient = {"G": _TYPES[grad.dtype], "M": _TYPES[momentum.dtype], "MAXIMIZE": maximize, "BLOCK": BLOCK}
@@ -390,3 +403,5 @@ def step(
             P=_TYPES[param.dtype], ROUNDING=rounding if param.dtype != torch.float32 else "nearest",
             **gradient, num_warps=WARPS, enable_fp_fusion=True,
         )  # fmt: skip
+    written = [t for row in rows for t in (row.param, row.momentum, row.scale, row.compensation) if t is not None]
+    torch.autograd.graph.increment_version(written)  # a backward pass that needs what was there is to say so

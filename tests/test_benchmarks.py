@@ -235,8 +235,9 @@ def test_device_times_or_the_reason_why_not(monkeypatch):
     monkeypatch.setattr(timing, "cache_bytes", lambda: 1000)
     monkeypatch.setattr(timing, "device_seconds", lambda runs, rounds: seen.append(len(runs)) or 1e-3)
     monkeypatch.setattr(timing, "cold_seconds", lambda run, rounds: 2e-3)
+    monkeypatch.setattr(timing, "launches", lambda run: 2)
     make = case.variants[OURS].prepare()
-    assert harness._on_device(case, make, case.step(OURS), 5) == {"device_ms": 1.0, "cold_ms": 2.0}
+    assert harness._on_device(case, make, case.step(OURS), 5) == {"device_ms": 1.0, "cold_ms": 2.0, "launches": 2}
     assert seen == [8], "sets of buffers, together three times the cache"
 
     def refused(run, rounds):
@@ -296,10 +297,10 @@ def test_report_of_a_small_result(tmp_path, capsys):
 def test_device_times_have_their_own_columns(tmp_path):
     case = result(3.0)
     for name, device_ms in ((EAGER, 8.0), (OURS, 1.0)):
-        case["variants"][name] |= {"device_ms": device_ms, "cold_ms": device_ms + 0.25}
+        case["variants"][name] |= {"device_ms": device_ms, "cold_ms": device_ms + 0.25, "launches": 2}
     case["variants"]["torch.compile max-autotune"] = {"call_ms": 3.0, "speedup": 1.5}
     results = [report.read(write(tmp_path / "x.json", case))]
-    assert "| 64 x 100 | 2 | 1 | 1.25 | 3.00 / 8.00 | 1.50 / – |" in report.table(results)
+    assert "| 64 x 100 | 2 | 1 | 1.25 | 2 | 3.00 / 8.00 | 1.50 / – |" in report.table(results)
     assert "| kd_loss (lskd) | eager, device time | 1 | 8.00 |" in report.summary(results)
 
 

@@ -2,13 +2,13 @@
 
 import os
 from contextlib import nullcontext
-from itertools import accumulate
 
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kdfast.benchmarks.timing import peak_memory
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.torch_version import TorchVersion
 
@@ -298,13 +298,10 @@ def test_fake_tensors_leave_nothing_behind():
     assert kd_loss(*inputs).isfinite()
 
 
-def peak_memory(function, student):
+def peak_of(function, student):
     """Most bytes live at once, beyond the inputs, while function() and its backward pass run."""
     student.grad = None
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        function().backward()
-    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
-    return max(accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())))
+    return peak_memory(lambda: function().backward())
 
 
 @torch_form
@@ -315,7 +312,7 @@ def test_never_more_memory_than_the_original(shape):
     student, teacher, labels = logits(*shape).requires_grad_(), logits(*shape), torch.randint(shape[1], shape[:1])
     for name, options in LOSSES.items():
         y = labels if "ce_weight" in options else None
-        ours, theirs = (peak_memory(lambda: loss(student, teacher, y, **options), student) for loss in (kd_loss, original))  # noqa: B023
+        ours, theirs = (peak_of(lambda: loss(student, teacher, y, **options), student) for loss in (kd_loss, original))  # noqa: B023
         assert theirs > 4 * student.nbytes, "the measure misses what eager PyTorch allocates"
         assert ours <= theirs + 8 * shape[0], f"{name}: more than eager and two numbers a row"
         if shape[0] > 64:

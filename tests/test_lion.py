@@ -4,6 +4,7 @@ import copy
 import io
 import itertools
 import pickle
+import types
 
 import pytest
 import torch
@@ -16,9 +17,10 @@ from kdfast.ops import backend
 from kdfast.ops import lion as ops_lion
 from kdfast.ops.lion import Row
 from kdfast.optim import Lion
-from tests.numeric import INTERPRETED, error
+from tests.numeric import INTERPRETED, KERNELS, error
 
 SETTINGS = {"lr": 3e-4, "betas": (0.95, 0.98), "weight_decay": 0.1}
+INT8 = {"momentum_dtype": torch.int8}
 SHAPES = [(64, 3, 7, 7), (10, 512), (10,), (1,), (129, 257), (), (0, 3)]
 
 
@@ -203,7 +205,10 @@ def test_fuzz_any_sizes_strides_dtypes_and_options_follow_the_reference(data):
                 with torch.no_grad():
                     args = [x.double() for x in (old, p.grad, m)]
                     want_p, want_m = reference.lion_step(*args, **reference_options, init_lr=init_lr)
-                    terms = options["betas"][0] * args[2], (1 - options["betas"][0]) * args[1]
+                    terms = (
+                        options["betas"][0] * args[2],
+                        (options["betas"][0] - 1 if options["maximize"] else 1 - options["betas"][0]) * args[1],
+                    )
                     undecided = sum(terms).abs() <= 1e-6 * sum(t.abs() for t in terms)  # rounding decides the sign
                     undecided &= terms[1] != 0
                     if options["cautious"] and undecided.any():
@@ -341,9 +346,9 @@ def test_deepcopy_and_pickle_keep_everything():
 
 def test_setstate_fills_options_of_an_older_version():
     _, optimizer = stepped(1)
-    state = optimizer.__getstate__()
-    for group in state["param_groups"]:
-        del group["cautious"], group["rounding"], group["max_grad_norm"]
+    state = copy.deepcopy(optimizer.__getstate__())
+    for options in (state["defaults"], *state["param_groups"]):
+        del options["cautious"], options["rounding"], options["max_grad_norm"]
     optimizer.__setstate__(state)
     assert optimizer.param_groups[0]["cautious"] is False
     assert optimizer.param_groups[0]["rounding"] == "nearest"
@@ -374,6 +379,110 @@ def test_checkpoints_of_other_lions_load(source):
     loaded.step()
     want.step()
     assert bits_equal(params, copies)
+
+
+def test_what_foreign_checkpoints_mean_is_kept():
+    params, optimizer = stepped(1, [(5, 5)])
+    state = {0: {"exp_avg": optimizer.state[params[0]]["exp_avg"]}}
+    group = {"lr": 1e-4, "beta1": 0.9, "beta2": 0.99, "weight_decay": 0.1, "decouple_lr": True, "max_lr": 1e-3, "foreach": True,
+             "kahan_sum": None, "params": [0]}  # fmt: skip
+    loaded = Lion(twins(params), rounding="stochastic")
+    loaded.load_state_dict({"state": state, "param_groups": [group]})
+    got = loaded.param_groups[0]
+    assert (got["decoupled_weight_decay"], got["init_lr"]) == (True, 1e-3)  # decays by 0.1 lr / max_lr
+    assert (got["foreach"], got["rounding"]) == (None, "stochastic")
+    before = loaded.state_dict()["state"][0]["exp_avg"].clone()
+    timm = {"lr": 1e-4, "betas": (0.9, 0.99), "weight_decay": 0.1, "caution": False, "corrected_weight_decay": True, "params": [0]}
+    with pytest.raises(ValueError, match="corrected_weight_decay"):
+        loaded.load_state_dict({"state": {0: {"exp_avg": torch.ones(5, 5)}}, "param_groups": [timm]})
+    assert torch.equal(loaded.state_dict()["state"][0]["exp_avg"], before)
+
+
+@pytest.mark.parametrize(
+    ("state", "message"),
+    [
+        ({"exp_avg": torch.ones(5)}, r"exp_avg must have its parameter's shape \(5, 5\), got \(5,\)"),
+        ({"exp_avg": torch.ones(5, 5, dtype=torch.int8)}, "exp_avg of parameter 0 is torch.int8.*exp_avg_scale is needed"),
+    ],
+    ids=["shape", "no scale"],
+)
+def test_momenta_that_cannot_be_are_refused(state, message):
+    _, optimizer = stepped(1, [(5, 5)])
+    with pytest.raises(ValueError, match=message):
+        optimizer.load_state_dict({"state": {0: state}, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def test_hooks_around_loading_have_their_say():
+    params, optimizer = stepped(2, [(5, 5), (5, 5)])
+    saved = optimizer.state_dict()
+    loaded = Lion(twins(params))
+    loaded.register_load_state_dict_pre_hook(lambda _, s: {**s, "state": {0: s["state"][1], 1: s["state"][0]}})  # the other way round
+    loaded.register_load_state_dict_post_hook(lambda o: o.state[o.param_groups[0]["params"][0]]["exp_avg"].zero_())
+    loaded.load_state_dict(saved)
+    first, second = momenta(loaded, loaded.param_groups[0]["params"])
+    assert not first.any()
+    assert torch.equal(second, optimizer.state[params[0]]["exp_avg"])
+
+
+@pytest.mark.parametrize("step", [3, torch.tensor(3), torch.tensor([3.0], dtype=torch.float64)], ids=str)
+def test_a_loaded_step_of_any_kind_counts_on(step):
+    params, optimizer = stepped(3, [(70, 70)], torch.bfloat16, rounding="stochastic")
+    copies = twins(params)
+    loaded = Lion(copies)
+    saved = copy.deepcopy(optimizer.state_dict())
+    saved["state"][0]["step"] = step
+    loaded.load_state_dict(saved)
+    give_gradients(params, copies)
+    optimizer.step()
+    loaded.step()
+    assert bits_equal(params, copies)
+    assert loaded.state[copies[0]]["step"] == 4
+
+
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float64], ids=str)
+def test_the_default_dtype_is_of_no_account(default):
+    for options in (INT8, {"dtype": torch.bfloat16, "rounding": "stochastic"}):
+        want, _ = stepped(2, [(90, 90), (3,)], **options)
+        torch.manual_seed(1)
+        params = parameters([(90, 90), (3,)], options.get("dtype", torch.float32))
+        optimizer = Lion(params, **SETTINGS, **{k: v for k, v in options.items() if k != "dtype"})
+        for _ in range(2):
+            give_gradients(params)
+            torch.set_default_dtype(default)
+            try:
+                optimizer.step()
+            finally:
+                torch.set_default_dtype(torch.float32)
+        assert bits_equal(params, want)
+
+
+def test_infinities_found_on_several_devices_skip_once():
+    """GradScaler adds up what devices found."""
+    params, optimizer = stepped(1, [(70, 70)], torch.bfloat16, rounding="stochastic")
+    optimizer.found_inf = torch.tensor([2.0])
+    give_gradients(params)
+    optimizer.step()
+    assert optimizer.state[params[0]]["step"] == 1
+
+
+def test_gradients_with_the_negative_bit_are_negative():
+    p, q = nn.Parameter(torch.zeros(5)), nn.Parameter(torch.zeros(5))
+    g = torch.arange(-2.0, 3.0)
+    p.grad, q.grad = torch._neg_view(g), -g
+    for x in (p, q):
+        Lion([x], lr=0.5).step()
+    assert torch.equal(p, q)
+
+
+def test_a_compensation_follows_its_parameters_dtype():
+    p = nn.Parameter(torch.ones(5, dtype=torch.bfloat16))
+    optimizer = Lion([p], rounding="kahan", momentum_dtype=torch.float32)
+    p.grad = torch.ones_like(p)
+    optimizer.step()
+    p.data = p.data.half()
+    p.grad = torch.ones_like(p)
+    optimizer.step()
+    assert (p - 1).abs().max() < 1e-2
 
 
 def test_lion_pytorchs_own_state_dict_loads_and_continues_alike():
@@ -707,8 +816,6 @@ def test_stochastic_rounding_does_not_depend_on_the_generator_or_the_blocks(monk
 
 # ---- momenta of 8 bits -----------------------------------------------------------------------------------------------
 
-INT8 = {"momentum_dtype": torch.int8}
-
 
 def test_8_bits_are_for_large_tensors_and_small_ones_keep_float32():
     for dtype in (torch.float32, torch.bfloat16):
@@ -852,12 +959,12 @@ def test_a_kernel_takes_the_step_where_the_backend_offers_one(monkeypatch):
     class Kernel:
         @staticmethod
         def table(rows, before, *, capturable):
-            return [row.param for row in rows]
+            return types.SimpleNamespace(rows=rows, captured=False)
 
         @staticmethod
         def step(rows, table, *, lr, grad_factor, found_inf, **options):
-            assert len(rows) == len(table)
-            calls.append((len(table), lr, grad_factor, found_inf))
+            assert len(rows) == len(table.rows)
+            calls.append((len(rows), lr, grad_factor, found_inf))
 
     monkeypatch.setattr(backend, "kernel", lambda name, *tensors: Kernel if name == "lion" else None)
     stepped(1)
@@ -936,3 +1043,27 @@ def test_the_drop_ins_positions_and_defaults():
     default = Lion(parameters()).param_groups[0]
     assert (default["lr"], default["betas"], default["weight_decay"]) == (1e-4, (0.9, 0.99), 0.0)
     assert stepped(1)[1].state_dict()["state"][0].keys() == {"exp_avg"}
+
+
+# ---- speed and memory on a CPU ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.speed
+@pytest.mark.skipif(KERNELS, reason="the promise is about CPUs")
+@pytest.mark.parametrize("original", ["eager", "lion-pytorch foreach"])
+@pytest.mark.parametrize("name", ["ResNet-18", "16 MB"])
+def test_not_slower_than_the_original_and_never_more_memory(name, original):
+    from kdfast.benchmarks.lion import case, shapes
+    from kdfast.benchmarks.timing import interleaved, peak_memory
+
+    peers()
+    ours, theirs = (case(name, shapes(name)).step(variant) for variant in ("kdfast", original))
+    for step in (ours, theirs):
+        step.run()  # makes the momenta
+    assert peak_memory(ours.run) <= peak_memory(theirs.run)
+    best = 0.0
+    for _ in range(3):
+        best = max(best, interleaved(ours.run, theirs.run, pairs=20)["speedup"])
+        if best >= (1.0 if original == "lion-pytorch foreach" else 0.95):
+            return
+    pytest.fail(f"{best:.2f} of the speed of {original}")

@@ -276,9 +276,10 @@ class Gpu:
         self.capturing = False
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: self.capturing)
         monkeypatch.setattr(torch.Tensor, "pin_memory", lambda x: x.clone())
-        empty_like = torch.empty_like
-        monkeypatch.setattr(torch, "empty_like", lambda x, pin_memory=False, **k: empty_like(x, **k))
-        monkeypatch.setattr(kernel, "_graphs", [])
+        empty = torch.empty
+        monkeypatch.setattr(torch, "empty", lambda *shape, pin_memory=False, **k: empty(*shape, **k))
+        monkeypatch.setattr(torch.Tensor, "to", lambda x, *a, **k: x.clone())
+        monkeypatch.setattr(kernel, "_graphs", {})
 
     def row(self, n):
         class Parameter:
@@ -299,18 +300,101 @@ class Gpu:
 
 def test_addresses_that_a_graph_copies_are_never_written_again(monkeypatch):
     gpu = Gpu(monkeypatch)
-    monkeypatch.setattr(torch.Tensor, "to", lambda x, *a, **k: x.clone())
     rows = [gpu.row(5), gpu.row(3000)]
     warm = kernel.table(rows, capturable=True)
+    spares = list(warm.spares)
     gpu.capturing = True
-    captured = kernel.table([gpu.row(5), gpu.row(3000)], warm, capturable=True)
-    assert captured.chunks is warm.chunks
-    assert len(kernel._graphs) == 1
-    assert kernel._graphs[0] is warm.spare, "the pinned copy outlives the optimizer"
+    captured = [kernel.table([gpu.row(5), gpu.row(3000)], warm, capturable=True) for _ in range(kernel.SPARES)]
+    assert all(table.captured and table.chunks is warm.chunks for table in captured)
+    assert {id(t) for t in kernel._graphs.values()} == {id(t) for t in spares}, "the pinned copies outlive the optimizer, each its own"
+    assert torch.equal(spares[-1], captured[0].addresses)
     with pytest.raises(RuntimeError, match="take one before the capture"):
-        kernel.table([gpu.row(5), gpu.row(3000)], captured)
+        kernel.table([gpu.row(5), gpu.row(3000)], warm)
     with pytest.raises(RuntimeError, match="take one before the capture"):
-        kernel.table([gpu.row(5)], warm)
+        kernel.table([gpu.row(5)], kernel.table(rows)._replace(spares=[]))
+
+
+def test_what_a_graph_launches_with_stays_alive(monkeypatch):
+    monkeypatch.setattr(kernel, "_graphs", {})
+    kernel._in_graphs(first := torch.zeros(3))
+    kernel._in_graphs(first)
+    assert list(kernel._graphs.values()) == [first]
+
+
+@pytest.mark.parametrize("change", ["shrunk", "grown", "transposed momentum"])
+def test_what_changes_at_the_same_address_is_seen(change):
+    p = nn.Parameter(torch.zeros(60, 60))
+    memory = torch.zeros(60, 60)
+    p.data = memory[:30] if change == "grown" else memory
+    optimizer = Lion([p], lr=0.5)
+    p.grad = torch.ones(p.shape)
+    optimizer.step()
+    state = optimizer.state[p]
+    if change == "shrunk":
+        p.data, p.grad, state["exp_avg"] = memory[:50], p.grad[:50], state["exp_avg"][:50]
+        optimizer.step()
+        assert torch.equal(memory[:50], torch.full((50, 60), -1.0))
+        assert torch.equal(memory[50:], torch.full((10, 60), -0.5))
+    elif change == "grown":
+        p.data, p.grad = memory, torch.ones(60, 60)
+        with pytest.raises(RuntimeError, match=r"exp_avg of parameter 0 must have the parameter's shape \(60, 60\), got \(30, 60\)"):
+            optimizer.step()
+    else:
+        state["exp_avg"] = state["exp_avg"].copy_(torch.arange(3600.0).view(60, 60)).t()
+        want = 0.99 * state["exp_avg"] + 0.01
+        optimizer.step()
+        assert torch.allclose(state["exp_avg"], want)
+
+
+def test_subclasses_of_tensors_take_the_pytorch_form(launches):
+    class Other(torch.Tensor):
+        pass
+
+    p = torch.zeros(5).as_subclass(Other).requires_grad_()
+    p.grad = torch.ones(5).as_subclass(Other)
+    Lion([p], lr=0.5).step()
+    assert p.tolist() == [-0.5] * 5
+    assert not launches
+
+
+def test_the_kernel_marks_what_it_wrote():
+    """A backward pass through the old values must fail, not use the new ones."""
+    p = nn.Parameter(torch.ones(3))
+    loss = (p * p).sum()
+    p.grad = torch.ones(3)
+    Lion([p]).step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_zeros_keep_their_sign():
+    p, theirs = nn.Parameter(torch.tensor([-0.0, 0.0, -0.0])), nn.Parameter(torch.tensor([-0.0, 0.0, -0.0]))
+    a, b = Lion([p]), Lion([theirs])
+    for x, optimizer in ((p, a), (theirs, b)):
+        x.grad = torch.tensor([-0.0, -0.0, 0.0])
+        optimizer.state[x]["exp_avg"] = torch.tensor([-0.0, -0.0, -0.0])
+    a.step()
+    with kdfast.backend("torch"):
+        b.step()
+    assert_same([p], [theirs], a, b)
+
+
+def test_numbers_of_other_kinds_are_taken():
+    import numpy as np
+
+    results = []
+    for lr, betas in (
+        (0.5, (0.9, 0.99)),
+        (np.float32(0.5), (torch.tensor(0.9, dtype=torch.float64), 0.99)),
+        (torch.tensor([0.5]), [0.9, 0.99]),
+    ):
+        p = nn.Parameter(torch.ones(5))
+        p.grad = torch.arange(5.0)
+        optimizer = Lion([p], lr=lr, betas=betas, weight_decay=np.float64(0.1))
+        optimizer.step()
+        results.append([p, *state(optimizer)])
+    assert bits_equal(results[0], results[1])
+    assert bits_equal(results[0], results[2])
 
 
 # ---- contracts -------------------------------------------------------------------------------------------------------

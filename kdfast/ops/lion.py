@@ -60,6 +60,7 @@ class Row(NamedTuple):
         return [t for t in (self.param, self.grad, self.momentum, self.compensation) if t is not None]
 
 
+PLAIN = (Tensor, torch.nn.Parameter)  # memory of their own, which a subclass may not have
 _KEPT: list[Callable[[Row], Tensor | None]] = [attrgetter(name) for name in ("param", "momentum", "scale", "compensation", "step")]
 
 
@@ -100,7 +101,7 @@ def lion_step(
                     f"Lion: fused=True needs the Triton kernel, which does not run here for {param.dtype} parameters on "
                     f"{param.device.type} (backend {backend.current()!r}); leave fused=None"
                 )
-        if kernel is not None:
+        if kernel is not None and all(type(t) in PLAIN for row in bucket for t in (row.param, row.grad, row.momentum)):
             bucket = _kernel_step(kernel, bucket, options, grad_factor, found_inf, capturable, {} if tables is None else tables, key)
         if bucket:
             _torch_step(bucket, options, grad_factor, found_inf, foreach is not False)
@@ -151,9 +152,12 @@ def _kernel_step(
 ) -> list[Row]:
     """One bucket in one launch; returns the rows that the kernel cannot take."""
     device = rows[0].param.device
-    key = bucket, rows[0].number, options.cautious
-    kept = [[t.data_ptr() for t in map(column, rows) if t is not None] for column in _KEPT] + [[row.param.stride() for row in rows]]
-    given = [[row.grad.data_ptr() for row in rows], [row.grad.stride() for row in rows]]
+    key = bucket, rows[0].number, options.cautious, capturable
+    kept: list[Any] = [[t.data_ptr() for t in map(column, rows) if t is not None] for column in _KEPT]
+    kept += [[row.param.shape for row in rows], [row.param.stride() for row in rows], [row.momentum.stride() for row in rows]]
+    kept += [[row.compensation.stride() for row in rows if row.compensation is not None]]
+    grads = [row.grad for row in rows]
+    given: list[Any] = [[g.data_ptr() for g in grads], [g.stride() for g in grads], [g.is_neg() for g in grads]]
     stream = None
     if device.type == "cuda" and not torch.cuda.is_current_stream_capturing():  # a graph keeps its tables, and has a stream of its own
         stream = torch.cuda.current_stream(device).cuda_stream
@@ -169,10 +173,13 @@ def _kernel_step(
             # a cautious step of a shard needs what other processes count
             fits = [i for i, row in enumerate(rows) if _has_flat_view(row) and not (options.cautious and row.whole is not None)]
             rest = sorted(set(range(len(rows))) - set(fits))
+        for row in rows:
+            _check_shapes(row)
         taken, copied = _in_order_of_params(rows if not rest else [rows[i] for i in fits])
         table = kernel.table(taken, None if known is None else known.table, capturable=capturable) if taken else None
         known = _Known(kept, [] if copied else given, fits, rest, table, stream)  # copies lie elsewhere in every step
-        tables[key] = known
+        if table is None or not table.captured:  # a graph's own table is good within that graph alone
+            tables[key] = known
     if taken:
         lr = options.lr
         if isinstance(lr, Tensor):
@@ -192,6 +199,14 @@ def _kernel_step(
     return [rows[i] for i in known.rest]
 
 
+def _check_shapes(row: Row) -> None:
+    """Raises where the kernel would walk beyond a tensor's end."""
+    for name, tensor in (("the gradient", row.grad), ("exp_avg", row.momentum), ("kahan_comp", row.compensation)):
+        if tensor is not None and tensor.shape != row.param.shape:
+            shapes = f"{tuple(row.param.shape)}, got {tuple(tensor.shape)}"
+            raise RuntimeError(f"Lion: {name} of parameter {row.number} must have the parameter's shape {shapes}")
+
+
 def _has_flat_view(row: Row) -> bool:
     """Whether all but the gradient fill their memory without gaps, in the same order of dimensions."""
     order = _order(row.param)
@@ -200,8 +215,12 @@ def _has_flat_view(row: Row) -> bool:
 
 
 def _in_order_of_params(rows: list[Row]) -> tuple[list[Row], bool]:
-    """The rows, with copies of gradients whose order of dimensions is not their parameter's; and whether there are any."""
-    others = [i for i, row in enumerate(rows) if row.grad.stride() != row.param.stride() and _order(row.grad) != _order(row.param)]
+    """The rows, with copies of gradients whose order of dimensions is not their parameter's, or whose sign is to be turned; whether any."""
+
+    def is_other(grad: Tensor, param: Tensor) -> bool:
+        return grad.is_neg() or (grad.stride() != param.stride() and _order(grad) != _order(param))
+
+    others = [i for i, row in enumerate(rows) if is_other(row.grad, row.param)]
     if not others:
         return rows, False
     copies = [torch.empty_like(rows[i].param, dtype=rows[i].grad.dtype) for i in others]
@@ -358,8 +377,13 @@ def _sum_over_shards(local: Tensor, whole: Any) -> Tensor:
     """The sum of a number that every process has of its shard of a DTensor."""
     from torch.distributed.tensor import DTensor, Partial, Replicate
 
-    partial = [Partial() if placement.is_shard() else Replicate() for placement in whole.placements]
+    partial = [Partial() if is_sharded(placement) else Replicate() for placement in whole.placements]
     return DTensor.from_local(local, whole.device_mesh, partial, run_check=False).full_tensor()
+
+
+def is_sharded(placement: Any) -> bool:
+    """Whether a DTensor's placement splits it; is_shard() is false of the strided shards that FSDP2 makes of tensor-parallel ones."""
+    return not (placement.is_replicate() or placement.is_partial())
 
 
 def _store(destinations: list[Tensor], values: list[Tensor], found_inf: Tensor | None) -> None:

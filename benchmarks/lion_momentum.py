@@ -1,0 +1,76 @@
+"""What Lion's momentum may cost in accuracy at 8 and 16 bits: python -m kdfast.benchmarks.lion_momentum [--dataset digits|cifar10]
+
+A ResNet-8 is trained from the same seeds with float32, bfloat16 and 8-bit momenta; nothing else differs. `accuracy` is on the test
+images after the last epoch, in percent, one for each seed; `difference` is its mean over seeds from float32's, with the standard error
+of that mean; `momentum_bytes` are what the momenta of the network take, scales included.
+"""
+
+import argparse
+import math
+import statistics
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from kdfast.benchmarks.timing import write_json
+
+from kdfast import models
+from kdfast.data import ImageData, load, make_loaders
+from kdfast.optim import Lion
+
+MOMENTA = {"float32": None, "bfloat16": torch.bfloat16, "int8": torch.int8}
+
+
+def trained(data: ImageData, seed: int, epochs: int, momentum: torch.dtype | None) -> tuple[float, float, int]:
+    """Test accuracy in percent, mean training loss of the last epoch, bytes of momenta."""
+    torch.manual_seed(seed)
+    model = models.create("resnet8", len(data.classes))
+    loaders = make_loaders(data, batch_size=64, seed=seed)
+    optimizer = Lion(model.parameters(), lr=1e-3, weight_decay=0.1, momentum_dtype=momentum)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
+    losses: list[float] = []
+    for epoch in range(epochs):
+        model.train()
+        loaders.train.set_epoch(epoch)
+        losses = []
+        for batch in loaders.train:
+            loss = F.cross_entropy(model(batch.images), batch.labels)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+        schedule.step()
+    model.eval()
+    with torch.no_grad():
+        right = [model(batch.images).argmax(1) == batch.labels for batch in loaders.test]
+    state = [t for s in optimizer.state.values() for name, t in s.items() if name.startswith("exp_avg")]
+    return 100 * torch.cat(right).double().mean().item(), statistics.mean(losses), sum(t.nbytes for t in state)
+
+
+def main() -> None:
+    """Trains all of them, prints and writes the result."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dataset", choices=("digits", "cifar10"), default="digits")
+    parser.add_argument("--data-dir", help="where the images of cifar10 are")
+    parser.add_argument("--epochs", type=int, default=15)
+    parser.add_argument("--seeds", type=int, default=5)
+    options = parser.parse_args()
+    data = load(options.dataset, data_dir=options.data_dir)
+    accuracies: dict[str, list[float]] = {name: [] for name in MOMENTA}
+    cases: dict[str, dict[str, Any]] = {}
+    for seed in range(options.seeds):
+        for name, momentum in MOMENTA.items():
+            accuracy, loss, size = trained(data, seed, options.epochs, momentum)
+            accuracies[name].append(accuracy)
+            cases[name] = {"momentum": name, "momentum_bytes": size}
+            print(f"seed {seed}  {name:9}{accuracy:7.2f} %   last epoch's loss {loss:.4f}", flush=True)
+    for name, case in cases.items():
+        differences = [a - b for a, b in zip(accuracies[name], accuracies["float32"])]
+        error = statistics.stdev(differences) / math.sqrt(len(differences)) if len(differences) > 1 else math.nan
+        case |= {"dataset": options.dataset, "epochs": options.epochs, "accuracy": accuracies[name]}
+        case |= {"difference": statistics.mean(differences), "standard_error": error}
+    print(write_json(f"cpu-lion_momentum_{options.dataset}", list(cases.values())))
+
+
+if __name__ == "__main__":
+    main()
