@@ -70,6 +70,17 @@ def test_ours_and_the_originals_compute_the_same(case):
     assert all(("backward_ms" in row) == (case.operator != "Lion") for row in rows.values())
 
 
+def test_one_step_of_a_size_that_the_original_has_no_memory_for(tmp_path, monkeypatch):
+    monkeypatch.setattr(timing, "RESULTS", tmp_path)
+    monkeypatch.setattr(sys, "argv", ["supcon", "--N", "64", "2048", "--D", "8", "--dtypes", "bfloat16"])
+    monkeypatch.setattr(supcon.os, "sysconf", lambda name: {"SC_PAGE_SIZE": 2**10, "SC_PHYS_PAGES": 7 * 2**14 - 1}[name])
+    supcon.main()
+    small, large = json.loads((tmp_path / "cpu-supcon_once.json").read_text())["cases"]
+    assert all(small[name]["seconds"] >= 0 and small[name]["memory"] > 0 for name in (OURS, EAGER))
+    assert 0 < large[OURS]["memory"] < 4 * 2048**2
+    assert large[EAGER]["skipped"].startswith("out of memory: needs 0 GB")
+
+
 @pytest.mark.usefixtures("ceilings")
 def test_variants_cannot_spoil_each_others_inputs():
     """torch-optimi takes 16-bit gradients for scratch; here a stand-in does."""
