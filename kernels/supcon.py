@@ -468,10 +468,11 @@ def _gradients(
     # a block is of anchors or of other rows, which meet anchors alone: their products with each other might be infinite
     block, of_anchors = tl.program_id(0), tl.cdiv(N, ROWS)
     begin, end, columns = block * ROWS, N, total
-    if block >= of_anchors:
-        begin, end, columns = N + (block - of_anchors) * ROWS, rows, N
+    if block >= of_anchors:  # the first of them may begin among the anchors: rows that begin at N would cost registers
+        begin, end, columns = (block - of_anchors + N // ROWS) * ROWS, rows, N
     row = begin + tl.arange(0, ROWS)
-    inside, anchor = row < end, row < N
+    anchor = row < N
+    inside = (row < end) & (anchor == (block < of_anchors))
     slice_start = tl.program_id(2) * SLICE
     name_i = tl.load(names + row, mask=row < named, other=0)
     top, per_top = 1.0, 1.0
@@ -660,7 +661,8 @@ def backward(
     tiles = triton.cdiv(triton.cdiv(call.total, plan.columns), parts)
     sums = torch.empty(parts, rows, call.D, **float32)
     total, named, counted, B, D, stride, blocks = call.shape
-    grid = triton.cdiv(N, plan.rows) + triton.cdiv(rows - N, plan.rows), parts, slices
+    blocks_of_others = triton.cdiv(rows, plan.rows) - N // plan.rows if rows > N else 0
+    grid = triton.cdiv(N, plan.rows) + blocks_of_others, parts, slices
     sizes = N, rows, total, named, counted, B, D, stride, blocks, share_blocks, tiles
     call.launch(_gradients, grid, plan, m, s, h, share_tops, sums, sizes=sizes, more={"SLICE": call.plans.slice})
     del call.x  # a copy with normalize, whose memory the gradient takes
