@@ -7,13 +7,12 @@ one promise, since a kernel that goes wrong takes its whole process along. kdfas
 import argparse
 import json
 import sys
-from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
+from kdfast.benchmarks.timing import launches
 from torch import Tensor, nn
-from torch.autograd import DeviceType
 
 from kdfast import functional
 from kdfast.optim import Lion
@@ -145,27 +144,19 @@ def no_waiting(device: torch.device) -> dict[str, Any]:
 
 def few_launches(device: torch.device) -> dict[str, Any]:
     """Logit distillation with C <= 1000 costs two kernel launches at most, forward and backward together."""
-    from torch.profiler import ProfilerActivity, profile
-
     seen = {}
     for name, work in works(device).items():
         if not name.startswith("kd_loss") or work.inputs[0].shape[-1] > 1000:
             continue
         work.run()
-        torch.cuda.synchronize(device)
-        with profile(activities=[ProfilerActivity.CUDA]) as profiled:
-            for _ in range(REPEATS):
-                work.run()
-            torch.cuda.synchronize(device)
-        seen[name] = {kernel: count / REPEATS for kernel, count in kernels(profiled.events()).items()}
+        seen[name] = kernels_of(work.run, device)
     judge_launches(seen)
     return {"kernels": seen}
 
 
-def kernels(events: Iterable[Any]) -> Counter[str]:
-    """How often each kernel ran, from a profile's events; copies and fills by the copy engines are no kernels."""
-    on_device = (event.name for event in events if event.device_type == DeviceType.CUDA)
-    return Counter(name[:80] for name in on_device if not name.startswith(("Memcpy", "Memset")))
+def kernels_of(run: Callable[[], Any], device: torch.device) -> dict[str, float]:
+    """How often each kernel runs in a call, on average."""
+    return {kernel: count / REPEATS for kernel, count in launches(run, device, REPEATS).items()}
 
 
 def judge_launches(seen: Mapping[str, Mapping[str, float]]) -> None:
@@ -179,8 +170,6 @@ def judge_launches(seen: Mapping[str, Mapping[str, float]]) -> None:
 
 def lion_is_one_launch(device: torch.device) -> dict[str, Any]:
     """A Lion step of many parameters is one kernel, with a rate on the device too."""
-    from torch.profiler import ProfilerActivity, profile
-
     seen = {}
     for name, lr in {"a number": 1e-4, "on the device": torch.tensor(1e-4, device=device)}.items():
         params = [nn.Parameter(torch.randn(n, 7, device=device)) for n in range(1, 400, 3)]
@@ -188,12 +177,7 @@ def lion_is_one_launch(device: torch.device) -> dict[str, Any]:
             p.grad = torch.randn_like(p)
         optimizer = Lion(params, lr=lr, weight_decay=0.1)
         optimizer.step()
-        torch.cuda.synchronize(device)
-        with profile(activities=[ProfilerActivity.CUDA]) as profiled:
-            for _ in range(REPEATS):
-                optimizer.step()
-            torch.cuda.synchronize(device)
-        seen[name] = {kernel: count / REPEATS for kernel, count in kernels(profiled.events()).items()}
+        seen[name] = kernels_of(optimizer.step, device)
     if any(sum(of.values()) != 1 for of in seen.values()):
         raise Broken(f"not one launch a step: {json.dumps(seen)}")
     return {"kernels": seen}

@@ -249,7 +249,7 @@ def _on_device(case: Case, make: Callable[..., Step], step: Step, rounds: int) -
         return {
             "device_ms": _short(1e3 * timing.device_seconds(runs, rounds=rounds)),
             "cold_ms": _short(1e3 * timing.cold_seconds(step.run, rounds=rounds)),
-            "launches": timing.launches(step.run),
+            "launches": timing.launches(step.run).total(),
         }
     except RuntimeError as failure:
         return {"device_skipped": str(failure).strip().partition("\n")[0][:120]}

@@ -5,12 +5,14 @@ import math
 import os
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.autograd import DeviceType
 
 from kdfast import machine
 
@@ -139,17 +141,20 @@ def device_seconds(functions: Sequence[Callable[[], Any]], *, rounds: int = 20) 
     return _event_seconds(graph.replay, lambda: None, rounds) / calls
 
 
-def launches(function: Callable[[], Any]) -> int:
-    """Kernels that a call runs on the GPU, as the profiler sees them; copies and fills by the copy engines are none."""
-    from torch.autograd import DeviceType
-    from torch.profiler import ProfilerActivity, profile
+def launches(function: Callable[[], Any], device: torch.device | None = None, calls: int = 1) -> Counter[str]:
+    """The kernels that so many calls run on the GPU, as the profiler sees them: how often each."""
+    torch.cuda.synchronize(device)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiled:
+        for _ in range(calls):
+            function()
+        torch.cuda.synchronize(device)
+    return kernels(profiled.events())
 
-    torch.cuda.synchronize()
-    with profile(activities=[ProfilerActivity.CUDA]) as profiled:
-        function()
-        torch.cuda.synchronize()
-    names = [event.name for event in profiled.events() if event.device_type == DeviceType.CUDA]
-    return sum(not name.startswith(("Memcpy", "Memset")) for name in names)
+
+def kernels(events: Iterable[Any]) -> Counter[str]:
+    """How often each kernel ran, from a profile's events; copies and fills by the copy engines are no kernels."""
+    on_device = (event.name for event in events if event.device_type == DeviceType.CUDA)
+    return Counter(name[:80] for name in on_device if not name.startswith(("Memcpy", "Memset")))
 
 
 def cold_seconds(function: Callable[[], Any], *, rounds: int = 20) -> float:

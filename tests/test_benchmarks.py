@@ -6,6 +6,7 @@ import math
 import subprocess
 import sys
 import time
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -246,7 +247,7 @@ def test_device_times_or_the_reason_why_not(monkeypatch):
     monkeypatch.setattr(timing, "cache_bytes", lambda: 1000)
     monkeypatch.setattr(timing, "device_seconds", lambda runs, rounds: seen.append(len(runs)) or 1e-3)
     monkeypatch.setattr(timing, "cold_seconds", lambda run, rounds: 2e-3)
-    monkeypatch.setattr(timing, "launches", lambda run: 2)
+    monkeypatch.setattr(timing, "launches", lambda run: Counter(_forward=1, _backward=1))
     make = case.variants[OURS].prepare()
     assert harness._on_device(case, make, case.step(OURS), 5) == {"device_ms": 1.0, "cold_ms": 2.0, "launches": 2}
     assert seen == [8], "sets of buffers, together three times the cache"

@@ -5,6 +5,7 @@ import io
 import itertools
 import pickle
 import types
+from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
@@ -61,14 +62,15 @@ def large_blocks(monkeypatch):
     monkeypatch.setattr(kernel, "BLOCK", 2**17)
 
 
-def stepped(steps, shapes=SHAPES, dtype=torch.float32, **options):
+def stepped(steps, shapes=SHAPES, dtype=torch.float32, within=nullcontext, **options):
     """Parameters after some steps on gradients that depend on the seed alone, and their optimizer."""
     torch.manual_seed(1)
     params = parameters(shapes, dtype)
     optimizer = Lion(params, **{**SETTINGS, **options})
     for _ in range(steps):
         give_gradients(params)
-        optimizer.step()
+        with within():
+            optimizer.step()
     return params, optimizer
 
 
@@ -439,20 +441,20 @@ def test_a_loaded_step_of_any_kind_counts_on(step):
     assert loaded.state[copies[0]]["step"] == 4
 
 
+@contextmanager
+def default_dtype(dtype):
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 @pytest.mark.parametrize("default", [torch.bfloat16, torch.float64], ids=str)
 def test_the_default_dtype_is_of_no_account(default):
     for options in (INT8, {"dtype": torch.bfloat16, "rounding": "stochastic"}):
         want, _ = stepped(2, [(90, 90), (3,)], **options)
-        torch.manual_seed(1)
-        params = parameters([(90, 90), (3,)], options.get("dtype", torch.float32))
-        optimizer = Lion(params, **SETTINGS, **{k: v for k, v in options.items() if k != "dtype"})
-        for _ in range(2):
-            give_gradients(params)
-            torch.set_default_dtype(default)
-            try:
-                optimizer.step()
-            finally:
-                torch.set_default_dtype(torch.float32)
+        params, _ = stepped(2, [(90, 90), (3,)], within=lambda: default_dtype(default), **options)
         assert bits_equal(params, want)
 
 
@@ -1002,13 +1004,7 @@ def test_capturable_needs_a_gpu():
 @pytest.mark.parametrize("options", [{}, INT8, {"dtype": torch.bfloat16, "rounding": "stochastic"}], ids=str)
 def test_the_default_device_is_of_no_account(options):
     want, _ = stepped(2, [(90, 90), (3,)], **options)
-    torch.manual_seed(1)
-    params = parameters([(90, 90), (3,)], options.get("dtype", torch.float32))
-    optimizer = Lion(params, **SETTINGS, **{k: v for k, v in options.items() if k != "dtype"})
-    for _ in range(2):
-        give_gradients(params)
-        with torch.device("meta"):
-            optimizer.step()
+    params, _ = stepped(2, [(90, 90), (3,)], within=lambda: torch.device("meta"), **options)
     assert bits_equal(params, want)
 
 
