@@ -59,9 +59,9 @@ class World:
             dist.barrier()
 
     def close(self) -> None:
-        """Leaves the process group."""
+        """Leaves the process group and ends its threads."""
         if self.size > 1 and dist.is_initialized():
-            gc.collect()  # DDP modules are parts of cycles; one that outlives its process group can abort the interpreter's exit
+            gc.collect()  # DDP modules are parts of cycles, and hold the group
             dist.destroy_process_group()
 
 
@@ -92,6 +92,10 @@ def join(device: str = "auto") -> World:
     size, rank, local = (int(os.environ.get(k, d)) for k, d in (("WORLD_SIZE", "1"), ("RANK", "0"), ("LOCAL_RANK", "0")))
     chosen = _device(device, local if size > 1 else None)
     if size > 1 and not dist.is_initialized():
+        # DDP imports this module, whose functions take the group of that moment as their default: imported later, they would hold
+        # the group until the interpreter's end, where gloo's threads, still running, now and then abort the process
+        import torch.distributed.nn.functional  # noqa: F401
+
         dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
     return World(rank, size, chosen)
 
