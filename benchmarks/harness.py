@@ -12,7 +12,8 @@ For every variant that runs here:
     launches      on a GPU: kernels of a call
     floor_share   floor_ms / device_ms, on the CPU floor_ms / call_ms
 
-A variant that is not installed, cannot run here or computes something else has `skipped`, the reason, instead.
+A variant that is not installed, cannot run here or computes something else has `skipped`, the reason, instead. One that is meant to compute
+something else (Variant.other) is timed, and has neither errors nor a share of a floor that is not its own.
 """
 
 import gc
@@ -55,12 +56,14 @@ class Variant:
         gpu: runs on a GPU only.
         synchronizes: makes the host wait, so that no CUDA graph can capture it.
         own_graphs: replays CUDA graphs of its own: no other can capture it, and its memory is reserved for good.
+        other: computes something else and is timed for orientation: its errors are not measured.
     """
 
     prepare: Callable[[], Callable[..., Step]]
     gpu: bool = False
     synchronizes: bool = False
     own_graphs: bool = False
+    other: bool = False
 
 
 @dataclass(frozen=True, repr=False)
@@ -201,7 +204,7 @@ def measure(case: Case, *, only: Collection[str] | None = None, rounds: int = 20
         if gpu and not (variant.own_graphs or variant.synchronizes):
             row |= _on_device(case, makers[name], step, rounds)
         time_ms = row.get("device_ms") if gpu else row["call_ms"]
-        if time_ms is not None:
+        if time_ms is not None and not variant.other:
             row["floor_share"] = _short(1e3 * floor / time_ms)
     return {
         "operator": case.operator,
@@ -220,12 +223,16 @@ def measure(case: Case, *, only: Collection[str] | None = None, rounds: int = 20
 
 def _checked(case: Case, name: str, inputs: Sequence[Any], exact: Sequence[Tensor]) -> tuple[Callable[..., Step], Step, dict[str, Any]]:
     """What makes the variant's Steps, the one on these inputs, and its errors; ours fails loudly, others are Skipped."""
-    if case.variants[name].gpu and case.device.type != "cuda":
+    variant = case.variants[name]
+    if variant.gpu and case.device.type != "cuda":
         raise Skipped("needs a GPU")
     try:
-        make = case.variants[name].prepare()
+        make = variant.prepare()
         step = make(*inputs)
-        errors = [error(got, want) for got, want in zip(step.results(), exact, strict=True)]
+        results = step.results()
+        if variant.other:
+            return make, step, {}
+        errors = [error(got, want) for got, want in zip(results, exact, strict=True)]
     except Exception as failure:  # whatever a peer may raise
         if name == OURS:
             raise

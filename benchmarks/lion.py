@@ -96,6 +96,7 @@ def _variants(device: torch.device) -> dict[str, Variant]:
 
         return lambda params: Lion32bit(params, **OPTIONS)
 
+    capturable = device.type == "cuda"
     return {
         EAGER: Variant(lambda: of(original())),
         COMPILED: Variant(lambda: of(original(), compile=True)),
@@ -103,7 +104,10 @@ def _variants(device: torch.device) -> dict[str, Variant]:
         "torch-optimi": Variant(lambda: of(optimi())),
         "timm": Variant(lambda: of(timm())),
         "bitsandbytes": Variant(lambda: of(bitsandbytes()), synchronizes=True),
-        OURS: Variant(lambda: of(lambda params: Lion(params, **OPTIONS, capturable=device.type == "cuda"))),
+        "AdamW (fused)": Variant(
+            lambda: of(lambda params: torch.optim.AdamW(params, **OPTIONS, fused=True, capturable=capturable)), other=True
+        ),
+        OURS: Variant(lambda: of(lambda params: Lion(params, **OPTIONS, capturable=capturable))),
     }
 
 

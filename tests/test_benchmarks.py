@@ -176,6 +176,23 @@ def test_an_optimizer_that_does_nothing_is_caught():
 
 
 @pytest.mark.usefixtures("ceilings")
+@pytest.mark.parametrize("dtype", harness.WRONG, ids=str)
+def test_another_optimizer_is_timed_and_not_called_wrong(dtype):
+    case = lion.case("two", [torch.Size([3, 4]), torch.Size([5])], dtype)
+    found = measure(case, only=("AdamW (fused)", OURS), rounds=1)
+    row = found["variants"]["AdamW (fused)"]
+    assert set(row) == {"call_ms", "speedup", "memory"}
+    assert min(row["call_ms"], row["speedup"]) > 0
+    results = [report.Results("a CPU", "", [found])]
+    assert f"| Lion | AdamW (fused) | 1 | {row['speedup']:.2f} |" in report.summary(results)
+    assert "| over AdamW (fused) |" in report.table(results)
+    assert "Not measured" not in report.table(results)
+    compared = replace(case.variants["AdamW (fused)"], other=False)
+    row = measure(replace(case, variants={"peer": compared, OURS: case.variants[OURS]}), rounds=1)["variants"]["peer"]
+    assert "computes something else" in row["skipped"], "what is not compared must be something else"
+
+
+@pytest.mark.usefixtures("ceilings")
 def test_a_peer_that_cannot_run_says_why_and_ours_fails():
     def missing():
         import no_such_package_at_all
