@@ -3,6 +3,7 @@
 Its value is the momentum after the first step, its gradient what the step did to the parameters.
 """
 
+import importlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -81,6 +82,13 @@ def _variants(device: torch.device) -> dict[str, Variant]:
 
         return lambda params: Lion(params, **OPTIONS)
 
+    def original_triton() -> Callable[..., Any]:
+        importlib.import_module("triton")  # lion_pytorch.triton ends the process where there is none
+        from lion_pytorch import Lion
+
+        # it autotunes for every number of elements in the first step and restores what that wrote: Step.results is its warm-up
+        return lambda params: Lion(params, **OPTIONS, use_triton=True)
+
     def optimi() -> Callable[..., Any]:
         from optimi import Lion
 
@@ -101,6 +109,7 @@ def _variants(device: torch.device) -> dict[str, Variant]:
         EAGER: Variant(lambda: of(original())),
         COMPILED: Variant(lambda: of(original(), compile=True)),
         "lion-pytorch foreach": Variant(lambda: of(original_foreach())),
+        "lion-pytorch Triton": Variant(lambda: of(original_triton()), gpu=True),
         "torch-optimi": Variant(lambda: of(optimi())),
         "timm": Variant(lambda: of(timm())),
         "bitsandbytes": Variant(lambda: of(bitsandbytes()), synchronizes=True),
