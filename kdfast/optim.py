@@ -295,7 +295,9 @@ class Lion(Optimizer):
         steps = [row.step for row in rows if row.step is not None]
         for device in {step.device for step in steps}:  # counted are the steps that are taken, on the device
             here = [step for step in steps if step.device == device]
-            torch._foreach_add_(here, 1.0 if found_inf is None else (found_inf.to(device) == 0).to(torch.float32))
+            taken = None if found_inf is None else (found_inf.to(device) == 0).to(torch.float32)
+            # a list, since of a single tensor the CPU would read the value
+            torch._foreach_add_(here, 1.0 if taken is None else [taken] * len(here))
         return rows
 
     def _grad_norm(self, unscale: Tensor | None) -> Tensor | None:

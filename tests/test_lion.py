@@ -12,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from kdfast import reference
 from kdfast.ops import backend
@@ -671,7 +672,7 @@ def test_grad_scaler_unscales_within_the_step():
 )
 def test_a_skipped_step_changes_no_byte(on_device, dtype, options, monkeypatch):
     if on_device:
-        monkeypatch.setattr(ops_lion, "_readable", lambda device: False)
+        monkeypatch.setattr(ops_lion, "_readable", lambda tensor: False)
     params, optimizer = stepped(2, dtype=dtype, **options)
     with torch.no_grad():
         params[0].view(-1)[:2] = torch.tensor([0.0, -0.0])  # a select keeps the sign of zero, a step of 0 does not
@@ -698,7 +699,7 @@ def test_a_skipped_step_changes_no_byte(on_device, dtype, options, monkeypatch):
 def test_steps_decided_on_the_device_have_the_bits_of_the_host(tensor_lr, monkeypatch):
     lr = torch.tensor(2.0**-12) if tensor_lr else 2.0**-12
     host, _ = stepped(3, lr=lr, cautious=True, max_grad_norm=1.0)
-    monkeypatch.setattr(ops_lion, "_readable", lambda device: False)
+    monkeypatch.setattr(ops_lion, "_readable", lambda tensor: False)
     device, _ = stepped(3, lr=lr, cautious=True, max_grad_norm=1.0)
     assert bits_equal(host, device)
 
@@ -994,6 +995,34 @@ def test_state_follows_a_parameter_to_another_device():
             p.grad = torch.zeros_like(p)
             optimizer.step()
             assert {t.device.type for t in optimizer.state[p].values()} == {device}
+
+
+@pytest.mark.parametrize(
+    ("dtype", "options"),
+    [
+        (torch.float32, {}),
+        (torch.float32, {"foreach": False}),
+        (torch.float32, {"cautious": True, "max_grad_norm": 1.0}),
+        (torch.float32, INT8),
+        (torch.bfloat16, {"rounding": "kahan"}),
+        (torch.bfloat16, {"rounding": "stochastic"}),
+    ],
+    ids=str,
+)
+def test_fake_parameters_are_stepped(dtype, options):
+    """Estimates of memory run on tensors that have no values to decide by, as torch's own optimizers do."""
+    shapes = [(200, 200), (70, 70), (3,)]
+
+    def layouts(optimizer):
+        return [{name: (t.dtype, t.shape, t.stride()) for name, t in state.items()} for state in optimizer.state.values()]
+
+    with FakeTensorMode():
+        params, optimizer = stepped(1, shapes, dtype, **options)
+        optimizer.grad_scale, optimizer.found_inf = torch.ones(()), torch.ones(())
+        optimizer.param_groups[0]["lr"] = torch.ones(())
+        optimizer.step()
+    assert all(isinstance(t, FakeTensor) for t in (*params, *(t for s in optimizer.state.values() for t in s.values())))
+    assert layouts(optimizer) == layouts(stepped(1, shapes, dtype, **options)[1])
 
 
 def test_capturable_needs_a_gpu():

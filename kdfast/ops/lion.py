@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
 from kdfast.ops import backend
@@ -183,7 +184,7 @@ def _kernel_step(
     if taken:
         lr = options.lr
         if isinstance(lr, Tensor):
-            lr = lr.item() if _readable(lr.device) else lr.to(device)
+            lr = lr.item() if _readable(lr) else lr.to(device)
         kernel.step(
             taken,
             known.table,
@@ -252,7 +253,7 @@ def _is_dense(tensor: Tensor) -> bool:
 def _torch_step(rows: list[Row], options: Options, grad_factor: Tensor | None, found_inf: Tensor | None, foreach: bool) -> None:
     """One bucket. On the CPU decisions are taken by reading values, elsewhere on the device."""
     device = rows[0].param.device
-    on_host = _readable(device)
+    on_host = _readable(rows[0].param)
     if found_inf is not None and on_host:
         if found_inf.item():
             return
@@ -260,7 +261,7 @@ def _torch_step(rows: list[Row], options: Options, grad_factor: Tensor | None, f
     found_inf = None if found_inf is None else found_inf.to(device)
     grad_factor = None if grad_factor is None else grad_factor.to(device)
     if isinstance(options.lr, Tensor):
-        options = options._replace(lr=options.lr.item() if _readable(options.lr.device) else options.lr.to(device))
+        options = options._replace(lr=options.lr.item() if _readable(options.lr) else options.lr.to(device))
 
     if not foreach or (on_host and options.cautious):  # a cautious step needs a mean over each whole tensor
         for row in rows:
@@ -281,9 +282,9 @@ def _torch_step(rows: list[Row], options: Options, grad_factor: Tensor | None, f
             _scatter(block, batch)
 
 
-def _readable(device: torch.device) -> bool:
-    """Whether values there can be read without waiting for a device or breaking a graph."""
-    return device.type == "cpu" and not torch.compiler.is_compiling()
+def _readable(tensor: Tensor) -> bool:
+    """Whether its values can be read without waiting for a device or breaking a graph; a fake tensor has none."""
+    return not torch.compiler.is_compiling() and tensor.device.type == "cpu" and not isinstance(tensor, FakeTensor)
 
 
 def _arithmetic(dtype: torch.dtype) -> torch.dtype:
@@ -360,7 +361,7 @@ def _lion(ps: list[Tensor], gs: list[Tensor], ms: list[Tensor], options: Options
 
 def _signs(xs: list[Tensor]) -> list[Tensor]:
     """sign(x) in place of x, and NaN where x is NaN."""
-    if _readable(xs[0].device) and all(math.isfinite(x.sum().item()) for x in xs):  # a NaN would be in the sum; one cached read
+    if _readable(xs[0]) and all(math.isfinite(x.sum().item()) for x in xs):  # a NaN would be in the sum; one cached read
         torch._foreach_sign_(xs)
         return xs
     return [torch.where(x.isnan(), x, x.sign()) for x in xs]
