@@ -20,6 +20,7 @@ COMMANDS = {
     "predict": "the most likely classes of image files",
     "export": "write a trained network as onnx, pt2 or safetensors",
     "report": "make a run's report again, or compare several runs",
+    "data": "what a data set holds, which files are bad, a sheet of augmented images",
     "list": "recipes, presets, models or datasets",
     "bench": "this machine's numbers: kernels, loaders, train, codegen; report",
 }
@@ -202,6 +203,17 @@ def _bench(arguments: Sequence[str]) -> None:
     run(_parse(options, rest, f"bench {name}"))
 
 
+def _data(arguments: Sequence[str]) -> None:
+    from kdfast.commands import data
+
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(data.OVERVIEW)
+        return
+    name, *rest = arguments
+    options, run = data.command(name)
+    run(_parse(options, rest, f"data {name}"))
+
+
 _RUN: dict[str, Callable[[Sequence[str]], None]] = {
     "teacher": _teacher,
     "distill": _distill,
@@ -209,6 +221,7 @@ _RUN: dict[str, Callable[[Sequence[str]], None]] = {
     "predict": _simple("predict", "Predict", "predict"),
     "export": _simple("export", "Export", "export"),
     "report": _report,
+    "data": _data,
     "list": _list,
     "bench": _bench,
 }

@@ -1,6 +1,7 @@
 """What every test shares: one thread (the runner starts a process a core), a fixed seed, a device, where the real images are."""
 
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -78,3 +79,18 @@ def _own_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """A pytest started by a test is nobody's worker: pytest-benchmark, for one, measures nothing in a worker."""
     for name in ("PYTEST_XDIST_WORKER", "PYTEST_XDIST_WORKER_COUNT", "PYTEST_XDIST_TESTRUNUID"):
         monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a test finds in image files is not kept in the user's ~/.cache. (XDG_CACHE_HOME would move matplotlib's fonts as well.)"""
+    import kdfast.data  # noqa: F401  # with the module that a function of its name hides
+
+    made: list[Path] = []  # once a test needs it
+
+    def folder() -> Path:
+        if not made:
+            made.append(tmp_path_factory.mktemp("cache"))
+        return made[0]
+
+    monkeypatch.setattr(sys.modules["kdfast.data.checking"], "cache_folder", folder)

@@ -2,6 +2,7 @@
 
 import json
 import statistics
+import time
 
 import pytest
 import torch
@@ -9,7 +10,8 @@ from kdfast.benchmarks import loaders
 from kdfast.benchmarks.loaders import Loaders, make_photographs, run
 from PIL import Image
 
-from kdfast.data import load, training_transform
+from kdfast.data import Batch, ResidentLoader, Split, load, training_transform
+from kdfast.data.loaders import dali_installed
 
 
 @pytest.fixture(scope="module")
@@ -33,11 +35,13 @@ def test_generated_photographs_weigh_what_real_ones_do(photographs):
 def test_a_folder_of_ones_own(photographs, tmp_path, capsys):
     out = tmp_path / "x.json"
     cases = run(Loaders(data_dir=photographs, workers=1, images=6, image_size=32, batch_size=2, epochs=1, device="cpu", out=out))
-    assert [(case["name"], case["workers"], case["image_size"]) for case in cases] == [(photographs.name, 0, 32), (photographs.name, 1, 32)]
+    expected = [("torchvision", 0, 0), ("torchvision", 1, 1)]
+    assert [(case["loader"], case["workers"], case["peer_workers"]) for case in cases][:2] == expected
+    assert [case["loader"] for case in cases[2:]] == ["dali"] * dali_installed()
     for case in cases:
-        assert case["images"] == 6
-        assert min(case["ours_images_per_s"], case["torchvision_images_per_s"], case["speedup"]) > 0
-        assert case["speedup"] == pytest.approx(case["ours_images_per_s"] / case["torchvision_images_per_s"], rel=0.01)
+        assert (case["name"], case["images"], case["image_size"]) == (photographs.name, 6, 32)
+        assert min(case["images_per_s"], case["peer_images_per_s"], case["speedup"]) > 0
+        assert case["speedup"] == pytest.approx(case["images_per_s"] / case["peer_images_per_s"], rel=0.01)
     assert json.loads(out.read_text())["cases"] == cases
     assert photographs.name in capsys.readouterr().out
 
@@ -46,8 +50,13 @@ def test_without_a_folder_images_are_generated_and_removed(monkeypatch, capsys):
     made = []
     monkeypatch.setattr(loaders, "GENERATED", 8)
     monkeypatch.setattr(loaders, "make_photographs", lambda folder, count: made.append(folder) or make_photographs(folder, count))
-    (case,) = run(Loaders(workers=0, image_size=32, batch_size=4, epochs=1, device="cpu"))
-    assert case["name"] == "generated"
+    cases = run(Loaders(workers=0, images=8, image_size=32, batch_size=4, epochs=1, device="cpu"))
+    assert [(case["name"], case["loader"]) for case in cases if case["loader"] != "dali"] == [
+        ("generated photographs", "torchvision"),
+        ("generated 32x32", "torchvision"),
+        ("generated 32x32", "resident"),
+    ]
+    assert [case["images"] for case in cases if case["name"] == "generated 32x32"] == [80, 80]
     assert not made[0].exists()
 
 
@@ -66,6 +75,30 @@ def test_both_sides_hand_out_the_same_kind_of_batch(photographs):
 def test_named_data_sets_are_found_beside_each_other(real_data):
     names = [name for name, _ in loaders._sources(Loaders(data_dir=real_data, images=50), real_data)]
     assert names == ["imagenette", "cifar10"]
+
+
+def test_waiting_is_what_a_slow_loader_adds():
+    split = Split(torch.zeros(40, dtype=torch.int64), pixels=torch.zeros(40, 3, 8, 8, dtype=torch.uint8))
+    loader = ResidentLoader(split, training_transform("cifar", 8, (0.5,) * 3, (0.5,) * 3), 4, shuffle=True, seed=0)
+
+    class Slow(ResidentLoader):
+        def _batches(self, requests):
+            for batch in super()._batches(requests):
+                time.sleep(0.02)
+                yield batch
+
+    def step(batch):
+        time.sleep(0.02)
+
+    cpu = torch.device("cpu")
+    assert loaders.waiting_share(loader, step, cpu) < 0.2
+    slow = Slow(split, training_transform("cifar", 8, (0.5,) * 3, (0.5,) * 3), 4, shuffle=True, seed=0)
+    assert 0.35 < loaders.waiting_share(slow, step, cpu) < 0.65
+
+
+def test_a_resnet18_takes_a_step_with_a_batch():
+    batch = Batch(torch.randn(2, 3, 32, 32), torch.tensor([0, 2]), torch.tensor([0, 1]))
+    loaders.resnet18_step(torch.device("cpu"), 3)(batch)
 
 
 def test_bad_options_are_named(tmp_path):

@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 
 from kdfast.data import DataError, Loader, Split, TorchvisionLoader, evaluation_transform, load, make_loaders, training_transform
+from kdfast.data.augment import Step
 from kdfast.data.seeding import mix
 
 HALF = ((0.5,) * 3, (0.5,) * 3)
@@ -200,8 +201,8 @@ def test_drop_last_keeps_ranks_even_and_never_empties_the_epoch(n, world_size, s
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"batch_size": 0}, "batch_size must be at least 1"),
-        ({"workers": -1}, "workers at least 0"),
+        ({"batch_size": 0}, "batch_size and views must be at least 1"),
+        ({"workers": -1}, "workers must be at least 0"),
         ({"rank": 2, "world_size": 2}, "rank 2 of 2"),
         ({"rank": 0, "world_size": 9, "drop_last": True}, "3 images cannot be shared by 9 ranks"),
     ],
@@ -242,23 +243,23 @@ def test_images_of_different_sizes_are_one_sentence(tmp_path):
         list(loader_of(split, evaluation_transform("none", 8, *HALF)))
 
 
-class Dying(torch.nn.Module):
+class Dying(Step):
     """What the kernel does to a process that takes too much memory."""
 
-    def forward(self, image):
+    def alone(self, image):
         os.kill(os.getpid(), signal.SIGKILL)
 
 
 def test_a_dead_worker_is_one_sentence():
-    loader = loader_of(split_of(9), replace(AUGMENT, augment=Dying()), workers=1)
+    loader = loader_of(split_of(9), replace(AUGMENT, steps=(Dying(),)), workers=1)
     assert re.fullmatch(r"a process that reads images died.*fewer workers \(.*worker.*\)", complaint(loader))
 
 
 def test_what_workers_are_given_can_be_pickled():
     loader = loader_of(split_of(5), training_transform("conkd-student", 8, *HALF))
-    samples = pickle.loads(pickle.dumps(loader._batches.dataset))
+    samples = pickle.loads(pickle.dumps(loader._loader.dataset))
     request = (1, [3, 1])
-    assert same([samples[request]], [loader._batches.dataset[request]])
+    assert same([samples[request]], [loader._loader.dataset[request]])
 
 
 SIGNALLED = """

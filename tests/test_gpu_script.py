@@ -198,6 +198,18 @@ def test_without_the_sanitizer_its_steps_are_not_available(tmp_path, monkeypatch
     assert [result["status"] for result in results.values()] == ["not available"] * 4
 
 
+def test_the_loaders_step_measures_every_loader(tmp_path):
+    command = list(gpu._loaders(tmp_path, 60))
+    for on_a_gpu, here in (("images=2000, epochs=3, batch_size=128, device='cuda'", "images=16, epochs=1, batch_size=8, device='cpu'"),):
+        assert on_a_gpu in command[-1]
+        command[-1] = command[-1].replace(on_a_gpu, here)
+    command[-1] = command[-1].replace("; run(", "; import kdfast.benchmarks.loaders as loaders; loaders.GENERATED = 16; run(")
+    result = gpu.read_loaders(tmp_path, execute(command, 120, {"OMP_NUM_THREADS": "1"}))
+    assert result["status"] == "passed"
+    assert {"torchvision", "resident"} <= {case["loader"] for case in result["cases"]}
+    assert gpu.read_loaders(tmp_path / "nowhere", gpu.Ended(1, "no images")) == {"status": "failed", "why": "exit status 1: no images"}
+
+
 def test_the_training_step_measures_what_it_says(tmp_path, monkeypatch):
     """On the CPU and with small networks, through the very command and reader."""
     command = list(gpu._training("off")(tmp_path, 60))

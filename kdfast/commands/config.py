@@ -38,6 +38,8 @@ class DataOptions:
     """Part of the training images whose label the student sees; the teacher sees all."""
     max_images: int | None = None
     """At most so many training images, the same share of every class."""
+    max_bad_files: int = 0
+    """Leave out up to so many image files that cannot be read; more end the run before it begins."""
     image_size: int | None = None
     """Pixels; none: the data set's own."""
     augment: str | None = None
@@ -46,8 +48,10 @@ class DataOptions:
     """How images are sized for evaluation: none, squash, center-crop; none given: the data set's own."""
     normalization: str | None = None
     """Mean and deviation by name: imagenet, cifar10, ...; none: the data set's own."""
+    loader: Literal["auto", "dali", "resident", "torchvision"] = "auto"
+    """Where images come from; auto: on the device if they fit there, else DALI where installed, else torchvision."""
     workers: int | None = None
-    """Loader processes; none: chosen by the data."""
+    """Loader processes (torchvision) or threads (dali); none: chosen by the data."""
 
 
 @dataclass(frozen=True)

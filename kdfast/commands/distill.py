@@ -66,10 +66,11 @@ class _Job:
     def __init__(self, config: Distill, opened: Session):
         self.config, self._opened, self._recipe = config, opened, recipes.get(config.recipe)
         self._started = time.monotonic()
-        self._data: ImageData = load_data(config.data, config.run.seed)
+        self._data: ImageData
+        self._notes: list[str]
+        self._data, self._notes = load_data(config.data, config.run.seed, opened.world, opened.console.rich, opened.stop)
         self._prepared: Preparation = preparation(self._data, config.data)
-        self._loaders = loader_maker(self._data, config.data, self._prepared, config.run.seed, opened.world)
-        self._notes: list[str] = []
+        self._loaders = loader_maker(self._data, config.data, self._prepared, config.run.seed, opened.world, opened.console.say)
         classes = len(self._data.classes)
         student = parse_options(config.student_options, "student_options")
         teacher = parse_options(config.teacher_options, "teacher_options")

@@ -58,7 +58,8 @@ def run_eval(options: Eval) -> Evaluation:
         data_options, seed = _as_trained(remembered, data_options, seed)
     if not data_options.dataset:
         raise ValueError("dataset is not known: name it with --dataset")
-    data = load_data(data_options, seed)
+    world = join(options.device)
+    data, _ = load_data(data_options, seed, world, console)
     given = config.parse_options(options.model_options, "model_options")
     loaded = artifact.load(options.weights, model=options.model, options=given)
     if loaded.classes is not None and loaded.classes != data.classes:
@@ -69,10 +70,10 @@ def run_eval(options: Eval) -> Evaluation:
     elif loaded.normalization is not None:
         mean, std = loaded.normalization
     prepared = loaded.preparation
-    world = join(options.device)
     loaders = make_loaders(
         replace(data, mean=mean, std=std, test=getattr(data, options.split)),
         batch_size=options.batch_size,
+        loader=data_options.loader,
         eval_transform=data_options.evaluation or (prepared.evaluation if prepared else None),
         image_size=data_options.image_size or (prepared.image_size if prepared else None),
         workers=data_options.workers,

@@ -1,7 +1,9 @@
 """What every training command needs around its run: the folder, its configuration, the device, signals, loaders, the closing results."""
 
+import os
 import shlex
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -9,15 +11,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console as RichConsole
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from kdfast import files, machine
 from kdfast.commands import artifact
 from kdfast.commands import config as configuration
 from kdfast.commands.artifact import Preparation
 from kdfast.commands.config import DataOptions, RunOptions
-from kdfast.data import ImageData, Loaders, hide_labels, load, make_loaders
-from kdfast.engine import Console, Options, Run, Training, World, catching, join, locked
+from kdfast.data import DataError, ImageData, Loaders, hide_labels, load, make_loaders, usable
+from kdfast.engine import Console, Interrupted, Options, Run, Training, World, catching, join, locked
+from kdfast.engine.interrupt import StopRequest
 from kdfast.engine.logs import observers
+
+PLAIN_EVERY = 10.0  # seconds between lines of progress where there is no terminal
+BEAT_EVERY = 30.0  # seconds that processes wait for one another at most: NCCL gives up after ten minutes
 
 
 @dataclass(frozen=True)
@@ -28,6 +36,7 @@ class Session:
     run: Run
     world: World
     console: Console
+    stop: StopRequest
 
     @property
     def folder(self) -> Path:
@@ -66,7 +75,7 @@ def session(config: Any, name: str) -> Iterator[Session]:
         with _held(folder, world), catching() as stop:
             logs = observers(options.log, folder) if world.main else ()
             run = Run(folder, world, _speed(options, world), seed=options.seed, stop=stop, console=console, observers=logs)
-            yield Session(config, run, world, console)
+            yield Session(config, run, world, console, stop)
     finally:
         world.close()
 
@@ -143,9 +152,90 @@ def _speed(options: RunOptions, world: World) -> Options:
 # ---- data ------------------------------------------------------------------------------------------------------------
 
 
-def load_data(options: DataOptions, seed: int) -> ImageData:
-    """The images that the options name."""
-    return load(options.dataset, data_dir=options.data_dir, val_fraction=options.val_fraction, seed=seed, max_images=options.max_images)
+def load_data(
+    options: DataOptions, seed: int, world: World, rich: RichConsole, stop: StopRequest | None = None
+) -> tuple[ImageData, list[str]]:
+    """The images that the options name, without the bad files among them; and what is to be noted of those.
+
+    Raises:
+        DataError: no such data, or more bad files than options.max_bad_files.
+        Interrupted: `stop` was set while the files were checked; what was found is kept.
+    """
+    data = load(options.dataset, data_dir=options.data_dir, val_fraction=options.val_fraction, seed=seed, max_images=options.max_images)
+    notes: list[str] = []
+    shown = rich if world.main else RichConsole(quiet=True)
+
+    def checked(beat: Callable[[], None]) -> ImageData:
+        with checking(shown, stop, beat) as progress:
+            return usable(data, max_bad_files=options.max_bad_files, say=notes.append, progress=progress)
+
+    data = _one_after_the_others(world, checked)
+    for note in notes:
+        shown.print(f"  {note}", highlight=False)
+    return data, notes
+
+
+def _one_after_the_others(world: World, checked: Callable[[Callable[[], None]], ImageData]) -> ImageData:
+    """`checked` on the first process of each machine, then on the others, which find all in that machine's cache and open nothing.
+
+    Whoever has nothing to do asks all processes, again and again, whether one is still checking; one that is answers twice a minute, so
+    that no process waits longer than NCCL allows. An error ends a process only after the last such question: the others then meet it
+    in turn, rather than waiting for one that has left. Where the cache cannot be written each process checks by itself.
+    """
+    asked = time.monotonic()
+
+    def beat() -> None:
+        nonlocal asked
+        if time.monotonic() - asked > BEAT_EVERY:
+            world.any(True)
+            asked = time.monotonic()
+
+    def wait() -> None:
+        while world.any(False):
+            pass
+
+    if world.size == 1:
+        return checked(lambda: None)
+    if os.environ.get("LOCAL_RANK", str(world.rank)) == "0":
+        try:
+            data = checked(beat)
+        finally:
+            wait()
+    else:
+        wait()
+        data = checked(lambda: None)
+    if len(set(world.gather((len(data.train), len(data.val), len(data.test))))) > 1:
+        raise DataError(f"{data.name}: not all processes can read the same image files: see kdfast data check on each machine")
+    return data
+
+
+@contextmanager
+def checking(
+    rich: RichConsole, stop: StopRequest | None = None, beat: Callable[[], None] = lambda: None
+) -> Iterator[Callable[[int, int], None]]:
+    """A function for the progress of a check of image files, shown where it takes more than a moment.
+
+    Raises:
+        Interrupted: by that function, where `stop` was set.
+    """
+    terminal = rich.is_terminal and not rich.quiet
+    start = shown = time.monotonic()
+    columns = TextColumn("{task.description}"), BarColumn(30), MofNCompleteColumn(), TimeRemainingColumn()
+    with Progress(*columns, console=rich, transient=True, disable=not terminal) as bar:
+        task = bar.add_task("  checking image files", total=None, visible=False)
+
+        def progress(done: int, total: int) -> None:
+            nonlocal shown
+            if stop is not None and stop.signal_number is not None:
+                raise Interrupted(stop.signal_number)
+            beat()
+            now = time.monotonic()
+            bar.update(task, completed=done, total=total, visible=now - start > 1)
+            if not terminal and now - shown > PLAIN_EVERY:
+                shown = now
+                rich.print(f"  checking image files: {done:,} of {total:,}", highlight=False)
+
+        yield progress
 
 
 def preparation(data: ImageData, options: DataOptions) -> Preparation:
@@ -161,15 +251,21 @@ def preparation(data: ImageData, options: DataOptions) -> Preparation:
 
 
 def loader_maker(
-    data: ImageData, options: DataOptions, prepared: Preparation, seed: int, world: World
+    data: ImageData, options: DataOptions, prepared: Preparation, seed: int, world: World, say: Callable[[str], None]
 ) -> Callable[[Training, str | None, bool, int], Loaders]:
     """A function (training, augmentation or None, all labels shown, seed of the order) -> loaders.
 
-    Which labels are hidden depends on `seed` alone: every arm and every repetition sees the same ones.
+    Which labels are hidden depends on `seed` alone: every arm and every repetition sees the same ones. Which loader it is and why is
+    said once, not for every stage.
     """
-    hidden = data
+    hidden, said = data, set[str]()
     if options.label_fraction < 1:
         hidden = replace(data, train=hide_labels(data.train, options.label_fraction, seed=seed))
+
+    def say_once(sentence: str) -> None:
+        if sentence not in said:
+            said.add(sentence)
+            say(f"  {sentence}")
 
     def make(training: Training, augment: str | None, all_labels: bool, order_seed: int) -> Loaders:
         if training.batch_size % world.size:
@@ -177,6 +273,7 @@ def loader_maker(
         return make_loaders(
             replace(data if all_labels else hidden, mean=prepared.mean, std=prepared.std),
             batch_size=training.batch_size // world.size,
+            loader=options.loader,
             train_transform=augment or options.augment,
             eval_transform=prepared.evaluation,
             image_size=prepared.image_size,
@@ -186,6 +283,7 @@ def loader_maker(
             rank=world.rank,
             world_size=world.size,
             channels_last=True,  # what convolutions are fastest in, on CPUs and GPUs alike
+            say=say_once,
         )
 
     return make

@@ -27,13 +27,13 @@ def teach(config: Teach) -> Path:
     dataset = Path(config.data.dataset).name
     with session(config, f"teacher-{dataset}-{config.model.replace(':', '.')}") as opened:
         started = time.monotonic()
-        data = load_data(config.data, config.run.seed)
+        data, notes = load_data(config.data, config.run.seed, opened.world, opened.console.rich, opened.stop)
         prepared = preparation(data, config.data)
         options = parse_options(config.model_options, "model_options")
         spec = ModelSpec(config.model, len(data.classes), options=options)
         with seeded(derive(config.run.seed, "teacher")):
             model = create(spec.name, spec.num_classes, pretrained=config.pretrained, **options)
-        loaders = loader_maker(data, config.data, prepared, config.run.seed, opened.world)
+        loaders = loader_maker(data, config.data, prepared, config.run.seed, opened.world, opened.console.say)
         batches = loaders(config.training, None, False, config.run.seed)
         opened.begin()
         opened.console.say(
@@ -60,7 +60,7 @@ def teach(config: Teach) -> Path:
                 "arms": {"alone": [], "distilled": []},
                 "confusion": {"alone": None, "distilled": None},
                 "paired": None,
-                "notes": [] if config.pretrained else ["The network starts from random weights."],
+                "notes": notes + ([] if config.pretrained else ["The network starts from random weights."]),
                 "environment": environment(opened.world),
                 "seconds_total": round(time.monotonic() - started, 1),
             }

@@ -4,11 +4,12 @@
     train, val, test = kdfast.data.make_loaders(data, batch_size=64, device=torch.device("cuda"))
     for batch in train: ...                                     # batch.images, batch.labels, batch.index
 
-torchvision and scikit-learn are imported when they are first needed.
+torchvision, DALI and scikit-learn are imported when they are first needed.
 """
 
+from kdfast.data.checking import Checked, check, usable
 from kdfast.data.datasets import load, names
-from kdfast.data.loader import Loaders, TorchvisionLoader, make_loaders
+from kdfast.data.loaders import LOADERS, DaliLoader, Loaders, ResidentLoader, TorchvisionLoader, make_loaders
 from kdfast.data.protocol import Batch, DataError, Loader
 from kdfast.data.splits import HIDDEN, ImageData, Split, hide_labels
 from kdfast.data.transforms import (
@@ -23,16 +24,21 @@ from kdfast.data.transforms import (
 
 __all__ = [
     "HIDDEN",
+    "LOADERS",
     "NORMALIZATIONS",
     "Batch",
+    "Checked",
+    "DaliLoader",
     "DataError",
     "ImageData",
     "Loader",
     "Loaders",
     "Normalize",
+    "ResidentLoader",
     "Split",
     "TorchvisionLoader",
     "Transform",
+    "check",
     "evaluation_names",
     "evaluation_transform",
     "hide_labels",
@@ -41,4 +47,5 @@ __all__ = [
     "names",
     "training_names",
     "training_transform",
+    "usable",
 ]

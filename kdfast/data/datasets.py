@@ -159,7 +159,7 @@ def _locate(name: str, source: _Source, data_dir: str | Path | None, download: b
         return Path()
     if not source.folders:
         return _given_folder(name, data_dir)
-    root = Path(data_dir).expanduser() if data_dir is not None else _cache()
+    root = Path(data_dir).expanduser() if data_dir is not None else cache_folder()
     found = _find(root, source)
     if found is None and download and source.archive is not None:
         _download(name, source, root)
@@ -186,7 +186,8 @@ def _find(root: Path, source: _Source) -> Path | None:
     return next((folder for folder in candidates if (folder / source.marker).exists()), None)
 
 
-def _cache() -> Path:
+def cache_folder() -> Path:
+    """Where downloads and what is known of files are kept."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kdfast"
 
 

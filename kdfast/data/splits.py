@@ -5,12 +5,13 @@ the first of every class the key 0. The images with the least keys are chosen. T
 many images as asked for, at least one a class, and every class within one image or so of its share.
 """
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from kdfast.data.images import decode
+from kdfast.data.images import decode, size
 from kdfast.data.protocol import DataError
 from kdfast.data.seeding import generator
 
@@ -29,11 +30,15 @@ class Split:
         labels: int64 [n]; -100 where hidden.
         pixels: uint8 [n, 3, H, W], where the images are in memory.
         paths: n file names, where they are not.
+        sizes: int32 [n, 2], height and width of each file, where kdfast.data.usable() has looked.
+        plain: bool [n], whether every JPEG decoder sees the file's image alike, where it has looked.
     """
 
     labels: Tensor
     pixels: Tensor | None = None
     paths: tuple[str, ...] | None = None
+    sizes: Tensor | None = None
+    plain: Tensor | None = None
 
     def __post_init__(self) -> None:
         images = self.paths if self.pixels is None else self.pixels
@@ -55,12 +60,28 @@ class Split:
         assert self.paths is not None  # one of the two is there
         return decode(self.paths[i])
 
+    def measured(self) -> Tensor:
+        """Heights and widths, pixels: int64 [n, 2]; those of files that were not checked are read from their heads.
+
+        Raises:
+            DataError: a file has no head that says so.
+        """
+        if self.pixels is not None:
+            return torch.tensor(self.pixels.shape[-2:]).expand(len(self), 2)
+        if self.sizes is not None:
+            return self.sizes.long()
+        assert self.paths is not None  # one of the two is there
+        with ThreadPoolExecutor() as threads:
+            return torch.tensor(list(threads.map(size, self.paths)))
+
     def subset(self, indices: Tensor) -> "Split":
         """The images at these positions (int64 [m]), in this order."""
         return Split(
             self.labels[indices],
             pixels=None if self.pixels is None else self.pixels[indices],
             paths=None if self.paths is None else tuple(self.paths[i] for i in indices.tolist()),
+            sizes=None if self.sizes is None else self.sizes[indices],
+            plain=None if self.plain is None else self.plain[indices],
         )
 
 

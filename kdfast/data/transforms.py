@@ -1,13 +1,14 @@
 """From a decoded image to the network's input, by name: augmentation or resizing on uint8, then normalization to float32.
 
-Augmentation works on single uint8 images and draws from torch's default generator, as torchvision's transforms do; loaders seed
-that generator for every sample. Normalization is (pixel / 255 - mean) / std, done for a whole batch at once and on its device, so
-that images travel between processes and to the GPU as bytes.
+A transform is a list of steps, each of which has two forms: of one uint8 image, drawing from torch's default generator, by
+torchvision; and of a batch on any device, with numbers of each image's own. Normalization is (pixel / 255 - mean) / std, done for a
+whole batch at once and on its device, so that images travel between processes and to the GPU as bytes.
 
     training        none            squash only
                     digits          squash, shift by up to 1/8 of the side
                     cifar           squash, shift by up to 4 pixels, where zeros come in, flip
                     cifar-reflect   the same, but the mirrored image comes in
+                    cifar-cutout    as cifar, then a square of 16 pixels painted over
                     tiny            as cifar, for Tiny-ImageNet's 64x64
                     imagenet        random resized crop, flip: torchvision's defaults
                     conkd-teacher   squash, RandAugment(5, 14), shift by up to 16 pixels
@@ -24,8 +25,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from kdfast.data.augment import ColorJitter, Cutout, Flip, RandAugment, Rotation, Shift, Step
+from kdfast.data.framing import CenterCrop, Framing, ResizedCrop, Squash
 from kdfast.data.protocol import DataError
 
 Channels = tuple[float, float, float]
@@ -42,20 +44,21 @@ NORMALIZATIONS: dict[str, tuple[Channels, Channels]] = {
 
 
 class Normalize(nn.Module):
-    """uint8 [..., 3, H, W] -> (x / 255 - mean) / std, float32, as x * scale + shift."""
+    """uint8 [..., 3, H, W] -> (x / 255 - mean) / std as x * scale + shift, in float32, then in `dtype`."""
 
     scale: Tensor
     shift: Tensor
 
-    def __init__(self, mean: Channels, std: Channels) -> None:
+    def __init__(self, mean: Channels, std: Channels, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
+        self.dtype = dtype
         m, s = torch.tensor(mean, dtype=torch.float64), torch.tensor(std, dtype=torch.float64)
         self.register_buffer("scale", (1 / (255 * s)).float().view(3, 1, 1), persistent=False)
         self.register_buffer("shift", (-m / s).float().view(3, 1, 1), persistent=False)
 
     def forward(self, images: Tensor) -> Tensor:
         """Keeps the memory format."""
-        return images.to(torch.float32).mul_(self.scale).add_(self.shift)
+        return images.to(torch.float32).mul_(self.scale).add_(self.shift).to(self.dtype)
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,15 +66,24 @@ class Transform:
     """Augmentation or resizing, then normalization.
 
     Attributes:
-        augment: uint8 [3, H, W] -> uint8 [3, h, w]; not random, it takes [B, 3, H, W] as well.
-        random: whether `augment` draws random numbers.
+        steps: one after another; a Framing, if any, is the first.
         mean, std: of pixels scaled to 0..1.
     """
 
-    augment: Callable[[Tensor], Tensor]
-    random: bool
+    steps: tuple[Framing | Step, ...]
     mean: Channels
     std: Channels
+
+    @property
+    def random(self) -> bool:
+        """Whether augment() draws random numbers."""
+        return any(step.random if isinstance(step, Framing) else True for step in self.steps)
+
+    def augment(self, image: Tensor) -> Tensor:
+        """uint8 [3, H, W] -> uint8 [3, h, w], by torchvision; not random, it takes [B, 3, H, W] as well."""
+        for step in self.steps:
+            image = step.alone(image)
+        return image
 
     def __call__(self, image: Tensor) -> Tensor:
         """uint8 [3, H, W] -> float32 [3, h, w]."""
@@ -106,96 +118,38 @@ def evaluation_transform(name: str, image_size: int, mean: Channels, std: Channe
     return _build("evaluation", _EVALUATION, name, image_size, mean, std)
 
 
-class _Squash(nn.Module):
-    """Resizes to size x size with antialiasing; leaves alone what has that size."""
-
-    def __init__(self, size: int) -> None:
-        super().__init__()
-        self.size = size
-
-    def forward(self, image: Tensor) -> Tensor:
-        size = [self.size, self.size]
-        if list(image.shape[-2:]) == size:
-            return image
-        from torchvision.transforms.v2 import functional
-
-        return functional.resize(image, size, antialias=True)
+_Builder = Callable[[int, Channels], "list[Framing | Step]"]
 
 
-class _Shift(nn.Module):
-    """A random crop, as large as the image, of the image padded by `padding` pixels.
-
-    torchvision's RandomCrop does the same in ten times the time, which on an 8x8 or 32x32 image is most of the epoch.
-    """
-
-    def __init__(self, padding: int, *, reflect: bool = False) -> None:
-        super().__init__()
-        self.padding = padding
-        self.reflect = reflect
-
-    def forward(self, image: Tensor) -> Tensor:
-        p, (H, W) = self.padding, image.shape[-2:]
-        top, left = torch.randint(2 * p + 1, (2,)).tolist()
-        if self.reflect:
-            return image.index_select(-2, _mirrored(top - p, H)).index_select(-1, _mirrored(left - p, W))
-        return F.pad(image, (p, p, p, p))[..., top : top + H, left : left + W]
+def _conkd_teacher(size: int, mean: Channels) -> list[Framing | Step]:
+    return [Squash(size), RandAugment(5, 14), Shift(16)]
 
 
-def _mirrored(start: int, size: int) -> Tensor:
-    """Start .. start + size - 1 as positions in 0 .. size - 1, mirrored at both ends without repeating the edge."""
-    position = torch.arange(start, start + size).abs()
-    return torch.where(position < size, position, 2 * (size - 1) - position)
+def _conkd_student(size: int, mean: Channels) -> list[Framing | Step]:
+    return [*_conkd_teacher(size, mean), Flip(), Rotation(10), ColorJitter(0.2)]
 
 
-class _Flip(nn.Module):
-    """Left to right, half of the time."""
+def _cifar_cutout(size: int, mean: Channels) -> list[Framing | Step]:
+    red, green, blue = (round(255 * m) for m in mean)
+    return [Squash(size), Shift(4), Flip(), Cutout(16, (red, green, blue))]
 
-    def forward(self, image: Tensor) -> Tensor:
-        return image.flip(-1) if torch.rand(()).item() < 0.5 else image
-
-
-def _imagenet(size: int) -> list[nn.Module]:
-    from torchvision.transforms import v2
-
-    return [v2.RandomResizedCrop(size, antialias=True), _Flip()]
-
-
-def _conkd_teacher(size: int) -> list[nn.Module]:
-    from torchvision.transforms import v2
-
-    return [_Squash(size), v2.RandAugment(num_ops=5, magnitude=14), _Shift(16)]
-
-
-def _conkd_student(size: int) -> list[nn.Module]:
-    from torchvision.transforms import v2
-
-    jitter = v2.ColorJitter(brightness=0.2, contrast=0.2, saturation=0.2, hue=0.2)
-    return [*_conkd_teacher(size), _Flip(), v2.RandomRotation(10), jitter]
-
-
-def _center_crop(size: int) -> list[nn.Module]:
-    from torchvision.transforms import v2
-
-    return [v2.Resize(round(size * 256 / 224), antialias=True), v2.CenterCrop(size)]
-
-
-_Builder = Callable[[int], list[nn.Module]]
 
 _TRAINING: dict[str, _Builder] = {
-    "none": lambda size: [_Squash(size)],
-    "digits": lambda size: [_Squash(size), _Shift(max(1, size // 8))],
-    "cifar": lambda size: [_Squash(size), _Shift(4), _Flip()],
-    "cifar-reflect": lambda size: [_Squash(size), _Shift(4, reflect=True), _Flip()],
-    "tiny": lambda size: [_Squash(size), _Shift(4), _Flip()],
-    "imagenet": _imagenet,
+    "none": lambda size, mean: [Squash(size)],
+    "digits": lambda size, mean: [Squash(size), Shift(max(1, size // 8))],
+    "cifar": lambda size, mean: [Squash(size), Shift(4), Flip()],
+    "cifar-reflect": lambda size, mean: [Squash(size), Shift(4, reflect=True), Flip()],
+    "cifar-cutout": _cifar_cutout,
+    "tiny": lambda size, mean: [Squash(size), Shift(4), Flip()],
+    "imagenet": lambda size, mean: [ResizedCrop(size), Flip()],
     "conkd-teacher": _conkd_teacher,
     "conkd-student": _conkd_student,
 }
 
 _EVALUATION: dict[str, _Builder] = {
-    "none": lambda size: [],
-    "squash": lambda size: [_Squash(size)],
-    "center-crop": _center_crop,
+    "none": lambda size, mean: [],
+    "squash": lambda size, mean: [Squash(size)],
+    "center-crop": lambda size, mean: [CenterCrop(size)],
 }
 
 
@@ -204,5 +158,4 @@ def _build(kind: str, builders: dict[str, _Builder], name: str, image_size: int,
         raise DataError(f"{kind} transform must be one of {', '.join(builders)}, got {name!r}")
     if image_size < 1:
         raise DataError(f"image_size must be at least 1, got {image_size}")
-    random = kind == "training" and name != "none"
-    return Transform(nn.Sequential(*builders[name](image_size)), random, mean, std)
+    return Transform(tuple(builders[name](image_size, mean)), mean, std)

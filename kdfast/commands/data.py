@@ -1,0 +1,253 @@
+"""kdfast data: what images there are, which files are bad, and what the training augmentation makes of them."""
+
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import tyro
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from kdfast import files
+from kdfast.commands.session import checking
+from kdfast.data import Checked, DataError, ImageData, Split, check, evaluation_transform, load, training_transform
+from kdfast.data.images import EXTENSIONS, find
+from kdfast.data.seeding import mix
+
+COMMANDS = {
+    "info": "classes, image sizes and formats, bad files",
+    "check": "which files are bad, and why",
+    "preview": "a sheet of images as training sees them",
+}
+OVERVIEW = "usage: kdfast data {} DIR|NAME\n\n{}".format(
+    "|".join(COMMANDS), "\n".join(f"  {name:<9}{what}" for name, what in COMMANDS.items())
+)
+DRAWS = 6  # augmentations of one image on the sheet
+LEGIBLE = 64  # pixels: smaller images are magnified on the sheet
+GAP = 2  # pixels between images
+
+
+@dataclass(frozen=True)
+class Info:
+    """What a data set holds: images a class and split, sizes, formats, bad files."""
+
+    dataset: Annotated[str, tyro.conf.Positional]
+    """Data set by name (kdfast list datasets), or the path of an image folder."""
+    data_dir: Path | None = None
+    """Where the data set is, or is downloaded to."""
+    val_fraction: float = 0.1
+    """Part of the training images set aside to choose the best epoch; 0: the test images choose it."""
+    seed: int = 0
+    """Of the split into training, validation and test images, where the data set has none of its own."""
+
+
+def info(options: Info) -> ImageData:
+    """Prints what the data set holds, and returns it.
+
+    Raises:
+        DataError: there is no such data set.
+    """
+    data = load(options.dataset, data_dir=options.data_dir, val_fraction=options.val_fraction, seed=options.seed)
+    console = Console(soft_wrap=True)
+    console.print(_classes(data))
+    if data.val_is_test:
+        console.print("val is test: the best epoch is chosen on the images of the final numbers")
+    splits = _splits(data)
+    paths = [path for split in splits for path in split.paths or ()]
+    if not paths:
+        height, width = data.train.pixels.shape[-2:]  # type: ignore[union-attr]
+        console.print(f"sizes: all {width} x {height}\nformats: in memory", highlight=False)
+        return data
+    checked, _ = _checked(paths, console)
+    sizes = checked.sizes[checked.sizes[:, 0] > 0]
+    if len(sizes):
+        ordered = sizes[sizes.prod(dim=1).argsort(stable=True)].tolist()
+        named = zip(("smallest", "median", "largest"), (ordered[0], ordered[len(ordered) // 2], ordered[-1]))
+        console.print("sizes: " + ", ".join(f"{name} {width} x {height}" for name, (height, width) in named), highlight=False)
+    formats = Counter(kind for kind in checked.kinds if kind)
+    console.print("formats: " + ", ".join(f"{kind} {count:,}" for kind, count in formats.most_common()), highlight=False)
+    more = " (kdfast data check names them)" if checked.bad else ""
+    console.print(f"bad files: {len(checked.bad):,}{more}", highlight=False)
+    return data
+
+
+def _classes(data: ImageData) -> Table:
+    """A line a class: its images in each split, bad files among them."""
+    parts = {"train": data.train, "val": data.val, "test": data.test}
+    counts = {part: torch.bincount(split.labels, minlength=len(data.classes)).tolist() for part, split in parts.items()}
+    table = Table(box=box.SIMPLE_HEAD, show_footer=True)
+    table.add_column("class", overflow="fold", footer=f"{len(data.classes):,} classes")
+    for part, of in counts.items():
+        table.add_column(part, justify="right", footer=f"{sum(of):,}")
+    for k, name in enumerate(data.classes):
+        table.add_row(name, *(f"{of[k]:,}" for of in counts.values()))
+    return table
+
+
+@dataclass(frozen=True)
+class Check:
+    """Decode every image file and name the bad ones; the exit status is 1 where they are too many."""
+
+    dataset: Annotated[str, tyro.conf.Positional]
+    """Data set by name (kdfast list datasets), or the path of any folder with images in it."""
+    data_dir: Path | None = None
+    """Where the data set is, or is downloaded to."""
+    max_bad_files: int = 0
+    """How many files may be bad."""
+    workers: int | None = None
+    """Processes; none: one a core."""
+
+
+def check_files(options: Check) -> Checked:
+    """Prints each bad file with its reason and the speed, and returns what was found.
+
+    Raises:
+        DataError: more than options.max_bad_files are bad, or there are no image files.
+    """
+    if options.max_bad_files < 0:
+        raise DataError(f"max_bad_files must be at least 0, got {options.max_bad_files}")
+    console = Console(soft_wrap=True)
+    paths = _paths(options)
+    if not paths:
+        console.print(f"{options.dataset}: the images are in memory, there are no files to check", highlight=False)
+    checked, seconds = _checked(paths, console, options.workers)
+    for path, reason in checked.bad.items():
+        console.print(f"{path}: {reason}", highlight=False, markup=False)
+    known = f", {len(paths) - checked.decoded:,} of them known from before" if checked.decoded < len(paths) else ""
+    speed = f"{len(paths) / max(seconds, 1e-9):,.0f} images/s"
+    console.print(f"{len(paths):,} image files in {seconds:.1f} s ({speed}{known}), {len(checked.bad):,} bad", highlight=False)
+    if len(checked.bad) > options.max_bad_files:
+        raise DataError(f"{options.dataset}: {len(checked.bad):,} bad image files, where --max-bad-files allows {options.max_bad_files:,}")
+    return checked
+
+
+def _paths(options: Check) -> list[str]:
+    """All image files of the folder, in whatever layout, or of the data set; none where it is in memory."""
+    if Path(options.dataset).is_dir():
+        paths = find(Path(options.dataset))
+        if not paths:
+            raise DataError(f"{options.dataset}: there are no image files in it; known endings: {', '.join(EXTENSIONS)}")
+        return paths
+    data = load(options.dataset, data_dir=options.data_dir, val_fraction=0)
+    return [path for split in _splits(data) for path in split.paths or ()]
+
+
+def _splits(data: ImageData) -> list[Split]:
+    return [data.train, data.val] if data.val is data.test else [data.train, data.val, data.test]
+
+
+def _checked(paths: list[str], console: Console, workers: int | None = None) -> tuple[Checked, float]:
+    """What check() says, and the seconds it took."""
+    import torchvision.io  # noqa: F401  # of the decoder, which would count as the first image's
+
+    start = time.monotonic()
+    with checking(console) as progress:
+        checked = check(paths, workers=workers, progress=progress)
+    return checked, time.monotonic() - start
+
+
+@dataclass(frozen=True)
+class Preview:
+    """Draw training images as the augmentation shows them: a row an image, first as it is and then several draws."""
+
+    dataset: Annotated[str, tyro.conf.Positional]
+    """Data set by name (kdfast list datasets), or the path of an image folder."""
+    data_dir: Path | None = None
+    """Where the data set is, or is downloaded to."""
+    transform: str | None = None
+    """Training augmentation by name; none: the data set's own."""
+    image_size: int | None = None
+    """Pixels; none: the data set's own."""
+    count: int = 8
+    """Images, of one class after another."""
+    seed: int = 0
+    """Of the augmentation."""
+    out: Path = Path("sheet.png")
+    """The sheet, a PNG."""
+
+
+def preview(options: Preview) -> Path:
+    """Writes the sheet, prints what is in its rows, and returns its path.
+
+    Raises:
+        DataError: there is no such data set or transform, or a number is not positive.
+    """
+    if options.count < 1:
+        raise DataError(f"count must be at least 1, got {options.count}")
+    data = load(options.dataset, data_dir=options.data_dir, val_fraction=0)
+    size = data.image_size if options.image_size is None else options.image_size
+    name = options.transform or data.train_transform
+    augment = training_transform(name, size, data.mean, data.std).augment
+    squash = evaluation_transform("squash", size, data.mean, data.std).augment
+    console = Console(soft_wrap=True)
+    rows = []
+    with torch.random.fork_rng(devices=[]):
+        for i, image in _good(data.train, options.count):
+            draws = [squash(image)]
+            for draw in range(DRAWS):
+                torch.manual_seed(mix(options.seed, i, draw))
+                draws.append(augment(image))
+            rows.append(torch.stack(draws))
+            source = "" if data.train.paths is None else f"  {data.train.paths[i]}"
+            console.print(f"row {len(rows)}: {data.classes[int(data.train.labels[i])]}{source}", highlight=False, markup=False)
+    if not rows:
+        raise DataError(f"{data.name}: no training image can be read: see kdfast data check")
+    _write(options.out, _sheet(torch.stack(rows)))
+    console.print(f"{options.out}: {len(rows)} images as they are, and {DRAWS} draws of {name} each", highlight=False, markup=False)
+    return options.out
+
+
+def _good(split: Split, count: int) -> Iterator[tuple[int, Tensor]]:
+    """Up to `count` readable images with their positions: the first of each class, then the second of each, and so on."""
+    labels = split.labels
+    rank = torch.empty_like(labels)  # of an image within its class
+    for label in labels.unique().tolist():
+        members = labels == label
+        rank[members] = torch.arange(int(members.sum()))
+    for i in (rank * (int(labels.max()) + 1) + labels).argsort().tolist():
+        try:
+            image = split.read(i)
+        except DataError:  # `kdfast data check` is for these
+            continue
+        yield i, image
+        count -= 1
+        if not count:
+            return
+
+
+def _sheet(images: Tensor) -> Tensor:
+    """uint8 [rows, columns, 3, size, size] -> uint8 [3, H, W], white between the images."""
+    factor = -(-LEGIBLE // images.shape[-1]) if images.shape[-1] < LEGIBLE else 1
+    images = images.repeat_interleave(factor, -2).repeat_interleave(factor, -1)
+    padded = torch.nn.functional.pad(images, (0, GAP, 0, GAP), value=255)
+    rows, columns, _, height, width = padded.shape
+    return padded.permute(2, 0, 3, 1, 4).reshape(3, rows * height, columns * width)[:, :-GAP, :-GAP]
+
+
+def _write(path: Path, image: Tensor) -> None:
+    from PIL import Image
+
+    with files.replacing(path) as temporary:
+        Image.fromarray(image.permute(1, 2, 0).contiguous().numpy()).save(temporary, format="PNG")
+
+
+def command(name: str) -> tuple[type, Callable[[Any], object]]:
+    """The options and the function of one of COMMANDS.
+
+    Raises:
+        ValueError: there is no such command.
+    """
+    if name not in COMMANDS:
+        raise ValueError(f"data knows {', '.join(COMMANDS)}, got {name!r}")
+    commands: dict[str, tuple[type, Callable[[Any], object]]] = {
+        "info": (Info, info),
+        "check": (Check, check_files),
+        "preview": (Preview, preview),
+    }
+    return commands[name]

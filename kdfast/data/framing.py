@@ -1,0 +1,164 @@
+"""From images of any size to size x size: which part of an image is seen, and how it is resampled.
+
+A framing says for each image what to cut out, to what to resize it, and which window of that is kept. Loaders that decode on a GPU
+or hold images there ask for those numbers; torchvision's own transform of one image is the reference beside them.
+"""
+
+import math
+from typing import ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+from kdfast.data.seeding import Draws
+
+
+class Frames(NamedTuple):
+    """What is seen of each of B images; int64 [B], pixels, on the CPU."""
+
+    top: Tensor  # of the part that is cut out
+    left: Tensor
+    height: Tensor
+    width: Tensor
+    rows: Tensor  # what it is resized to
+    columns: Tensor
+    down: Tensor  # where in that the window of size x size begins
+    right: Tensor
+    size: int
+
+
+class Framing:
+    """A step from any size to size x size.
+
+    Attributes:
+        random: whether it draws random numbers.
+    """
+
+    random: ClassVar[bool]
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+    def alone(self, image: Tensor) -> Tensor:
+        """uint8 [3, H, W] -> uint8 [3, size, size], drawing from torch's default generator; not random, it takes [B, 3, H, W] too."""
+        raise NotImplementedError
+
+    def frames(self, sizes: Tensor, draws: Draws) -> Frames:
+        """What is seen of images of these sizes: int64 [B, 2], height and width."""
+        raise NotImplementedError
+
+
+class Squash(Framing):
+    """Resizes with antialiasing, whatever the aspect ratio; leaves alone what has that size."""
+
+    random = False
+
+    def alone(self, image: Tensor) -> Tensor:
+        size = [self.size, self.size]
+        if list(image.shape[-2:]) == size:
+            return image
+        from torchvision.transforms.v2 import functional
+
+        return functional.resize(image, size, antialias=True)
+
+    def frames(self, sizes: Tensor, draws: Draws) -> Frames:
+        H, W = sizes.unbind(1)
+        zero, size = torch.zeros_like(H), torch.full_like(H, self.size)
+        return Frames(zero, zero, H, W, size, size, zero, zero, self.size)
+
+
+class ResizedCrop(Framing):
+    """A part of 8 to 100 % of the image's area, 3:4 to 4:3, resized: torchvision's RandomResizedCrop with its defaults."""
+
+    random = True
+    AREA = 0.08, 1.0
+    RATIO = 3 / 4, 4 / 3
+    TRIES = 10
+
+    def alone(self, image: Tensor) -> Tensor:
+        from torchvision.transforms.v2 import RandomResizedCrop
+
+        return RandomResizedCrop(self.size, self.AREA, self.RATIO, antialias=True)(image)
+
+    def frames(self, sizes: Tensor, draws: Draws) -> Frames:
+        H, W = sizes[:, :1], sizes[:, 1:]
+        low, high = map(math.log, self.RATIO)
+        u, v = draws.uniform(2 * self.TRIES).split(self.TRIES, dim=1)
+        area = H * W * (self.AREA[0] + (self.AREA[1] - self.AREA[0]) * u)
+        ratio = (low + (high - low) * v).exp()
+        width, height = (area * ratio).sqrt().round().long(), (area / ratio).sqrt().round().long()
+        fits = (width > 0) & (width <= W) & (height > 0) & (height <= H)
+        # where no try fits, which only happens in long images: the largest middle part of the extreme ratio
+        width = torch.cat([width, torch.minimum(W, (H * self.RATIO[1]).round().long())], dim=1)
+        height = torch.cat([height, torch.minimum(H, (W / self.RATIO[0]).round().long())], dim=1)
+        chosen = torch.cat([fits, torch.ones_like(H, dtype=torch.bool)], dim=1).byte().argmax(dim=1, keepdim=True)
+        width, height = width.gather(1, chosen)[:, 0], height.gather(1, chosen)[:, 0]
+        middle = chosen[:, 0] == self.TRIES
+        H, W = sizes.unbind(1)
+        top = torch.where(middle, (H - height) // 2, draws.below(H - height + 1))
+        left = torch.where(middle, (W - width) // 2, draws.below(W - width + 1))
+        zero, size = torch.zeros_like(H), torch.full_like(H, self.size)
+        return Frames(top, left, height, width, size, size, zero, zero, self.size)
+
+
+class CenterCrop(Framing):
+    """The shorter side resized to 256/224 of `size`, then the middle: how ImageNet is evaluated."""
+
+    random = False
+
+    @property
+    def shorter(self) -> int:
+        """Pixels of the shorter side before the middle is cut out."""
+        return round(self.size * 256 / 224)
+
+    def alone(self, image: Tensor) -> Tensor:
+        from torchvision.transforms import v2
+
+        return v2.CenterCrop(self.size)(v2.Resize(self.shorter, antialias=True)(image))
+
+    def frames(self, sizes: Tensor, draws: Draws) -> Frames:
+        H, W = sizes.unbind(1)
+        least = sizes.amin(1)
+        rows, columns = self.shorter * H // least, self.shorter * W // least
+        down, right = (((side - self.size) / 2).round().long() for side in (rows, columns))
+        zero = torch.zeros_like(H)
+        return Frames(zero, zero, H, W, rows, columns, down, right, self.size)
+
+
+def resample(images: Tensor, frames: Frames) -> Tensor:
+    """What the frames show of each image, antialiased as by torchvision: both directions as one matrix product each.
+
+    Args:
+        images: uint8 [B, 3, H, W]; an image smaller than H x W stands at the upper left of its place.
+        frames: of the B images.
+
+    Returns:
+        uint8 [B, 3, size, size], on the images' device; `images` itself where every frame shows just that.
+    """
+    if _shows_all(images, frames):
+        return images
+    H, W = images.shape[-2:]
+    vertical = _weights(frames.top, frames.height, frames.rows, frames.down, frames.size, H, images.device)
+    horizontal = _weights(frames.left, frames.width, frames.columns, frames.right, frames.size, W, images.device)
+    shown = vertical[:, None] @ images.float() @ horizontal[:, None].mT
+    return shown.round_().clamp_(0, 255).to(torch.uint8)
+
+
+def _shows_all(images: Tensor, frames: Frames) -> bool:
+    H, W = images.shape[-2:]
+    if frames.size != H or frames.size != W:
+        return False
+    return all(bool((part == H).all()) for part in (frames.height, frames.width, frames.rows, frames.columns))
+
+
+def _weights(start: Tensor, length: Tensor, resized: Tensor, skipped: Tensor, out: int, source: int, device: torch.device) -> Tensor:
+    """float32 [B, out, source]: the share of each source pixel in each pixel shown, a triangle as wide as the scale, at least 1."""
+    start, length, resized, skipped = (
+        x.to(device, torch.float32, non_blocking=True)[:, None, None] for x in (start, length, resized, skipped)
+    )
+    scale = length / resized
+    center = start + (skipped + torch.arange(out, device=device)[:, None] + 0.5) * scale  # [B, out, 1]
+    position = torch.arange(source, device=device) + 0.5
+    weight = (1 - (position - center).abs() / scale.clamp(min=1)).clamp_(min=0)
+    weight *= (position > start) & (position < start + length)  # nothing from beyond the part that is cut out
+    return weight / weight.sum(dim=2, keepdim=True)

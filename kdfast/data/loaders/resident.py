@@ -1,0 +1,191 @@
+"""A data set that lives on the device as uint8: no files, no workers; a batch is an indexing and a few batched operations.
+
+What a transform does to every image alike in all epochs (resizing, say) is done once, by torchvision, when the images are put there.
+What it draws is drawn for a whole batch at once: the numbers of image i in epoch e are a function of (seed, e, i), so that batch
+size and ranks change nothing.
+"""
+
+import functools
+import os
+import weakref
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kdfast.data.augment import Step
+from kdfast.data.framing import Framing, Squash, resample
+from kdfast.data.loaders.ordered import AUGMENTATION, OrderedLoader, Request, refuse_different
+from kdfast.data.protocol import Batch, DataError
+from kdfast.data.seeding import Draws
+from kdfast.data.splits import Split
+from kdfast.data.transforms import Transform
+
+HEADROOM = 0.8
+"""Part of the free memory that images may take: a network and its activations come after them."""
+
+
+class ResidentLoader(OrderedLoader):
+    """Images in device memory.
+
+    Args:
+        split, transform, batch_size, options: as OrderedLoader.
+
+    Raises:
+        DataError: as OrderedLoader; the images do not fit into the device's free memory; a file cannot be read; images differ in
+            size and the transform does not make them alike.
+    """
+
+    def __init__(self, split: Split, transform: Transform, batch_size: int, **options: Any) -> None:
+        super().__init__(split, transform, batch_size, **options)
+        self._once, self._steps = _once_and_each_time(split, transform)
+        _refuse_what_does_not_fit(split, self._once, self._device)
+        if not any(isinstance(step, Framing) for step in transform.steps):
+            refuse_different(split.measured())
+
+    @functools.cached_property
+    def _images(self) -> "_Store":
+        """Decoded when the first batch is asked for: not every loader that is made is used."""
+        return _stored(self._split, self._once, self._device)
+
+    @functools.cached_property
+    def _labels(self) -> Tensor:
+        return self._split.labels.to(self._device)
+
+    def _batches(self, requests: list[Request]) -> Iterator[Batch]:
+        for epoch, positions in requests:
+            index = torch.tensor(positions)
+            there = index.to(self._device, non_blocking=True)
+            yield Batch(self._finished(self._augmented(epoch, index, there)), self._labels[there], there)
+
+    def _augmented(self, epoch: int, index: Tensor, there: Tensor) -> Tensor:
+        """uint8 [B * views, 3, h, w]."""
+        images = self._images.take(index, there)
+        if not self._steps:
+            return images
+        sizes = self._images.sizes[index]
+        views = []
+        for view in range(self._views):
+            draws, seen = Draws(self._seed, AUGMENTATION, epoch, view, index=index), images
+            for step in self._steps:
+                seen = resample(seen, step.frames(sizes, draws)) if isinstance(step, Framing) else step.batch(seen, draws)
+            views.append(seen)
+        return images if not views else views[0] if len(views) == 1 else torch.stack(views, dim=1).flatten(0, 1)
+
+
+def _once_and_each_time(split: Split, transform: Transform) -> tuple[Framing | None, tuple[Framing | Step, ...]]:
+    """The framing that is the same in all epochs, where there is one and it changes anything, and the other steps."""
+    first, *others = transform.steps or (None,)
+    if not isinstance(first, Framing) or first.random:
+        return None, transform.steps
+    idle = split.pixels is not None and isinstance(first, Squash) and split.pixels.shape[-2:] == (first.size, first.size)
+    return None if idle else first, tuple(others)
+
+
+# ---- the store -------------------------------------------------------------------------------------------------------
+
+
+class _Store:
+    """n uint8 images on a device, as one tensor where they are of one size.
+
+    Attributes:
+        sizes: int64 [n, 2], height and width, on the CPU.
+        origin: the pixels or paths that they are of, kept so that its id is not given to another.
+    """
+
+    def __init__(self, images: Tensor | list[Tensor], origin: object) -> None:
+        self._images, self.origin = images, origin
+        self.sizes = torch.tensor([image.shape[-2:] for image in images])
+
+    def take(self, index: Tensor, there: Tensor) -> Tensor:
+        """uint8 [B, 3, H, W]; images that are smaller than the largest of the batch stand at the upper left, zeros beside them.
+
+        Args:
+            index: int64 [B], CPU.
+            there: the same on the device.
+        """
+        if isinstance(self._images, Tensor):
+            return self._images[there]
+        H, W = self.sizes[index].amax(0).tolist()
+        batch = torch.zeros(len(index), 3, H, W, dtype=torch.uint8, device=there.device)
+        for place, i in zip(batch, index.tolist()):
+            image = self._images[i]
+            place[:, : image.shape[1], : image.shape[2]] = image
+        return batch
+
+
+_STORES: "weakref.WeakValueDictionary[tuple[Any, ...], _Store]" = weakref.WeakValueDictionary()
+_KEPT: "weakref.WeakKeyDictionary[Split, list[_Store]]" = weakref.WeakKeyDictionary()
+"""Stages of a run have loaders of their own, but the same images: a store lives as long as a split that it is of."""
+
+
+def _stored(split: Split, once: Framing | None, device: torch.device) -> _Store:
+    """The split's images on the device, `once` applied; those that are there already where they are."""
+    origin = split.paths if split.pixels is None else split.pixels
+    key = (id(origin), type(once), once and once.size, device)
+    store = _STORES.get(key)
+    if store is None:
+        _STORES[key] = store = _Store(_framed(split, once, device), origin)
+    kept = _KEPT.setdefault(split, [])
+    if store not in kept:
+        kept.append(store)
+    return store
+
+
+def _framed(split: Split, once: Framing | None, device: torch.device) -> Tensor | list[Tensor]:
+    """The images, decoded and framed: one tensor where they are of one size."""
+    frame: Callable[[Tensor], Tensor] = (lambda image: image) if once is None else once.alone
+    if split.pixels is not None:
+        whole = split.pixels if once is None else torch.cat([frame(part) for part in split.pixels.split(1024)])
+        return whole.to(device)
+    sizes = split.measured() if once is None else torch.tensor([[once.size, once.size]])
+    (height, width), *others = sizes.unique(dim=0).tolist()
+    with ThreadPoolExecutor(_cores()) as threads:  # decoding and resizing leave Python's lock
+        images = threads.map(lambda i: frame(split.read(i)), range(len(split)))
+        if others:
+            return [image.contiguous().to(device) for image in images]
+        dense = torch.empty(len(split), 3, height, width, dtype=torch.uint8, device=device)  # filled, not stacked: that takes twice as much
+        for place, image in zip(dense, images):
+            place.copy_(image)
+        return dense
+
+
+def _refuse_what_does_not_fit(split: Split, once: Framing | None, device: torch.device) -> None:
+    if split.pixels is not None and once is None and split.pixels.device == device:
+        return  # they are there
+    needed, free = _bytes(split, once), free_bytes(device)
+    if free is not None and needed > HEADROOM * free:
+        raise DataError(
+            f"{len(split)} images take {needed / 2**30:.2f} GiB, and {device} has {free / 2**30:.2f} GiB free, of which "
+            f"{HEADROOM:.0%} may be used: choose --loader torchvision or dali"
+        )
+
+
+def resident_bytes(split: Split, transform: Transform) -> int:
+    """What the images of a split take on a device, bytes."""
+    return _bytes(split, _once_and_each_time(split, transform)[0])
+
+
+def _bytes(split: Split, once: Framing | None) -> int:
+    if once is not None:
+        return 3 * once.size**2 * len(split)
+    if split.pixels is not None:
+        return split.pixels.numel()
+    return 3 * int(split.measured().prod(dim=1).sum())
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """Free memory of a device; None where that cannot be told."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        with open("/proc/meminfo") as lines:  # Linux
+            return next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return None
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
