@@ -4,6 +4,7 @@
     tests           the operators' tests on the device
     sanitize, memcheck, racecheck, initcheck, synccheck
                     a small run of every kernel (sanitize.py), alone and under compute-sanitizer's tools
+    loaders         images a second of every loader, and what share of a ResNet-18's training waits for them (loaders.py)
     training        a ConKD step, ResNet-101 to ResNet-18 (training.py); with time to spare, compiled as well
     benchmarks      every operator against its peers (pytest benchmarks), the quick cases first, for what is left of the time
 
@@ -221,6 +222,14 @@ def read_training(folder: Path, ended: Ended) -> dict[str, Any]:
     return {"status": "passed", **case}
 
 
+def read_loaders(folder: Path, ended: Ended) -> dict[str, Any]:
+    """All cases that loaders.py writes."""
+    path = folder / "loaders.json"
+    if ended.status != 0 or not path.exists():
+        return _unfinished(ended)
+    return {"status": "passed", "cases": json.loads(path.read_text())["cases"]}
+
+
 def read_plain(folder: Path, ended: Ended) -> dict[str, Any]:
     """Of a program that has to end well, and says in its last lines what it did."""
     return {"status": "passed", "what": _last_lines(ended.output)} if ended.status == 0 else _unfinished(ended)
@@ -261,6 +270,7 @@ def steps() -> list[Step]:
         Step("tests", 180, _tests, read_tests, least=100, environment={"KDFAST_TEST_DEVICE": "cuda"}),
         Step("sanitize", 60, _python("-m", "kdfast.benchmarks.sanitize"), read_plain),  # compiles what the tools then watch
         *(Step(tool, 45, _sanitizer(tool), read_sanitizer, environment=apart) for tool in SANITIZERS),
+        Step("loaders", 60, _loaders, read_loaders, least=45),
         Step("training", 60, _training("off"), read_training, least=40),
         Step("benchmarks", 400, _benchmarks, read_benchmarks, least=150),
         Step("training compiled", 120, _training("on"), read_training, least=60, spare=True),
@@ -284,6 +294,12 @@ def _tests(folder: Path, seconds: float) -> Sequence[str]:
 
 def _benchmarks(folder: Path, seconds: float) -> Sequence[str]:
     return [sys.executable, "-m", "pytest", "benchmarks", f"--benchmark-json={folder / 'benchmarks.json'}", "-p", "no:cacheprovider"]
+
+
+def _loaders(folder: Path, seconds: float) -> Sequence[str]:
+    out = f"Path({str(folder / 'loaders.json')!r})"
+    options = f"images=2000, epochs=3, batch_size=128, device='cuda', out={out}"
+    return [sys.executable, "-c", f"from pathlib import Path; from kdfast.benchmarks.loaders import Loaders, run; run(Loaders({options}))"]
 
 
 def _training(compile: str) -> Callable[[Path, float], Sequence[str]]:

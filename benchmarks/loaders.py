@@ -1,8 +1,10 @@
-"""Images a second that kdfast's loader hands out, against torchvision's data sets in PyTorch's DataLoader: kdfast bench loaders
+"""Images a second of kdfast's loaders, against torchvision's data sets in PyTorch's DataLoader: kdfast bench loaders
 
-Both sides do the same work up to normalized float32 tensors on the device, with the same batch size and as many workers. Files are
-decoded, random-resized-cropped and flipped; CIFAR-10 is cropped and flipped. Each epoch is timed whole, ours and theirs in turn, after
-one that is not counted.
+All do the same work up to normalized float32 tensors on the device, with the same batch size. Files are decoded, random-resized-cropped
+and flipped; CIFAR-10 is cropped and flipped. Whole epochs are timed, of all in turn, after one that is not counted.
+
+Our torchvision loader is compared with PyTorch's with as many workers; the others, which have none, with PyTorch's at its fastest. On
+a GPU each loader also feeds a ResNet-18: what share of the training time goes by in waiting for images.
 """
 
 import os
@@ -23,29 +25,43 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kdfast import files, machine
-from kdfast.data import DataError, ImageData, Split, TorchvisionLoader, load, training_transform
+from kdfast.data import (
+    NORMALIZATIONS,
+    Batch,
+    DataError,
+    ImageData,
+    Loader,
+    ResidentLoader,
+    Split,
+    TorchvisionLoader,
+    Transform,
+    load,
+    training_transform,
+)
+from kdfast.data.loaders import dali_installed
 from kdfast.engine import join
 
 NAMED = ("imagenette", "cifar10")
 GENERATED = 400  # photographs
+IN_MEMORY = 10  # times as many images an epoch: they pass that much faster
 
 
 @dataclass(frozen=True)
 class Loaders:
-    """Loading throughput, images/s, of kdfast's loader and of torchvision's data sets in PyTorch's DataLoader."""
+    """Loading throughput, images/s, of kdfast's loaders and of torchvision's data sets in PyTorch's DataLoader."""
 
     data_dir: Path | None = None
-    """An image folder, or a folder that holds imagenette2-160/ or cifar-10-batches-py/; none: JPEG files made for the occasion."""
+    """An image folder, or a folder that holds imagenette2-160/ or cifar-10-batches-py/; none: images made for the occasion."""
     workers: int | None = None
-    """Processes on either side, beside the case of none; none: one a core, up to 8."""
+    """Processes on either side, beside the case of none, and threads of DALI; none: one a core, up to 8."""
     images: int = 1000
-    """Training images an epoch, at most."""
+    """Training images an epoch, at most; ten times as many where they are small and in memory."""
     image_size: int = 224
     """Pixels of the crops of image files."""
     batch_size: int = 64
     """Images a batch."""
     epochs: int = 5
-    """Timed epochs of each side."""
+    """Timed epochs of each loader."""
     device: str = "auto"
     """Where batches are handed out: auto, cpu, cuda or cuda:N."""
     out: Path | None = None
@@ -62,23 +78,33 @@ class Loaders:
 
 
 def _sources(options: Loaders, temporary: Path) -> Iterator[tuple[str, ImageData]]:
-    """By name: the data sets found under data_dir, else data_dir as an image folder; without data_dir generated photographs."""
+    """By name: the data sets found under data_dir, else data_dir as an image folder; without data_dir generated images."""
     if options.data_dir is None:
         make_photographs(temporary, GENERATED)
-        yield "generated", load(str(temporary), val_fraction=0, max_images=options.images)
+        yield "generated photographs", load(str(temporary), val_fraction=0, max_images=options.images)
+        yield "generated 32x32", _small_images(IN_MEMORY * options.images)
         return
     found = 0
     for name in NAMED:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # CIFAR with some of its batches will do here
+            most = options.images * (IN_MEMORY if name == "cifar10" else 1)
             try:
-                data = load(name, data_dir=options.data_dir, val_fraction=0, download=False, max_images=options.images)
+                data = load(name, data_dir=options.data_dir, val_fraction=0, download=False, max_images=most)
             except DataError:
                 continue
         found += 1
         yield name, data
     if not found:
         yield options.data_dir.name, load(str(options.data_dir), val_fraction=0, max_images=options.images)
+
+
+def _small_images(count: int) -> ImageData:
+    """Images of CIFAR-10's size in memory; what they show makes no difference to any loader."""
+    pixels = torch.randint(256, (count, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    split = Split(torch.arange(count) % 10, pixels=pixels)
+    (mean, std), classes = NORMALIZATIONS["cifar10"], tuple("abcdefghij")
+    return ImageData("generated", classes, split, split, split, mean, std, 32, True, "cifar", "squash")
 
 
 def make_photographs(folder: Path, count: int) -> None:
@@ -139,42 +165,115 @@ def _seconds(batches: Iterable[Any], device: torch.device) -> float:
     return time.perf_counter() - start
 
 
-def _case(name: str, data: ImageData, options: Loaders, workers: int, device: torch.device) -> dict[str, Any]:
-    """One data set, ours and theirs in turn: medians over epochs."""
+_Named = dict[tuple[str, int], Loader]
+
+
+def _ours(data: ImageData, transform: Transform, options: Loaders, workers: list[int], device: torch.device) -> _Named:
+    """Our loaders that can serve these images, by name and number of workers."""
+    every: dict[str, Any] = {"shuffle": True, "seed": 0, "device": device}
+    made: _Named = {
+        ("torchvision", count): TorchvisionLoader(data.train, transform, options.batch_size, workers=count, **every) for count in workers
+    }
+    if data.train.pixels is not None or device.type == "cuda":  # files on the CPU: it would resize what it need not decode, no faster
+        made["resident", 0] = ResidentLoader(data.train, transform, options.batch_size, **every)
+    if data.train.paths is not None and dali_installed():
+        from kdfast.data.loaders.dali import DaliLoader
+
+        threads = max(1, workers[-1])
+        made["dali", threads] = DaliLoader(data.train, transform, options.batch_size, workers=threads, **every)
+    return made
+
+
+def _cases(name: str, data: ImageData, options: Loaders, workers: list[int], device: torch.device) -> list[dict[str, Any]]:
+    """One data set: our loaders and PyTorch's in turn, medians over epochs."""
     split: Split = data.train
     size, augmentation = (options.image_size, "imagenet") if split.pixels is None else (data.image_size, "cifar")
-    transform = training_transform(augmentation, size, data.mean, data.std)
-    ours = TorchvisionLoader(split, transform, options.batch_size, shuffle=True, seed=0, workers=workers, device=device)
-    theirs: Iterable[Any] = torch.utils.data.DataLoader(
-        _theirs(data, size),
-        options.batch_size,
-        shuffle=True,
-        num_workers=workers,
-        persistent_workers=workers > 0,
-        pin_memory=device.type == "cuda",
-    )
-    runs: list[Callable[[], float]] = [lambda: _seconds(ours, device), lambda: _seconds(theirs, device)]
-    for run in runs:
-        run()
-    measured = [tuple(len(split) / run() for run in runs) for _ in range(options.epochs)]
-    return {
-        "name": name,
-        "images": len(split),
-        "image_size": size,
-        "batch_size": options.batch_size,
-        "workers": workers,
-        "device": device.type,
-        "ours_images_per_s": round(statistics.median(ours for ours, _ in measured), 1),
-        "torchvision_images_per_s": round(statistics.median(theirs for _, theirs in measured), 1),
-        "speedup": round(statistics.median(ours / theirs for ours, theirs in measured), 3),
+    ours = _ours(data, training_transform(augmentation, size, data.mean, data.std), options, workers, device)
+    theirs: dict[int, Iterable[Any]] = {
+        count: torch.utils.data.DataLoader(
+            _theirs(data, size),
+            options.batch_size,
+            shuffle=True,
+            num_workers=count,
+            persistent_workers=count > 0,
+            pin_memory=device.type == "cuda",
+        )
+        for count in workers
     }
+    runs: dict[Any, Iterable[Any]] = {**ours, **theirs}
+    rates: dict[Any, list[float]] = {key: [] for key in runs}
+    for epoch in range(1 + options.epochs):
+        for key, batches in runs.items():
+            rate = len(split) / _seconds(batches, device)
+            if epoch:
+                rates[key].append(rate)
+    fastest = max(theirs, key=lambda count: statistics.median(rates[count]))
+    cases = []
+    for (loader, count), batches in ours.items():
+        peer = count if loader == "torchvision" else fastest
+        case = {
+            "name": name,
+            "images": len(split),
+            "image_size": size,
+            "batch_size": options.batch_size,
+            "loader": loader,
+            "workers": count,
+            "peer_workers": peer,
+            "device": device.type,
+            "images_per_s": round(statistics.median(rates[loader, count]), 1),
+            "peer_images_per_s": round(statistics.median(rates[peer]), 1),
+            "speedup": round(statistics.median(a / b for a, b in zip(rates[loader, count], rates[peer])), 3),
+        }
+        if device.type == "cuda":
+            case["waiting_share"] = round(waiting_share(batches, resnet18_step(device, len(data.classes)), device), 4)
+        cases.append(case)
+    return cases
+
+
+def resnet18_step(device: torch.device, classes: int) -> Callable[[Batch], None]:
+    """A training step of torchvision's ResNet-18: bf16 autocast, channels last, SGD."""
+    from torchvision.models import resnet18
+
+    model = resnet18(num_classes=classes).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+
+    def step(batch: Batch) -> None:
+        with torch.autocast(device.type, torch.bfloat16):
+            loss = F.cross_entropy(model(batch.images.contiguous(memory_format=torch.channels_last)), batch.labels)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def waiting_share(loader: Loader, step: Callable[[Batch], None], device: torch.device) -> float:
+    """The part of an epoch's training time that goes by in waiting for batches, 0 to 1.
+
+    An epoch of steps with batches of the loader, against as many with a batch that is there already; the best of three rounds each.
+    """
+
+    def seconds(batches: Iterable[Batch]) -> float:
+        start = time.perf_counter()
+        for batch in batches:
+            step(batch)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter() - start
+
+    first = next(iter(loader))
+    same = [first] * len(loader)
+    loader.set_epoch(1)
+    seconds(loader)  # the first steps choose algorithms
+    with_loader, without = min(seconds(loader) for _ in range(3)), min(seconds(same) for _ in range(3))
+    return max(0.0, 1 - without / with_loader)
 
 
 def run(options: Loaders) -> list[dict[str, Any]]:
     """Measures, prints the table, and writes options.out where asked to.
 
     Returns:
-        One entry a data set and number of workers.
+        One entry a data set, loader and number of workers.
 
     Raises:
         ValueError: data_dir holds no images, or there is no such device.
@@ -184,13 +283,16 @@ def run(options: Loaders) -> list[dict[str, Any]]:
     workers = sorted({0, min(8, cores) if options.workers is None else options.workers})
     with tempfile.TemporaryDirectory() as temporary:
         sources = _sources(options, Path(temporary))
-        cases = [_case(name, data, options, count, device) for name, data in sources for count in workers]
+        cases = [case for name, data in sources for case in _cases(name, data, options, workers, device)]
     table = Table(box=box.SIMPLE_HEAD)
-    for column in ("images", "pixels", "workers", "kdfast images/s", "torchvision images/s", "speed-up"):
-        table.add_column(column, justify="left" if column == "images" else "right")
+    waiting = any("waiting_share" in case for case in cases)
+    for column in ("images", "loader", "images/s", "PyTorch's", "speed-up", *(["waiting"] if waiting else [])):
+        table.add_column(column, justify="left" if column in ("images", "loader") else "right", no_wrap=True)
     for case in cases:
-        rates = (f"{case[f'{side}_images_per_s']:,.0f}" for side in ("ours", "torchvision"))
-        table.add_row(case["name"], str(case["image_size"]), str(case["workers"]), *rates, f"{case['speedup']:.2f}")
+        cells = [f"{case['name']}, {case['image_size']} px", f"{case['loader']}, {case['workers']}", f"{case['images_per_s']:,.0f}"]
+        cells += [f"{case['peer_images_per_s']:,.0f} ({case['peer_workers']})", f"{case['speedup']:.2f}"]
+        table.add_row(*cells, *([f"{case['waiting_share']:.1%}"] if waiting else []))
+    table.caption = "in brackets and after a loader's name: its workers (DALI: threads)"
     Console(soft_wrap=True).print(table)
     if options.out is not None:
         files.write_json(options.out, {"machine": machine.facts(), "date": time.strftime("%Y-%m-%d"), "cases": cases})

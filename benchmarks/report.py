@@ -1,8 +1,8 @@
 """Tables and figures from measured JSON: kdfast bench report
 
-The documents' tables stand between markers, <!-- table: DEVICE --> (every case), <!-- table: DEVICE-summary --> or <!-- table:
-DEVICE-training -->, and <!-- end -->. DEVICE is what the names of files in benchmarks/results begin with: "cpu" for cpu-lion.json.
-Cases in which a peer wins are there like the others.
+The documents' tables stand between markers, <!-- table: DEVICE --> (every case of every operator) or <!-- table: DEVICE-KIND --> (kind:
+summary, training, loaders, momenta), and <!-- end -->. DEVICE is what the names of files in benchmarks/results begin with: "cpu" for
+cpu-lion.json. Cases in which a peer wins are there like the others.
 """
 
 import hashlib
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 ROOT = Path(__file__).parents[1]
-PAGES = (ROOT / "README.md", ROOT / "docs" / "performance.md")
+PAGES = (ROOT / "README.md", ROOT / "docs" / "performance.md", ROOT / "docs" / "loaders.md")
 FIGURES = ROOT / "docs" / "figures"
 FAMILIES = ("kd_loss", "linear_kd_loss", "supcon_loss", "Lion", "attention_transfer_loss")  # in this order
 COLOURS = {OURS: "#00795c", EAGER: "#b0305c", COMPILED: "#3d6fc4"}
@@ -162,6 +162,20 @@ def training(device: str) -> str:
     return "\n".join([*lines, "", f"{_measured(result['machine'], result['date'])}."])
 
 
+def loaders(device: str) -> str:
+    """Images/s of every loader, a row a data set, loader and number of workers."""
+    result = json.loads((RESULTS / f"{device}-loaders.json").read_text())
+    waiting = any("waiting_share" in c for c in result["cases"])
+    columns = ["images", "pixels", "loader", "workers", "images/s", "PyTorch's, images/s", "speed-up", *(["waiting"] if waiting else [])]
+    lines = [f"| {' | '.join(columns)} |", f"|---|---:|---|{'---:|' * (len(columns) - 3)}"]
+    for c in result["cases"]:
+        peer = f"{c['peer_images_per_s']:,.0f} ({c['peer_workers']} workers)"
+        cells = [c["name"], str(c["image_size"]), c["loader"], str(c["workers"]), f"{c['images_per_s']:,.0f}", peer, f"{c['speedup']:.2f}"]
+        cells += [format(c["waiting_share"], ".1%")] if waiting else []
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join([*lines, "", f"{_measured(result['machine'], result['date'])}."])
+
+
 def momenta(device: str) -> str:
     """Accuracy with narrow momenta, a row a data set and dtype."""
     lines = ["| images | momentum | bytes | test accuracy, % | from float32, points |", "|---|---|---:|---:|---:|"]
@@ -185,10 +199,10 @@ def filled(text: str) -> str:
         if kind in (None, "summary"):
             content = {None: table, "summary": summary}[kind](committed(device))
         else:
-            content = {"training": training, "momenta": momenta}[kind](device)
+            content = {"training": training, "loaders": loaders, "momenta": momenta}[kind](device)
         return f"<!-- table: {marker['name']} -->\n{content}\n<!-- end -->"
 
-    pattern = r"<!-- table: (?P<name>(?P<device>\w+)(-(?P<kind>summary|training|momenta))?) -->\n.*?<!-- end -->"
+    pattern = r"<!-- table: (?P<name>(?P<device>\w+)(-(?P<kind>summary|training|loaders|momenta))?) -->\n.*?<!-- end -->"
     return re.sub(pattern, made, text, flags=re.DOTALL)
 
 
