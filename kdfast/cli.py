@@ -16,6 +16,7 @@ from typing import Any
 COMMANDS = {
     "teacher": "train a network on labels, to be a teacher",
     "distill": "distil a teacher into a small student, with a report",
+    "compare": "several recipes on the same images, seeds and teacher, in one table",
     "eval": "accuracy, loss and confusion matrix of weights on a data set",
     "predict": "the most likely classes of image files",
     "export": "write a trained network as onnx, pt2 or safetensors",
@@ -35,6 +36,17 @@ commands:
 kdfast distill                                       the handwritten digits, about two minutes on a laptop
 kdfast distill --dataset PATH --teacher WEIGHTS ...  your own images
 kdfast COMMAND --help                                every option of a command
+"""
+
+
+COMPARE = """usage: kdfast compare [--recipes a,b,c] [--out FOLDER] [options of kdfast distill]
+
+Runs several recipes (none named, or all: every one) on the same images, student, seeds and teacher, which is trained once where none is
+given, and writes FOLDER/comparison.html, .md and .json. The same command again continues what is left. Every option of `kdfast distill`
+that all these recipes have holds for all of them, for instance:
+
+kdfast compare --recipes kd,lskd,conkd --seeds 3
+kdfast compare --recipes all --dataset cifar10 --data-dir D --teacher WEIGHTS --teacher-model resnet56 --student resnet8 --epochs 30
 """
 
 
@@ -131,9 +143,15 @@ def _without(arguments: Sequence[str], option: str) -> list[str]:
 
 
 def _distill(arguments: Sequence[str]) -> None:
+    from kdfast.commands.distill import distill
+
+    distill(_distillation("distill", arguments))
+
+
+def _distillation(command: str, arguments: Sequence[str]) -> Any:
+    """The configuration that these options of `kdfast distill` make."""
     from kdfast import recipes
     from kdfast.commands import config
-    from kdfast.commands.distill import distill
 
     chosen = _chosen("distill", arguments, "recipe", "preset", "dataset", "config")
     table = config.read_toml(Path(chosen.config)) if chosen.config else {}
@@ -145,7 +163,24 @@ def _distill(arguments: Sequence[str]) -> None:
     default = config.defaults(recipe, preset, chosen.dataset or table.get("data", {}).get("dataset"))
     if table:
         default = config.filled(default, table, chosen.config)
-    distill(_parse(config.Distill[recipe.settings], _without(arguments, "--config"), "distill", default))  # type: ignore[name-defined]
+    return _parse(config.Distill[recipe.settings], _without(arguments, "--config"), command, default)  # type: ignore[name-defined]
+
+
+def _compare(arguments: Sequence[str]) -> None:
+    from kdfast import recipes
+    from kdfast.commands.compare import compare
+
+    if {"-h", "--help"} & set(arguments):
+        print(COMPARE)
+        return
+    chosen = _chosen("compare", arguments, "recipes", "out")
+    names = recipes.names() if chosen.recipes in (None, "all") else list(dict.fromkeys(chosen.recipes.split(",")))
+    others = _without(_without(arguments, "--recipes"), "--out")
+    for option in ("--recipe", "--config", "--resume"):
+        if any(argument.split("=")[0] == option for argument in others):
+            raise ValueError(f"compare does not take {option}: name the recipes with --recipes; the same command again continues the grid")
+    configs = {name: _distillation("compare", ["--recipe", recipes.get(name).name, *others]) for name in names}
+    compare(configs, Path(chosen.out or "runs/comparison"))
 
 
 def _teacher(arguments: Sequence[str]) -> None:
@@ -217,6 +252,7 @@ def _data(arguments: Sequence[str]) -> None:
 _RUN: dict[str, Callable[[Sequence[str]], None]] = {
     "teacher": _teacher,
     "distill": _distill,
+    "compare": _compare,
     "eval": _simple("evaluate", "Eval", "run_eval"),
     "predict": _simple("predict", "Predict", "predict"),
     "export": _simple("export", "Export", "export"),

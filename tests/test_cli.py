@@ -173,6 +173,12 @@ def test_help_names_the_options(command: str, capsys: pytest.CaptureFixture[str]
         ("self_distillation", ["--label-smoothing", "0.1"]),
         ("kd", ["--label-fraction", "1.0", "--ema", "0.9", "--optimizer", "adamw", "--schedule", "plateau"]),
         ("kd", ["--precision", "bf16"]),
+        ("kd", ["--preset", "large-batch", "--warmup", "0", "--teacher-training.warmup", "0"]),
+        ("at", ["--plus", "lskd:weight=3", "supcon"]),
+        ("self_distillation", ["--plus", "supcon:weight=0.3,temperature=0.1"]),
+        *((recipe, []) for recipe in ("at", "fitnets", "mhkd", "tofd", "dih")),
+        ("fitnets", ["--procedure", "joint"]),
+        ("takd", ["--assistants", "resnet14", "resnet8"]),
     ],
 )
 def test_recipes_run_to_a_report(recipe: str, more: list[str], tmp_path: Path):
@@ -195,12 +201,88 @@ def test_conkds_notebook_procedure_runs_its_stages_and_its_weights_come_back(tmp
     assert {line["stage"] for line in metrics(tmp_path / "next")} == {"seed0/distil", "seed0/classify"}
 
 
+def test_dihs_heads_are_used_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    options = ["--recipe", "dih", "--seeds", 1, "--no-baseline", *TINY]
+    assert kdfast("distill", *options, "--out", tmp_path / "first") == 0
+    assert re.search(r"heads, validation top-1: layer1 \S+ %, layer2 \S+ %, layer3 \S+ %", capsys.readouterr().out)
+    again = [*options, "--teacher", tmp_path / "first" / "teacher.safetensors", "--heads", tmp_path / "first"]
+    assert kdfast("distill", *again, "--out", tmp_path / "again") == 0
+    assert {line["stage"] for line in metrics(tmp_path / "again")} == {"seed0/distil"}
+    first, second = (json.loads((tmp_path / name / "results.json").read_text())["arms"]["distilled"][0] for name in ("first", "again"))
+    assert first["best/loss"] == second["best/loss"]
+    other = tmp_path / "other"
+    assert kdfast("teacher", "--model", "resnet8", "--epochs", 1, "--max-images", 200, "--out", other) == 0
+    capsys.readouterr()
+    wrong = [*options, "--teacher", other, "--heads", tmp_path / "first", "--out", tmp_path / "wrong"]
+    assert kdfast("distill", *wrong) == 1
+    assert "another teacher's" in sentence(capsys)
+
+
+@pytest.mark.parametrize("recipe", ["at", "fitnets", "takd", "mhkd", "tofd", "dih"])
+def test_every_recipe_resumes_to_the_same_numbers(recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Crashes at a write in the middle of the student's last stage, as kill -9 would leave it."""
+    options = ["--recipe", recipe, "--seeds", 1, "--no-baseline", *TINY]
+    options += ["--assistants", "resnet8"] if recipe == "takd" else []
+    assert kdfast("distill", *options, "--out", tmp_path / "whole") == 0
+    real, left = os.replace, [len(metrics(tmp_path / "whole")) * 2]
+
+    def replaced(*arguments: object) -> None:
+        left[0] -= 1
+        if left[0] == 0:
+            raise KeyboardInterrupt
+        real(*arguments)
+
+    monkeypatch.setattr(os, "replace", replaced)
+    assert kdfast("distill", *options, "--out", tmp_path / "cut") == 130
+    monkeypatch.setattr(os, "replace", real)
+    assert not (tmp_path / "cut" / "results.json").exists(), "the crash came too late to show anything"
+    assert kdfast("distill", *options, "--out", tmp_path / "cut", "--resume") == 0
+    assert metrics(tmp_path / "cut") == metrics(tmp_path / "whole")
+    assert (tmp_path / "cut" / "best.safetensors").read_bytes() == (tmp_path / "whole" / "best.safetensors").read_bytes()
+
+
+def test_a_teacher_at_chance_is_an_error_where_strict(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    options = ["--recipe", "kd", "--seeds", 1, "--no-baseline", *TINY, "--teacher-training.lr", "1e-9", "--out", tmp_path / "run"]
+    assert kdfast("distill", *options, "--strict") == 1
+    assert "the teacher is no better than chance" in sentence(capsys)
+
+
 def test_teacher_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert kdfast("teacher", "--model", "resnet8", "--epochs", 2, "--max-images", 200, "--out", tmp_path / "t") == 0
     assert kdfast("eval", tmp_path / "t") == 0
     top1 = re.findall(r"(?:test|^)\s?top-1 (\S+) %", capsys.readouterr().out, re.MULTILINE)
     assert len(top1) == 2
     assert top1[0] == top1[1]
+
+
+def test_compare_runs_a_grid_once_with_one_teacher(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    grid = ["compare", "--recipes", "kd,self_distillation,dih", "--seeds", 2, *TINY, "--out", tmp_path / "grid"]
+    assert kdfast(*grid) == 0
+    found = json.loads((tmp_path / "grid" / "comparison.json").read_text())
+    assert [row["recipe"] for row in found["rows"]] == ["teacher resnet8", "resnet8 alone", "kd", "self_distillation", "dih"]
+    alone = json.loads((tmp_path / "grid" / "kd" / "results.json").read_text())["arms"]["alone"]
+    for row in found["rows"][2:]:
+        arms = json.loads((tmp_path / "grid" / row["recipe"] / "results.json").read_text())["arms"]
+        assert row["best"] == [arm["best/top1"] for arm in arms["distilled"]]
+        assert row["seeds"] == [0, 1]
+        gaps = [ours - theirs["best/top1"] for ours, theirs in zip(row["best"], alone)]
+        assert row["paired"]["mean"] == pytest.approx(sum(gaps) / 2)
+        assert f"| {row['recipe']} | " in (tmp_path / "grid" / "comparison.md").read_text()
+        assert bool(arms["alone"]) == (row["recipe"] == "kd"), "the student alone is trained once"
+    trained = [line["stage"] for run in ("kd", "self_distillation", "dih") for line in metrics(tmp_path / "grid" / run)]
+    assert "teacher" not in trained
+    assert (tmp_path / "grid" / "comparison.html").exists()
+    # what is left is done, what is done stays
+    shutil.rmtree(tmp_path / "grid" / "dih")
+    before = {path: path.read_bytes() for path in (tmp_path / "grid").rglob("best.safetensors")}
+    assert kdfast(*grid) == 0
+    assert all(path.read_bytes() == content for path, content in before.items())
+    assert json.loads((tmp_path / "grid" / "comparison.json").read_text())["rows"][-1]["best"] == found["rows"][-1]["best"]
+    capsys.readouterr()
+    assert kdfast("compare", "--recipes", "kd,dhi") == 1
+    assert "did you mean" in sentence(capsys)
+    assert kdfast("compare", "--recipes", "kd", "--resume") == 1
+    assert "compare does not take --resume" in sentence(capsys)
 
 
 # ---- killed and continued --------------------------------------------------------------------------------------------
@@ -361,6 +443,10 @@ def test_a_loss_that_explodes_is_named(tmp_path: Path, capsys: pytest.CaptureFix
         (["distill", "--seeds", "0"], "seeds must be at least 1"),
         (["distill", "--temperature", "0"], "temperature must be positive"),
         (["eval", "/nowhere"], "there is no such path"),
+        (["distill", "--plus", "nst"], "plus must begin with kd, lskd, supcon, got 'nst'"),
+        (["distill", "--plus", "kd:wait=1"], "plus kd takes weight=NUMBER"),
+        (["distill", "--plus", "kd:weight=0"], "plus kd: weight must be positive, got 0"),
+        (["distill", "--recipe", "self_distillation", "--plus", "kd", *TINY], "plus kd and lskd need a teacher, and this recipe has none"),
         (["list", "colours"], "list shows recipes, presets, models, datasets"),
         (["report", "/nowhere"], "not a run folder"),
     ],

@@ -160,10 +160,11 @@ def test_the_contrast_of_conkd_sees_all_processes(tmp_path: Path, micro: int | N
         assert terms2["train/supcon"] == pytest.approx(terms["train/supcon"], rel=1e-9)
 
 
-def test_torchrun_runs_the_command_line(tmp_path: Path):
+@pytest.mark.parametrize("recipe", ["kd", "fitnets", "tofd"])  # fitnets: parameters without a part in the loss; tofd: heads, a large norm
+def test_torchrun_runs_the_command_line(tmp_path: Path, recipe: str):
     arguments = [
         "--recipe",
-        "kd",
+        recipe,
         "--seeds",
         "1",
         "--student",

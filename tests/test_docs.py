@@ -125,3 +125,24 @@ def test_presets_are_their_sources_trainings_whole():
     for preset in ("dih-readme", "dih-code"):
         method = trainings("kd", preset)[2]
         assert (method.temperature, method.kd_weight, method.ce_weight) == (5.0, 0.1, 0.9)
+    for recipe, preset in (("fitnets", "dih"), ("takd", "dih"), ("mhkd", "dih"), ("dih", "dih-readme")):
+        assert trainings(recipe, preset)[0] == dih
+    for recipe in ("fitnets", "at"):
+        training, _, method, data = trainings(recipe, "repdistiller")
+        assert (training, method.ce_weight, method.kd_weight) == (repdistiller, 1.0, 0.0)
+        assert (data.normalization, data.val_fraction) == ("repdistiller-cifar100", 0.0)
+    assert trainings("dih", "dih-code")[0] == code
+    assert trainings("takd", "takd")[0] == replace(dih, nesterov=False, weight_decay=1e-4, batch_size=128, epochs=160, milestones=(80, 120))
+    tofd = Training(epochs=250, batch_size=128, lr=0.1, weight_decay=5e-4, milestones=(80, 160, 240))
+    assert trainings("tofd", "tofd")[0] == tofd
+    assert trainings("tofd", "tofd")[3].augment == "cifar-cutout"
+    assert trainings("tofd", "dih")[0] == replace(dih, batch_size=128, gamma=0.2)
+    method = trainings("fitnets", "dih")[2]
+    assert (method.hint_epochs, method.regressor, method.student_hint, method.teacher_hint) == (40, False, "layer1", "layer1")
+    assert trainings("mhkd", "dih")[2].pull_teacher_heads
+    large = {"batch_size": 2048, "optimizer": "lion", "warmup": 5, "schedule": "cosine"}
+    for name in recipes.names():
+        made = config.defaults(recipes.get(name), "large-batch", None)
+        assert {key: getattr(made.training, key) for key in large} == large
+        assert made.run.precision == "bf16"
+        assert made.training.epochs == 30, "the digits' own"

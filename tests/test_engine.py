@@ -381,8 +381,10 @@ def test_term_meter_weighs_by_rows():
 
 def test_accuracy_leaves_out_hidden_labels():
     meter = AccuracyMeter(CPU.device)
-    meter.add(torch.arange(6.0).expand(6, 6), torch.tensor([5, 4, 0, -100, -100, -100]))
-    assert meter.accuracy("val", CPU) == {"val/top1": pytest.approx(1 / 3), "val/top5": pytest.approx(2 / 3)}
+    logits = torch.arange(6.0).expand(6, 6)
+    meter.add({"logits": logits, "logits/a": -logits, "other": logits}, torch.tensor([5, 4, 0, -100, -100, -100]))
+    third, two = pytest.approx(1 / 3), pytest.approx(2 / 3)
+    assert meter.accuracy("val", CPU) == {"val/top1": third, "val/top5": two, "val/top1/a": third, "val/top5/a": two}
 
 
 def test_evaluate_counts_by_hand():

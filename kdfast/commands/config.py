@@ -18,6 +18,7 @@ import tomlkit
 import tyro
 
 from kdfast.engine import Training
+from kdfast.recipes.plus import Term
 
 S = TypeVar("S")
 C = TypeVar("C")
@@ -72,6 +73,8 @@ class RunOptions:
     """Autocast; auto: bf16 on CUDA, fp32 on the CPU."""
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile of the forward passes; auto: on CUDA."""
+    strict: bool = False
+    """A teacher that is no better than chance is an error, not a warning."""
     checkpoint_minutes: float = 15.0
     """Save at least this often within long epochs; every epoch's end is saved anyway."""
     out: Path | None = None
@@ -116,11 +119,17 @@ class Distill(Generic[S]):
     """Options of the student's architecture, key=value."""
     pretrained: bool = False
     """Start the student from torchvision's ImageNet weights."""
+    plus: tuple[str, ...] = ()
+    """Terms beside the recipe's own: kd, lskd or supcon, each with :weight=W,temperature=T where others than the usual are wanted."""
     method: Annotated[S, FLAT] = field(default=None)  # type: ignore[assignment]
     data: Annotated[DataOptions, FLAT] = DataOptions()
     training: Annotated[Training, FLAT] = Training()
     teacher_training: Training = Training()
     run: Annotated[RunOptions, FLAT] = RunOptions()
+
+    def __post_init__(self) -> None:
+        for term in self.plus:
+            Term.parse(term)
 
 
 @dataclass(frozen=True)
@@ -196,7 +205,7 @@ def defaults(recipe: Any, preset: str, dataset: str | None) -> "Distill[Any]":
     values = recipe.presets[preset].values
     dataset = dataset or values.get("dataset", "digits")
     suited = defaults_for(dataset)
-    if preset != "default":
+    if preset not in ("default", "large-batch"):  # a source's training is its own, whole
         suited = {name: suited[name] for name in ("teacher_model", "student", "threads") if name in suited}
     config: Distill[Any] = Distill(recipe=recipe.name, preset=preset, method=recipe.settings())
     return updated(config, {**_for_both(suited), **_for_both(values), "dataset": dataset})

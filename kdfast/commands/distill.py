@@ -21,7 +21,8 @@ from kdfast.data import ImageData, Loaders
 from kdfast.engine import Evaluation, StageResult, evaluate
 from kdfast.models import ModelSpec, build, feature_size, parameter_count, projection_head
 from kdfast.recipes.conkd import EMBEDDING, EmbeddingTeacher
-from kdfast.recipes.recipe import Setup, Stages, Trained
+from kdfast.recipes.plus import Term, plus
+from kdfast.recipes.recipe import Extended, Setup, Stages, Trained
 from kdfast.recipes.supervised import alone
 from kdfast.recipes.supervised import teacher as supervised_teacher
 
@@ -132,11 +133,14 @@ class _Job:
             self._save_teacher(model, spec)
         evaluation = self._evaluate(model, self._setup.loaders(setup.teacher_training, all_labels=True))
         classes = setup.classes
-        size = parameter_count(model.model if isinstance(model, EmbeddingTeacher) else model)
+        size = parameter_count(model.model if isinstance(model, Extended) else model)
         self._opened.console.say(f"  teacher: {spec.name}, {size:,} parameters, test top-1 {100 * evaluation.top1:.2f} % ({source})")
         if evaluation.top1 < 1.5 / classes:
             text = f"The teacher is no better than chance ({100 * evaluation.top1:.1f} % with {classes} classes)."
-            self._opened.console.say(f"  warning: {text} Is it of these classes, in this order, with this normalization?")
+            cause = "Is it of these classes, in this order, with this normalization?"
+            if config.run.strict:
+                raise ValueError(f"{text[0].lower()}{text[1:-1]} (--strict). {cause}")
+            self._opened.console.say(f"  warning: {text} {cause}")
             self._notes.append(text)
         facts = {"model": spec.name, "parameters": size, "source": source}
         return model, facts | _numbers(evaluation) | {"images_per_s": evaluation.images_per_s, "confusion": evaluation.confusion}
@@ -166,10 +170,10 @@ class _Job:
         """teacher.safetensors: for `--teacher RUN/teacher.safetensors` in later runs; a given teacher is not copied."""
         if self.config.teacher != "train":
             return
-        state, extra = model.state_dict(), {}
+        state, extra = (model.model if isinstance(model, Extended) else model).state_dict(), {}
         if isinstance(model, EmbeddingTeacher):
             projection = {f"projection.{name}": value for name, value in model.projection.state_dict().items()}
-            state, extra = {**model.model.state_dict(), **projection}, {"projection": str(EMBEDDING)}
+            state, extra = {**state, **projection}, {"projection": str(EMBEDDING)}
         artifact.save(self._opened.folder / "teacher.safetensors", state, spec, self._data.classes, self._prepared, **extra)
 
     # ---- students ----
@@ -184,8 +188,12 @@ class _Job:
                 if self.config.run.baseline:
                     smoothing = getattr(self.config.method, "label_smoothing", 0.0)
                     arms["alone"].append(self._arm(alone(setup, label_smoothing=smoothing), setup))
-                arms["distilled"].append(self._arm(self._recipe.distil(setup, self.config.method, teacher), setup))
+                arms["distilled"].append(self._arm(self._distilled(setup, teacher), setup))
         return arms
+
+    def _distilled(self, setup: Setup, teacher: nn.Module | None) -> Stages[Trained]:
+        stages = self._recipe.distil(setup, self.config.method, teacher)
+        return plus(stages, [Term.parse(term) for term in self.config.plus], teacher) if self.config.plus else stages
 
     def _arm(self, stages: Stages[Trained], setup: Setup) -> Arm:
         results: list[StageResult] = []

@@ -70,7 +70,7 @@ class StageLoop:
         forward: nn.Module = _Forward(stage)
         if world.size > 1:
             ids = [world.device.index] if world.device.type == "cuda" else None
-            forward = DistributedDataParallel(forward, device_ids=ids)
+            forward = DistributedDataParallel(forward, device_ids=ids, find_unused_parameters=stage.partial)
         self._ddp = forward if isinstance(forward, DistributedDataParallel) else None
         self._eager: Callable[[Batch], Outputs] = forward
         self._forward: Callable[[Batch], Outputs] = torch.compile(forward) if options.compile else forward
@@ -175,13 +175,12 @@ class StageLoop:
         """Loss terms and accuracies on the validation split, with the weights as they are."""
         self.stage.modes(training=False)
         # a process whose share of the images is empty knows the terms from training: all must take part in the sums
-        terms, accuracy = TermMeter(self._world.device, self._meter.names), AccuracyMeter(self._world.device)
+        terms, accuracy = TermMeter(self._world.device, self._meter.names), AccuracyMeter(self._world.device, self._accuracy.counts)
         for batch in self.stage.data.val:
             with self._autocast():
                 outputs = self.stage.forward(batch)
                 terms.add(self.stage.loss(outputs, batch), len(batch.labels), 0)
-            if "logits" in outputs:
-                accuracy.add(outputs["logits"], batch.labels)
+            accuracy.add(outputs, batch.labels)
         return terms.averages("val", self._world) | accuracy.accuracy("val", self._world)
 
     # ---- one step ----
@@ -217,8 +216,7 @@ class StageLoop:
             return self._loss(self._forward(batch), batch)
 
     def _loss(self, outputs: Outputs, batch: Batch) -> dict[str, Tensor]:
-        if "logits" in outputs:
-            self._accuracy.add(outputs["logits"].detach(), batch.labels)
+        self._accuracy.add(outputs, batch.labels)
         return dict(self.stage.loss(outputs, batch))
 
     def _unsynchronized(self, last: bool) -> AbstractContextManager:
@@ -310,7 +308,7 @@ class StageLoop:
         if len(state["own"]) == self._world.size:  # else the numbers of processes differ, and with them what each had seen
             own = state["own"][self._world.rank]
             self._meter.load_state_dict(own["meter"])
-            self._accuracy.counts.copy_(own["accuracy"])
+            self._accuracy.counts = {name: counts.to(self._world.device) for name, counts in own["accuracy"].items()}
             random_state.load_state_dict(own["random"])
 
 

@@ -65,21 +65,33 @@ class TermMeter:
 
 
 class AccuracyMeter:
-    """Counts right answers of logits [B, C]; labels of -100 do not count."""
+    """Counts right answers of the outputs called "logits" and "logits/<head>", all [B, C]; labels of -100 do not count."""
 
-    def __init__(self, device: torch.device):
-        self.counts = torch.zeros(3, dtype=torch.int64, device=device)  # top-1, top-5, all
+    def __init__(self, device: torch.device, names: Iterable[str] = ()):
+        self._device = device
+        self.counts = {name: self._zero() for name in names}  # top-1, top-5, all
 
-    def add(self, logits: Tensor, labels: Tensor) -> None:
+    def _zero(self) -> Tensor:
+        return torch.zeros(3, dtype=torch.int64, device=self._device)
+
+    def add(self, outputs: Mapping[str, Tensor], labels: Tensor) -> None:
         """Adds one batch."""
         counted = labels != HIDDEN
-        best = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
-        self.counts += torch.stack([best[:, 0].sum(), best.any(dim=1).sum(), counted.sum()])
+        for name, logits in outputs.items():
+            if name == "logits" or name.startswith("logits/"):
+                best = logits.detach().topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
+                counts = torch.stack([best[:, 0].sum(), best.any(dim=1).sum(), counted.sum()])
+                self.counts[name] = self.counts.get(name, self._zero()) + counts
 
     def accuracy(self, prefix: str, world: World) -> dict[str, float]:
-        """{prefix/top1, prefix/top5}, fractions over all processes; nothing where nothing was counted."""
-        top1, top5, counted = world.sum(self.counts.clone()).tolist()
-        return {f"{prefix}/top1": top1 / counted, f"{prefix}/top5": top5 / counted} if counted else {}
+        """{prefix/top1, prefix/top5, prefix/top1/<head>, ...}, fractions over all processes; nothing where nothing was counted."""
+        found: dict[str, float] = {}
+        for name, counts in self.counts.items():
+            top1, top5, counted = world.sum(counts.clone()).tolist()
+            if counted:
+                head = name.removeprefix("logits")
+                found |= {f"{prefix}/top1{head}": top1 / counted, f"{prefix}/top5{head}": top5 / counted}
+        return found
 
 
 @dataclass(frozen=True)

@@ -87,7 +87,7 @@ class Stage:
         name: a file name, unique within the run ("distil", "classify").
         train: modules whose parameters the optimizer gets; in train mode during epochs.
         forward: batch -> named tensors whose first dimension is the batch. "logits" [B, C], where given, is what accuracy is
-            measured on.
+            measured on; so are "logits/<head>", each by itself (val/top1/<head>).
         loss: (outputs, batch) -> named scalar terms, means over the batch; their sum is minimized.
         data: loaders; `train` and `val` are used.
         training: optimizer, schedule, epochs.
@@ -97,6 +97,8 @@ class Stage:
         keep: "best", or "last" to keep the last epoch's weights whatever the metric says.
         couples_rows: the loss of one image depends on others of its batch (contrastive terms). Micro-batches then take two
             passes, so that the loss still sees the whole batch.
+        partial: some trained parameters have no part in the loss (those above a hint), which several processes have to know.
+        metadata: text by name, kept in the files of the stage's weights.
     """
 
     name: str
@@ -109,6 +111,8 @@ class Stage:
     best: str = "val/top1"
     keep: Literal["best", "last"] = "best"
     couples_rows: bool = False
+    partial: bool = False
+    metadata: Mapping[str, str] = field(default_factory=dict)
     cosine_from_one: bool = field(default=False, kw_only=True)  # the ConKD notebooks' quirk: their cosine counts epochs from 1
 
     @property

@@ -1,11 +1,13 @@
 """Feature taps: what the modules named by path compute during a forward pass, beside the model's own output."""
 
 import difflib
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+
+T = TypeVar("T")
 
 
 class Taps(nn.Module):
@@ -58,10 +60,18 @@ class Taps(nn.Module):
                 (as an in-place ReLU does), so that which value is meant would be a guess.
             TypeError: a tapped module's output or input is not a tensor.
         """
+        return self.during(lambda: self.model(*args, **kwargs))
+
+    def during(self, call: Callable[[], T]) -> tuple[T, tuple[Tensor, ...]]:
+        """Taps the model while `call` runs, which calls it once in whatever way.
+
+        Returns:
+            What `call` returned, and the tensors; raises as a call of the wrapper does.
+        """
         # a wrapper called within its own forward pass keeps the outer passage
         outer, self._passage.tensors = self._passage.tensors, {}
         try:
-            output = self.model(*args, **kwargs)
+            output = call()
             tensors = self._passage.tensors
         finally:
             self._passage.tensors = outer

@@ -29,7 +29,7 @@ from kdfast.engine.distributed import all_processes
 from kdfast.engine.stage import Outputs, Terms
 from kdfast.functional import kd_loss, supcon_loss
 from kdfast.models import Taps, classifier_head, feature_size, find_head, projection_head, replace_head
-from kdfast.recipes.recipe import Preset, Recipe, Setup, Stages, Trained, ce_and_kd, cross_entropy
+from kdfast.recipes.recipe import Extended, Preset, Recipe, Setup, Stages, Trained, ce_and_kd, cross_entropy
 from kdfast.recipes.supervised import teacher as supervised_teacher
 
 EMBEDDING = 128  # numbers an image is embedded in
@@ -80,7 +80,7 @@ class Settings:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
 
 
-class EmbeddingTeacher(nn.Module):
+class EmbeddingTeacher(Extended):
     """A classifier with the projection that its features were trained under.
 
     Args:
@@ -89,13 +89,9 @@ class EmbeddingTeacher(nn.Module):
     """
 
     def __init__(self, model: nn.Module, projection: nn.Module):
-        super().__init__()
-        self.model, self.projection = model, projection
+        super().__init__(model)
+        self.projection = projection
         self._tapped = Taps(model, (f"{find_head(model)[0]}:input",))
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Images [B, 3, H, W] -> logits [B, C]."""
-        return self.model(images)
 
     def embed(self, images: Tensor) -> Tensor:
         """Images [B, 3, H, W] -> embedding [B, 128], rows of length 1."""

@@ -7,12 +7,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from kdfast.data import Batch
 from kdfast.engine import Stage
-from kdfast.engine.stage import Outputs, Terms
-from kdfast.recipes.recipe import Preset, Recipe, Setup, Stages, Trained, ce_and_kd
+from kdfast.engine.stage import Outputs
+from kdfast.models import ModelSpec
+from kdfast.recipes.recipe import Preset, Recipe, Setup, Stages, Trained, ce_and_kd, cross_entropy
 
 
 @dataclass(frozen=True)
@@ -40,37 +41,45 @@ class Settings:
 def distil(setup: Setup, settings: Settings, teacher: nn.Module | None) -> Stages[Trained]:
     """One stage: the student follows the frozen teacher's logits."""
     assert teacher is not None
-    student = setup.student()
+    return (yield from follow("distil", setup, settings, setup.student(), setup.student_spec, teacher))
+
+
+def follow(name: str, setup: Setup, settings: Settings, student: nn.Module, spec: ModelSpec, teacher: nn.Module) -> Stages[Trained]:
+    """A stage of this name in which `student` follows `teacher`."""
 
     def forward(batch: Batch) -> Outputs:
         with torch.no_grad():
             target = teacher(batch.images)
         return {"logits": student(batch.images), "teacher": target}
 
-    def loss(outputs: Outputs, batch: Batch) -> Terms:
-        return ce_and_kd(
-            outputs["logits"],
-            outputs["teacher"],
-            batch.labels,
-            temperature=settings.temperature,
-            standardize=settings.standardize,
-            ce_weight=settings.ce_weight,
-            kd_weight=settings.kd_weight,
-            label_smoothing=settings.label_smoothing,
-            hidden=setup.labels_hidden,
-        )
-
     yield Stage(
-        "distil",
+        name,
         train=(student,),
         frozen=(teacher,),
         forward=forward,
-        loss=loss,
+        loss=lambda outputs, batch: terms(outputs["logits"], outputs["teacher"], batch.labels, settings, hidden=setup.labels_hidden),
         data=setup.loaders(setup.training),
         training=setup.training,
         couples_rows=setup.labels_hidden,
     )
-    return Trained(student, setup.student_spec)
+    return Trained(student, spec)
+
+
+def terms(student: Tensor, teacher: Tensor, labels: Tensor, settings: Settings, *, hidden: bool) -> dict[str, Tensor]:
+    """The terms of logits [B, C], for recipes that have others beside them; a teacher whose weight is 0 is left out."""
+    if settings.kd_weight == 0:
+        return {"ce": settings.ce_weight * cross_entropy(student, labels, label_smoothing=settings.label_smoothing)}
+    return ce_and_kd(
+        student,
+        teacher,
+        labels,
+        temperature=settings.temperature,
+        standardize=settings.standardize,
+        ce_weight=settings.ce_weight,
+        kd_weight=settings.kd_weight,
+        label_smoothing=settings.label_smoothing,
+        hidden=hidden,
+    )
 
 
 # the CIFAR-100 training of RepDistiller, which later papers kept for their tables

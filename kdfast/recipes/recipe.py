@@ -1,6 +1,6 @@
 """What a recipe is, and what it is given: the words that every method file is written in."""
 
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, TypeVar
@@ -27,6 +27,22 @@ class Trained(NamedTuple):
     spec: ModelSpec
 
 
+class Extended(nn.Module):
+    """A trained network with what a method adds to it (a projection, heads): images -> the network's own logits.
+
+    Args:
+        model: images -> logits.
+    """
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images [B, 3, H, W] -> logits [B, C]."""
+        return self.model(images)
+
+
 @dataclass(frozen=True)
 class Preset:
     """Values that reproduce a source, over the recipe's and the data set's defaults.
@@ -38,6 +54,17 @@ class Preset:
 
     source: str
     values: Mapping[str, Any] = field(default_factory=dict)
+
+
+LARGE_BATCH: Mapping[str, Any] = {
+    "batch_size": 2048,
+    "optimizer": "lion",
+    "lr": 1e-3,
+    "weight_decay": 0.1,
+    "schedule": "cosine",
+    "warmup": 5,
+    "precision": "bf16",
+}
 
 
 @dataclass(frozen=True)
@@ -110,7 +137,7 @@ class Recipe:
         name: as on the command line.
         title: one line: the method and its paper.
         settings: the dataclass of the method's own hyper-parameters.
-        presets: by name; "default" is always there.
+        presets: by name; "default" is given, "large-batch" follows from it.
         distil: (setup, settings, teacher) -> stages that end with the trained student.
         teacher: (setup, settings, the given teacher or None) -> stages that end with the teacher; None where a given one is taken as
             it is, and a missing one is trained on labels.
@@ -124,6 +151,19 @@ class Recipe:
     distil: Callable[[Setup, Any, nn.Module | None], Stages[Trained]]
     teacher: Callable[[Setup, Any, Trained | None], Stages[Trained]] | None = None
     needs_teacher: bool = True
+
+    def __post_init__(self) -> None:
+        large = Preset(
+            "2,048 images a step over all processes, Lion with warm-up and cosine, bf16; contrastive terms see the images of all processes",
+            {**self.presets["default"].values, **LARGE_BATCH},
+        )
+        object.__setattr__(self, "presets", {**self.presets, "large-batch": large})
+
+
+def say_accuracies(setup: Setup, result: StageResult, heads: Sequence[str]) -> None:
+    """Lists how well each of the "logits/<head>" of a finished stage does on the validation images."""
+    top1 = (f"{head} {100 * result.metrics[f'val/top1/{head}']:.2f} %" for head in heads)
+    setup.say(f"  heads, validation top-1: {', '.join(top1)}")
 
 
 def cross_entropy(logits: Tensor, labels: Tensor, *, label_smoothing: float = 0.0) -> Tensor:
@@ -139,7 +179,7 @@ def cross_entropy(logits: Tensor, labels: Tensor, *, label_smoothing: float = 0.
 
 
 def ce_and_kd(
-    student: Tensor, teacher: Tensor, labels: Tensor, *, ce_weight: float, kd_weight: float, hidden: bool, **options: Any
+    student: Tensor, teacher: Tensor | Sequence[Tensor], labels: Tensor, *, ce_weight: float, kd_weight: float, hidden: bool, **options: Any
 ) -> dict[str, Tensor]:
     """The terms of logit distillation: cross-entropy where there is a label, the teacher everywhere.
 

@@ -1,0 +1,152 @@
+"""kdfast compare: several recipes on the same images, student, seeds and teacher, and one table of how they did.
+
+    OUT/teacher/            trained once, where none is given
+    OUT/<recipe>/           a run of `kdfast distill` each; the first also trains the student alone, with every seed
+    OUT/comparison.json     the table below in numbers, with machine and versions
+    OUT/comparison.md       the same as Markdown
+    OUT/comparison.html     curves and accuracies of all runs on one page
+
+Every run can be continued, so the grid can: the same command again does what is left.
+"""
+
+import os
+import statistics
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.console import Console as RichConsole
+from rich.table import Table
+
+from kdfast import files, machine, recipes, report
+from kdfast.commands.config import Distill, Teach
+from kdfast.commands.distill import distill
+from kdfast.commands.teacher import teach
+
+COLUMNS = ("recipe", "best top-1, %", "last top-1, %", "against alone, points", "training images/s", "seconds")
+
+
+def compare(configs: Mapping[str, Distill[Any]], out: Path) -> Path:
+    """Runs the grid, or what is left of it, and writes the comparison; returns the folder.
+
+    Args:
+        configs: by recipe, in the table's order; they should differ in the recipe alone.
+        out: the folder.
+
+    Raises:
+        ValueError: as distill() and teach(); or a folder in `out` belongs to another grid.
+        Interrupted, NonFiniteLoss: see kdfast.engine.
+    """
+    first = next(iter(configs.values()))
+    teacher = first.teacher
+    if teacher == "train" and any(recipes.get(name).needs_teacher for name in configs):
+        teacher = str(teach(_teacher(first, out / "teacher")))
+    for number, (name, config) in enumerate(configs.items()):
+        run = replace(config.run, out=out / name, resume=_begun(out / name), baseline=config.run.baseline and number == 0)
+        distill(replace(config, run=run, teacher=teacher if recipes.get(name).needs_teacher else "train"))
+    if int(os.environ.get("RANK", "0")) > 0:  # under torchrun the main process writes
+        return out
+    rows = table({name: _results(out / name) for name in configs})
+    facts = {"machine": machine.facts(), "date": time.strftime("%Y-%m-%d"), "rows": rows}
+    files.write_json(out / "comparison.json", facts)
+    files.write_text(out / "comparison.md", markdown(facts))
+    page = report.write_comparison([out / name for name in configs], out / "comparison.html")
+    shown = Table(box=box.SIMPLE_HEAD)
+    for column in COLUMNS:
+        shown.add_column(column, justify="left" if column == COLUMNS[0] else "right")
+    for row in rows:
+        shown.add_row(*_cells(row))
+    RichConsole().print(shown)
+    print(page)
+    return out
+
+
+def _teacher(config: Distill[Any], folder: Path) -> Teach:
+    """The training of the teacher that all recipes share."""
+    return Teach(
+        model=config.teacher_model,
+        model_options=config.teacher_options,
+        pretrained=config.teacher_pretrained,
+        data=replace(config.data, label_fraction=1.0),
+        training=config.teacher_training,
+        run=replace(config.run, out=folder, resume=_begun(folder), seeds=1),
+    )
+
+
+def _begun(folder: Path) -> bool:
+    return (folder / "config.toml").exists()
+
+
+def _results(run: Path) -> dict[str, Any]:
+    results = report.read_run(run).results
+    assert results is not None  # the run has just ended
+    return dict(results)
+
+
+def table(results: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The rows: the teacher, the student alone, then every recipe.
+
+    Args:
+        results: of each recipe's run, results.json.
+
+    Returns:
+        Dicts with recipe, seeds, top-1 accuracies of every seed (best and last epoch), images/s and seconds of training; recipes also
+        with "paired", the difference from the student alone, where both have the same seeds.
+    """
+    first = next(iter(results.values()))
+    rows: list[dict[str, Any]] = []
+    teachers = [of["teacher"] for of in results.values() if of["teacher"]]
+    if teachers:
+        rows.append({"recipe": f"teacher {teachers[0]['model']}", "best": [teachers[0]["top1"]], "last": []})
+    alone = first["arms"]["alone"]
+    if alone:
+        rows.append({"recipe": f"{first['student']['model']} alone", **_arm(alone)})
+    for name, of in results.items():
+        row = {"recipe": name, **_arm(of["arms"]["distilled"])}
+        if alone and [arm["seed"] for arm in alone] == row["seeds"]:
+            pairs = [arm["best/top1"] for arm in alone], row["best"]
+            row["paired"] = report.paired_difference(*pairs) if len(row["best"]) > 1 else {"mean": pairs[1][0] - pairs[0][0]}
+        rows.append(row)
+    return rows
+
+
+def _arm(arms: list[dict[str, Any]]) -> dict[str, Any]:
+    return {
+        "seeds": [arm["seed"] for arm in arms],
+        "best": [arm["best/top1"] for arm in arms],
+        "last": [arm["last/top1"] for arm in arms],
+        "images_per_s": statistics.median(arm["train_images_per_s"] for arm in arms),
+        "seconds": round(statistics.mean(arm["seconds"] for arm in arms), 1),
+    }
+
+
+def _cells(row: Mapping[str, Any]) -> list[str]:
+    paired = row.get("paired")
+    difference = ""
+    if paired:
+        difference = f"{100 * paired['mean']:+.2f}"
+        difference += f" ({100 * paired['low']:+.2f} to {100 * paired['high']:+.2f})" if "low" in paired else ""
+    speed = f"{row['images_per_s']:,.0f}" if "images_per_s" in row else ""
+    return [row["recipe"], _mean(row["best"]), _mean(row["last"]), difference, speed, f"{row['seconds']:,.1f}" if "seconds" in row else ""]
+
+
+def _mean(values: list[float]) -> str:
+    if not values:
+        return ""
+    spread = f" ± {100 * statistics.stdev(values):.2f}" if len(values) > 1 else ""
+    return f"{100 * statistics.mean(values):.2f}{spread}"
+
+
+def markdown(facts: Mapping[str, Any]) -> str:
+    """The table, its columns' meaning, and where it was measured."""
+    lines = [f"| {' | '.join(COLUMNS)} |", "|---|---:|---:|---:|---:|---:|", *(f"| {' | '.join(_cells(row))} |" for row in facts["rows"])]
+    where = facts["machine"]
+    on = f"{where['cpu']}, {where['threads']} thread{'s' if where['threads'] != 1 else ''}" if "gpu" not in where else where["gpu"]
+    note = (
+        "Mean and sample standard deviation over seeds, of test accuracy with the weights of the best validation epoch and of the last; "
+        "against alone: seed by seed, with a 95 % interval; seconds of training a seed, the teacher's left out."
+    )
+    return "\n".join([*lines, "", note, "", f"{on}, PyTorch {where['torch']}, Python {where['python']}, {facts['date']}.", ""])

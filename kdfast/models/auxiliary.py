@@ -1,0 +1,83 @@
+"""Classifiers on feature maps in the middle of a network, as the methods that distil through them have them.
+
+flatten_head      Flatten - Linear                                                           (DIH)
+conv_head         two convolutions, global average pool, two linear layers                    (MHKD)
+separable_head    separable convolutions in place of the stages that follow, pool, Linear    (TOFD)
+"""
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+from torch import Tensor, nn
+
+
+def flatten_head(shape: Sequence[int], num_classes: int) -> nn.Module:
+    """One linear layer over all of a feature map.
+
+    Args:
+        shape: (channels, height, width).
+        num_classes: outputs.
+
+    Returns:
+        A module, [B, *shape] -> [B, num_classes].
+    """
+    channels, height, width = shape
+    return nn.Sequential(nn.Flatten(), nn.Linear(channels * height * width, num_classes))
+
+
+def conv_head(channels: int, num_classes: int, *, width: int = 256, padding: int = 1) -> nn.Module:
+    """Conv3x3 - BatchNorm - ReLU, twice; global average pool; Linear - ReLU - Linear.
+
+    Args:
+        channels: of the feature map.
+        num_classes: outputs.
+        width: channels of the convolutions and of the hidden layer.
+        padding: of the convolutions; the original's 0 needs maps of at least 5 pixels.
+
+    Returns:
+        A module, [B, channels, H, W] -> [B, num_classes].
+    """
+    return nn.Sequential(
+        *(nn.Conv2d(channels, width, 3, padding=padding, bias=False), nn.BatchNorm2d(width), nn.ReLU(inplace=True)),
+        *(nn.Conv2d(width, width, 3, padding=padding, bias=False), nn.BatchNorm2d(width), nn.ReLU(inplace=True)),
+        *(nn.AdaptiveAvgPool2d(1), nn.Flatten()),
+        *(nn.Linear(width, width), nn.ReLU(inplace=True), nn.Linear(width, num_classes)),
+    )
+
+
+class SeparableHead(nn.Module):
+    """Separable convolutions, global average pool, Linear; see separable_head()."""
+
+    def __init__(self, channels: Sequence[int], num_classes: int) -> None:
+        super().__init__()
+        self.convolutions = nn.Sequential(*(_separable(narrow, wide) for narrow, wide in pairwise(channels)))
+        self.pool = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        self.classifier = nn.Linear(channels[-1], num_classes)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """[B, channels[0], H, W] -> features [B, channels[-1]] and logits [B, num_classes]."""
+        features = self.pool(self.convolutions(x))
+        return features, self.classifier(features)
+
+
+def separable_head(channels: Sequence[int], num_classes: int) -> SeparableHead:
+    """A classifier that goes on where a stage ends: for every stage that follows, a separable convolution of stride 2.
+
+    Args:
+        channels: of the feature map, then of every stage that follows.
+        num_classes: outputs.
+
+    Returns:
+        A module, [B, channels[0], H, W] -> features [B, channels[-1]] and logits [B, num_classes].
+    """
+    return SeparableHead(channels, num_classes)
+
+
+def _separable(narrow: int, wide: int) -> nn.Module:
+    """Depthwise 3x3 of stride 2, pointwise, BatchNorm, ReLU; depthwise 3x3, pointwise to the width, BatchNorm, ReLU."""
+    return nn.Sequential(
+        nn.Conv2d(narrow, narrow, 3, stride=2, padding=1, groups=narrow, bias=False),
+        *(nn.Conv2d(narrow, narrow, 1, bias=False), nn.BatchNorm2d(narrow), nn.ReLU(inplace=True)),
+        nn.Conv2d(narrow, narrow, 3, padding=1, groups=narrow, bias=False),
+        *(nn.Conv2d(narrow, wide, 1, bias=False), nn.BatchNorm2d(wide), nn.ReLU(inplace=True)),
+    )

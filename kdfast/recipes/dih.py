@@ -1,0 +1,186 @@
+"""DIH, distilling knowledge via intermediate classifiers (Asadian, Salehi-Abari 2021, arXiv:2103.00497).
+
+    1. the teacher, with cross-entropy
+    2. k heads, each Flatten - Linear, one on every stage's output of the frozen teacher, trained together on the sum of their CE
+    3. the student: loss = sum over h in {final classifier, heads 1..k} of (1 - a_h) CE(s, y) + a_h T^2 KL(t_h || s)
+
+All k + 1 teachers are one fused call. The heads are kept with the run: `--heads RUN` uses them again, with the teacher that they are of.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from kdfast.data import Batch
+from kdfast.engine import Stage
+from kdfast.engine.stage import Outputs, Terms
+from kdfast.models import flatten_head, read_weights
+from kdfast.recipes import kd
+from kdfast.recipes.features import FeatureMaps, fingerprint
+from kdfast.recipes.recipe import Extended, Preset, Recipe, Setup, Stages, Trained, ce_and_kd, cross_entropy, say_accuracies
+from kdfast.recipes.supervised import teacher as supervised_teacher
+
+HEADS = "teacher/heads"
+"""The stage that trains them."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Hyper-parameters of distillation via intermediate classifiers."""
+
+    temperature: float = 5.0
+    """T, softens all distributions."""
+    alpha: tuple[float, ...] = (0.1,)
+    """Weight a_h of a teacher's term, which has the factor T^2 already; 1 - a_h is its cross-entropy's. One for all, or one for the final
+    classifier and each head in turn; 0 leaves a head out altogether."""
+    label_smoothing: float = 0.0
+    """Label smoothing of the cross-entropy."""
+    heads: Path | None = None
+    """A run whose heads are used again; none: trained here."""
+    teacher_stages: tuple[str, ...] = ()
+    """Modules of the teacher whose outputs get a head; none: the ends of its stages."""
+
+    def __post_init__(self) -> None:
+        if not self.temperature > 0:
+            raise ValueError(f"temperature must be positive, got {self.temperature}")
+        if not self.alpha or not all(0 <= a <= 1 for a in self.alpha):
+            raise ValueError(f"alpha must be from 0 to 1, one for all or one a classifier, got {', '.join(map(str, self.alpha)) or 'none'}")
+
+
+class HeadedTeacher(Extended):
+    """A classifier with heads on its stages; all of it in evaluation mode gives k + 1 opinions.
+
+    Args:
+        model: images -> logits.
+        maps: the same network with its feature maps.
+        heads: feature map -> logits, one a stage.
+    """
+
+    def __init__(self, model: nn.Module, maps: FeatureMaps, heads: nn.ModuleList):
+        super().__init__(model)
+        self.maps, self.heads = maps, heads
+
+    def opinions(self, images: Tensor) -> list[Tensor]:
+        """Images [B, 3, H, W] -> logits [B, C] of the final classifier, then of each head."""
+        logits, features = self.maps(images)
+        return [logits, *(head(F) for head, F in zip(self.heads, features))]
+
+
+def train_heads(setup: Setup, settings: Settings, given: Trained | None) -> Stages[Trained]:
+    """The teacher, given or trained, then its heads."""
+    if settings.heads is not None and given is None:
+        raise ValueError("heads are of one teacher: name it with --teacher, as in the run that trained them")
+    model, spec = yield from supervised_teacher(setup, settings, given)
+    maps = FeatureMaps(model, settings.teacher_stages, "teacher_stages", setup.data.image_size)
+    count = 1 + len(maps.paths)
+    if len(settings.alpha) not in (1, count):
+        raise ValueError(f"alpha must be 1 value or {count}, one for each of the teacher's classifiers, got {len(settings.alpha)}")
+    heads = nn.ModuleList(flatten_head(shape, setup.classes) for shape in maps.shapes)
+    facts = {"teacher": fingerprint(model), "stages": json.dumps(maps.paths), "classes": str(setup.classes)}
+    if settings.heads is not None:
+        _load(heads, settings.heads, facts)
+        return Trained(HeadedTeacher(model, maps, heads), spec)
+
+    def forward(batch: Batch) -> Outputs:
+        with torch.no_grad():
+            _, features = maps(batch.images)
+        return {f"logits/{path}": head(F) for path, head, F in zip(maps.paths, heads, features)}
+
+    def loss(outputs: Outputs, batch: Batch) -> Terms:
+        return {f"ce/{path}": cross_entropy(outputs[f"logits/{path}"], batch.labels) for path in maps.paths}
+
+    result = yield Stage(
+        HEADS,
+        train=(heads,),
+        frozen=(model,),
+        forward=forward,
+        loss=loss,
+        data=setup.loaders(setup.teacher_training, all_labels=True),
+        training=setup.teacher_training,
+        best="val/loss",
+        metadata=facts,
+    )
+    say_accuracies(setup, result, maps.paths)
+    return Trained(HeadedTeacher(model, maps, heads), spec)
+
+
+def _load(heads: nn.ModuleList, run: Path, facts: Mapping[str, str]) -> None:
+    """Fills the heads from a run's folder, or from a file of weights.
+
+    Raises:
+        ValueError: there are none, or they are of another teacher, other stages or other classes.
+    """
+    path = run / "stages" / HEADS / "best.safetensors" if run.is_dir() else run
+    if not path.exists():
+        raise ValueError(f"heads: {run} holds none: it is no run of recipe dih that trained them")
+    state, theirs = read_weights(path)
+    for name, meaning in (("teacher", "another teacher's"), ("stages", "of other stages"), ("classes", "of another number of classes")):
+        if theirs.get(name) != facts[name]:
+            raise ValueError(f"heads: those of {run} are {meaning}: {theirs.get(name, 'none')} there, {facts[name]} here")
+    heads.load_state_dict({name.removeprefix("0."): tensor for name, tensor in state.items()})
+
+
+def distil(setup: Setup, settings: Settings, teacher: nn.Module | None) -> Stages[Trained]:
+    """One stage: the student follows all of the teacher's classifiers."""
+    assert isinstance(teacher, HeadedTeacher)
+    student = setup.student()
+    alpha = settings.alpha if len(settings.alpha) > 1 else settings.alpha * (1 + len(teacher.heads))
+    used = [h for h, a in enumerate(alpha) if a > 0]
+    if not used:
+        raise ValueError("alpha must be above 0 for one classifier at least: the student would have no teacher")
+
+    def forward(batch: Batch) -> Outputs:
+        with torch.no_grad():
+            opinions = teacher.opinions(batch.images)
+        return {"logits": student(batch.images)} | {f"teacher {h}": opinions[h] for h in used}
+
+    def loss(outputs: Outputs, batch: Batch) -> Terms:
+        return ce_and_kd(
+            outputs["logits"],
+            [outputs[f"teacher {h}"] for h in used],
+            batch.labels,
+            temperature=settings.temperature,
+            ce_weight=sum(1 - alpha[h] for h in used),
+            kd_weight=1.0,
+            teacher_weights=[alpha[h] for h in used],
+            label_smoothing=settings.label_smoothing,
+            hidden=setup.labels_hidden,
+        )
+
+    yield Stage(
+        "distil",
+        train=(student,),
+        frozen=(teacher,),
+        forward=forward,
+        loss=loss,
+        data=setup.loaders(setup.training),
+        training=setup.training,
+        couples_rows=setup.labels_hidden,
+    )
+    return Trained(student, setup.student_spec)
+
+
+RECIPE = Recipe(
+    name="dih",
+    title="Intermediate classifiers (Asadian, Salehi-Abari 2021): the teacher's stages teach through heads of their own",
+    settings=Settings,
+    presets={
+        "default": Preset("T = 5, weight 0.1 for the final classifier and for each head, trained as suits the data set"),
+        "dih-readme": Preset(
+            "the authors' README: lr 0.1, batch 64, 200 epochs, x 0.1 at 60/120/180 (their code: 0.05, 128, 240, x 0.2 at 150/180/210); "
+            "they average seeds 30, 50 and 67",
+            {**kd.DIH_README, "temperature": 5.0, "alpha": (0.1,)},
+        ),
+        "dih-code": Preset(
+            "the authors' code: lr 0.05, batch 128, 240 epochs, x 0.2 at 150/180/210 (their README: 0.1, 64, 200, x 0.1 at 60/120/180); "
+            "they average seeds 30, 50 and 67",
+            {**kd.DIH_CODE, "temperature": 5.0, "alpha": (0.1,)},
+        ),
+    },
+    distil=distil,
+    teacher=train_heads,
+)

@@ -1,0 +1,126 @@
+"""Terms that any recipe may have beside its own: --plus kd:weight=0.9 --plus lskd:weight=9,temperature=2 --plus supcon:weight=0.15
+
+    kd        weight T^2 KL(softmax(t / T) || softmax(s / T))
+    lskd      the same of standardized logits
+    supcon    weight SupCon(projection(features), y), features what the student's classifier reads; an image whose label is hidden is
+              contrasted under the teacher's most likely class
+
+They are added to the stage that distils the student, the last that gives logits: earlier ones (heads, hints) stay as they are.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import nn
+
+from kdfast.data import HIDDEN, Batch
+from kdfast.engine import Stage, StageResult
+from kdfast.engine.distributed import all_processes
+from kdfast.engine.stage import Outputs, Terms
+from kdfast.functional import kd_loss, supcon_loss
+from kdfast.models import Taps, feature_size, projection_head
+from kdfast.recipes.features import head_input
+from kdfast.recipes.recipe import Stages, Trained
+
+DEFAULTS = {
+    "kd": {"weight": 0.9, "temperature": 4.0},
+    "lskd": {"weight": 9.0, "temperature": 2.0},
+    "supcon": {"weight": 0.15, "temperature": 0.07},
+}
+STAGE = "distil"
+"""What recipes call the stage that distils the student."""
+
+
+@dataclass(frozen=True)
+class Term:
+    """One added term."""
+
+    name: str
+    weight: float
+    temperature: float
+
+    @staticmethod
+    def parse(text: str) -> "Term":
+        """Reads "lskd" or "lskd:weight=9,temperature=2".
+
+        Raises:
+            ValueError: another term or option, or a value that is not positive.
+        """
+        name, _, rest = text.partition(":")
+        if name not in DEFAULTS:
+            raise ValueError(f"plus must begin with {', '.join(DEFAULTS)}, got {text!r}")
+        values = dict(DEFAULTS[name])
+        for option in filter(None, rest.split(",")):
+            key, equals, value = option.partition("=")
+            if key not in values or not equals:
+                raise ValueError(f"plus {name} takes weight=NUMBER and temperature=NUMBER, got {option!r}")
+            try:
+                values[key] = float(value)
+            except ValueError:
+                raise ValueError(f"plus {name}: {key} must be a number, got {value!r}") from None
+            if not values[key] > 0:
+                raise ValueError(f"plus {name}: {key} must be positive, got {value}")
+        return Term(name, **values)
+
+
+def plus(stages: Stages[Trained], terms: Sequence[Term], teacher: nn.Module | None) -> Stages[Trained]:
+    """The same stages, the terms added to the one that distils the student.
+
+    Raises:
+        ValueError: a term follows a teacher, and there is none; or the recipe's student gives no logits there (conkd's notebook).
+    """
+    if teacher is None and any(term.name != "supcon" for term in terms):
+        raise ValueError("plus kd and lskd need a teacher, and this recipe has none")
+    result: StageResult | None = None
+    while True:
+        try:
+            stage = stages.send(result) if result is not None else next(stages)
+        except StopIteration as end:
+            return end.value
+        result = yield _extended(stage, terms, teacher) if stage.name == STAGE else stage
+
+
+def _extended(stage: Stage, terms: Sequence[Term], teacher: nn.Module | None) -> Stage:
+    student, contrast = stage.train[0], any(term.name == "supcon" for term in terms)
+    tapped = Taps(student, (head_input(student),)) if contrast else None
+    projection = projection_head(feature_size(student)) if contrast else None
+
+    def forward(batch: Batch) -> Outputs:
+        if tapped is None or projection is None:
+            outputs = dict(stage.forward(batch))
+        else:
+            seen, (features,) = tapped.during(lambda: stage.forward(batch))
+            outputs = {**seen, "plus embedding": projection(features.flatten(1))}
+        if "logits" not in outputs:
+            raise ValueError("plus: this recipe's student learns no logits in the stage that distils it")
+        if teacher is not None:
+            with torch.no_grad():  # most recipes have asked it already
+                outputs["plus teacher"] = outputs["teacher"] if "teacher" in outputs else teacher(batch.images)
+        return outputs
+
+    def loss(outputs: Outputs, batch: Batch) -> Terms:
+        added = {f"plus {term.name}": term.weight * _loss(term, outputs, batch) for term in terms}
+        return {**stage.loss(outputs, batch), **added}
+
+    return replace(
+        stage,
+        train=(*stage.train, *([projection] if projection is not None else [])),
+        frozen=(*stage.frozen, *([teacher] if teacher is not None and teacher not in stage.frozen else [])),
+        forward=forward,
+        loss=loss,
+        couples_rows=stage.couples_rows or contrast,
+    )
+
+
+def _loss(term: Term, outputs: Outputs, batch: Batch) -> torch.Tensor:
+    if term.name != "supcon":
+        return kd_loss(outputs["logits"], outputs["plus teacher"], temperature=term.temperature, standardize=term.name == "lskd")
+    labels = batch.labels
+    if "plus teacher" in outputs:
+        labels = torch.where(labels == HIDDEN, outputs["plus teacher"].argmax(dim=1), labels)
+    else:
+        labels = torch.where(labels == HIDDEN, -1 - batch.index, labels)  # a class of its own
+    # in validation processes may have different numbers of batches
+    group = all_processes() if torch.is_grad_enabled() else None
+    return supcon_loss(outputs["plus embedding"], labels, temperature=term.temperature, group=group)

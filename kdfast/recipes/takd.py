@@ -1,0 +1,101 @@
+"""TAKD, teacher assistants (Mirzadeh et al., AAAI 2020, arXiv:1902.03393).
+
+A small student learns little from a far larger teacher. So the teacher distils an assistant of a size between the two, that one the
+next, and the last one the student. Every hop is plain distillation (kd.py) with the same settings and the same training.
+"""
+
+import functools
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import nn
+
+from kdfast.engine.random_state import derive
+from kdfast.models import ModelSpec, build, create, names, parameter_count
+from kdfast.recipes import kd
+from kdfast.recipes.recipe import Preset, Recipe, Setup, Stages, Trained, seeded
+
+
+@dataclass(frozen=True)
+class Settings(kd.Settings):
+    """Hyper-parameters of teacher assistants."""
+
+    assistants: tuple[str, ...] = ()
+    """Architectures from teacher to student; none: one of the student's family, midway between the two in parameters."""
+
+
+def distil(setup: Setup, settings: Settings, teacher: nn.Module | None) -> Stages[Trained]:
+    """A stage a hop."""
+    assert teacher is not None
+    chain = settings.assistants or (midway(setup.student_spec, parameter_count(teacher)),)
+    setup.say(f"  chain: {' -> '.join([setup.teacher_spec.name, *chain, setup.student_spec.name])}")
+    for number, name in enumerate(chain, start=1):
+        spec = ModelSpec(name, setup.classes)
+        with seeded(derive(setup.seed, f"assistant{number}")):
+            assistant = create(name, setup.classes)
+        teacher, _ = yield from kd.follow(f"assistant{number}", setup, settings, assistant, spec, teacher)
+    return (yield from kd.follow("distil", setup, settings, setup.student(), setup.student_spec, teacher))
+
+
+def midway(student: ModelSpec, teacher_size: int) -> str:
+    """The network of the student's family (its name but for the numbers) nearest to the middle of the two, by log of parameters.
+
+    Raises:
+        ValueError: the family has none between the student and a teacher of that many parameters.
+    """
+    own, family = _size(student), re.sub(r"\d+", "#", student.name)
+    relatives = {name: _size(replace(student, name=name)) for name in names() if re.sub(r"\d+", "#", name) == family}
+    middle = (math.log(own) + math.log(teacher_size)) / 2
+    between = {name: abs(math.log(n) - middle) for name, n in relatives.items() if own < n < teacher_size}
+    if not between:
+        raise ValueError(
+            f"assistants must be named: there is none of {student.name}'s family between {own:,} and {teacher_size:,} parameters"
+        )
+    return min(between, key=lambda name: between[name])
+
+
+@functools.cache
+def _size(spec: ModelSpec) -> int:
+    with torch.device("meta"):
+        return parameter_count(build(spec))
+
+
+_TAKD: Mapping[str, object] = {
+    "dataset": "cifar100",
+    "teacher_model": "resnet110",
+    "assistants": ("resnet20",),
+    "student": "resnet8",
+    "optimizer": "sgd",
+    "lr": 0.1,
+    "momentum": 0.9,
+    "weight_decay": 1e-4,
+    "batch_size": 128,
+    "epochs": 160,
+    "schedule": "steps",
+    "milestones": (80, 120),
+    "gamma": 0.1,
+    "augment": "cifar",
+    "val_fraction": 0.0,
+}
+
+RECIPE = Recipe(
+    name="takd",
+    title="Teacher assistants (Mirzadeh et al. 2020): distillation in hops of moderate size",
+    settings=Settings,
+    presets={
+        "default": Preset("one assistant midway in size, every hop T = 4, 0.1 CE + 0.9 T^2 KL, trained as suits the data set"),
+        "takd": Preset(
+            "the authors' CIFAR-100 example, ResNet-110 to 20 to 8, 160 epochs; they search T and weight for every pair, here 5 and 0.5. "
+            "Their code divides the KL by the number of classes as well, and begins at a tenth of its lr: neither is followed",
+            {**_TAKD, "temperature": 5.0, "kd_weight": 0.5, "ce_weight": 0.5},
+        ),
+        "dih": Preset(
+            "Distilling Knowledge via Intermediate Classifiers' comparison: every hop its KD (its README's values)",
+            {**kd.DIH_README, "assistants": ("resnet20",), "temperature": 5.0, "kd_weight": 0.1, "ce_weight": 0.9},
+        ),
+    },
+    distil=distil,
+)

@@ -1,0 +1,193 @@
+"""TOFD, task-oriented feature distillation (Zhang, Shi, Shi, Ma, Bao, NeurIPS 2020).
+
+Every stage of both networks gets a classifier: for each stage that follows it a separable convolution of stride 2, then average pool and
+one linear layer; the last stage's is the network's own. The teacher's are trained first, on its frozen maps. Then, with f the pooled
+features that a classifier reads and z its logits,
+
+    loss = sum over stages j of [feature_weight |W_j f_sj - f_tj| + CE(z_sj, y) + soft CE(z_sj, z_tj; T_e)]
+           + orthogonal_weight sum over j of [|W_j W_j' - I| + |W_j' W_j - I|]
+
+|.| is the norm of the whole matrix, not squared, not averaged; W_j has no bias; T_e = 1 + 3/250 (epoch + 1), and soft CE has no factor T^2.
+The first norm grows with the batch, as the authors have it; several processes each take that of their share.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from kdfast.data import Batch
+from kdfast.engine import Stage
+from kdfast.engine.stage import Outputs, Terms
+from kdfast.losses import TOFDLoss
+from kdfast.models import Taps, separable_head, tap_shapes
+from kdfast.recipes import kd
+from kdfast.recipes.features import FeatureMaps, head_input
+from kdfast.recipes.recipe import Extended, Preset, Recipe, Setup, Stages, Trained, cross_entropy, say_accuracies
+from kdfast.recipes.supervised import teacher as supervised_teacher
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Hyper-parameters of task-oriented feature distillation."""
+
+    feature_weight: float = 0.05
+    """Weight of the features' distance."""
+    orthogonal_weight: float = 0.03
+    """Weight of what keeps the maps between features orthogonal."""
+    temperature: float = 1.0
+    """T of the first epoch, before the growth."""
+    temperature_growth: float = 3 / 250
+    """How much T grows an epoch, beginning with the first."""
+    label_smoothing: float = 0.0
+    """Label smoothing of the cross-entropies."""
+    student_stages: tuple[str, ...] = ()
+    """Modules of the student that get a classifier, and at last its own; none: the ends of its stages."""
+    teacher_stages: tuple[str, ...] = ()
+    """Modules of the teacher, as many; none: the ends of its stages."""
+
+    def __post_init__(self) -> None:
+        if not self.temperature > 0:
+            raise ValueError(f"temperature must be positive, got {self.temperature}")
+        for name in ("feature_weight", "orthogonal_weight", "temperature_growth"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+
+
+class Opinions(Extended):
+    """A network with a classifier on each stage.
+
+    Args:
+        model: images -> logits.
+        named, option, image_size: as FeatureMaps.
+        classes: outputs of the classifiers.
+
+    Attributes:
+        paths: the modules whose outputs the classifiers see.
+        heads: the classifiers of all stages but the last, which is the network's own.
+        sizes: numbers that each of them reads, the network's own last.
+    """
+
+    def __init__(self, model: nn.Module, named: tuple[str, ...], option: str, image_size: int, classes: int) -> None:
+        super().__init__(model)
+        maps, last = FeatureMaps(model, named, option, image_size), head_input(model)
+        channels = [shape[0] for shape in maps.shapes]
+        self.paths = maps.paths
+        self.heads = nn.ModuleList(separable_head(channels[j:], classes) for j in range(len(channels) - 1))
+        (read,) = tap_shapes(model, (last,), (3, image_size, image_size))
+        self.sizes = (*(channels[-1] for _ in self.heads), math.prod(read))
+        self._tapped = Taps(model, (*maps.full, last))
+
+    def opinions(self, images: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        """Images [B, 3, H, W] -> features [B, D_j] and logits [B, C] of every classifier, the network's own last."""
+        logits, (*maps, last) = self._tapped(images)
+        pairs = [head(F) for head, F in zip(self.heads, maps)]
+        return [*(f for f, _ in pairs), last.flatten(1)], [*(z for _, z in pairs), logits]
+
+
+def train_heads(setup: Setup, settings: Settings, given: Trained | None) -> Stages[Trained]:
+    """The teacher, given or trained, then its classifiers, on the sum of their cross-entropies."""
+    model, spec = yield from supervised_teacher(setup, settings, given)
+    teacher = Opinions(model, settings.teacher_stages, "teacher_stages", setup.data.image_size, setup.classes)
+    names = teacher.paths[:-1]
+    if not names:
+        return Trained(teacher, spec)
+
+    def forward(batch: Batch) -> Outputs:
+        _, logits = teacher.opinions(batch.images)
+        return {f"logits/{path}": z for path, z in zip(names, logits)}
+
+    result = yield Stage(
+        "teacher/heads",
+        train=(teacher.heads,),
+        frozen=(model,),
+        forward=forward,
+        loss=lambda outputs, batch: {f"ce/{path}": cross_entropy(outputs[f"logits/{path}"], batch.labels) for path in names},
+        data=setup.loaders(setup.teacher_training, all_labels=True),
+        training=setup.teacher_training,
+        best="val/loss",
+    )
+    say_accuracies(setup, result, names)
+    return Trained(teacher, spec)
+
+
+def distil(setup: Setup, settings: Settings, teacher: nn.Module | None) -> Stages[Trained]:
+    """One stage: the student, its classifiers and the maps between features."""
+    assert isinstance(teacher, Opinions)
+    student = Opinions(setup.student(), settings.student_stages, "student_stages", setup.data.image_size, setup.classes)
+    if len(student.sizes) != len(teacher.sizes):
+        ours, theirs = (f"{len(of.paths)} ({', '.join(of.paths)})" for of in (student, teacher))
+        raise ValueError(f"student and teacher must have equally many stages, got {ours} and {theirs}: name them")
+    task_oriented = TOFDLoss(
+        student.sizes, teacher.sizes, feature_weight=settings.feature_weight, orthogonal_weight=settings.orthogonal_weight
+    )
+    data, k = setup.loaders(setup.training), len(student.sizes)
+
+    def forward(batch: Batch) -> Outputs:
+        with torch.no_grad():
+            their_features, their_logits = teacher.opinions(batch.images)
+        features, logits = student.opinions(batch.images)
+        outputs = {"logits": logits[-1]} | {f"logits/{j}": z for j, z in enumerate(logits[:-1])}
+        outputs |= {f"features {j}": W(f) for j, (W, f) in enumerate(zip(task_oriented.maps, features))}
+        return outputs | {f"teacher {j}": z for j, z in enumerate(their_logits)} | {f"target {j}": f for j, f in enumerate(their_features)}
+
+    def loss(outputs: Outputs, batch: Batch) -> Terms:
+        logits = [*(outputs[f"logits/{j}"] for j in range(k - 1)), outputs["logits"]]
+        T = settings.temperature + settings.temperature_growth * (data.train.state_dict()["epoch"] + 1)
+        ce = [cross_entropy(z, batch.labels, label_smoothing=settings.label_smoothing) for z in logits]
+        terms = task_oriented.terms(
+            [outputs[f"features {j}"] for j in range(k)],
+            [outputs[f"target {j}"] for j in range(k)],
+            logits,
+            [outputs[f"teacher {j}"] for j in range(k)],
+            temperature=T,
+        )
+        return {"ce": torch.stack(ce).sum()} | terms
+
+    yield Stage(
+        "distil",
+        train=(student.model, student.heads, task_oriented),
+        frozen=(teacher,),
+        forward=forward,
+        loss=loss,
+        data=data,
+        training=setup.training,
+        couples_rows=True,
+    )
+    return Trained(student.model, setup.student_spec)
+
+
+_ORIGINAL: Mapping[str, object] = {
+    "dataset": "cifar100",
+    "optimizer": "sgd",
+    "lr": 0.1,
+    "momentum": 0.9,
+    "weight_decay": 5e-4,
+    "batch_size": 128,
+    "epochs": 250,
+    "schedule": "steps",
+    "milestones": (80, 160, 240),
+    "gamma": 0.1,
+    "augment": "cifar-cutout",
+    "val_fraction": 0.0,
+    "teacher_model": "resnet34_cifar",
+    "student": "resnet18_cifar",
+}
+
+RECIPE = Recipe(
+    name="tofd",
+    title="Task-oriented feature distillation (Zhang et al. 2020): classifiers on every stage, their features and logits",
+    settings=Settings,
+    presets={
+        "default": Preset("feature 0.05, orthogonal 0.03, trained as suits the data set"),
+        "tofd": Preset("the authors' CIFAR-100 training: batch 128, 250 epochs, x 0.1 at 80/160/240, Cutout of 16 pixels", _ORIGINAL),
+        "dih": Preset(
+            "Distilling Knowledge via Intermediate Classifiers' comparison: 200 epochs, x 0.2 at 60/120/180",
+            {**kd.DIH_README, "batch_size": 128, "gamma": 0.2},
+        ),
+    },
+    distil=distil,
+    teacher=train_heads,
+)

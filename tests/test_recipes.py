@@ -1,0 +1,374 @@
+"""Every recipe's loss against its formula written out in float64, its stages in their order, and what it refuses."""
+
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from kdfast import recipes
+from kdfast.engine import Training
+from kdfast.models import ModelSpec, create
+from kdfast.recipes import at, dih, fitnets, mhkd, takd, tofd
+from kdfast.recipes.features import fingerprint
+from kdfast.recipes.recipe import Setup, Trained
+from tests.test_engine import loaders, noise
+
+TRAINING = Training(epochs=5, batch_size=16, lr=0.1, schedule="constant")
+STAGES = ("layer1", "layer2", "layer3")
+
+
+def setup(student="resnet8", teacher="resnet14", **changes):
+    made = Setup(
+        data=noise(),
+        training=TRAINING,
+        teacher_training=TRAINING,
+        student_spec=ModelSpec(student, 3),
+        teacher_spec=ModelSpec(teacher, 3),
+        student_pretrained=False,
+        teacher_pretrained=False,
+        labels_hidden=False,
+        seed=0,
+        make_loaders=lambda training, augment, all_labels, seed: loaders(training),
+        say=lambda line: None,
+    )
+    return replace(made, **changes)
+
+
+def network(name="resnet14", seed=0):
+    torch.manual_seed(seed)
+    return create(name, 3)
+
+
+def batch_of(stage):
+    batch = next(iter(stage.data.train))
+    return batch._replace(images=batch.images.double())
+
+
+def in_double(stage):
+    """The stage with all its modules in float64 and evaluation mode, so that the same batch gives the same numbers twice."""
+    for module in (*stage.train, *stage.frozen):
+        module.double().eval()
+    return stage
+
+
+def seen(model, images, paths=STAGES):
+    """Logits, and what the modules at `paths` put out, then what the classifier reads."""
+    kept = {}
+    handles = [model.get_submodule(path).register_forward_hook(lambda m, i, o, path=path: kept.update({path: o})) for path in paths]
+    handles.append(model.linear.register_forward_pre_hook(lambda m, i: kept.update({"features": i[0]})))
+    logits = model(images)
+    for handle in handles:
+        handle.remove()
+    return logits, *(kept[path] for path in (*paths, "features"))
+
+
+def ce(logits, labels):
+    return -logits.log_softmax(1).gather(1, labels[:, None]).mean()
+
+
+def kl(student, teacher, T):
+    """T^2 KL(teacher || student), mean over the batch."""
+    p = (teacher / T).softmax(1)
+    return T * T * (p * (p.log() - (student / T).log_softmax(1))).sum(1).mean()
+
+
+def total(stage, batch):
+    """The stage's loss, and the gradient of its trained parameters."""
+    loss = torch.stack([term.double() for term in stage.loss(stage.forward(batch), batch).values()]).sum()
+    return loss, gradients(loss, stage)
+
+
+def gradients(loss, stage):
+    parameters = [p for module in stage.train for p in module.parameters()]
+    found = torch.autograd.grad(loss, parameters, allow_unused=True)
+    return torch.cat([(torch.zeros_like(p) if g is None else g).flatten() for p, g in zip(parameters, found)])
+
+
+def assert_same(stage, batch, expected):
+    """Value and gradient, and that a gradient of zeros or turned round would not pass."""
+    loss, gradient = total(stage, batch)
+    true = gradients(expected, stage)
+    assert loss.item() == pytest.approx(expected.item(), rel=2e-6)
+    scale = true.abs().max()
+    assert scale > 0
+    assert (gradient - true).abs().max() <= 2e-5 * scale
+    assert (gradient.flip(0) - true).abs().max() > 1e-2 * scale
+
+
+def finished(generator, metrics=()):
+    """What a generator returns once its stages are done."""
+    result = None
+    while True:
+        try:
+            stage = generator.send(result)
+        except StopIteration as end:
+            return end.value
+        outputs = stage.forward(next(iter(stage.data.val)))
+        result = SimpleNamespace(metrics={f"val/top1/{name.removeprefix('logits/')}": 0.5 for name in outputs})
+
+
+# ---- attention transfer ----------------------------------------------------------------------------------------------
+
+
+def attention(features):
+    energy = features.pow(2).mean(1).flatten(1)
+    return energy / energy.norm(dim=1, keepdim=True)
+
+
+@pytest.mark.parametrize("kd_weight", [0.0, 0.7])
+def test_at(kd_weight):
+    teacher = network()
+    stage = in_double(next(at.distil(setup(), at.Settings(kd_weight=kd_weight), teacher)))
+    batch, (student,) = batch_of(stage), stage.train
+    logits, *ours = seen(student, batch.images)
+    target, *theirs = seen(teacher, batch.images)
+    maps = sum((attention(s) - attention(t)).pow(2).mean() for s, t in zip(ours[:3], theirs[:3]))
+    assert_same(stage, batch, ce(logits, batch.labels) + 1000 * maps + kd_weight * kl(logits, target, 4.0))
+
+
+# ---- FitNets ---------------------------------------------------------------------------------------------------------
+
+
+def test_fitnets_hint_then_logits():
+    teacher = network()
+    stages = fitnets.distil(setup(), fitnets.Settings(hint_epochs=2), teacher)
+    stage = in_double(next(stages))
+    assert (stage.name, stage.training.epochs, stage.partial, stage.best) == ("hint", 2, True, "val/hint")
+    batch, (student, hint) = batch_of(stage), stage.train
+    expected = (hint.regressor(seen(student, batch.images)[2]) - seen(teacher, batch.images)[2]).pow(2).mean()
+    assert_same(stage, batch, expected)
+    stage = in_double(stages.send(None))
+    assert stage.name == "distil"
+    assert stage.train == (student,)
+    logits = student(batch.images)
+    assert_same(stage, batch, 0.1 * ce(logits, batch.labels) + 0.9 * kl(logits, teacher(batch.images), 4.0))
+
+
+def test_fitnets_joint():
+    teacher = network()
+    settings = fitnets.Settings(procedure="joint", hint_weight=100.0, ce_weight=1.0, kd_weight=0.0)
+    stage = in_double(next(fitnets.distil(setup(), settings, teacher)))
+    batch, (student, hint) = batch_of(stage), stage.train
+    logits, _, middle, *_ = seen(student, batch.images)
+    expected = ce(logits, batch.labels) + 100 * (hint.regressor(middle) - seen(teacher, batch.images)[2]).pow(2).mean()
+    assert_same(stage, batch, expected)
+
+
+def test_fitnets_without_a_regressor():
+    named = {"student_hint": "layer1", "teacher_hint": "layer1"}
+    teacher = network()
+    stage = in_double(next(fitnets.distil(setup(), fitnets.Settings(regressor=False, **named), teacher)))
+    assert stage.training.epochs == 1  # a fifth
+    batch, (student, _) = batch_of(stage), stage.train
+    assert_same(stage, batch, (seen(student, batch.images)[1] - seen(teacher, batch.images)[1]).pow(2).mean())
+    with pytest.raises(ValueError, match="without a regressor teacher_shape must be student_shape"):
+        next(fitnets.distil(setup(), fitnets.Settings(regressor=False, student_hint="layer1", teacher_hint="layer2"), network()))
+
+
+# ---- teacher assistants ----------------------------------------------------------------------------------------------
+
+
+def test_takd_hops_along_the_chain():
+    teacher = network("resnet20")
+    stages = takd.distil(setup(teacher="resnet20"), takd.Settings(assistants=("resnet14", "resnet8")), teacher)
+    chain, before = [], teacher
+    for stage in stages:
+        assert stage.frozen == (before,)
+        chain.append((stage.name, sum(p.numel() for p in stage.train[0].parameters())))
+        before = stage.train[0]
+        in_double(stage)
+        batch = batch_of(stage)
+        logits = stage.train[0](batch.images)
+        assert_same(stage, batch, 0.1 * ce(logits, batch.labels) + 0.9 * kl(logits, stage.frozen[0](batch.images), 4.0))
+    sizes = [sum(p.numel() for p in network(name).parameters()) for name in ("resnet14", "resnet8", "resnet8")]
+    assert chain == [*zip(("assistant1", "assistant2", "distil"), sizes)]
+
+
+def test_takd_finds_an_assistant_midway():
+    assert takd.midway(ModelSpec("resnet8", 100), 1_736_564) == "resnet32"
+    assert takd.midway(ModelSpec("resnet20", 10), 855_770) == "resnet32"
+    with pytest.raises(ValueError, match=r"assistants must be named: there is none of resnet8's family between 78,042 and 80,000"):
+        takd.midway(ModelSpec("resnet8", 10), 80_000)
+
+
+# ---- intermediate classifiers ----------------------------------------------------------------------------------------
+
+
+def headed(settings, teacher=None, **changes):
+    return finished(dih.train_heads(setup(**changes), settings, Trained(teacher or network(), ModelSpec("resnet14", 3)))).model
+
+
+def test_dih_trains_its_heads_on_the_sum_of_their_cross_entropies():
+    teacher = network()
+    stage = in_double(next(dih.train_heads(setup(), dih.Settings(), Trained(teacher, ModelSpec("resnet14", 3)))))
+    batch, (heads,) = batch_of(stage), stage.train
+    assert stage.frozen == (teacher,)
+    assert [head[1].in_features for head in heads] == [16 * 64, 32 * 16, 64 * 4]
+    _, *maps, _ = seen(teacher, batch.images)
+    assert_same(stage, batch, sum(ce(F.linear(m.flatten(1), h[1].weight, h[1].bias), batch.labels) for m, h in zip(maps, heads)))
+
+
+@pytest.mark.parametrize("alpha", [(0.1,), (0.3, 0.0, 0.2, 0.6)], ids=str)
+def test_dih_student_follows_all_classifiers(alpha):
+    settings = dih.Settings(alpha=alpha)
+    teacher = headed(settings)
+    stage = in_double(next(dih.distil(setup(), settings, teacher)))
+    batch, (student,) = batch_of(stage), stage.train
+    target, *maps, _ = seen(teacher.model, batch.images)
+    opinions = [target, *(head(m) for head, m in zip(teacher.heads, maps))]
+    logits = student(batch.images)
+    weights = alpha * 4 if len(alpha) == 1 else alpha
+    expected = sum((1 - a) * ce(logits, batch.labels) + a * kl(logits, t, 5.0) for a, t in zip(weights, opinions) if a)
+    assert_same(stage, batch, expected)
+
+
+def test_dih_uses_heads_of_a_run_again(tmp_path):
+    from kdfast.models import save_weights
+
+    teacher, settings = network(), dih.Settings(heads=tmp_path)
+    made = headed(dih.Settings(), teacher)
+    stage = next(dih.train_heads(setup(), dih.Settings(), Trained(teacher, ModelSpec("resnet14", 3))))
+    assert stage.metadata["teacher"] == fingerprint(teacher)
+    path = tmp_path / "stages" / dih.HEADS / "best.safetensors"
+    with pytest.raises(ValueError, match="holds none: it is no run of recipe dih"):
+        headed(settings, teacher)
+    save_weights(nn.ModuleList([made.heads]), path, stage.metadata)
+    again = headed(settings, teacher)
+    assert all(torch.equal(a, b) for a, b in zip(made.heads.state_dict().values(), again.heads.state_dict().values()))
+    with pytest.raises(ValueError, match="are another teacher's"):
+        headed(settings, network(seed=1))
+    with pytest.raises(ValueError, match="are of other stages"):
+        headed(replace(settings, teacher_stages=("layer1",)), teacher)
+    with pytest.raises(ValueError, match="heads are of one teacher: name it with --teacher"):
+        next(dih.train_heads(setup(), settings, None))
+
+
+# ---- multi-head ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("pull", [False, True])
+def test_mhkd(pull):
+    teacher = network()
+    settings = mhkd.Settings(pull_teacher_heads=pull)
+    stage = in_double(next(mhkd.distil(setup(), settings, teacher)))
+    batch, (student, ours, theirs) = batch_of(stage), stage.train
+    logits, *student_maps = seen(student, batch.images)
+    target, *teacher_maps = seen(teacher, batch.images)
+    assert len(ours) == len(theirs) == 2
+
+    def distillation(s, t):
+        return 0.9 * ce(s, batch.labels) + 0.1 * kl(s, t, 4.0)
+
+    expected = distillation(logits, target)
+    for j in range(2):
+        s, t = ours[j](student_maps[j]), theirs[j](teacher_maps[j])
+        expected = expected + ce(t, batch.labels) + 0.5 * distillation(s, t if pull else t.detach())
+    assert_same(stage, batch, expected)
+
+
+def test_mhkd_with_the_originals_padding_needs_room():
+    with pytest.raises(ValueError, match="head_padding 0 needs maps of at least 5 x 5 pixels, and layer2 puts out 4 x 4"):
+        next(mhkd.distil(setup(), mhkd.Settings(head_padding=0), network()))
+
+
+# ---- task-oriented features ------------------------------------------------------------------------------------------
+
+
+def test_tofd():
+    given, spec = network(), ModelSpec("resnet14", 3)
+    heads = in_double(next(tofd.train_heads(setup(), tofd.Settings(), Trained(given, spec))))
+    batch = batch_of(heads)
+    _, first, second, *_ = seen(given, batch.images)
+    chain = heads.train[0]
+    assert_same(heads, batch, sum(ce(head(m)[1], batch.labels) for head, m in zip(chain, (first, second))))
+    assert [len(head.convolutions) for head in chain] == [2, 1]
+
+    teacher = finished(tofd.train_heads(setup(), tofd.Settings(), Trained(network(), spec))).model
+    stage = in_double(next(tofd.distil(setup(), tofd.Settings(), teacher)))
+    batch, (student, ours, oriented) = batch_of(stage), stage.train
+    stage.data.train.set_epoch(2)  # the third
+
+    def opinions(model, heads):
+        logits, first, second, _, last = seen(model, batch.images)
+        pairs = [head(m) for head, m in zip(heads, (first, second))]
+        return [*(f for f, _ in pairs), last], [*(z for _, z in pairs), logits]
+
+    (features, logits), (their_features, their_logits) = opinions(student, ours), opinions(teacher.model, teacher.heads)
+    T, expected = 1 + 3 / 250 * 3, 0.0
+    for W, f, g, s, t in zip(oriented.maps, features, their_features, logits, their_logits):
+        soft = -((t / T).softmax(1) * (s / T).log_softmax(1)).sum(1).mean()
+        expected = expected + 0.05 * (f @ W.weight.T - g.detach()).pow(2).sum().sqrt() + ce(s, batch.labels) + soft
+        for A in (W.weight @ W.weight.T, W.weight.T @ W.weight):
+            expected = expected + 0.03 * (A - torch.eye(len(A))).pow(2).sum().sqrt()
+    assert_same(stage, batch, expected)
+
+
+# ---- what they refuse ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("recipe", "options", "message"),
+    [
+        ("at", {"attention_weight": -1.0}, "attention_weight must not be negative, got -1.0"),
+        ("at", {"temperature": 0.0}, "temperature must be positive, got 0.0"),
+        ("fitnets", {"hint_epochs": 0}, "hint_epochs must be at least 1, got 0"),
+        ("fitnets", {"hint_weight": -1.0}, "hint_weight must not be negative"),
+        ("dih", {"alpha": (0.1, 1.5)}, "alpha must be from 0 to 1, one for all or one a classifier, got 0.1, 1.5"),
+        ("dih", {"alpha": ()}, "alpha must be from 0 to 1, one for all or one a classifier, got none"),
+        ("dih", {"temperature": -1.0}, "temperature must be positive, got -1.0"),
+        ("mhkd", {"alpha": 2.0}, "alpha must be from 0 to 1, got 2.0"),
+        ("mhkd", {"head_weight": -0.5}, "head_weight and head_padding must not be negative"),
+        ("tofd", {"temperature": 0.0}, "temperature must be positive"),
+        ("tofd", {"feature_weight": -1.0}, "feature_weight must not be negative"),
+    ],
+)
+def test_settings_out_of_range_are_named(recipe, options, message):
+    with pytest.raises(ValueError, match=message):
+        recipes.get(recipe).settings(**options)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (
+            lambda: at.distil(setup(), at.Settings(student_stages=("layer9",)), network()),
+            "no module 'layer9'; the nearest names are",
+        ),
+        (lambda: at.distil(setup(), at.Settings(student_stages=("layer1",)), network()), r"equally many stages, got 1 \(layer1\) and 3"),
+        (
+            lambda: at.distil(setup(), at.Settings(student_stages=("linear",)), network()),
+            r"linear must put out a feature map .*, got \[B, 3\]",
+        ),
+        (lambda: fitnets.distil(setup(), fitnets.Settings(teacher_hint="layer"), network()), "no module 'layer'; the nearest names are"),
+        (lambda: at.distil(setup(), at.Settings(), nn.Sequential(nn.Flatten(), nn.Linear(192, 3))), "teacher_stages must be named"),
+        (lambda: dih.distil(setup(), dih.Settings(alpha=(0.0,)), headed(dih.Settings())), "alpha must be above 0 for one classifier"),
+        (lambda: dih.train_heads(setup(), dih.Settings(alpha=(0.1, 0.2)), Trained(network(), ModelSpec("resnet14", 3))), "1 value or 4"),
+    ],
+)
+def test_stages_that_do_not_match_are_named(make, message):
+    with pytest.raises(ValueError, match=message):
+        next(make())
+
+
+@pytest.mark.parametrize(("size", "name"), [(64, "resnet8"), (224, "resnet18"), (32, "vgg11_cifar"), (32, "wrn_16_2")])
+def test_feature_recipes_fit_other_sizes_and_families(size, name):
+    """Heads and taps follow from a dummy image: no training here, only one batch through forward and loss."""
+    made = setup(name, name)
+    made = replace(made, data=replace(made.data, image_size=size))
+    images, labels = torch.randn(2, 3, size, size), torch.tensor([0, 2])
+    batch = next(iter(made.make_loaders(TRAINING, None, False, 0).train))._replace(images=images, labels=labels)
+    torch.manual_seed(0)
+    teacher = create(name, 3).eval()
+    stages = [
+        next(at.distil(made, at.Settings(), teacher)),
+        next(fitnets.distil(made, fitnets.Settings(), teacher)),
+        next(mhkd.distil(made, mhkd.Settings(), teacher)),
+        next(dih.train_heads(made, dih.Settings(), Trained(teacher, made.teacher_spec))),
+        next(tofd.train_heads(made, tofd.Settings(), Trained(teacher, made.teacher_spec))),
+    ]
+    for stage in stages:
+        terms = stage.loss(stage.forward(batch), batch)
+        assert all(term.isfinite() for term in terms.values())
