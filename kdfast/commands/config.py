@@ -122,6 +122,7 @@ class Distill(Generic[S]):
     plus: tuple[str, ...] = ()
     """Terms beside the recipe's own: kd, lskd or supcon, each with :weight=W,temperature=T where others than the usual are wanted."""
     method: Annotated[S, FLAT] = field(default=None)  # type: ignore[assignment]
+    """Hyper-parameters of the method itself."""
     data: Annotated[DataOptions, FLAT] = DataOptions()
     training: Annotated[Training, FLAT] = Training()
     teacher_training: Training = Training()
