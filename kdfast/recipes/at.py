@@ -12,7 +12,6 @@ import torch
 from torch import nn
 
 from kdfast.data import Batch
-from kdfast.engine import Stage
 from kdfast.engine.stage import Outputs, Terms
 from kdfast.functional import attention_transfer_loss
 from kdfast.recipes import kd
@@ -47,7 +46,7 @@ def distil(setup: Setup, settings: Settings, teacher: nn.Module | None) -> Stage
     student = setup.student()
     see_student = FeatureMaps(student, settings.student_stages, "student_stages", setup.data.image_size)
     see_teacher = FeatureMaps(teacher, settings.teacher_stages, "teacher_stages", setup.data.image_size)
-    check_as_many(see_student, see_teacher)
+    check_as_many(see_student.paths, see_teacher.paths)
     k = len(see_student.paths)
 
     def forward(batch: Batch) -> Outputs:
@@ -62,15 +61,12 @@ def distil(setup: Setup, settings: Settings, teacher: nn.Module | None) -> Stage
         terms = kd.terms(outputs["logits"], outputs["teacher"], batch.labels, settings, hidden=setup.labels_hidden)
         return terms | {"attention": settings.attention_weight * attention_transfer_loss(ours, theirs)}
 
-    yield Stage(
+    yield setup.stage(
         "distil",
         train=(student,),
         frozen=(teacher,),
         forward=forward,
         loss=loss,
-        data=setup.loaders(setup.training),
-        training=setup.training,
-        couples_rows=setup.labels_hidden,
     )
     return Trained(student, setup.student_spec)
 

@@ -20,16 +20,26 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from kdfast.data import HIDDEN, Batch, Loaders
 from kdfast.engine import Stage, Training
-from kdfast.engine.distributed import all_processes
 from kdfast.engine.stage import Outputs, Terms
 from kdfast.functional import kd_loss, supcon_loss
-from kdfast.models import Taps, classifier_head, feature_size, find_head, projection_head, replace_head
-from kdfast.recipes.recipe import Extended, Preset, Recipe, Setup, Stages, Trained, ce_and_kd, cross_entropy
+from kdfast.models import Taps, classifier_head, feature_size, projection_head, replace_head
+from kdfast.recipes.features import head_input
+from kdfast.recipes.recipe import (
+    Extended,
+    Preset,
+    Recipe,
+    Setup,
+    Stages,
+    Trained,
+    alone_where_hidden,
+    ce_and_kd,
+    contrasted_processes,
+    cross_entropy,
+)
 from kdfast.recipes.supervised import teacher as supervised_teacher
 
 EMBEDDING = 128  # numbers an image is embedded in
@@ -91,7 +101,7 @@ class EmbeddingTeacher(Extended):
     def __init__(self, model: nn.Module, projection: nn.Module):
         super().__init__(model)
         self.projection = projection
-        self._tapped = Taps(model, (f"{find_head(model)[0]}:input",))
+        self._tapped = Taps(model, (head_input(model),))
 
     def embed(self, images: Tensor) -> Tensor:
         """Images [B, 3, H, W] -> embedding [B, 128], rows of length 1."""
@@ -112,7 +122,7 @@ def _joint(setup: Setup, settings: Settings, teacher: nn.Module) -> Stages[Train
     student = setup.student()
     readme = settings.procedure == "readme"
     projection = nn.Identity() if readme else projection_head(feature_size(student), EMBEDDING)
-    tapped = Taps(student, (f"{find_head(student)[0]}:input",))
+    tapped = Taps(student, (head_input(student),))
 
     def forward(batch: Batch) -> Outputs:
         with torch.no_grad():
@@ -135,11 +145,11 @@ def _joint(setup: Setup, settings: Settings, teacher: nn.Module) -> Stages[Train
         likely = outputs["teacher"].argmax(dim=1)
         contrast = supcon_loss(
             outputs["embedding"],
-            _alone_where_hidden(batch) if readme else torch.where(batch.labels == HIDDEN, likely, batch.labels),
+            alone_where_hidden(batch) if readme else torch.where(batch.labels == HIDDEN, likely, batch.labels),
             temperature=settings.contrast_temperature,
             self_positive=readme,
             normalize=readme,
-            group=_contrasted_processes(),
+            group=contrasted_processes(),
         )
         return terms | {"supcon": settings.alpha * contrast}
 
@@ -238,25 +248,15 @@ def train_teacher(setup: Setup, settings: Settings, given: Trained | None) -> St
     return Trained(EmbeddingTeacher(replace_head(encoder, head), projection), spec)
 
 
-def _alone_where_hidden(batch: Batch) -> Tensor:
-    """The labels, and for an image whose label is hidden a class of its own."""
-    return torch.where(batch.labels == HIDDEN, -1 - batch.index, batch.labels)
-
-
 def _contrast_twice(embedding: Tensor, batch: Batch, settings: Settings) -> Tensor:
     """SupCon of the embedding given twice, as two views."""
     return supcon_loss(
         embedding,
-        _alone_where_hidden(batch),
+        alone_where_hidden(batch),
         temperature=settings.contrast_temperature,
         duplicates=2,
-        group=_contrasted_processes(),
+        group=contrasted_processes(),
     )
-
-
-def _contrasted_processes() -> "dist.ProcessGroup | None":
-    """Those whose images are contrasted with this one's: in validation none, for processes may have different numbers of batches."""
-    return all_processes() if torch.is_grad_enabled() else None
 
 
 def _classify(name: str, encoder: nn.Module, head: nn.Module, training: Training, data: Loaders, keep: Literal["best", "last"]) -> Stage:

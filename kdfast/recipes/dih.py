@@ -16,16 +16,14 @@ import torch
 from torch import Tensor, nn
 
 from kdfast.data import Batch
-from kdfast.engine import Stage
 from kdfast.engine.stage import Outputs, Terms
 from kdfast.models import flatten_head, read_weights
 from kdfast.recipes import kd
 from kdfast.recipes.features import FeatureMaps, fingerprint
-from kdfast.recipes.recipe import Extended, Preset, Recipe, Setup, Stages, Trained, ce_and_kd, cross_entropy, say_accuracies
+from kdfast.recipes.recipe import Extended, Preset, Recipe, Setup, Stages, Trained, ce_and_kd
+from kdfast.recipes.supervised import HEADS
+from kdfast.recipes.supervised import heads as train_on
 from kdfast.recipes.supervised import teacher as supervised_teacher
-
-HEADS = "teacher/heads"
-"""The stage that trains them."""
 
 
 @dataclass(frozen=True)
@@ -85,27 +83,9 @@ def train_heads(setup: Setup, settings: Settings, given: Trained | None) -> Stag
         _load(heads, settings.heads, facts)
         return Trained(HeadedTeacher(model, maps, heads), spec)
 
-    def forward(batch: Batch) -> Outputs:
-        with torch.no_grad():
-            _, features = maps(batch.images)
-        return {f"logits/{path}": head(F) for path, head, F in zip(maps.paths, heads, features)}
-
-    def loss(outputs: Outputs, batch: Batch) -> Terms:
-        return {f"ce/{path}": cross_entropy(outputs[f"logits/{path}"], batch.labels) for path in maps.paths}
-
-    result = yield Stage(
-        HEADS,
-        train=(heads,),
-        frozen=(model,),
-        forward=forward,
-        loss=loss,
-        data=setup.loaders(setup.teacher_training, all_labels=True),
-        training=setup.teacher_training,
-        best="val/loss",
-        metadata=facts,
-    )
-    say_accuracies(setup, result, maps.paths)
-    return Trained(HeadedTeacher(model, maps, heads), spec)
+    teacher = HeadedTeacher(model, maps, heads)
+    yield from train_on(setup, model, heads, lambda images: teacher.opinions(images)[1:], maps.paths, metadata=facts)
+    return Trained(teacher, spec)
 
 
 def _load(heads: nn.ModuleList, run: Path, facts: Mapping[str, str]) -> None:
@@ -151,15 +131,12 @@ def distil(setup: Setup, settings: Settings, teacher: nn.Module | None) -> Stage
             hidden=setup.labels_hidden,
         )
 
-    yield Stage(
+    yield setup.stage(
         "distil",
         train=(student,),
         frozen=(teacher,),
         forward=forward,
         loss=loss,
-        data=setup.loaders(setup.training),
-        training=setup.training,
-        couples_rows=setup.labels_hidden,
     )
     return Trained(student, setup.student_spec)
 

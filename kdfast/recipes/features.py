@@ -31,10 +31,8 @@ class FeatureMaps(nn.Module):
 
     def __init__(self, network: nn.Module, named: Sequence[str], option: str, image_size: int) -> None:
         super().__init__()
-        inner, prefix = innermost(network)
-        self.paths: tuple[str, ...] = tuple(named) or tuple(getattr(inner, "stages", ()))
-        if not self.paths:
-            raise ValueError(f"{option} must be named: {type(inner).__name__} does not say where its stages are")
+        prefix = innermost(network)[1]
+        self.paths = tuple(named) or stage_paths(network, option)
         self.full = tuple(prefix + path for path in self.paths)
         self.shapes: tuple[Shape, ...] = tap_shapes(network, self.full, (3, image_size, image_size))
         for path, shape in zip(self.paths, self.shapes):
@@ -45,6 +43,19 @@ class FeatureMaps(nn.Module):
     def forward(self, images: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Images [B, 3, H, W] -> logits [B, C], and one feature map a stage."""
         return self._tapped(images)
+
+
+def stage_paths(network: nn.Module, option: str) -> tuple[str, ...]:
+    """The modules at the ends of a network's stages, as paths from the innermost network.
+
+    Raises:
+        ValueError: it does not say where they are, so that `option` has to.
+    """
+    inner, _ = innermost(network)
+    paths = tuple(getattr(inner, "stages", ()))
+    if not paths:
+        raise ValueError(f"{option} must be named: {type(inner).__name__} does not say where its stages are")
+    return paths
 
 
 def innermost(network: nn.Module) -> tuple[nn.Module, str]:
@@ -61,14 +72,14 @@ def head_input(network: nn.Module) -> str:
     return f"{prefix}{find_head(inner)[0]}:input"
 
 
-def check_as_many(student: FeatureMaps, teacher: FeatureMaps) -> None:
-    """Stages are compared one by one.
+def check_as_many(student: Sequence[str], teacher: Sequence[str]) -> None:
+    """Stages, given by their paths, are compared one by one.
 
     Raises:
         ValueError: student and teacher have different numbers of them.
     """
-    if len(student.paths) != len(teacher.paths):
-        ours, theirs = (f"{len(of.paths)} ({', '.join(of.paths)})" for of in (student, teacher))
+    if len(student) != len(teacher):
+        ours, theirs = (f"{len(paths)} ({', '.join(paths)})" for paths in (student, teacher))
         raise ValueError(f"student and teacher must have equally many stages, got {ours} and {theirs}: name them")
 
 

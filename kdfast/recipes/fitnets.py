@@ -19,7 +19,7 @@ from kdfast.engine import Stage, Training
 from kdfast.engine.stage import Outputs, Terms
 from kdfast.losses import HintLoss
 from kdfast.recipes import kd
-from kdfast.recipes.features import FeatureMaps
+from kdfast.recipes.features import FeatureMaps, stage_paths
 from kdfast.recipes.recipe import Preset, Recipe, Setup, Stages, Trained
 
 
@@ -70,15 +70,12 @@ def distil(setup: Setup, settings: Settings, teacher: nn.Module | None) -> Stage
         return logits | {"hint": settings.hint_weight * hint(outputs)}
 
     if settings.procedure == "joint":
-        yield Stage(
+        yield setup.stage(
             "distil",
             train=(student, hint_loss),
             frozen=(teacher,),
             forward=forward,
             loss=both,
-            data=setup.loaders(setup.training),
-            training=setup.training,
-            couples_rows=setup.labels_hidden,
         )
         return Trained(student, setup.student_spec)
 
@@ -100,7 +97,7 @@ def distil(setup: Setup, settings: Settings, teacher: nn.Module | None) -> Stage
 def _hint(network: nn.Module, named: str | None, option: str, setup: Setup) -> FeatureMaps:
     """The network and the one map that is compared: the one named, else the end of its middle stage."""
     if named is None:
-        stages = FeatureMaps(network, (), option, setup.data.image_size).paths
+        stages = stage_paths(network, option)
         named = stages[(len(stages) - 1) // 2]
     return FeatureMaps(network, (named,), option, setup.data.image_size)
 

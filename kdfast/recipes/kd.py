@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from kdfast.data import Batch
-from kdfast.engine import Stage
 from kdfast.engine.stage import Outputs
 from kdfast.models import ModelSpec
 from kdfast.recipes.recipe import Preset, Recipe, Setup, Stages, Trained, ce_and_kd, cross_entropy
@@ -52,15 +51,12 @@ def follow(name: str, setup: Setup, settings: Settings, student: nn.Module, spec
             target = teacher(batch.images)
         return {"logits": student(batch.images), "teacher": target}
 
-    yield Stage(
+    yield setup.stage(
         name,
         train=(student,),
         frozen=(teacher,),
         forward=forward,
         loss=lambda outputs, batch: terms(outputs["logits"], outputs["teacher"], batch.labels, settings, hidden=setup.labels_hidden),
-        data=setup.loaders(setup.training),
-        training=setup.training,
-        couples_rows=setup.labels_hidden,
     )
     return Trained(student, spec)
 

@@ -14,11 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from kdfast.data import Batch
-from kdfast.engine import Stage
 from kdfast.engine.stage import Outputs, Terms
 from kdfast.models import conv_head
 from kdfast.recipes import kd
-from kdfast.recipes.features import FeatureMaps, check_as_many
+from kdfast.recipes.features import FeatureMaps, check_as_many, stage_paths
 from kdfast.recipes.recipe import Preset, Recipe, Setup, Stages, Trained, ce_and_kd, cross_entropy
 
 
@@ -58,7 +57,7 @@ def distil(setup: Setup, settings: Settings, teacher: nn.Module | None) -> Stage
     student = setup.student()
     see_student = _but_the_last(student, settings.student_stages, "student_stages", setup)
     see_teacher = _but_the_last(teacher, settings.teacher_stages, "teacher_stages", setup)
-    check_as_many(see_student, see_teacher)
+    check_as_many(see_student.paths, see_teacher.paths)
     student_heads, teacher_heads = (_heads(of, setup, settings) for of in (see_student, see_teacher))
     k = len(see_student.paths)
 
@@ -92,23 +91,18 @@ def distil(setup: Setup, settings: Settings, teacher: nn.Module | None) -> Stage
             terms[f"head {j}"] = settings.head_weight * distillation(outputs[f"student {j}"], target, batch.labels)
         return terms
 
-    yield Stage(
+    yield setup.stage(
         "distil",
         train=(student, student_heads, teacher_heads),
         frozen=(teacher,),
         forward=forward,
         loss=loss,
-        data=setup.loaders(setup.training),
-        training=setup.training,
-        couples_rows=setup.labels_hidden,
     )
     return Trained(student, setup.student_spec)
 
 
 def _but_the_last(network: nn.Module, named: tuple[str, ...], option: str, setup: Setup) -> FeatureMaps:
-    size = setup.data.image_size
-    named = named or FeatureMaps(network, (), option, size).paths[:-1]
-    return FeatureMaps(network, named, option, size)
+    return FeatureMaps(network, named or stage_paths(network, option)[:-1], option, setup.data.image_size)
 
 
 def _heads(of: FeatureMaps, setup: Setup, settings: Settings) -> nn.ModuleList:

@@ -16,12 +16,11 @@ from torch import nn
 
 from kdfast.data import HIDDEN, Batch
 from kdfast.engine import Stage, StageResult
-from kdfast.engine.distributed import all_processes
 from kdfast.engine.stage import Outputs, Terms
 from kdfast.functional import kd_loss, supcon_loss
 from kdfast.models import Taps, feature_size, projection_head
 from kdfast.recipes.features import head_input
-from kdfast.recipes.recipe import Stages, Trained
+from kdfast.recipes.recipe import Stages, Trained, alone_where_hidden, contrasted_processes
 
 DEFAULTS = {
     "kd": {"weight": 0.9, "temperature": 4.0},
@@ -120,7 +119,5 @@ def _loss(term: Term, outputs: Outputs, batch: Batch) -> torch.Tensor:
     if "plus teacher" in outputs:
         labels = torch.where(labels == HIDDEN, outputs["plus teacher"].argmax(dim=1), labels)
     else:
-        labels = torch.where(labels == HIDDEN, -1 - batch.index, labels)  # a class of its own
-    # in validation processes may have different numbers of batches
-    group = all_processes() if torch.is_grad_enabled() else None
-    return supcon_loss(outputs["plus embedding"], labels, temperature=term.temperature, group=group)
+        labels = alone_where_hidden(batch)
+    return supcon_loss(outputs["plus embedding"], labels, temperature=term.temperature, group=contrasted_processes())

@@ -6,12 +6,13 @@ from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, TypeVar
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kdfast.data import HIDDEN, ImageData, Loaders
+from kdfast.data import HIDDEN, Batch, ImageData, Loaders
 from kdfast.engine import Stage, StageResult, Training
-from kdfast.engine.distributed import mean_over_processes
+from kdfast.engine.distributed import all_processes, mean_over_processes
 from kdfast.engine.random_state import derive
 from kdfast.functional import kd_loss
 from kdfast.models import ModelSpec, create
@@ -106,6 +107,16 @@ class Setup:
         """Loaders with the batch size of `training`; the student's labels are hidden as asked for unless `all_labels`."""
         return self.make_loaders(training, augment, all_labels, self.seed)
 
+    def stage(self, name: str, **parts: Any) -> Stage:
+        """A stage that trains as the student is trained: its images, its training, rows coupled where labels are hidden.
+
+        Args:
+            name: of the stage.
+            parts: train, frozen, forward, loss and whatever else a Stage has, over the above.
+        """
+        usual: dict[str, Any] = {"data": self.loaders(self.training), "training": self.training, "couples_rows": self.labels_hidden}
+        return Stage(name, **(usual | parts))
+
     def student(self, *, head: str = "linear") -> nn.Module:
         """A new student; the same initial weights at every call of one seed, so that arms are paired."""
         with seeded(derive(self.seed, "student")):
@@ -160,12 +171,6 @@ class Recipe:
         object.__setattr__(self, "presets", {**self.presets, "large-batch": large})
 
 
-def say_accuracies(setup: Setup, result: StageResult, heads: Sequence[str]) -> None:
-    """Lists how well each of the "logits/<head>" of a finished stage does on the validation images."""
-    top1 = (f"{head} {100 * result.metrics[f'val/top1/{head}']:.2f} %" for head in heads)
-    setup.say(f"  heads, validation top-1: {', '.join(top1)}")
-
-
 def cross_entropy(logits: Tensor, labels: Tensor, *, label_smoothing: float = 0.0) -> Tensor:
     """Mean cross-entropy over the images whose label is not hidden (-100), of all processes together; 0 where all are hidden.
 
@@ -176,6 +181,16 @@ def cross_entropy(logits: Tensor, labels: Tensor, *, label_smoothing: float = 0.
     if torch.is_grad_enabled():  # in validation the processes may have different numbers of batches
         count = mean_over_processes(count)
     return total / torch.where(count > 0, count, 1)
+
+
+def alone_where_hidden(batch: Batch) -> Tensor:
+    """The labels, and for an image whose label is hidden a class of its own."""
+    return torch.where(batch.labels == HIDDEN, -1 - batch.index, batch.labels)
+
+
+def contrasted_processes() -> "dist.ProcessGroup | None":
+    """Those whose images are contrasted with this one's: in validation none, for processes may have different numbers of batches."""
+    return all_processes() if torch.is_grad_enabled() else None
 
 
 def ce_and_kd(

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from torch import nn
 
 from kdfast.data import Batch
-from kdfast.engine import Stage
 from kdfast.engine.stage import Outputs, Terms
 from kdfast.losses import SelfDistillationLoss
 from kdfast.models import Taps, tap_shapes
@@ -62,15 +61,12 @@ def distil(setup: Setup, settings: Settings, teacher: nn.Module | None) -> Stage
         ce = cross_entropy(outputs["logits"], batch.labels, label_smoothing=settings.label_smoothing)
         return {"feature": settings.alpha * features, "ce": (1 - settings.alpha) * ce}
 
-    yield Stage(
+    yield setup.stage(
         "distil",
         train=(student, feature_loss) if settings.train_projection else (student,),
         frozen=() if settings.train_projection else (feature_loss,),
         forward=forward,
         loss=loss,
-        data=setup.loaders(setup.training),
-        training=setup.training,
-        couples_rows=setup.labels_hidden,
         best="train/top1" if settings.best_by_training_accuracy else "val/top1",
     )
     return Trained(student, setup.student_spec)

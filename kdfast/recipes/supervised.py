@@ -1,10 +1,15 @@
 """Training on labels alone: the teacher where none is given, and the student that distillation is compared with."""
 
-from torch import nn
+from collections.abc import Callable, Mapping, Sequence
+
+from torch import Tensor, nn
 
 from kdfast.data import Loaders
 from kdfast.engine import Stage, Training
 from kdfast.recipes.recipe import Setup, Stages, Trained, cross_entropy
+
+HEADS = "teacher/heads"
+"""The stage that trains classifiers on a teacher's maps."""
 
 
 def supervised(
@@ -24,6 +29,40 @@ def supervised(
         couples_rows=hidden,
     )
     return model
+
+
+def heads(
+    setup: Setup,
+    model: nn.Module,
+    trained: nn.Module,
+    opinions: Callable[[Tensor], Sequence[Tensor]],
+    names: Sequence[str],
+    *,
+    metadata: Mapping[str, str] | None = None,
+) -> Stages[None]:
+    """One stage, HEADS, that trains classifiers on the maps of the frozen `model` with the sum of their cross-entropies.
+
+    Args:
+        setup: whose teacher it is; all labels are shown.
+        model: the network below.
+        trained: the classifiers, one module.
+        opinions: images -> logits [B, C] of each.
+        names: of each; how well they do is listed by these.
+        metadata: kept with their weights.
+    """
+    result = yield Stage(
+        HEADS,
+        train=(trained,),
+        frozen=(model,),
+        forward=lambda batch: {f"logits/{name}": logits for name, logits in zip(names, opinions(batch.images))},
+        loss=lambda outputs, batch: {f"ce/{name}": cross_entropy(outputs[f"logits/{name}"], batch.labels) for name in names},
+        data=setup.loaders(setup.teacher_training, all_labels=True),
+        training=setup.teacher_training,
+        best="val/loss",
+        metadata=metadata or {},
+    )
+    top1 = (f"{name} {100 * result.metrics[f'val/top1/{name}']:.2f} %" for name in names)
+    setup.say(f"  heads, validation top-1: {', '.join(top1)}")
 
 
 def teacher(setup: Setup, settings: object, given: Trained | None) -> Stages[Trained]:

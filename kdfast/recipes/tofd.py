@@ -24,8 +24,9 @@ from kdfast.engine.stage import Outputs, Terms
 from kdfast.losses import TOFDLoss
 from kdfast.models import Taps, separable_head, tap_shapes
 from kdfast.recipes import kd
-from kdfast.recipes.features import FeatureMaps, head_input
-from kdfast.recipes.recipe import Extended, Preset, Recipe, Setup, Stages, Trained, cross_entropy, say_accuracies
+from kdfast.recipes.features import FeatureMaps, check_as_many, head_input
+from kdfast.recipes.recipe import Extended, Preset, Recipe, Setup, Stages, Trained, cross_entropy
+from kdfast.recipes.supervised import heads as train_on
 from kdfast.recipes.supervised import teacher as supervised_teacher
 
 
@@ -95,21 +96,7 @@ def train_heads(setup: Setup, settings: Settings, given: Trained | None) -> Stag
     if not names:
         return Trained(teacher, spec)
 
-    def forward(batch: Batch) -> Outputs:
-        _, logits = teacher.opinions(batch.images)
-        return {f"logits/{path}": z for path, z in zip(names, logits)}
-
-    result = yield Stage(
-        "teacher/heads",
-        train=(teacher.heads,),
-        frozen=(model,),
-        forward=forward,
-        loss=lambda outputs, batch: {f"ce/{path}": cross_entropy(outputs[f"logits/{path}"], batch.labels) for path in names},
-        data=setup.loaders(setup.teacher_training, all_labels=True),
-        training=setup.teacher_training,
-        best="val/loss",
-    )
-    say_accuracies(setup, result, names)
+    yield from train_on(setup, model, teacher.heads, lambda images: teacher.opinions(images)[1], names)
     return Trained(teacher, spec)
 
 
@@ -117,9 +104,7 @@ def distil(setup: Setup, settings: Settings, teacher: nn.Module | None) -> Stage
     """One stage: the student, its classifiers and the maps between features."""
     assert isinstance(teacher, Opinions)
     student = Opinions(setup.student(), settings.student_stages, "student_stages", setup.data.image_size, setup.classes)
-    if len(student.sizes) != len(teacher.sizes):
-        ours, theirs = (f"{len(of.paths)} ({', '.join(of.paths)})" for of in (student, teacher))
-        raise ValueError(f"student and teacher must have equally many stages, got {ours} and {theirs}: name them")
+    check_as_many(student.paths, teacher.paths)
     task_oriented = TOFDLoss(
         student.sizes, teacher.sizes, feature_weight=settings.feature_weight, orthogonal_weight=settings.orthogonal_weight
     )
