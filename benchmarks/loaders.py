@@ -7,7 +7,6 @@ Our torchvision loader is compared with PyTorch's with as many workers; the othe
 a GPU each loader also feeds a ResNet-18: what share of the training time goes by in waiting for images.
 """
 
-import os
 import statistics
 import tempfile
 import time
@@ -279,8 +278,7 @@ def run(options: Loaders) -> list[dict[str, Any]]:
         ValueError: data_dir holds no images, or there is no such device.
     """
     device = join(options.device).device
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    workers = sorted({0, min(8, cores) if options.workers is None else options.workers})
+    workers = sorted({0, min(8, machine.cores()) if options.workers is None else options.workers})
     with tempfile.TemporaryDirectory() as temporary:
         sources = _sources(options, Path(temporary))
         cases = [case for name, data in sources for case in _cases(name, data, options, workers, device)]

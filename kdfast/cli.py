@@ -227,26 +227,19 @@ def _list(arguments: Sequence[str]) -> None:
     listing.show(arguments[0])
 
 
-def _bench(arguments: Sequence[str]) -> None:
-    from kdfast.commands import bench
+def _several(name: str) -> Callable[[Sequence[str]], None]:
+    """A command that has commands of its own; its module has an OVERVIEW and command(name) -> options, function."""
 
-    if not arguments or arguments[0] in ("-h", "--help"):
-        print(bench.OVERVIEW)
-        return
-    name, *rest = arguments
-    options, run = bench.bench(name)
-    run(_parse(options, rest, f"bench {name}"))
+    def run(arguments: Sequence[str]) -> None:
+        module = importlib.import_module(f"kdfast.commands.{name}")
+        if not arguments or arguments[0] in ("-h", "--help"):
+            print(module.OVERVIEW)
+            return
+        chosen, *rest = arguments
+        options, function = module.command(chosen)
+        function(_parse(options, rest, f"{name} {chosen}"))
 
-
-def _data(arguments: Sequence[str]) -> None:
-    from kdfast.commands import data
-
-    if not arguments or arguments[0] in ("-h", "--help"):
-        print(data.OVERVIEW)
-        return
-    name, *rest = arguments
-    options, run = data.command(name)
-    run(_parse(options, rest, f"data {name}"))
+    return run
 
 
 _RUN: dict[str, Callable[[Sequence[str]], None]] = {
@@ -257,9 +250,9 @@ _RUN: dict[str, Callable[[Sequence[str]], None]] = {
     "predict": _simple("predict", "Predict", "predict"),
     "export": _simple("export", "Export", "export"),
     "report": _report,
-    "data": _data,
+    "data": _several("data"),
     "list": _list,
-    "bench": _bench,
+    "bench": _several("bench"),
 }
 
 if __name__ == "__main__":

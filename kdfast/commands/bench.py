@@ -123,7 +123,7 @@ def make_report(options: Report) -> list[Path]:
     return written
 
 
-def bench(name: str) -> tuple[type, Callable[[Any], object]]:
+def command(name: str) -> tuple[type, Callable[[Any], object]]:
     """The options and the function of one of BENCHES.
 
     Raises:

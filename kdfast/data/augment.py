@@ -6,6 +6,8 @@ after the images: nothing here waits for a GPU.
 """
 
 import math
+from collections.abc import Callable
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -16,6 +18,8 @@ from kdfast.data.seeding import Draws
 
 class Step:
     """A random change of images that keeps their size."""
+
+    random: ClassVar[bool] = True
 
     def alone(self, image: Tensor) -> Tensor:
         """uint8 [3, H, W] -> the same, drawing from torch's default generator."""
@@ -208,7 +212,7 @@ def _beside(values: Tensor, images: Tensor) -> Tensor:
     return values.to(images.device, non_blocking=True)[:, None, None, None]
 
 
-def _change(images: Tensor, chosen: Tensor, change, parameters: Tensor) -> None:  # type: ignore[no-untyped-def]
+def _change(images: Tensor, chosen: Tensor, change: Callable[..., Tensor], parameters: Tensor) -> None:
     """Replaces the chosen images (bool [B], CPU, so that nothing waits for a GPU) by change(images, parameters) of them."""
     positions = chosen.nonzero()[:, 0]
     if len(positions) == 0:

@@ -29,6 +29,7 @@ from kdfast.data.datasets import cache_folder
 from kdfast.data.images import PLAIN, decode_kind
 from kdfast.data.protocol import DataError
 from kdfast.data.splits import ImageData, Split
+from kdfast.machine import cores
 
 VERSION = 1
 """Of the files that keep what was found, and of what decode_kind() says: to be raised where either changes."""
@@ -87,7 +88,7 @@ def check(paths: Sequence[str], *, workers: int | None = None, cache: bool = Tru
     pending = record.unknown()
     if pending:
         try:
-            _decode(record, pending, workers or _cores(), progress)
+            _decode(record, pending, workers or cores(), progress)
         finally:
             record.save()
     table = record.table[np.array([place[name] for name in absolute], np.int64)]
@@ -239,10 +240,6 @@ def _end_with_the_main_process() -> None:
     assert parent is not None  # this is a worker
     parent.join()
     os._exit(1)
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 # ---- what is known of files -----------------------------------------------------------------------------------------------------

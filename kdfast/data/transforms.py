@@ -77,7 +77,7 @@ class Transform:
     @property
     def random(self) -> bool:
         """Whether augment() draws random numbers."""
-        return any(step.random if isinstance(step, Framing) else True for step in self.steps)
+        return any(step.random for step in self.steps)
 
     def augment(self, image: Tensor) -> Tensor:
         """uint8 [3, H, W] -> uint8 [3, h, w], by torchvision; not random, it takes [B, 3, H, W] as well."""

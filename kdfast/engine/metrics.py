@@ -81,7 +81,9 @@ class AccuracyMeter:
             if name == "logits" or name.startswith("logits/"):
                 best = logits.detach().topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
                 counts = torch.stack([best[:, 0].sum(), best.any(dim=1).sum(), counted.sum()])
-                self.counts[name] = self.counts.get(name, self._zero()) + counts
+                if name not in self.counts:
+                    self.counts[name] = self._zero()
+                self.counts[name] += counts
 
     def accuracy(self, prefix: str, world: World) -> dict[str, float]:
         """{prefix/top1, prefix/top5, prefix/top1/<head>, ...}, fractions over all processes; nothing where nothing was counted."""

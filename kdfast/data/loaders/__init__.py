@@ -6,7 +6,6 @@ torchvision     worker processes: works everywhere, the reference for the others
 """
 
 import importlib.util
-import os
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -19,6 +18,7 @@ from kdfast.data.loaders.resident import ResidentLoader, free_bytes, resident_by
 from kdfast.data.protocol import DataError, Loader
 from kdfast.data.splits import ImageData, Split, hide_labels
 from kdfast.data.transforms import NORMALIZATIONS, Transform, evaluation_transform, training_transform
+from kdfast.machine import cores
 
 LOADERS = ("auto", "dali", "resident", "torchvision")
 SHARE = 0.25
@@ -119,9 +119,10 @@ def choice(parts: list[tuple[Split, Transform]], device: torch.device) -> tuple[
     """The loader that suits these splits on this device, and why, in words."""
     if all(split.pixels is not None for split, _ in parts):
         return "resident", "the images are in memory"
-    needed, free = sum(resident_bytes(*part) for part in parts), free_bytes(device)
-    if device.type == "cuda" and free is not None and needed <= SHARE * free:
-        return "resident", f"the images take {needed / 2**30:.1f} of {free / 2**30:.1f} GiB free on {device}"
+    if device.type == "cuda" and (free := free_bytes(device)) is not None:
+        needed = sum(resident_bytes(*part) for part in parts)  # opens files that were not checked
+        if needed <= SHARE * free:
+            return "resident", f"the images take {needed / 2**30:.1f} of {free / 2**30:.1f} GiB free on {device}"
     if dali_installed():
         return "dali", "image files, and DALI is installed"
     return "torchvision", "image files, and DALI is not installed (the extra kdfast[dali])"
@@ -135,5 +136,4 @@ def dali_installed() -> bool:
 def _default_workers(split: Split, world_size: int) -> int:
     if split.pixels is not None:
         return 0
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(8, max(1, cores // world_size))
+    return min(8, max(1, cores() // world_size))

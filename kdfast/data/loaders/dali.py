@@ -26,7 +26,7 @@ from torch import Tensor
 from kdfast.data.augment import Flip, Step
 from kdfast.data.framing import Framing
 from kdfast.data.images import decode
-from kdfast.data.loaders.ordered import AUGMENTATION, OrderedLoader, Request, refuse_different
+from kdfast.data.loaders.ordered import AUGMENTATION, OrderedLoader, Request, neighbours, refuse_different
 from kdfast.data.protocol import Batch, DataError
 from kdfast.data.seeding import Draws
 from kdfast.data.splits import Split
@@ -106,11 +106,11 @@ class DaliLoader(OrderedLoader):
             scale = [torch.stack([f.height / f.rows, f.width / f.columns], dim=1) for f in frames]
             start = [torch.stack([f.down, f.right], dim=1) * s for f, s in zip(frames, scale)]
             shown = [torch.cat([a, a + f.size * s], dim=1) for f, a, s in zip(frames, start, scale)]
-            inputs["anchor"], inputs["shape"] = _neighbours(cut).int().numpy().reshape(-1, 2, 2).swapaxes(0, 1).copy()
-            inputs["start"], inputs["end"] = _neighbours(shown).float().numpy().reshape(-1, 2, 2).swapaxes(0, 1).copy()
+            inputs["anchor"], inputs["shape"] = neighbours(cut).int().numpy().reshape(-1, 2, 2).swapaxes(0, 1).copy()
+            inputs["start"], inputs["end"] = neighbours(shown).float().numpy().reshape(-1, 2, 2).swapaxes(0, 1).copy()
         if self._in_dali:
             flips = [[step.chosen(d) for step in self._steps if isinstance(step, Flip)] for d in draws]
-            inputs["mirror"] = _neighbours([f[0] if f else torch.zeros(len(index)) for f in flips]).int().numpy()
+            inputs["mirror"] = neighbours([f[0] if f else torch.zeros(len(index)) for f in flips]).int().numpy()
         return inputs
 
     def _answer(self) -> Batch:
@@ -143,7 +143,7 @@ class DaliLoader(OrderedLoader):
         for view, draws in enumerate(asked.draws):
             for step in self._steps:
                 views[view] = step.batch(views[view], draws)
-        return self._finished(_neighbours(views))
+        return self._finished(neighbours(views))
 
     def _forget(self) -> None:
         """Takes from DALI what nobody will ask for."""
@@ -243,11 +243,6 @@ def _framing_and_others(transform: Transform) -> tuple[Framing | None, tuple[Ste
     first, *_ = transform.steps or (None,)
     others = tuple(step for step in transform.steps if isinstance(step, Step))
     return (first if isinstance(first, Framing) else None), others
-
-
-def _neighbours(views: list[Tensor]) -> Tensor:
-    """[B, ...] of each view -> [B * views, ...]."""
-    return views[0] if len(views) == 1 else torch.stack(views, dim=1).flatten(0, 1)
 
 
 # ---- which files DALI decodes as Pillow does --------------------------------------------------------------------------

@@ -155,6 +155,11 @@ class OrderedLoader:
         return images if self._views == 1 else images.unflatten(0, (-1, self._views))
 
 
+def neighbours(views: list[Tensor]) -> Tensor:
+    """[B, ...] of each view -> [B * views, ...], the views of an image beside one another."""
+    return views[0] if len(views) == 1 else torch.stack(views, dim=1).flatten(0, 1)
+
+
 def refuse_different(sizes: Tensor) -> None:
     """Images that no transform makes alike must be of one size.
 

@@ -6,7 +6,6 @@ size and ranks change nothing.
 """
 
 import functools
-import os
 import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -17,11 +16,12 @@ from torch import Tensor
 
 from kdfast.data.augment import Step
 from kdfast.data.framing import Framing, Squash, resample
-from kdfast.data.loaders.ordered import AUGMENTATION, OrderedLoader, Request, refuse_different
+from kdfast.data.loaders.ordered import AUGMENTATION, OrderedLoader, Request, neighbours, refuse_different
 from kdfast.data.protocol import Batch, DataError
 from kdfast.data.seeding import Draws
 from kdfast.data.splits import Split
 from kdfast.data.transforms import Transform
+from kdfast.machine import cores
 
 HEADROOM = 0.8
 """Part of the free memory that images may take: a network and its activations come after them."""
@@ -72,7 +72,7 @@ class ResidentLoader(OrderedLoader):
             for step in self._steps:
                 seen = resample(seen, step.frames(sizes, draws)) if isinstance(step, Framing) else step.batch(seen, draws)
             views.append(seen)
-        return images if not views else views[0] if len(views) == 1 else torch.stack(views, dim=1).flatten(0, 1)
+        return neighbours(views)
 
 
 def _once_and_each_time(split: Split, transform: Transform) -> tuple[Framing | None, tuple[Framing | Step, ...]]:
@@ -142,7 +142,7 @@ def _framed(split: Split, once: Framing | None, device: torch.device) -> Tensor 
         return whole.to(device)
     sizes = split.measured() if once is None else torch.tensor([[once.size, once.size]])
     (height, width), *others = sizes.unique(dim=0).tolist()
-    with ThreadPoolExecutor(_cores()) as threads:  # decoding and resizing leave Python's lock
+    with ThreadPoolExecutor(cores()) as threads:  # decoding and resizing leave Python's lock
         images = threads.map(lambda i: frame(split.read(i)), range(len(split)))
         if others:
             return [image.contiguous().to(device) for image in images]
@@ -185,7 +185,3 @@ def free_bytes(device: torch.device) -> int | None:
             return next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
     except (OSError, StopIteration):
         return None
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
