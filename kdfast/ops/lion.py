@@ -261,7 +261,7 @@ def _torch_step(rows: list[Row], options: Options, grad_factor: Tensor | None, f
     found_inf = None if found_inf is None else found_inf.to(device)
     grad_factor = None if grad_factor is None else grad_factor.to(device)
     if isinstance(options.lr, Tensor):
-        options = options._replace(lr=options.lr.item() if _readable(options.lr) else options.lr.to(device))
+        options = options._replace(lr=options.lr.item() if on_host or _readable(options.lr) else options.lr.to(device))
 
     if not foreach or (on_host and options.cautious):  # a cautious step needs a mean over each whole tensor
         for row in rows:
@@ -271,8 +271,13 @@ def _torch_step(rows: list[Row], options: Options, grad_factor: Tensor | None, f
     else:
         # one piece of memory for all blocks' updates: the next block finds it in the cache
         scratch = torch.empty(_block_size(), dtype=_arithmetic(rows[0].param.dtype), device=device)
-        for block, offset in _cut([row for row in rows if _is_large(row)]):
-            _update([block], options, grad_factor, None, offset, scratch)
+        for row in filter(_is_large, rows):
+            if grad_factor is None and _is_plain(row):
+                for p, g, m in zip(*_blocks(row)):
+                    _lion_block(p, g, m, options, scratch[: p.numel()])
+                continue
+            for block, offset in _cut(row):
+                _update([block], options, grad_factor, None, offset, scratch)
         for batch in _batches([row for row in rows if not _is_large(row)]):
             if len(batch) == 1:
                 _update(batch, options, grad_factor, None)
@@ -321,9 +326,10 @@ def _update(
     if compensations:
         ps = [p + c.to(arithmetic) for p, c in zip(ps, compensations)]
 
-    if scratch is not None:
-        scratch = scratch[: ps[0].numel()].view(ps[0].shape) if ps[0].numel() <= scratch.numel() else None
-    _lion(ps, gs, ms, options, [row.whole for row in rows], scratch)
+    if scratch is not None and ps[0].numel() <= scratch.numel():
+        _lion_block(ps[0], gs[0], ms[0], options, scratch[: ps[0].numel()].view(ps[0].shape))
+    else:
+        _lion(ps, gs, ms, options, [row.whole for row in rows])
 
     noises = [None if row.step is None else _noise(row, offset) for row in rows]
     if rows[0].scale is not None:
@@ -340,11 +346,11 @@ def _update(
     _store(params, ps, found_inf)
 
 
-def _lion(ps: list[Tensor], gs: list[Tensor], ms: list[Tensor], options: Options, wholes: list[Any], scratch: Tensor | None) -> None:
+def _lion(ps: list[Tensor], gs: list[Tensor], ms: list[Tensor], options: Options, wholes: list[Any]) -> None:
     """The formula of this file's docstring, in place on ps and ms; operation by operation what lion-pytorch computes."""
     lr, beta1, beta2, weight_decay, cautious, maximize, _ = options
     ascent = -1.0 if maximize else 1.0
-    updates = list(torch._foreach_mul(ms, beta1)) if scratch is None else [torch.mul(ms[0], beta1, out=scratch)]
+    updates = list(torch._foreach_mul(ms, beta1))
     torch._foreach_add_(updates, gs, alpha=ascent * (1.0 - beta1))
     updates = _signs(updates)
     if cautious:
@@ -357,6 +363,21 @@ def _lion(ps: list[Tensor], gs: list[Tensor], ms: list[Tensor], options: Options
         torch._foreach_add_(ps, updates, alpha=-lr)
     torch._foreach_mul_(ms, beta2)
     torch._foreach_add_(ms, gs, alpha=ascent * (1.0 - beta2))
+
+
+def _lion_block(p: Tensor, g: Tensor, m: Tensor, options: Options, update: Tensor) -> None:
+    """_lion of one block that lies in a CPU's cache, where every call and read more would be felt; update is written to."""
+    lr, beta1, beta2, weight_decay, _, maximize, _ = options
+    lr = float(lr)  # a tensor has been read before
+    ascent = -1.0 if maximize else 1.0
+    torch.mul(m, beta1, out=update).add_(g, alpha=ascent * (1.0 - beta1))
+    m.mul_(beta2).add_(g, alpha=ascent * (1.0 - beta2))  # now: both are in the nearest cache
+    flat = update.view(-1)
+    # the sum of squares shows a NaN, or overflows: then they are looked for
+    update = update.sign_() if math.isfinite(torch.dot(flat, flat).item()) else torch.where(update.isnan(), update, update.sign())
+    if weight_decay:
+        p.mul_(1.0 - lr * weight_decay)
+    p.add_(update, alpha=-lr)
 
 
 def _signs(xs: list[Tensor]) -> list[Tensor]:
@@ -400,8 +421,11 @@ def _store(destinations: list[Tensor], values: list[Tensor], found_inf: Tensor |
 
 
 def _block_size() -> int:
-    """Elements of a block; a thread's share is 262,144, 1 MB of each p, g, m and u (measured: 2^15 to 2^19)."""
-    return 262144 * torch.get_num_threads()
+    """Elements of a block, a multiple of GROUP so that it begins where a scale does.
+
+    A thread's share is 131,072, 512 KB of each p, g, m and u (measured: 2^14 to 2^19).
+    """
+    return 131072 * torch.get_num_threads()
 
 
 def _is_large(row: Row) -> bool:
@@ -409,27 +433,29 @@ def _is_large(row: Row) -> bool:
     return row.param.numel() > 16384 or row.step is not None
 
 
-def _cut(rows: list[Row]) -> Iterator[tuple[Row, int]]:
-    """Every row as flat blocks in the order of the parameter's memory, each with its offset."""
-    for row in rows:
-        if not _has_flat_view(row):
-            yield row, 0  # the whole tensor, by its indices
-            continue
-        ((row,), _) = _in_order_of_params([row])
-        size = -(-_block_size() // GROUP) * GROUP  # a block begins where a scale does
-        blocks = zip(*(_flat(t).split(size) for t in row.walked))
-        scales = iter(() if row.scale is None else row.scale.split(size // GROUP))
-        for i, (param, grad, momentum, *compensation) in enumerate(blocks):
-            yield (
-                row._replace(
-                    param=param,
-                    grad=grad,
-                    momentum=momentum,
-                    scale=next(scales, None),
-                    compensation=compensation[0] if compensation else None,
-                ),
-                i * size,
-            )
+def _is_plain(row: Row) -> bool:
+    """Whether a block of it is updated where it lies: nothing to convert, to decode or to round."""
+    is_exact = row.param.dtype == row.grad.dtype == row.momentum.dtype == _arithmetic(row.param.dtype)
+    return is_exact and row.compensation is None and _has_flat_view(row)
+
+
+def _blocks(row: Row) -> list[tuple[Tensor, ...]]:
+    """The walked tensors of a row with a flat view, each cut into flat blocks in the order of the parameter's memory."""
+    ((row,), _) = _in_order_of_params([row])
+    return [_flat(t).split(_block_size()) for t in row.walked]
+
+
+def _cut(row: Row) -> Iterator[tuple[Row, int]]:
+    """A row as flat blocks, each with its offset; or whole, where it must be walked by its indices."""
+    if not _has_flat_view(row):
+        yield row, 0
+        return
+    scales = iter(() if row.scale is None else row.scale.split(_block_size() // GROUP))
+    offset = 0
+    for param, grad, momentum, *compensation in zip(*_blocks(row)):
+        compensated = compensation[0] if compensation else None
+        yield row._replace(param=param, grad=grad, momentum=momentum, scale=next(scales, None), compensation=compensated), offset
+        offset += param.numel()
 
 
 def _flat(tensor: Tensor) -> Tensor:
