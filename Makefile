@@ -5,7 +5,8 @@ TORCH ?= torch torchvision
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 # tests of operators with kernels, which run once more where Triton interprets these on the CPU
-INTERPRETED := $(addprefix tests/test_,distill_kl.py distill_kl_kernel.py linear_kd.py supcon.py supcon_kernel.py lion.py lion_kernel.py)
+INTERPRETED := $(addprefix tests/test_,distill_kl.py distill_kl_kernel.py linear_kd.py supcon.py supcon_kernel.py crd.py nce_kernel.py \
+	lion.py lion_kernel.py feature_losses.py attention_map_kernel.py)
 
 .PHONY: demo test lint format clean help
 

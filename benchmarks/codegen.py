@@ -22,7 +22,7 @@ from unittest import mock
 import torch
 import triton
 import tyro
-from kdfast.kernels import distill_kl, lion, supcon
+from kdfast.kernels import attention_map, distill_kl, lion, nce, supcon
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -422,6 +422,53 @@ def supcon_step(
         yield Case("supcon", N, D, _names(dtype), f"{variant}, N {N}", launch, moved, floor, function)
 
 
+NCE_SHAPE = 64, 16384, 50_000  # B, K and the bank's rows, as CRD trains on CIFAR
+
+
+def nce_cases() -> Iterator[Case]:
+    """Every plan, every pair of dtypes, with and without a gradient, and what stands beside the walk."""
+    fp32, bf16, fp16 = torch.float32, torch.bfloat16, torch.float16
+    for D in (4, 16, 32, 64, 100, 101, 128, 256, 512, 1024, 2048, 4096, 8192):
+        yield nce_case(D, fp32, fp32, "_losses")
+        yield nce_case(D, bf16, bf16, "_losses")
+    for function in ("_losses", "_losses, no gradient", "_exponentials"):
+        for dtypes in ((fp32, fp32), (bf16, fp32), (fp32, bf16), (fp16, fp32), (fp16, bf16)):
+            yield nce_case(128, *dtypes, function)
+    for D in (100, 101, 128, 8192):
+        yield nce_case(D, fp32, fp32, "_finish")
+    yield nce_case(128, fp32, fp32, "_settle")
+
+
+def nce_case(D: int, anchors_dtype: torch.dtype, bank_dtype: torch.dtype, function: str) -> Case:
+    """One launch of the loss or of its normalizer."""
+    name, with_gradient = function.split(",")[0], "no gradient" not in function
+
+    def launch() -> None:
+        anchors = torch.zeros(NCE_SHAPE[0], D, dtype=anchors_dtype)
+        bank = torch.empty(NCE_SHAPE[2], D, dtype=bank_dtype)  # never touched: nothing is run
+        indices = torch.zeros(NCE_SHAPE[0], 1 + NCE_SHAPE[1], dtype=torch.int64)
+        nce.loss_and_gradient(anchors, bank, indices, torch.ones(()), 0.07, 0.0, 0.0, with_gradient)
+        nce.normalizer(anchors, bank, indices, torch.ones(()), 0.07)
+
+    moved = floor = 1
+    if name in ("_losses", "_exponentials"):
+        moved = nce_bytes(*NCE_SHAPE[:2], D, anchors_dtype, bank_dtype, with_gradient and name == "_losses")
+        floor = nce_floor(*NCE_SHAPE[:2], D, bank_dtype)
+    return Case("nce", NCE_SHAPE[0], D, _names(anchors_dtype, bank_dtype), function, launch, moved, floor, name)
+
+
+def nce_floor(B: int, K: int, D: int, bank_dtype: torch.dtype) -> int:
+    """Bytes of every gathered row and its index, once."""
+    return B * (1 + K) * (D * bank_dtype.itemsize + 8)
+
+
+def nce_bytes(B: int, K: int, D: int, anchors_dtype: torch.dtype, bank_dtype: torch.dtype, with_gradient: bool) -> int:
+    """Bytes that a walk asks for: the floor, and for every part its anchor, Z and what it sums up."""
+    split, _ = nce.parts(B, 1 + K, nce.plan(D)[0])
+    each = D * anchors_dtype.itemsize + 4 + 4 * (1 + D * with_gradient)
+    return nce_floor(B, K, D, bank_dtype) + B * split * each
+
+
 class LionVariant(NamedTuple):
     """What a step asks for, as far as it changes the kernel."""
 
@@ -474,6 +521,65 @@ def lion_launches(target: str, variant: str, param: torch.dtype, grad: torch.dty
         yield Case("lion", 1, ELEMENTS, names, variant, launch, _bytes(counted), _bytes(counted), "_count_moving", (_wide(counted), 0))
     moved = _bytes(loaded) + _bytes(stored)
     yield Case("lion", 1, ELEMENTS, names, variant, launch, moved, moved, "_step", (_wide(loaded), _wide(stored)))
+
+
+class Maps(NamedTuple):
+    """A stage of attention_transfer_loss, as far as it changes the kernels; student and teacher are alike."""
+
+    C: int
+    H: int
+    W: int
+    channels_last: bool = False
+    dtype: torch.dtype = torch.float32
+    p: float = 2.0
+
+
+IMAGES = 2  # B: nothing is run, and no plan depends on it
+
+
+def attention_map_cases() -> Iterator[Case]:
+    """Every plan for 16 channels and 33 pixels or more, as wide as its rows can be; smaller maps, every kind of power, comparisons."""
+    fp32, bf16, fp16 = torch.float32, torch.bfloat16, torch.float16
+    both = ("_energies", "_gradients")
+    seen = set()
+    for channels_last in (False, True):
+        for dtype in (fp32, bf16):
+            for C in (2**i + odd for i in range(4, 12) for odd in (0, 1)):
+                for side in (7, 8, 14, 56):
+                    V = math.gcd(8, C if channels_last else side**2)
+                    key = channels_last, dtype, V, attention_map.plan(C, side**2, channels_last, dtype.itemsize, V)
+                    if key not in seen:
+                        seen.add(key)
+                        yield from attention_map_stage(Maps(C, side, side, channels_last, dtype), both)
+            for C, H, W in ((2048, 1, 1), (5, 3, 1), (64, 112, 112)):
+                yield from attention_map_stage(Maps(C, H, W, channels_last, dtype), both)
+        for p in (1.0, 3.0, 0.5, 2.5, 4.0):
+            yield from attention_map_stage(Maps(256, 56, 56, channels_last, bf16, p), both)
+        yield from attention_map_stage(Maps(256, 56, 56, channels_last, fp16), both)
+    for side in (1, 7, 8, 14, 28, 32, 56, 112):
+        yield from attention_map_stage(Maps(64, side, side), ("_compare",))
+
+
+def attention_map_stage(maps: Maps, functions: Sequence[str]) -> Iterator[Case]:
+    """Launches of a training step, in which the student's gradient is wanted: those of the functions."""
+    C, P, channels_last = maps.C, maps.H * maps.W, maps.channels_last
+
+    def launch() -> None:
+        layout = torch.channels_last if channels_last else torch.contiguous_format
+        student, teacher = (torch.zeros(IMAGES, C, maps.H, maps.W, dtype=maps.dtype).to(memory_format=layout) for _ in range(2))
+        _, (slopes,) = attention_map.loss_and_slopes([student], [teacher], maps.p, [True, False])
+        attention_map.gradient(student, slopes, torch.ones(()), maps.p)
+
+    features, energies = IMAGES * C * P * maps.dtype.itemsize, IMAGES * P * 4
+    # a launch's accesses of the features are seen by their rows (`problems`); the comparison's tensors have one dimension
+    counted = {
+        "_energies": (features + energies, features, (0, 0)),
+        "_gradients": (2 * features + energies, 2 * features, (0, 0)),
+        "_compare": (7 * energies, 3 * energies, (0, 0) if P % 4 or P < 128 else (6, 1)),  # threads of small blocks have fewer elements
+    }
+    variant = f"{maps.H} x {maps.W}{', channels_last' * channels_last}{f', p {maps.p:g}' * (maps.p != 2)}"
+    for function in functions:
+        yield Case("attention_map", IMAGES, C, _names(maps.dtype), variant, launch, *counted[function][:2], function, counted[function][2])
 
 
 def _bytes(dtypes: Sequence[torch.dtype]) -> int:
@@ -546,7 +652,11 @@ def run(options: Codegen) -> list[dict[str, Any]]:
         RuntimeError: this process interprets kernels.
     """
     entries = [
-        entry for target in options.targets for entry in measure([*distill_kl_cases(), *supcon_cases(target), *lion_cases(target)], target)
+        entry
+        for target in options.targets
+        for entry in measure(
+            [*distill_kl_cases(), *supcon_cases(target), *nce_cases(), *lion_cases(target), *attention_map_cases()], target
+        )
     ]
     console = Console(width=200, soft_wrap=True, highlight=False)  # a case is one line, also where the output goes to a file
     console.print(table(entries))

@@ -66,6 +66,8 @@ def works(device: torch.device) -> dict[str, Work]:
     both = {"standardize": True, "ce_weight": 0.1}
     features = nn.functional.normalize(torch.randn(33, 2, 64, device=device), dim=2).requires_grad_()
     classes = torch.randint(5, (33,), device=device)
+    banks = [nn.functional.normalize(torch.randn(500, 64, device=device), dim=1) for _ in range(2)]
+    indices = torch.randint(500, (33, 701), device=device)
     return {
         "kd_loss 257 x 10": kd(257, 10),
         "kd_loss 256 x 100, five teachers": kd(256, 100, teachers=5, **both),
@@ -80,6 +82,7 @@ def works(device: torch.device) -> dict[str, Work]:
             *(leaf(*shape).detach() for shape in ((1001, 16), (50, 24), (1001, 24))),
         ),
         "supcon_loss": work(lambda f: functional.supcon_loss(f, classes), features),
+        "crd_loss": work(lambda s, t: functional.crd_loss(s, t, *banks, indices), leaf(33, 64), leaf(33, 64).detach()),
         "attention_transfer_loss": work(functional.attention_transfer_loss, leaf(4, 16, 9, 9), leaf(4, 32, 9, 9).detach()),
         "hint_loss": work(functional.hint_loss, leaf(4, 16, 9, 9), leaf(4, 16, 9, 9).detach()),
         "soft_cross_entropy": work(functional.soft_cross_entropy, leaf(33, 100), leaf(33, 100).detach()),
@@ -166,6 +169,24 @@ def judge_launches(seen: Mapping[str, Mapping[str, float]]) -> None:
     wrong = {name: of for name, of in seen.items() if sum(of.values()) > LAUNCHES}
     if wrong:
         raise Broken(f"more than {LAUNCHES} launches a step: {json.dumps(wrong)}")
+
+
+def few_launches_of_attention(device: torch.device) -> dict[str, Any]:
+    """Attention transfer costs four kernel launches a stage and one more at most, forward and backward together."""
+    seen = {}
+    for stages in (1, 3):
+        students = [torch.randn(4, 16, 9, 7, device=device).requires_grad_() for _ in range(stages)]
+        teachers = [torch.randn(4, 32, 9, 7, device=device) for _ in range(stages)]
+        one = torch.ones((), device=device)
+
+        def run(students: list[Tensor] = students, teachers: list[Tensor] = teachers, one: Tensor = one) -> None:
+            torch.autograd.grad(functional.attention_transfer_loss(students, teachers), students, one)
+
+        run()
+        seen[stages] = kernels_of(run, device)
+    if any(not 0 < sum(of.values()) <= 4 * stages + 1 for stages, of in seen.items()):
+        raise Broken(f"not four launches a stage and one: {json.dumps(seen)}")
+    return {"kernels": seen}
 
 
 def lion_is_one_launch(device: torch.device) -> dict[str, Any]:
@@ -304,6 +325,7 @@ CONTRACTS: Mapping[str, Callable[[torch.device], dict[str, Any]]] = {
     "other_streams": other_streams,
     "other_device": other_device,
     "compiled": compiled,
+    "few_launches_of_attention": few_launches_of_attention,
     "lion_is_one_launch": lion_is_one_launch,
     "lion_graph": lion_graph,
 }

@@ -44,9 +44,12 @@ TESTS = (
     "test_linear_kd",
     "test_supcon",
     "test_supcon_kernel",
+    "test_crd",
+    "test_nce_kernel",
     "test_lion",
     "test_lion_kernel",
     "test_feature_losses",
+    "test_attention_map_kernel",
 )
 SANITIZERS = ("memcheck", "racecheck", "initcheck", "synccheck")
 GRACE = 15.0  # seconds between asking a process to stop and stopping it: pytest writes its results meanwhile

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from kdfast import backend
-from kdfast.functional import kd_loss, supcon_loss
+from kdfast.functional import attention_transfer_loss, crd_loss, kd_loss, supcon_loss
 from kdfast.optim import Lion
 
 
@@ -72,6 +72,35 @@ def supcon(device: torch.device) -> int:
     return runs
 
 
+def nce(device: torch.device) -> int:
+    """Contrastive representation distillation: rows of every width, many parts and few columns, indices of no row, every dtype."""
+    runs = 0
+
+    def run(B: int, n: int, K: int, D: int, dtype: torch.dtype = torch.float32, bank_dtype: torch.dtype = torch.float32) -> None:
+        nonlocal runs
+        student, teacher = (torch.randn(B, D, device=device).to(dtype).requires_grad_() for _ in range(2))
+        banks = [torch.randn(n, D, device=device).to(bank_dtype) for _ in range(2)]
+        indices = torch.randint(n, (B, 1 + K), device=device)
+        if device.type == "cuda":  # on a CPU they raise
+            indices[0, 0], indices[-1, -1] = n, -1
+        loss = crd_loss(student, teacher, *banks, indices, temperature=20.0)
+        torch.autograd.grad(loss, [student, teacher])
+        with torch.no_grad():
+            crd_loss(student, teacher, *banks, indices, temperature=20.0)
+        runs += 1
+
+    for D in (3, 16, 100, 101, 128, 300, 2050):
+        run(3, 37, 70, D)
+        run(2, 37, 9, D, torch.bfloat16, torch.bfloat16)
+    run(3, 37, 0, 16)
+    run(3, 37, 130, 128, torch.float16)
+    run(3, 37, 130, 128, torch.float32, torch.bfloat16)
+    if device.type == "cuda":  # the interpreter would take a minute
+        run(64, 5000, 16384, 128)
+        run(3000, 37, 5, 128)  # more losses than a block adds up at a time
+    return runs
+
+
 def lion(device: torch.device) -> int:
     """The Lion step: whole blocks and parts, aligned and not, every rounding and momentum."""
     runs = 0
@@ -96,7 +125,40 @@ def lion(device: torch.device) -> int:
     return runs
 
 
-KERNELS: Mapping[str, Callable[[torch.device], int]] = {"distill_kl": distill_kl, "supcon": supcon, "lion": lion}  # by file in kernels/
+def attention_map(device: torch.device) -> int:
+    """Attention maps: both layouts, parts of larger maps, rows that can and that cannot be read wide, several steps over everything."""
+    runs = 0
+
+    def run(*shape: int, dtype: torch.dtype = torch.float32, p: float = 2, more: int = 0, channels_last: bool = False) -> None:
+        nonlocal runs
+        layout = torch.channels_last if channels_last else torch.contiguous_format
+
+        def maps(C: int) -> Tensor:
+            whole = torch.randn(shape[0], more + C, *shape[2:], device=device).to(dtype).to(memory_format=layout)
+            return whole[:, more:].requires_grad_()  # the last channel ends where the allocation does
+
+        inputs = [maps(shape[1]), maps(shape[1] + 3)]
+        loss = attention_transfer_loss(*inputs, p=p)
+        torch.autograd.grad(loss, inputs, torch.full_like(loss, 0.5))
+        runs += 1
+
+    for channels_last in (False, True):
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            run(3, 17, 9, 7, dtype=dtype, channels_last=channels_last)
+            run(2, 64, 8, 8, dtype=dtype, more=8, channels_last=channels_last)
+        run(2, 700, 3, 1, p=2.5, channels_last=channels_last)
+        run(1, 2, 70, 61, p=1, channels_last=channels_last)
+        run(2, 5, 4, 4, p=0.5, more=1, channels_last=channels_last)
+    return runs
+
+
+KERNELS: Mapping[str, Callable[[torch.device], int]] = {  # by file in kernels/
+    "distill_kl": distill_kl,
+    "supcon": supcon,
+    "nce": nce,
+    "lion": lion,
+    "attention_map": attention_map,
+}
 
 
 def main() -> None:

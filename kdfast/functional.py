@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kdfast import reference
-from kdfast.ops import attention_map, distill_kl, linear_kd, supcon
+from kdfast.ops import attention_map, distill_kl, linear_kd, nce, supcon
 
 # ---- logit distillation ----------------------------------------------------------------------------------------------
 
@@ -235,6 +235,58 @@ def supcon_loss(
         group=group,
         uneven=uneven,
     )
+
+
+# ---- contrastive representation distillation -------------------------------------------------------------------------
+
+
+def crd_loss(
+    student: Tensor,
+    teacher: Tensor,
+    student_bank: Tensor,
+    teacher_bank: Tensor,
+    indices: Tensor,
+    student_Z: Tensor | None = None,
+    teacher_Z: Tensor | None = None,
+    *,
+    temperature: float = 0.07,
+) -> Tensor:
+    """Contrastive representation distillation (Tian, Krishnan and Isola, ICLR 2020), both directions, without the gathered rows.
+
+    The student is compared with the teacher's bank and the teacher with the student's. In each direction, for embeddings v, a bank x
+    of n rows and 1 + K indices for each sample, scores are P = exp(x . v / temperature) / Z, and with m = K, P_n = 1 / n, eps = 1e-7
+
+        L = -(1/B) sum_i [log(P_i0 / (P_i0 + m P_n + eps)) + sum_k log(m P_n / (P_ik + m P_n + eps))]
+
+    The rows that the indices name, [B, 1 + K, D], never exist at once: beyond the indices memory is a chunk of 4 MB, on a GPU some
+    parts of the gradient. Gradients are made in the forward pass; they flow to the embeddings that require them, not to the banks,
+    which may be overwritten before backward; there is no second derivative. CRDLoss keeps banks and constants, and draws the negatives.
+
+    Args:
+        student: [B, D], floating, normalized by the caller.
+        teacher: [B, D]; its dtype may differ.
+        student_bank: [n, D], what the teacher is compared with.
+        teacher_bank: [n, D], what the student is compared with.
+        indices: int64 [B, 1 + K], rows of the banks: for each sample first its own, then its negatives.
+        student_Z: [], the constant of the student's scores; None: this batch's, n times its mean of exp(x . v / temperature).
+        teacher_Z: [], of the teacher's scores.
+        temperature: positive.
+
+    Returns:
+        0-dim; 0 for an empty batch. float32, or float64 if an input is. Equal inputs give equal bits.
+
+    Raises:
+        ValueError: shapes or devices do not fit, the temperature is not positive, or (on the CPU) an index is out of range. On a GPU,
+            where reading indices would wait for the device, loss and gradients are NaN then.
+        TypeError: embeddings or banks are not floating, indices are not int64, or a bank or a constant requires grad.
+        RuntimeError: the gradient is itself differentiated (create_graph=True).
+    """
+    if student_Z is None:
+        student_Z = nce.normalizer(student, teacher_bank, indices, temperature)
+    if teacher_Z is None:
+        teacher_Z = nce.normalizer(teacher, student_bank, indices, temperature)
+    of_student = nce.nce_loss(student, teacher_bank, indices, student_Z, temperature)
+    return of_student + nce.nce_loss(teacher, student_bank, indices, teacher_Z, temperature)
 
 
 # ---- attention transfer, hints, self-distillation --------------------------------------------------------------------

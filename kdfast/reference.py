@@ -167,6 +167,24 @@ def supcon_loss(
     return loss.sum() / (max(loss.numel(), 1) if reduction == "mean" else 1)
 
 
+# ---- contrastive representation distillation -------------------------------------------------------------------------
+
+
+def crd_loss(anchors: Tensor, bank: Tensor, indices: Tensor, *, temperature: float = 0.07, Z: Tensor | None = None) -> Tensor:
+    """One direction of CRD (Tian et al., ICLR 2020), as its code has it: anchors [B, D], a bank [n, D], indices [B, 1 + K].
+
+    The first column of indices is the positive. Z None: the batch's mean score times n.
+    """
+    B, n, m = len(anchors), len(bank), indices.shape[1] - 1
+    scores = (torch.einsum("bkd,bd->bk", bank[indices], anchors) / temperature).exp()
+    scores = scores / (scores.mean().detach() * n if Z is None else Z)
+    P_n, eps = 1 / n, 1e-7
+    positive, negative = scores[:, 0], scores[:, 1:]
+    log_D1 = (positive / (positive + m * P_n + eps)).log()
+    log_D0 = (m * P_n / (negative + m * P_n + eps)).log()
+    return -(log_D1.sum() + log_D0.sum()) / max(B, 1)
+
+
 # ---- attention transfer, hints, self-distillation --------------------------------------------------------------------
 
 

@@ -2,6 +2,7 @@
 
 import ast
 import json
+import math
 import os
 import subprocess
 import sys
@@ -16,7 +17,7 @@ import triton.language as tl  # noqa: E402
 from kdfast.benchmarks import codegen  # noqa: E402
 from kdfast.benchmarks.timing import peak_memory  # noqa: E402
 from kdfast.benchmarks.traffic import counted_traffic  # noqa: E402
-from kdfast.kernels import distill_kl, supcon  # noqa: E402
+from kdfast.kernels import attention_map, distill_kl, nce, supcon  # noqa: E402
 
 from kdfast.ops.supcon import Setting  # noqa: E402
 
@@ -251,11 +252,65 @@ def multiplied(N, D):
     return traffic.operations, sum(supcon.operations(N, D, supcon.plans(N, D, features.dtype, "ieee", False).slice))
 
 
+def moved_by_attention():
+    """The bytes that the launches of a training step of attention maps ask for, stage by stage, and those predicted and the least."""
+    for maps in (
+        codegen.Maps(16, 9, 7),
+        codegen.Maps(70, 8, 8, True, torch.bfloat16),
+        codegen.Maps(300, 3, 5, False, torch.float16, 2.5),
+        codegen.Maps(2, 70, 61, True),
+    ):
+        energies, gradients, compared = codegen.attention_map_stage(maps, ("_energies", "_gradients", "_compare"))
+        with counted_traffic() as traffic:
+            energies.launch()
+        made = traffic.read + traffic.written
+        yield made, 2 * energies.moved + compared.moved + gradients.moved, 2 * energies.floor + gradients.floor
+
+
+def test_attention_maps_move_the_predicted_bytes():
+    for measured, predicted, least in ast.literal_eval(interpreted("list(moved_by_attention())")):
+        beside = 4 * codegen.IMAGES + 4 * 1000  # the losses of images; the upstream gradient, which every program reads
+        assert predicted <= measured <= predicted + beside
+        assert least < predicted
+
+
 @pytest.mark.parametrize(("D", "most"), [(64, 6), (128, 6), (256, 8)])
 def test_contrastive_loss_makes_the_predicted_operations(D, most):
     """D = 256 in float32 is made in two slices."""
     made, predicted = ast.literal_eval(interpreted(f"multiplied(192, {D})"))
     assert made == predicted == most * 192**2 * D
+
+
+def gathered(B, K, D, with_gradient, dtype=torch.float32, bank_dtype=torch.float32):
+    """Bytes that a walk over K negatives and its sums ask for, and those predicted."""
+    anchors, bank, indices = torch.zeros(B, D, dtype=dtype), torch.zeros(50, D, dtype=bank_dtype), torch.zeros(B, 1 + K, dtype=torch.int64)
+    with counted_traffic() as traffic:
+        nce.loss_and_gradient(anchors, bank, indices, torch.ones(()), 0.07, 0.0, 0.0, with_gradient)
+    split, _ = nce.parts(B, 1 + K, nce.plan(D)[0])
+    # the launch that adds up reads what the walk wrote, and writes loss and gradient
+    sums = 4 * B * split * (1 + D * with_gradient) + 4 + 4 * B * D * with_gradient
+    return traffic.read + traffic.written, codegen.nce_bytes(B, K, D, dtype, bank_dtype, with_gradient) + sums
+
+
+@pytest.mark.parametrize(
+    "arguments", ["3, 300, 16, True", "3, 300, 100, False", "2, 40, 300, True", "2, 40, 16, True, torch.float32, torch.bfloat16"]
+)
+def test_noise_contrast_reads_every_gathered_row_once(arguments):
+    made, predicted = ast.literal_eval(interpreted(f"gathered({arguments})"))
+    assert made == predicted
+
+
+def asked_for_a_constant(known):
+    """Bytes that the normalizer reads where it is given this constant, of the floor of a walk."""
+    anchors, bank, indices = torch.zeros(3, 16), torch.zeros(50, 16), torch.zeros(3, 301, dtype=torch.int64)
+    with counted_traffic() as traffic:
+        nce.normalizer(anchors, bank, indices, torch.tensor(known), 0.07)
+    return traffic.read / codegen.nce_floor(3, 300, 16, torch.float32)
+
+
+def test_a_settled_constant_costs_no_walk():
+    assert float(interpreted("asked_for_a_constant(-1.0)")) > 1
+    assert float(interpreted("asked_for_a_constant(5.0)")) < 0.02
 
 
 # ---- kernels ---------------------------------------------------------------------------------------------------------
@@ -349,12 +404,87 @@ def test_contrastive_loss_takes_little_memory(N, normalize, monkeypatch):
 
 
 @compiles
+def test_every_plan_of_noise_contrast_has_a_case():
+    with codegen.recorded() as launches:
+        for case in codegen.nce_cases():
+            case.launch()
+    launched = {(plan["ROWS"], plan["WIDTH"], plan["warps"]) for plan in (x.plan for x in launches) if "ROWS" in plan}
+    assert launched == {nce.plan(D) for D in range(4, nce.WIDEST + 1)}
+
+
+@compiles
+@pytest.mark.parametrize("target", ["sm_90", "sm_100"])
+@pytest.mark.parametrize("part", range(4))
+def test_noise_contrast_holds_the_bars(target, part):
+    """No spills, and rows gathered 128 bits at a time wherever they allow it, which `problems` asks of every tensor of rows."""
+    for entry in codegen.measure(list(codegen.nce_cases())[part::4], target):
+        name = f"D {entry['C']} {entry['dtypes']}, {entry['variant']}, {entry['plan']}"
+        assert not entry["problems"], f"{name}: {'; '.join(entry['problems'])}"
+        assert not entry["products"], name
+        if entry["function"] in ("_losses", "_exponentials") and entry["C"] > 8:  # of so few an address is handed on in shared memory
+            size = 2 if entry["dtypes"].endswith("bf16") else 4
+            assert entry["widths"]["bank"] == 8 * math.gcd(16, entry["C"] * size), name
+            assert entry["bytes_moved"] < 1.005 * entry["bytes_floor"], name
+
+
+@compiles
+def test_noise_contrast_takes_little_memory(monkeypatch):
+    """What the launcher allocates, where the gathered rows are 537 MB."""
+    B, K, D = codegen.NCE_SHAPE[0], codegen.NCE_SHAPE[1], 128
+    anchors, bank, indices = torch.zeros(B, D), torch.empty(50_000, D), torch.zeros(B, 1 + K, dtype=torch.int64)
+    monkeypatch.setattr(triton.JITFunction, "run", lambda *_, **__: None)
+    split, _ = nce.parts(B, 1 + K, nce.plan(D)[0])
+    Z = torch.ones(())
+    memory = peak_memory(lambda: nce.loss_and_gradient(anchors, bank, indices, Z, 0.07, 0.0, 0.0, True))
+    assert 0 < memory <= 4 * (B * split * (D + 1) + B * D + 1) < 2**20
+
+
+@compiles
 @pytest.mark.parametrize("target", ["sm_90", "sm_100"])
 @pytest.mark.parametrize("momentum", ["fp32", "bf16", "fp16", "int8"])
 def test_the_lion_step_holds_the_bars(target, momentum):
     """No spills, and 128 bits at a time in whole blocks, in every dtype and rounding."""
     for entry in codegen.measure([case for case in codegen.lion_cases(target) if case.dtypes.endswith(momentum)], target):
         assert not entry["problems"], f"{entry['dtypes']}, {entry['variant']}, {entry['function']}: {'; '.join(entry['problems'])}"
+
+
+@compiles
+def test_every_plan_of_attention_maps_has_a_case():
+    with codegen.recorded() as launches:
+        for case in codegen.attention_map_cases():
+            case.launch()
+    made = [launch.plan for launch in launches]
+    tiles = {(p["PIXELS"], p["CHANNELS"], p["warps"]) for p in made if "PIXELS" in p}
+    for channels_last in (False, True):
+        for C in range(16, 2049):
+            for P in (33, 49, 196, 256, 3136, 12544):
+                for itemsize in (2, 4):
+                    assert attention_map.plan(C, P, channels_last, itemsize, math.gcd(8, C if channels_last else P)) in tiles
+    compared = {(p["BLOCK"], p["warps"]) for p in made if "BLOCK" in p}
+    assert compared >= {attention_map.compare_plan(P) for P in (1, 49, 64, 196, 784, 1024, 3136, 12544)}
+
+
+def attention_of_interest(half):
+    """Tiles of every kind, and a power that needs logarithms."""
+    for C, H, W in ((16, 32, 32), (64, 56, 56), (1024, 14, 14), (2048, 7, 7), (17, 9, 7)):
+        for dtype in (torch.float32, torch.bfloat16):
+            yield from codegen.attention_map_stage(codegen.Maps(C, H, W, half, dtype), ("_energies", "_gradients"))
+    yield from codegen.attention_map_stage(codegen.Maps(256, 28, 28, half, torch.float16, 2.5), ("_energies", "_gradients"))
+    for side in (7, 14, 112):
+        yield from codegen.attention_map_stage(codegen.Maps(16, side, side, half), ("_compare",))
+
+
+@compiles
+@pytest.mark.parametrize("target", ["sm_90", "sm_100"])
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_attention_maps_hold_the_bars(target, channels_last):
+    """No spills, and 128 bits at a time where the maps allow it, of the features and of their gradients."""
+    for entry in codegen.measure(list(attention_of_interest(channels_last)), target):
+        name = f"{entry['function']}, {entry['C']} {entry['dtypes']}, {entry['variant']}, {entry['plan']}"
+        assert not entry["problems"], f"{name}: {'; '.join(entry['problems'])}"
+        assert entry["spilled"] == 0, name
+        if entry["variant"].startswith("56 x 56"):
+            assert entry["widths"]["features"] == entry["widths"].get("gradients", 128) == 128, name
 
 
 @compiles
@@ -385,6 +515,9 @@ def test_other_targets_compile(target):
         cases += codegen.supcon_step(target, 8192, D, variant, dtype)
     for dtypes in ((torch.float32,) * 3, (torch.bfloat16,) * 3, (torch.bfloat16, torch.bfloat16, torch.int8)):
         cases += codegen.lion_launches(target, "plain", *dtypes)
+    for maps in (codegen.Maps(64, 56, 56, True), codegen.Maps(256, 28, 28, False, torch.bfloat16, 2.5)):
+        cases += codegen.attention_map_stage(maps, ("_energies", "_compare", "_gradients"))
+    cases += [codegen.nce_case(D, torch.float32, torch.float32, "_losses") for D in (16, 101, 128, 512)]
     for entry in codegen.measure(cases, target):
         assert not entry["problems"], entry
 
@@ -394,7 +527,9 @@ def test_the_table_and_the_json(tmp_path, monkeypatch, capsys):
     cases = [codegen.distill_kl_case(1000, "kd", torch.float32, torch.bfloat16), codegen.rescale_case(1000, torch.float32)]
     monkeypatch.setattr(codegen, "distill_kl_cases", lambda: iter(cases))
     monkeypatch.setattr(codegen, "supcon_cases", lambda target: iter(()))
+    monkeypatch.setattr(codegen, "nce_cases", lambda: iter(()))
     monkeypatch.setattr(codegen, "lion_cases", lambda target: iter(()))
+    monkeypatch.setattr(codegen, "attention_map_cases", lambda: iter(()))
     codegen.run(codegen.Codegen(targets=("sm_90",), out=tmp_path / "codegen.json"))
     printed = capsys.readouterr().out
     assert "1000 fp32 bf16, kd" in printed
@@ -415,7 +550,9 @@ def test_the_table_says_what_is_wrong(monkeypatch, capsys):
     case = codegen.Case("copy", 5, 1000, "fp32", "unhinted", launch, 40000, 40000)
     monkeypatch.setattr(codegen, "distill_kl_cases", lambda: iter([case]))
     monkeypatch.setattr(codegen, "supcon_cases", lambda target: iter(()))
+    monkeypatch.setattr(codegen, "nce_cases", lambda: iter(()))
     monkeypatch.setattr(codegen, "lion_cases", lambda target: iter(()))
+    monkeypatch.setattr(codegen, "attention_map_cases", lambda: iter(()))
     codegen.run(codegen.Codegen(targets=("sm_90",)))
     printed = capsys.readouterr().out
     assert "sm_90, C 1000 fp32, unhinted: x is accessed 32 bits at a time, its rows allow 128; y is" in printed

@@ -1,4 +1,4 @@
-"""Attention maps of feature maps, and the loss between them: checks and autograd.
+"""Attention maps of feature maps, and the loss between them: checks, choice of backend, autograd, registration.
 
     a = mean over channels of |F|^p,   A = a / |a|_2 over the pixels of an image   ("Paying More Attention to Attention",
     loss = sum over stages of the mean of (A_student - A_teacher)^2                 Zagoruyko & Komodakis, ICLR 2017)
@@ -6,8 +6,9 @@
     backward, from dA:   da = (dA - A <A, dA>) / |a|,   dF = (p / C) |F|^(p-1) sign(F) da
 
 Floor: each feature map is read once forward, once backward, and its gradient written once; eager PyTorch also writes and reads
-|F|^p and two more tensors of that size. The forward walks the batch in blocks that stay in the cache, or, for channels_last,
-reduces along the innermost dimension. There is no operator to register: torch.compile sees through these few tensor operations.
+|F|^p and two more tensors of that size. The Triton kernel (kernels/attention_map.py) moves that. The PyTorch form walks the batch in
+blocks that stay in the cache, or, for channels_last, reduces along the innermost dimension; torch.compile sees through its few tensor
+operations, so that only the kernel is registered. Where sizes differ, PyTorch pools the larger map before either form sees it.
 """
 
 from collections.abc import Sequence
@@ -17,6 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kdfast.ops import backend
+
 _BLOCK = 262144  # elements, 1 MB of float32
 
 
@@ -25,17 +28,34 @@ def attention_transfer_loss(student_maps: Tensor | Sequence[Tensor], teacher_map
     students = [student_maps] if isinstance(student_maps, Tensor) else list(student_maps)
     teachers = [teacher_maps] if isinstance(teacher_maps, Tensor) else list(teacher_maps)
     _check(students, teachers, p)
-    stages = []
-    for student, teacher in zip(students, teachers):
+    for i, (student, teacher) in enumerate(zip(students, teachers)):
         # the feature tensor is pooled, not its map: pooling and the power do not commute
         size = min(student.shape[2], teacher.shape[2]), min(student.shape[3], teacher.shape[3])
-        a, b = (_AttentionMap.apply(_pooled(features, size), p) for features in (student, teacher))
+        students[i], teachers[i] = _pooled(student, size), _pooled(teacher, size)
+    if _by_kernel(students, teachers):
+        return _AttentionTransfer.apply(float(p), len(students), *students, *teachers)
+    stages = []
+    for student, teacher in zip(students, teachers):
+        a, b = (_AttentionMap.apply(features, p) for features in (student, teacher))
         stages.append((a - b).square().mean())
     return torch.stack(stages).sum()
 
 
 def _pooled(features: Tensor, size: tuple[int, int]) -> Tensor:
     return features if tuple(features.shape[2:]) == size else F.adaptive_avg_pool2d(features, size)
+
+
+def _by_kernel(students: list[Tensor], teachers: list[Tensor]) -> bool:
+    """Whether the kernel runs; without a pixel or a channel the PyTorch form says what comes of that."""
+    maps = (*students, *teachers)
+    if any(features.numel() == 0 for features in maps):
+        return False
+    if torch.compiler.is_compiling():
+        return backend.chooses_kernel(*maps)
+    return backend.kernel("attention_map", *maps) is not None
+
+
+# ---- the PyTorch form ------------------------------------------------------------------------------------------------
 
 
 class _AttentionMap(torch.autograd.Function):
@@ -56,7 +76,7 @@ class _AttentionMap(torch.autograd.Function):
         features, unit, norm = ctx.saved_tensors
         along = unit * (unit * d_unit).sum(dim=1, keepdim=True)
         d_energy = (d_unit - torch.where(norm > 1e-12, along, 0.0)) / norm
-        scale = (d_energy * (ctx.p / features.shape[1])).view(features.shape[0], 1, *features.shape[2:])
+        scale = (d_energy * (ctx.p / max(1, features.shape[1]))).view(features.shape[0], 1, *features.shape[2:])
         return _power_gradient(features, scale, ctx.p), None
 
 
@@ -93,6 +113,66 @@ def _blocks(x: Tensor, like: Tensor | None = None) -> tuple[Tensor, ...]:
 
 def _arithmetic(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+# ---- the kernel, and what torch.compile sees of it -------------------------------------------------------------------
+
+
+class _AttentionTransfer(torch.autograd.Function):
+    """The loss, 0-dim, of `stages` students and then as many teachers."""
+
+    @staticmethod
+    def forward(ctx: Any, p: float, stages: int, *maps: Tensor) -> Tensor:
+        wanted = list(ctx.needs_input_grad[2:])
+        run = _op if torch.compiler.is_compiling() else _loss_and_slopes
+        loss, *slopes = run(list(maps[:stages]), list(maps[stages:]), p, wanted)
+        ctx.save_for_backward(*(features for features, need in zip(maps, wanted) if need), *slopes)
+        ctx.p, ctx.wanted = p, wanted
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        compiling = torch.compiler.is_compiling()
+        if torch.is_grad_enabled() and not compiling:
+            raise RuntimeError("attention_transfer_loss has no second derivative: call backward() or grad() without create_graph=True")
+        count = len(ctx.saved_tensors) // 2
+        run = _gradients_op if compiling else _gradients
+        gradients = iter(run(list(ctx.saved_tensors[:count]), list(ctx.saved_tensors[count:]), upstream, ctx.p))
+        return None, None, *[next(gradients) if need else None for need in ctx.wanted]
+
+
+def _loss_and_slopes(students: list[Tensor], teachers: list[Tensor], p: float, wanted: list[bool]) -> list[Tensor]:
+    module = backend.kernel("attention_map", *students, *teachers)
+    assert module is not None  # _by_kernel has asked
+    loss, slopes = module.loss_and_slopes(students, teachers, p, wanted)
+    return [loss, *slopes]
+
+
+def _gradients(maps: list[Tensor], slopes: list[Tensor], upstream: Tensor, p: float) -> list[Tensor]:
+    from kdfast.kernels import attention_map  # whatever the backend is by now: the kernel has run forward
+
+    return [attention_map.gradient(features, slope, upstream, p) for features, slope in zip(maps, slopes)]
+
+
+_op = torch.library.custom_op("kdfast::attention_transfer", _loss_and_slopes, mutates_args=())
+_gradients_op = torch.library.custom_op("kdfast::attention_transfer_backward", _gradients, mutates_args=())
+
+
+@_op.register_fake
+def _(students: list[Tensor], teachers: list[Tensor], p: float, wanted: list[bool]) -> list[Tensor]:
+    pixels = [x.shape[0] * x.shape[2] * x.shape[3] for x in (*students, *teachers)]
+    loss = students[0].new_empty((), dtype=torch.float32)
+    return [loss, *(loss.new_empty(n) for n, need in zip(pixels, wanted) if need)]
+
+
+@_gradients_op.register_fake
+def _(maps: list[Tensor], slopes: list[Tensor], upstream: Tensor, p: float) -> list[Tensor]:
+    from kdfast.kernels import attention_map
+
+    return [attention_map.gradient_like(features) for features in maps]
+
+
+# ---- checks ----------------------------------------------------------------------------------------------------------
 
 
 def _check(students: list[Tensor], teachers: list[Tensor], p: float) -> None:

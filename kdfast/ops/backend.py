@@ -20,6 +20,7 @@ from torch import Tensor
 
 NAMES = ("auto", "triton", "torch")
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_TRITON = importlib.util.find_spec("triton") is not None
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # read once, as Triton does when a kernel is defined
 
 
@@ -92,7 +93,7 @@ def kernel(operator: str, *tensors: Tensor) -> ModuleType | None:
     # the usual CPU call is settled by its first tensor: small losses there cost little more than such questions
     if choice == "torch" or (choice == "auto" and not _INTERPRETED and not tensors[0].is_cuda):
         return None
-    runs_here = all((t.is_cuda or (_INTERPRETED and t.is_cpu)) and t.dtype in KERNEL_DTYPES for t in tensors if t.is_floating_point())
+    runs_here = _runs_here(*tensors)
     if choice == "auto":
         return _kernel_module(operator) if runs_here else None
     module = _kernel_module(operator)
@@ -102,3 +103,12 @@ def kernel(operator: str, *tensors: Tensor) -> ModuleType | None:
         seen = ", ".join(sorted({f"{t.dtype} on {t.device.type}" for t in tensors}))
         raise RuntimeError(f"{operator}: the backend is 'triton', which needs float32, bfloat16 or float16 CUDA tensors, got {seen}")
     return module
+
+
+def chooses_kernel(*tensors: Tensor) -> bool:
+    """What `kernel` decides, for torch.compile, which can trace this; where the backend is "triton" its errors are left to it."""
+    return current() == "triton" or (current() == "auto" and _TRITON and _runs_here(*tensors))
+
+
+def _runs_here(*tensors: Tensor) -> bool:
+    return all((t.is_cuda or (_INTERPRETED and t.is_cpu)) and t.dtype in KERNEL_DTYPES for t in tensors if t.is_floating_point())

@@ -8,6 +8,7 @@ All functions are collective: every rank of the group calls them, in the same or
 `sizes_of_ranks` waits for the device. torch.compile traces the others.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -37,6 +38,20 @@ def names_of_others(names: Tensor, sizes: list[int], group: "dist.ProcessGroup")
     """This rank's names [n], of any dtype -> those of all other ranks, in their order."""
     as_bytes = names.detach().contiguous().view(-1, 1).view(torch.uint8)  # no backend sends every dtype
     return _exchange(as_bytes, sizes, group).view(names.dtype).view(-1)
+
+
+def of_all_ranks(tensors: Sequence[Tensor], group: "dist.ProcessGroup") -> list[Tensor]:
+    """Tensors [B, ...] of any dtypes, B > 0 alike on all ranks -> those of all ranks, [ranks * B, ...] in their order, in one exchange.
+
+    Without gradients.
+    """
+    rows = len(tensors[0])
+    as_bytes = [x.detach().contiguous().view(rows, -1).view(torch.uint8) for x in tensors]
+    own = torch.cat(as_bytes, 1)
+    joined = own.new_empty(group.size() * rows, own.shape[1])
+    dist.all_gather_into_tensor(joined, own, group=group)
+    parts = joined.split([x.shape[1] for x in as_bytes], 1)
+    return [part.contiguous().view(x.dtype).view(-1, *x.shape[1:]) for part, x in zip(parts, tensors)]
 
 
 def sum_over_ranks(value: Tensor, group: "dist.ProcessGroup") -> Tensor:

@@ -1,0 +1,263 @@
+"""Noise-contrastive estimation against a memory bank: checks, choice of backend, autograd, registration, and its PyTorch form in chunks.
+
+Each of B anchors v_i is compared with 1 + K rows x_ik of the bank, of n rows: first its positive, then negatives. As in CRD's code the
+noise is uniform, P_n = 1 / n, with m = K samples of it for each positive:
+
+    P_ik = exp(x_ik . v_i / T) / Z
+    L    = -(1/B) sum_i [log(P_i0 / (P_i0 + m P_n + eps)) + sum_k log(m P_n / (P_ik + m P_n + eps))]
+
+With b = m P_n + eps and t_ik = log(P_ik / b) = x_ik . v_i / T - log(Z b) it is a logistic regression,
+
+    L       = (1/B) sum_i [softplus(-t_i0) + sum_k softplus(t_ik)] + K log1p(eps / (m P_n))
+    dL/dv_i = 1 / (B T) [sum_k sigmoid(t_ik) x_ik - sigmoid(-t_i0) x_i0]
+
+so that a gathered row is needed once: the forward pass makes the gradient while the row is at hand, and backward only scales it. It is
+kept in float32 whatever the anchors' dtype: float16 would lose a mean's gradient before a GradScaler's factor lifts it.
+
+The gathered rows, [B, 1 + K, D], are never whole: the kernel (kernels/nce.py) holds a tile of one anchor's, the PyTorch form a chunk of
+columns. reference.crd_loss is the meaning of both.
+"""
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kdfast.ops.backend import kernel
+
+EPS = 1e-7  # the authors'
+CHUNK = 2**20  # elements of gathered rows that exist at once
+UNSETTLED = -1.0  # a normalizer that is not yet known, as in the authors' code
+
+
+# ---- entry and checks ------------------------------------------------------------------------------------------------
+
+
+def nce_loss(anchors: Tensor, bank: Tensor, indices: Tensor, Z: Tensor, temperature: float) -> Tensor:
+    """The loss of this file's head.
+
+    Args:
+        anchors: v, [B, D], floating.
+        bank: x, [n, D], floating; its dtype may differ. No gradient reaches it, and it may be overwritten before backward.
+        indices: int64 [B, 1 + K], rows of the bank, for each anchor first its positive.
+        Z: [], floating, a positive constant; see normalizer().
+        temperature: T > 0.
+
+    Returns:
+        0-dim; 0 for no anchors. float32, or float64 if an input is. Equal inputs give equal bits.
+
+    Raises:
+        ValueError: shapes or devices do not fit, the temperature is not positive, or (on the CPU) an index is out of range; on a GPU
+            loss and gradient are NaN then.
+        TypeError: a tensor is not floating, indices are not int64, or bank or Z require grad.
+        RuntimeError: the gradient is itself differentiated (create_graph=True).
+    """
+    _check("nce_loss", anchors, bank, indices, Z, temperature)
+    if torch.is_grad_enabled() and anchors.requires_grad:
+        return _NCE.apply(anchors, bank, indices, Z, float(temperature))
+    return _run(anchors, bank, indices, Z, float(temperature), False)[0]
+
+
+def normalizer(anchors: Tensor, bank: Tensor, indices: Tensor, temperature: float, Z: Tensor | None = None) -> Tensor:
+    """CRD's constant Z: n times the mean of exp(x_ik . v_i / T) over a batch; or the one given, if it is settled: positive and finite.
+
+    Whether it is settled is decided on the device; where it is, the kernel and the CPU read no rows.
+
+    Args:
+        anchors: [B, D], as in nce_loss; taken without their gradient.
+        bank: [n, D].
+        indices: int64 [B, 1 + K].
+        temperature: T > 0.
+        Z: [], floating, what is known of it; None: nothing.
+
+    Returns:
+        0-dim, in Z's dtype, or the arithmetic's. NaN, which is unsettled, for no anchors.
+
+    Raises:
+        ValueError, TypeError: as nce_loss.
+    """
+    if Z is None:
+        Z = torch.full((), UNSETTLED, dtype=_arithmetic(anchors, bank), device=anchors.device)
+    _check("normalizer", anchors, bank, indices, Z, temperature)
+    run = _normalizer_op if torch.compiler.is_compiling() else _normalizer
+    return run(anchors.detach(), bank, indices, Z, float(temperature))
+
+
+def is_settled(Z: Tensor) -> Tensor:
+    """Whether Z is known, as a bool [] on its device: positive and finite, so that a first batch that overflowed does not count."""
+    return Z.isfinite() & (Z > 0)
+
+
+def _check(name: str, anchors: Tensor, bank: Tensor, indices: Tensor, Z: Tensor, temperature: float) -> None:
+    """Raises one sentence that names the argument. The range of indices is checked later, where their values are read."""
+    if anchors.dim() != 2:
+        raise ValueError(f"{name}: anchors must be [B, D], got shape {tuple(anchors.shape)}")
+    if bank.dim() != 2 or bank.shape[1] != anchors.shape[1] or bank.shape[0] == 0:
+        raise ValueError(f"{name}: bank must be [n, {anchors.shape[1]}] as the anchors are, with at least one row, got {tuple(bank.shape)}")
+    if indices.dim() != 2 or indices.shape[0] != anchors.shape[0] or indices.shape[1] == 0:
+        raise ValueError(
+            f"{name}: indices must be [{anchors.shape[0]}, 1 + K], for each anchor its positive and K negatives, got {tuple(indices.shape)}"
+        )
+    if Z.dim() != 0:
+        raise ValueError(f"{name}: Z must be 0-dim, got shape {tuple(Z.shape)}")
+    for argument, tensor in (("anchors", anchors), ("bank", bank), ("Z", Z)):
+        if not tensor.is_floating_point():
+            raise TypeError(f"{name}: {argument} must be floating, got {tensor.dtype}")
+    if indices.dtype != torch.int64:
+        raise TypeError(f"{name}: indices must be int64, got {indices.dtype}")
+    for argument, tensor in (("bank", bank), ("indices", indices), ("Z", Z)):
+        if tensor.device != anchors.device:
+            raise ValueError(f"{name}: {argument} must be on the anchors' device {anchors.device}, got {tensor.device}")
+        if tensor.requires_grad:
+            raise TypeError(f"{name}: {argument} must not require grad, for only the anchors get one")
+    if not 0 < temperature < math.inf:
+        raise ValueError(f"{name}: temperature must be positive, got {temperature}")
+
+
+def _check_range(indices: Tensor, n: int) -> None:
+    if indices.device.type == "cpu" and indices.numel():
+        least, most = indices.aminmax()
+        if least < 0 or most >= n:
+            raise ValueError(f"nce_loss: indices must be in [0, {n}), rows of the bank, got {int(least if least < 0 else most)}")
+
+
+def _arithmetic(*tensors: Tensor) -> torch.dtype:
+    return torch.float64 if torch.float64 in [x.dtype for x in tensors] else torch.float32
+
+
+# ---- autograd --------------------------------------------------------------------------------------------------------
+
+
+class _NCE(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, anchors: Tensor, bank: Tensor, indices: Tensor, Z: Tensor, temperature: float) -> Tensor:
+        loss, gradient = _run(anchors, bank, indices, Z, temperature, True)
+        ctx.save_for_backward(gradient)
+        ctx.dtype = anchors.dtype
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None, None, None]:
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            raise RuntimeError("nce_loss has no second derivative: call backward() or grad() without create_graph=True")
+        (gradient,) = ctx.saved_tensors
+        return (gradient * upstream).to(ctx.dtype), None, None, None, None
+
+
+def _run(anchors: Tensor, bank: Tensor, indices: Tensor, Z: Tensor, temperature: float, with_gradient: bool) -> tuple[Tensor, Tensor]:
+    run = _loss_op if torch.compiler.is_compiling() else _loss_and_gradient
+    return run(anchors, bank, indices, Z, temperature, with_gradient)
+
+
+def _loss_and_gradient(
+    anchors: Tensor, bank: Tensor, indices: Tensor, Z: Tensor, temperature: float, with_gradient: bool
+) -> tuple[Tensor, Tensor]:
+    """The loss [] and its gradient for the anchors, [B, D] or [0, D], by the backend in force."""
+    _check_range(indices, len(bank))
+    K, n = indices.shape[1] - 1, len(bank)
+    log_b = math.log(K / n + EPS)
+    constant = K * math.log1p(EPS * n / K) if K else 0.0
+    module = kernel("nce", anchors, bank, Z)
+    if module is not None and anchors.shape[1] <= module.WIDEST:
+        return module.loss_and_gradient(anchors, bank, indices, Z, temperature, log_b, constant, with_gradient)
+    return loss_and_gradient(anchors, bank, indices, Z, temperature, log_b, constant, with_gradient)
+
+
+def _normalizer(anchors: Tensor, bank: Tensor, indices: Tensor, Z: Tensor, temperature: float) -> Tensor:
+    """normalizer() by the backend in force; never Z itself, which its owner may overwrite."""
+    _check_range(indices, len(bank))
+    module = kernel("nce", anchors, bank, Z)
+    if module is not None and anchors.shape[1] <= module.WIDEST:
+        return module.normalizer(anchors, bank, indices, Z, temperature)
+    return mean_score(anchors, bank, indices, Z, temperature)
+
+
+# ---- what torch.compile sees -----------------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("kdfast::nce_loss", mutates_args=())
+def _loss_op(
+    anchors: Tensor, bank: Tensor, indices: Tensor, Z: Tensor, temperature: float, with_gradient: bool
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    return _loss_and_gradient(anchors, bank, indices, Z, temperature, with_gradient)
+
+
+@_loss_op.register_fake
+def _(
+    anchors: Tensor, bank: Tensor, indices: Tensor, Z: Tensor, temperature: float, with_gradient: bool
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    dtype = _arithmetic(anchors, bank, Z)
+    B, D = anchors.shape
+    return anchors.new_empty((), dtype=dtype), anchors.new_empty(B if with_gradient else 0, D, dtype=dtype)
+
+
+@torch.library.custom_op("kdfast::nce_normalizer", mutates_args=())
+def _normalizer_op(anchors: Tensor, bank: Tensor, indices: Tensor, Z: Tensor, temperature: float) -> Tensor:
+    return _normalizer(anchors, bank, indices, Z, temperature)
+
+
+@_normalizer_op.register_fake
+def _(anchors: Tensor, bank: Tensor, indices: Tensor, Z: Tensor, temperature: float) -> Tensor:
+    return torch.empty_like(Z)
+
+
+# ---- in PyTorch ------------------------------------------------------------------------------------------------------
+
+
+def _chunks(v: Tensor, bank: Tensor, indices: Tensor, temperature: float) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """Columns start .. start + c, their rows [B, c, D], and x . v / T [B, c]: NaN where it is infinite, or no such row is in the bank.
+
+    Rows are in the same memory every time; scores are the caller's to overwrite.
+    """
+    (B, D), n = v.shape, len(bank)
+    width = max(1, min(CHUNK // max(1, B * D), indices.shape[1]))
+    memory = bank.new_empty(B * width, D)
+    for start in range(0, indices.shape[1], width):
+        columns = slice(start, min(start + width, indices.shape[1]))
+        index = indices[:, columns]
+        there = (index >= 0) & (index < n)  # on a CPU all are: it was checked
+        rows = memory[: index.numel()]
+        torch.index_select(bank, 0, index.clamp(0, n - 1).reshape(-1), out=rows)
+        rows = rows.view(B, index.shape[1], D).to(v.dtype)
+        scores = v.new_empty(B, index.shape[1], 1)
+        torch.bmm(rows, v[:, :, None], out=scores)  # out=: autocast leaves it alone
+        scores = scores.squeeze(2).div_(temperature)
+        yield columns, rows, scores.where(scores.isfinite() & there, math.nan)
+
+
+def loss_and_gradient(
+    anchors: Tensor, bank: Tensor, indices: Tensor, Z: Tensor, temperature: float, log_b: float, constant: float, with_gradient: bool
+) -> tuple[Tensor, Tensor]:
+    """kernels/nce.py's function of this name, and in float64 where an input is."""
+    dtype, (B, D) = _arithmetic(anchors, bank, Z), anchors.shape
+    v = anchors.detach().to(dtype).contiguous()
+    shift = Z.to(dtype).log() + log_b
+    total = v.new_zeros(())
+    pull = v.new_zeros(B if with_gradient else 0, 1, D)
+    for columns, rows, t in _chunks(v, bank, indices, temperature):
+        t -= shift
+        if columns.start == 0:
+            t[:, 0].neg_()
+        total -= F.logsigmoid(-t).sum()  # softplus, exact also beyond torch's threshold
+        if with_gradient:
+            share = t.sigmoid_()
+            if columns.start == 0:
+                share[:, 0].neg_()
+            pull.baddbmm_(share[:, None, :], rows)
+    mean = 1 / max(B, 1)
+    return total * mean + (constant if B else 0.0), pull.squeeze(1).mul_(mean / temperature)
+
+
+def mean_score(anchors: Tensor, bank: Tensor, indices: Tensor, Z: Tensor, temperature: float) -> Tensor:
+    """kernels/nce.py's normalizer, and in float64 where an input is."""
+    if Z.device.type == "cpu" and is_settled(Z):  # another device's answer the host would wait for
+        return Z.clone()
+    v = anchors.to(_arithmetic(anchors, bank, Z)).contiguous()
+    total = v.new_zeros(())
+    for _, _, scores in _chunks(v, bank, indices, temperature):
+        total += scores.exp_().sum()
+    made = (total / indices.numel() * len(bank) if indices.numel() else torch.full_like(total, math.nan)).to(Z.dtype)
+    return torch.where(is_settled(Z), Z, made)
