@@ -42,8 +42,8 @@ kdfast COMMAND --help                                every option of a command
 COMPARE = """usage: kdfast compare [--recipes a,b,c] [--out FOLDER] [options of kdfast distill]
 
 Runs several recipes (none named, or all: every one) on the same images, student, seeds and teacher, which is trained once where none is
-given, and writes FOLDER/comparison.html, .md and .json. The same command again continues what is left. Every option of `kdfast distill`
-that all these recipes have holds for all of them, for instance:
+given, and writes FOLDER/comparison.html, .md and .json. The same command again continues what is left. A recipe of your own is named
+package.module:RECIPE. Every option of `kdfast distill` that all these recipes have holds for all of them, for instance:
 
 kdfast compare --recipes kd,lskd,conkd --seeds 3
 kdfast compare --recipes all --dataset cifar10 --data-dir D --teacher WEIGHTS --teacher-model resnet56 --student resnet8 --epochs 30
@@ -179,7 +179,12 @@ def _compare(arguments: Sequence[str]) -> None:
     for option in ("--recipe", "--config", "--resume"):
         if any(argument.split("=")[0] == option for argument in others):
             raise ValueError(f"compare does not take {option}: name the recipes with --recipes; the same command again continues the grid")
-    configs = {name: _distillation("compare", ["--recipe", recipes.get(name).name, *others]) for name in names}
+    configs: dict[str, Any] = {}
+    for name in names:
+        called = recipes.get(name).name
+        if called in configs:
+            raise ValueError(f"recipes {configs[called].recipe} and {name} are both called {called}: rename one")
+        configs[called] = _distillation("compare", ["--recipe", name, *others])
     compare(configs, Path(chosen.out or "runs/comparison"))
 
 

@@ -1,6 +1,5 @@
 """What the documents show runs, and what they name exists."""
 
-import importlib.util
 import json
 import re
 import tomllib
@@ -46,13 +45,20 @@ def test_the_readmes_loop_examples_run():
 
 def test_the_recipe_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     (code,) = blocks("docs/recipes.md")
-    (tmp_path / "features.py").write_text(code)
-    spec = importlib.util.spec_from_file_location("features", tmp_path / "features.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    real = recipes.get
-    monkeypatch.setattr(recipes, "get", lambda name: module.RECIPE if name == "features" else real(name))
-    arguments = ["--recipe", "features", "--student", "resnet8", "--teacher-model", "resnet14", "--epochs", "1", "--max-images", "100"]
+    (tmp_path / "my_features.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    arguments = [
+        "--recipe",
+        "my_features:RECIPE",
+        "--student",
+        "resnet8",
+        "--teacher-model",
+        "resnet14",
+        "--epochs",
+        "1",
+        "--max-images",
+        "100",
+    ]
     arguments += ["--teacher-training.epochs", "1", "--seeds", "1", "--no-baseline", "--out", str(tmp_path / "run"), "--weight", "0.5"]
     assert cli.main(["distill", *arguments]) == 0
     assert "train/features" in json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
@@ -127,7 +133,7 @@ def test_presets_are_their_sources_trainings_whole():
         assert (method.temperature, method.kd_weight, method.ce_weight) == (5.0, 0.1, 0.9)
     for recipe, preset in (("fitnets", "dih"), ("takd", "dih"), ("mhkd", "dih"), ("dih", "dih-readme")):
         assert trainings(recipe, preset)[0] == dih
-    for recipe in ("fitnets", "at"):
+    for recipe in ("fitnets", "at", "crd"):
         training, _, method, data = trainings(recipe, "repdistiller")
         assert (training, method.ce_weight, method.kd_weight) == (repdistiller, 1.0, 0.0)
         assert (data.normalization, data.val_fraction) == ("repdistiller-cifar100", 0.0)
@@ -137,6 +143,9 @@ def test_presets_are_their_sources_trainings_whole():
     assert trainings("tofd", "tofd")[0] == tofd
     assert trainings("tofd", "tofd")[3].augment == "cifar-cutout"
     assert trainings("tofd", "dih")[0] == replace(dih, batch_size=128, gamma=0.2)
+    training, _, method, _ = trainings("crd", "dih")
+    assert training == replace(repdistiller, lr=0.1, batch_size=128, epochs=200, milestones=(60, 120, 180), gamma=0.2)
+    assert (method.ce_weight, method.kd_weight, method.contrast_weight, method.temperature) == (1.0, 0.9, 0.8, 4.0)
     method = trainings("fitnets", "dih")[2]
     assert (method.hint_epochs, method.regressor, method.student_hint, method.teacher_hint) == (40, False, "layer1", "layer1")
     assert trainings("mhkd", "dih")[2].pull_teacher_heads

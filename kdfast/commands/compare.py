@@ -33,7 +33,7 @@ def compare(configs: Mapping[str, Distill[Any]], out: Path) -> Path:
     """Runs the grid, or what is left of it, and writes the comparison; returns the folder.
 
     Args:
-        configs: by recipe, in the table's order; they should differ in the recipe alone.
+        configs: by the recipe's name, in the table's order; they should differ in the recipe alone.
         out: the folder.
 
     Raises:
@@ -42,11 +42,11 @@ def compare(configs: Mapping[str, Distill[Any]], out: Path) -> Path:
     """
     first = next(iter(configs.values()))
     teacher = first.teacher
-    if teacher == "train" and any(recipes.get(name).needs_teacher for name in configs):
+    if teacher == "train" and any(recipes.get(config.recipe).needs_teacher for config in configs.values()):
         teacher = str(teach(_teacher(first, out / "teacher")))
     for number, (name, config) in enumerate(configs.items()):
         run = replace(config.run, out=out / name, resume=_begun(out / name), baseline=config.run.baseline and number == 0)
-        distill(replace(config, run=run, teacher=teacher if recipes.get(name).needs_teacher else "train"))
+        distill(replace(config, run=run, teacher=teacher if recipes.get(config.recipe).needs_teacher else "train"))
     if int(os.environ.get("RANK", "0")) > 0:  # under torchrun the main process writes
         return out
     rows = table({name: _results(out / name) for name in configs})

@@ -100,7 +100,7 @@ class Distill(Generic[S]):
     """A distillation: teacher in, student out."""
 
     recipe: str = "conkd"
-    """Method (kdfast list recipes)."""
+    """Method (kdfast list recipes), or package.module:RECIPE."""
     preset: str = "default"
     """Values of a source (kdfast list presets)."""
     teacher: str = "train"

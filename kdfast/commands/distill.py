@@ -48,7 +48,7 @@ def distill(config: Distill) -> Path:
     """
     recipe = recipes.get(config.recipe)
     dataset = Path(config.data.dataset).name
-    with session(config, f"{config.recipe}-{dataset}-{config.student.replace(':', '.')}") as opened:
+    with session(config, f"{recipe.name}-{dataset}-{config.student.replace(':', '.')}") as opened:
         job = _Job(config, opened)
         opened.begin()
         opened.console.say(f"kdfast distill: {recipe.title}")
@@ -239,7 +239,7 @@ class _Job:
             top1 = {name: [getattr(arm, kept).top1 for arm in of] for name, of in arms.items()}
             paired = report.paired_difference(top1["alone"], top1["distilled"])
         results = {
-            "recipe": self.config.recipe,
+            "recipe": self._recipe.name,
             "preset": self.config.preset,
             "dataset": data.name,
             "classes": list(data.classes),

@@ -32,6 +32,7 @@ def _recipes() -> Table:
     for name in recipes.names():
         recipe = recipes.get(name)
         table.add_row(name, recipe.title, ", ".join(recipe.presets))
+    table.add_row("package.module:RECIPE", "your own: a kdfast.recipes.Recipe", "")
     return table
 
 

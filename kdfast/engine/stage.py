@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+import torch
 from torch import Tensor, nn
 
 from kdfast.data import Batch, Loaders
@@ -98,6 +99,8 @@ class Stage:
         couples_rows: the loss of one image depends on others of its batch (contrastive terms). Micro-batches then take two
             passes, so that the loss still sees the whole batch.
         partial: some trained parameters have no part in the loss (those above a hint), which several processes have to know.
+        optimizer: (trained parameters, training) -> an optimizer in place of the one that `training` names. Its learning rate is
+            scheduled as `training` says, its state goes into checkpoints.
         metadata: text by name, kept in the files of the stage's weights.
     """
 
@@ -112,6 +115,7 @@ class Stage:
     keep: Literal["best", "last"] = "best"
     couples_rows: bool = False
     partial: bool = False
+    optimizer: Callable[[Sequence[nn.Parameter], Training], torch.optim.Optimizer] | None = None
     metadata: Mapping[str, str] = field(default_factory=dict)
     cosine_from_one: bool = field(default=False, kw_only=True)  # the ConKD notebooks' quirk: their cosine counts epochs from 1
 

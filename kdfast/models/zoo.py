@@ -1,11 +1,9 @@
 """Networks by name: the papers' for small images, torchvision's, and "package.module:function" of the user's own."""
 
 import difflib
-import importlib
 import inspect
 import json
 import os
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -13,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from kdfast import imports
 from kdfast.models import cifar_resnet, mobilenet, vgg, wide_resnet
 from kdfast.models.heads import NAMES as HEADS
 from kdfast.models.heads import feature_size, replace_head, set_head
@@ -141,13 +140,9 @@ def _check_options(name: str, make: Callable[..., Any], options: Mapping[str, Op
 
 
 def _user_function(name: str) -> Callable[..., Any]:
-    module_name, _, function_name = name.partition(":")
-    # a console script does not have the current folder on its path, `python -m` does
-    if os.getcwd() not in sys.path and "" not in sys.path:
-        sys.path.insert(0, os.getcwd())
     try:
-        function = getattr(importlib.import_module(module_name), function_name)
-    except (ImportError, AttributeError, ValueError) as error:
+        function = imports.named(name)
+    except ValueError as error:
         raise ValueError(f"create: {name!r} must name an importable package.module:function: {error}") from error
     if not callable(function):
         raise ValueError(f"create: {name!r} must name a function, got a {type(function).__name__}")

@@ -4,6 +4,7 @@ import difflib
 import importlib
 import pkgutil
 
+from kdfast import imports
 from kdfast.recipes.recipe import Preset, Recipe, Setup
 
 _SHARED = {"recipe", "supervised", "features", "plus"}  # modules here that are no method
@@ -17,12 +18,25 @@ def names() -> list[str]:
 
 
 def get(name: str) -> Recipe:
-    """The recipe of that name.
+    """The recipe of that name, or with "package.module:RECIPE" one of the user's own; the current folder is importable.
 
     Raises:
         ValueError: there is none; the nearest names are listed.
     """
+    if ":" in name:
+        return _of_the_users(name)
     if name not in names():
         near = difflib.get_close_matches(name, names()) or names()
-        raise ValueError(f"recipe must be one of {', '.join(names())}, got {name!r}; did you mean {' or '.join(near)}?")
+        known = f"{', '.join(names())} or package.module:RECIPE"
+        raise ValueError(f"recipe must be one of {known}, got {name!r}; did you mean {' or '.join(near)}?")
     return importlib.import_module(f"kdfast.recipes.{name}").RECIPE
+
+
+def _of_the_users(name: str) -> Recipe:
+    try:
+        recipe = imports.named(name)
+    except ValueError as error:
+        raise ValueError(f"recipe {name!r} must name an importable package.module:RECIPE: {error}") from error
+    if not isinstance(recipe, Recipe):
+        raise ValueError(f"recipe {name!r} must name a kdfast.recipes.Recipe, got a {type(recipe).__name__}")
+    return recipe

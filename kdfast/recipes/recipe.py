@@ -145,7 +145,7 @@ class Recipe:
     """A distillation method.
 
     Attributes:
-        name: as on the command line.
+        name: as on the command line, in folders and tables.
         title: one line: the method and its paper.
         settings: the dataclass of the method's own hyper-parameters.
         presets: by name; "default" is given, "large-batch" follows from it.
@@ -164,6 +164,10 @@ class Recipe:
     needs_teacher: bool = True
 
     def __post_init__(self) -> None:
+        if not self.name.isidentifier():
+            raise ValueError(f"Recipe: name must be letters, digits and _, since folders are called so, got {self.name!r}")
+        if "default" not in self.presets:
+            raise ValueError(f"Recipe {self.name}: presets must have one called default, got {', '.join(self.presets) or 'none'}")
         large = Preset(
             "2,048 images a step over all processes, Lion with warm-up and cosine, bf16; contrastive terms see the images of all processes",
             {**self.presets["default"].values, **LARGE_BATCH},
