@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -179,6 +180,8 @@ def test_help_names_the_options(command: str, capsys: pytest.CaptureFixture[str]
         *((recipe, []) for recipe in ("at", "fitnets", "mhkd", "tofd", "dih")),
         ("fitnets", ["--procedure", "joint"]),
         ("takd", ["--assistants", "resnet14", "resnet8"]),
+        ("crd", ["--kd-weight", "0.9", "--plus", "supcon"]),
+        ("crd", ["--label-fraction", "0.5", "--micro-batch", "16", "--precision", "bf16", "--ema", "0.9"]),
     ],
 )
 def test_recipes_run_to_a_report(recipe: str, more: list[str], tmp_path: Path):
@@ -218,7 +221,7 @@ def test_dihs_heads_are_used_again(tmp_path: Path, capsys: pytest.CaptureFixture
     assert "another teacher's" in sentence(capsys)
 
 
-@pytest.mark.parametrize("recipe", ["at", "fitnets", "takd", "mhkd", "tofd", "dih"])
+@pytest.mark.parametrize("recipe", ["at", "crd", "fitnets", "takd", "mhkd", "tofd", "dih"])
 def test_every_recipe_resumes_to_the_same_numbers(recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Crashes at a write in the middle of the student's last stage, as kill -9 would leave it."""
     options = ["--recipe", recipe, "--seeds", 1, "--no-baseline", *TINY]
@@ -283,6 +286,76 @@ def test_compare_runs_a_grid_once_with_one_teacher(tmp_path: Path, capsys: pytes
     assert "did you mean" in sentence(capsys)
     assert kdfast("compare", "--recipes", "kd", "--resume") == 1
     assert "compare does not take --resume" in sentence(capsys)
+
+
+OWN = """from dataclasses import dataclass, replace
+
+from kdfast.recipes import kd
+
+
+@dataclass(frozen=True)
+class Settings(kd.Settings):
+    extra: float = 0.0
+    \"\"\"More of it.\"\"\"
+
+
+RECIPE = replace(kd.RECIPE, name="mine", settings=Settings)
+KD = kd.RECIPE
+"""
+
+
+@pytest.fixture
+def own_recipes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """own_recipes.py in the current folder, which a console script does not have on its path."""
+    (tmp_path / "own_recipes.py").write_text(OWN)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry])
+    yield
+    sys.modules.pop("own_recipes", None)
+
+
+@pytest.mark.usefixtures("own_recipes")
+def test_a_recipe_of_ones_own_is_distilled_resumed_and_evaluated(tmp_path: Path):
+    options = ["distill", "--recipe", "own_recipes:RECIPE", "--extra", 0.5, "--seeds", 1, "--no-baseline", *TINY]
+    assert kdfast(*options) == 0
+    run = tmp_path / "runs" / "mine-digits-resnet8"
+    assert json.loads((run / "results.json").read_text())["recipe"] == "mine"
+    config = (run / "config.toml").read_text()
+    assert 'recipe = "own_recipes:RECIPE"' in config
+    assert "extra = 0.5" in config
+    before = (run / "best.safetensors").read_bytes()
+    assert kdfast(*options, "--resume") == 0
+    assert (run / "best.safetensors").read_bytes() == before
+    assert kdfast("distill", "--config", run / "config.toml", "--out", tmp_path / "again") == 0
+    assert (tmp_path / "again" / "best.safetensors").read_bytes() == before
+    assert kdfast("eval", run) == 0
+
+
+@pytest.mark.usefixtures("own_recipes")
+def test_compare_takes_a_recipe_of_ones_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    assert kdfast("compare", "--recipes", "kd,own_recipes:RECIPE", "--seeds", 1, *TINY, "--out", tmp_path / "grid") == 0
+    rows = json.loads((tmp_path / "grid" / "comparison.json").read_text())["rows"]
+    assert [row["recipe"] for row in rows] == ["teacher resnet8", "resnet8 alone", "kd", "mine"]
+    assert rows[2]["best"] == rows[3]["best"], "it is kd under another name"
+    assert (tmp_path / "grid" / "mine" / "results.json").exists()
+    capsys.readouterr()
+    assert kdfast("compare", "--recipes", "kd,own_recipes:KD", *TINY, "--out", tmp_path / "other") == 1
+    assert "recipes kd and own_recipes:KD are both called kd" in sentence(capsys)
+
+
+@pytest.mark.usefixtures("own_recipes")
+@pytest.mark.parametrize(
+    ("recipe", "message"),
+    [
+        ("own_recipes:OTHER", "must name an importable package.module:RECIPE: .*OTHER"),
+        ("no_such_module:RECIPE", "must name an importable package.module:RECIPE: .*no_such_module"),
+        (":RECIPE", "must name an importable package.module:RECIPE"),
+        ("own_recipes:Settings", "must name a kdfast.recipes.Recipe, got a type"),
+    ],
+)
+def test_mistakes_in_naming_a_recipe_are_one_sentence(recipe: str, message: str, capsys: pytest.CaptureFixture[str]):
+    assert kdfast("distill", "--recipe", recipe) == 1
+    assert re.search(message, sentence(capsys))
 
 
 # ---- killed and continued --------------------------------------------------------------------------------------------

@@ -160,9 +160,18 @@ def test_the_contrast_of_conkd_sees_all_processes(tmp_path: Path, micro: int | N
         assert terms2["train/supcon"] == pytest.approx(terms["train/supcon"], rel=1e-9)
 
 
-@pytest.mark.parametrize("recipe", ["kd", "fitnets", "tofd"])  # fitnets: parameters without a part in the loss; tofd: heads, a large norm
-def test_torchrun_runs_the_command_line(tmp_path: Path, recipe: str):
+@pytest.mark.parametrize(
+    ("recipe", "more"),
+    [
+        ("kd", []),
+        ("fitnets", []),  # parameters without a part in the loss
+        ("tofd", []),  # heads, and a norm that can be large
+        ("crd", ["--negatives", "64", "--micro-batch", "16"]),  # banks that all processes update, in two passes
+    ],
+)
+def test_torchrun_runs_the_command_line(tmp_path: Path, recipe: str, more: list[str]):
     arguments = [
+        *more,
         "--recipe",
         recipe,
         "--seeds",

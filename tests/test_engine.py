@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -270,6 +271,50 @@ def test_two_passes_update_batch_norm_once_a_part_and_repeat_dropout(tmp_path: P
     assert model[2].num_batches_tracked == 2
 
 
+def test_two_passes_keep_what_the_loss_writes_into_a_module(tmp_path: Path):
+    """A memory bank is updated once a batch, by the loss, between the passes."""
+    model, bank = network(), nn.Module()
+    bank.register_buffer("images", torch.zeros(()))
+
+    def loss(outputs, batch):
+        if torch.is_grad_enabled():
+            bank.images += len(batch.labels)
+        return {"square": outputs["logits"].square().mean()}
+
+    def one():
+        yield stage("s", model, replace(TRAINING, epochs=1, micro_batch=5), train=(model, bank), loss=loss, couples_rows=True)
+
+    Run(tmp_path, CPU, Options()).complete(one())
+    assert bank.images == 80
+
+
+def test_a_stage_brings_its_own_optimizer_whose_rate_is_scheduled_and_whose_state_is_resumed(tmp_path: Path):
+    made = []
+
+    def own(parameters, training):
+        made.append(torch.optim.NAdam(parameters, lr=training.lr))
+        return made[-1]
+
+    def one(model):
+        yield stage("s", model, optimizer=own)
+        return model
+
+    def trained(folder: Path, stop: StopRequest) -> dict:
+        folder.mkdir(exist_ok=True)
+        torch.manual_seed(0)
+        return Run(folder, CPU, Options(), stop=stop).complete(one(network())).state_dict()
+
+    whole = trained(tmp_path / "whole", StopRequest())
+    assert [line["lr"] for line in lines(tmp_path / "whole")] == pytest.approx([0.1 * factor(TRAINING, epoch) for epoch in range(3)])
+
+    stop = StopRequest()
+    stop.signal_number = signal.SIGTERM
+    with pytest.raises(Interrupted):
+        trained(tmp_path / "stopped", stop)
+    assert equal(trained(tmp_path / "stopped", StopRequest()), whole)
+    assert len(made) == 3
+
+
 def test_early_stop_ends_a_stage(tmp_path: Path):
     def one():
         return (yield stage("s", network(), replace(TRAINING, epochs=50, lr=1e-12, early_stop=2), best="val/loss"))
@@ -377,6 +422,13 @@ def test_term_meter_weighs_by_rows():
     meter.add({"a": torch.tensor(1.0), "b": torch.tensor(2.0)}, rows=3, step=1)
     meter.add({"a": torch.tensor(5.0), "b": torch.tensor(2.0)}, rows=1, step=2)
     assert meter.averages("train", CPU) == {"train/loss": 4.0, "train/a": 2.0, "train/b": 2.0}
+
+
+def test_a_term_that_validation_leaves_out_is_no_part_of_its_loss():
+    meter = TermMeter(CPU.device, ("a", "b"))
+    meter.add({"a": torch.tensor(1.0)}, rows=3, step=1)
+    meter.add({"a": torch.tensor(5.0)}, rows=1, step=2)
+    assert meter.averages("val", CPU) == {"val/loss": 2.0, "val/a": 2.0}
 
 
 def test_accuracy_leaves_out_hidden_labels():

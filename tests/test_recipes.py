@@ -9,9 +9,10 @@ from torch import nn
 from torch.nn import functional as F
 
 from kdfast import recipes
+from kdfast.data import make_loaders
 from kdfast.engine import Training
 from kdfast.models import ModelSpec, create
-from kdfast.recipes import at, dih, fitnets, mhkd, takd, tofd
+from kdfast.recipes import at, crd, dih, fitnets, mhkd, takd, tofd
 from kdfast.recipes.features import fingerprint
 from kdfast.recipes.recipe import Setup, Trained
 from tests.test_engine import loaders, noise
@@ -127,6 +128,72 @@ def test_at(kd_weight):
     target, *theirs = seen(teacher, batch.images)
     maps = sum((attention(s) - attention(t)).pow(2).mean() for s, t in zip(ours[:3], theirs[:3]))
     assert_same(stage, batch, ce(logits, batch.labels) + 1000 * maps + kd_weight * kl(logits, target, 4.0))
+
+
+# ---- contrastive representation distillation -------------------------------------------------------------------------
+
+
+def contrasted(v, bank, indices, Z, temperature):
+    """CRD's equation, row by row: the image's own row against rows of other classes."""
+    n, K = len(bank), indices.shape[1] - 1
+    total = v.new_zeros(())
+    for row, numbers in zip(v, indices):
+        scores = (bank[numbers] @ row / temperature).exp() / Z
+        positive, negative, noise = scores[0], scores[1:], K / n
+        total = total - (positive / (positive + noise + 1e-7)).log() - (noise / (negative + noise + 1e-7)).log().sum()
+    return total / len(v)
+
+
+@pytest.mark.parametrize("kd_weight", [0.0, 0.9])
+def test_crd(kd_weight):
+    teacher = network()
+    settings = crd.Settings(kd_weight=kd_weight, negatives=7, contrast_weight=0.6, contrast_temperature=0.2, embedding=5)
+    stage = in_double(next(crd.distil(setup(), settings, teacher)))
+    batch, (student, contrast) = batch_of(stage), stage.train
+    assert stage.couples_rows
+    assert stage.loss(stage.forward(batch), batch).keys() == ({"ce+kd"} if kd_weight else {"ce"}), "validation has no contrast"
+    contrast.train()
+    logits, *_, features = seen(student, batch.images)
+    target, *_, theirs = seen(teacher, batch.images)
+    v_s, v_t = (
+        F.normalize(embed.linear(f.detach() if f is theirs else f), dim=1)
+        for embed, f in ((contrast.embed_s, features), (contrast.embed_t, theirs))
+    )
+
+    torch.manual_seed(3)
+    indices = torch.cat([batch.index[:, None], contrast._negatives(batch.index)], 1)
+    labels = noise().train.labels
+    assert (labels[indices[:, 1:]] != labels[batch.index][:, None]).all(), "a negative of the image's own class"
+    banks = contrast.memory_v1.clone(), contrast.memory_v2.clone()
+    constants = [((bank[indices] @ v[:, :, None]) / 0.2).exp().mean().detach() * 80 for v, bank in ((v_s, banks[1]), (v_t, banks[0]))]
+    expected = ce(logits, batch.labels) + kd_weight * kl(logits, target, 4.0)
+    for v, bank, Z in ((v_s, banks[1], constants[0]), (v_t, banks[0], constants[1])):
+        expected = expected + 0.6 * contrasted(v, bank, indices, Z, 0.2)
+
+    torch.manual_seed(3)
+    assert_same(stage, batch, expected)
+    assert torch.allclose(torch.stack([contrast.Z_v1, contrast.Z_v2]), torch.stack(constants))
+    rows = F.normalize(0.5 * banks[0][batch.index] + 0.5 * v_s.detach(), dim=1)
+    assert torch.allclose(contrast.memory_v1[batch.index], rows), "the student's bank follows the student"
+    others = torch.ones(80, dtype=torch.bool)
+    others[batch.index] = False
+    assert torch.equal(contrast.memory_v1[others], banks[0][others])
+
+
+def test_crds_hidden_labels_are_classes_of_their_own():
+    data = noise()
+    labels = torch.where(torch.arange(80) % 4 > 0, -100, data.train.labels)
+    hidden = replace(data, train=replace(data.train, labels=labels))
+    made = setup(data=hidden, labels_hidden=True, make_loaders=lambda training, *_: make_loaders(hidden, batch_size=16))
+    stage = next(crd.distil(made, crd.Settings(negatives=500), network()))
+    contrast = stage.train[1]
+    own = torch.arange(80)
+    drawn = contrast._negatives(own)
+    assert (drawn != own[:, None]).all()
+    shown = labels >= 0
+    alike = shown[drawn] & shown[:, None] & (labels[drawn] == labels[:, None])
+    assert not alike.any()
+    assert set(drawn[1].tolist()) == set(range(80)) - {1}, "an image without a label has all others for negatives"
 
 
 # ---- FitNets ---------------------------------------------------------------------------------------------------------
@@ -314,6 +381,11 @@ def test_tofd():
     [
         ("at", {"attention_weight": -1.0}, "attention_weight must not be negative, got -1.0"),
         ("at", {"temperature": 0.0}, "temperature must be positive, got 0.0"),
+        ("crd", {"contrast_weight": -1.0}, "contrast_weight must not be negative, got -1.0"),
+        ("crd", {"negatives": 0}, "negatives must be at least 1, got 0"),
+        ("crd", {"embedding": 0}, "embedding must be at least 1, got 0"),
+        ("crd", {"contrast_temperature": 0.0}, "contrast_temperature must be positive, got 0.0"),
+        ("crd", {"bank_momentum": 1.5}, "bank_momentum must be from 0 to 1, got 1.5"),
         ("fitnets", {"hint_epochs": 0}, "hint_epochs must be at least 1, got 0"),
         ("fitnets", {"hint_weight": -1.0}, "hint_weight must not be negative"),
         ("dih", {"alpha": (0.1, 1.5)}, "alpha must be from 0 to 1, one for all or one a classifier, got 0.1, 1.5"),
@@ -372,3 +444,11 @@ def test_feature_recipes_fit_other_sizes_and_families(size, name):
     for stage in stages:
         terms = stage.loss(stage.forward(batch), batch)
         assert all(term.isfinite() for term in terms.values())
+
+
+def test_a_recipe_is_called_what_a_folder_can_be_and_has_a_default():
+    made = recipes.get("kd")
+    with pytest.raises(ValueError, match=r"name must be letters, digits and _.*got 'a/b'"):
+        replace(made, name="a/b")
+    with pytest.raises(ValueError, match="Recipe kd: presets must have one called default, got none"):
+        replace(made, presets={})

@@ -29,6 +29,9 @@ class Loader(Protocol):
     samples: int
     """Images an epoch, on this rank."""
 
+    labels: Tensor
+    """[n] int64 on the CPU, of all images of the split, on every rank; -100: the label is hidden."""
+
     def __len__(self) -> int:
         """Batches an epoch, on this rank."""
         ...

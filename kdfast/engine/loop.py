@@ -74,7 +74,8 @@ class StageLoop:
         self._ddp = forward if isinstance(forward, DistributedDataParallel) else None
         self._eager: Callable[[Batch], Outputs] = forward
         self._forward: Callable[[Batch], Outputs] = torch.compile(forward) if options.compile else forward
-        self._optimizer = make_optimizer(stage.parameters(), training)
+        make = stage.optimizer or make_optimizer
+        self._optimizer = make(list(stage.parameters()), training)
         self._schedule = Schedule(
             self._optimizer,
             training,
@@ -250,13 +251,13 @@ class StageLoop:
             if k == 0:
                 needs = {name for name, value in output.items() if value.requires_grad}
             outputs.append({name: value.detach() for name, value in output.items()})
+        for buffer, before in zip(self.trained.buffers(), buffers):
+            buffer.copy_(before)  # the second pass updates BatchNorm's statistics, once; what the loss updates (memory banks) stays
         whole = {name: torch.cat([o[name] for o in outputs]).requires_grad_(name in needs) for name in outputs[0]}
         with self._autocast():
             terms = self._loss(whole, batch)
         self._scaler.scale(_total(terms)).backward()
         after, row = random_state.state_dict(), 0
-        for buffer, before in zip(self.trained.buffers(), buffers):
-            buffer.copy_(before)  # the second pass updates BatchNorm's statistics, once
         for k, (part, state) in enumerate(zip(parts, states)):
             random_state.load_state_dict(state)  # the same dropout masks as in the first pass
             rows = slice(row, row + len(part.labels))

@@ -30,14 +30,18 @@ class TermMeter:
 
     def _begin(self, names: tuple[str, ...]) -> None:
         self.names = names
+        self._rows_of = dict.fromkeys(names, 0)
         self._sums = torch.zeros(len(names), dtype=torch.float64, device=self._device)
         self._first_bad = torch.full((len(names),), -1, dtype=torch.int64, device=self._device)
 
     def add(self, terms: Mapping[str, Tensor], rows: int, step: int) -> None:
-        """Adds the terms of one step (counted from 1) over `rows` images."""
+        """Adds the terms of one step (counted from 1) over `rows` images; all that have a name, or some of them (in validation)."""
         if not self.names:
             self._begin(tuple(terms))
-        values = torch.stack([value.detach().double() for value in terms.values()])
+        for name in terms:
+            self._rows_of[name] += rows
+        absent = self._sums.new_zeros(())
+        values = torch.stack([terms[name].detach().double() if name in terms else absent for name in self.names])
         self._sums += values * rows
         self._first_bad = torch.where((self._first_bad < 0) & ~values.isfinite(), step, self._first_bad)
         self.rows += rows
@@ -49,10 +53,11 @@ class TermMeter:
                 raise NonFiniteLoss(f"stage {stage}: the loss term {name!r} is not finite at epoch {epoch + 1}, step {step}")
 
     def averages(self, prefix: str, world: World) -> dict[str, float]:
-        """{prefix/loss: sum of the terms, prefix/<term>: ...} over all processes."""
-        packed = world.sum(torch.cat([self._sums, self._sums.new_tensor([float(self.rows)])])).tolist()
-        means = [total / max(packed[-1], 1.0) for total in packed[:-1]]
-        return {f"{prefix}/loss": sum(means)} | {f"{prefix}/{n}": m for n, m in zip(self.names, means)}
+        """{prefix/loss: sum of the terms, prefix/<term>: ...} over all processes, of the terms that there were."""
+        rows = self._sums.new_tensor([float(self._rows_of[name]) for name in self.names])
+        totals, counts = world.sum(torch.stack([self._sums, rows])).tolist()
+        means = {f"{prefix}/{name}": total / count for name, total, count in zip(self.names, totals, counts) if count}
+        return {f"{prefix}/loss": sum(means.values())} | means
 
     def state_dict(self) -> dict[str, Any]:
         """State to resume from in the middle of an epoch."""
@@ -61,6 +66,7 @@ class TermMeter:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continues from `state`."""
         self.names, self.rows = tuple(state["names"]), state["rows"]
+        self._rows_of = dict.fromkeys(self.names, self.rows)
         self._sums, self._first_bad = state["sums"].to(self._device), state["first_bad"].to(self._device)
 
 

@@ -95,6 +95,7 @@ class OrderedLoader:
         pieces = self._pieces(torch.arange(len(split)))
         self._length = len(pieces)
         self.samples = sum(len(piece) for piece in pieces)
+        self.labels = split.labels
 
     def __len__(self) -> int:
         return self._length
