@@ -32,12 +32,19 @@ class Loader(Protocol):
     labels: Tensor
     """[n] int64 on the CPU, of all images of the split, on every rank; -100: the label is hidden."""
 
+    deterministic: bool
+    """Whether an image is the same in every epoch."""
+
     def __len__(self) -> int:
         """Batches an epoch, on this rank."""
         ...
 
     def __iter__(self) -> Iterator[Batch]:
         """The rest of the current epoch; the whole epoch once more where an iteration has ended it and set_epoch was not called."""
+        ...
+
+    def in_order(self) -> Iterator[Batch]:
+        """All images of the split by their index, as the current epoch has them, on every rank; the position stays where it is."""
         ...
 
     def set_epoch(self, epoch: int) -> None:

@@ -103,6 +103,9 @@ class StageLoop:
         `save` is called in the middle of long epochs and before leaving on a stop request; the caller saves between epochs.
         """
         training = self.stage.training
+        if self.epoch < training.epochs:
+            with torch.no_grad(), self._autocast():
+                self.stage.prepare()
         while self.epoch < training.epochs and not self._stopped_early():
             lr = self._optimizer.param_groups[0]["lr"]
             if not self._train_epoch(save):

@@ -99,6 +99,7 @@ class Stage:
         couples_rows: the loss of one image depends on others of its batch (contrastive terms). Micro-batches then take two
             passes, so that the loss still sees the whole batch.
         partial: some trained parameters have no part in the loss (those above a hint), which several processes have to know.
+        prepare: called once, without gradients, before the first step that this process makes, with all modules on its device.
         optimizer: (trained parameters, training) -> an optimizer in place of the one that `training` names. Its learning rate is
             scheduled as `training` says, its state goes into checkpoints.
         metadata: text by name, kept in the files of the stage's weights.
@@ -115,6 +116,7 @@ class Stage:
     keep: Literal["best", "last"] = "best"
     couples_rows: bool = False
     partial: bool = False
+    prepare: Callable[[], None] = lambda: None
     optimizer: Callable[[Sequence[nn.Parameter], Training], torch.optim.Optimizer] | None = None
     metadata: Mapping[str, str] = field(default_factory=dict)
     cosine_from_one: bool = field(default=False, kw_only=True)  # the ConKD notebooks' quirk: their cosine counts epochs from 1

@@ -14,13 +14,14 @@ With b = m P_n + eps and t_ik = log(P_ik / b) = x_ik . v_i / T - log(Z b) it is 
 so that a gathered row is needed once: the forward pass makes the gradient while the row is at hand, and backward only scales it. It is
 kept in float32 whatever the anchors' dtype: float16 would lose a mean's gradient before a GradScaler's factor lifts it.
 
-The gathered rows, [B, 1 + K, D], are never whole: the kernel (kernels/nce.py) holds a tile of one anchor's, the PyTorch form a chunk of
-columns. reference.crd_loss is the meaning of both.
+The gathered rows, [B, 1 + K, D], are never whole. The kernel (kernels/nce.py) holds a tile of one anchor's. The PyTorch form gathers a
+chunk of columns at a time; or on a CPU, where the bank has not many more rows than an anchor asks for, it multiplies some anchors by the
+whole bank and takes what was asked for: a product costs a twentieth of a gathered row. reference.crd_loss is the meaning of all.
 """
 
 import math
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -29,7 +30,8 @@ from torch import Tensor
 from kdfast.ops.backend import kernel
 
 EPS = 1e-7  # the authors'
-CHUNK = 2**20  # elements of gathered rows that exist at once
+CHUNK = 2**20  # elements of gathered rows, or of products, that exist at once
+DENSE = 8  # a bank of up to so many rows for each of an anchor's is multiplied whole (measured: equal at about 12)
 UNSETTLED = -1.0  # a normalizer that is not yet known, as in the authors' code
 
 
@@ -207,25 +209,63 @@ def _(anchors: Tensor, bank: Tensor, indices: Tensor, Z: Tensor, temperature: fl
 # ---- in PyTorch ------------------------------------------------------------------------------------------------------
 
 
-def _chunks(v: Tensor, bank: Tensor, indices: Tensor, temperature: float) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """Columns start .. start + c, their rows [B, c, D], and x . v / T [B, c]: NaN where it is infinite, or no such row is in the bank.
+class _Part(NamedTuple):
+    """Some of the scores."""
 
-    Rows are in the same memory every time; scores are the caller's to overwrite.
-    """
+    anchors: slice
+    has_positives: bool  # in column 0
+    scores: Tensor  # [b, c], x . v / T, the caller's to overwrite: NaN where infinite, or where no such row is in the bank
+    pull: Callable[[Tensor], Tensor]  # weights [b, c] -> [b, D], the sum of weighted rows
+
+
+def _parts(v: Tensor, bank: Tensor, indices: Tensor, temperature: float) -> Iterator[_Part]:
+    """All scores, part by part."""
+    # the order in which weights of one row are added is fixed on a CPU alone
+    if v.device.type == "cpu" and bank.dtype == v.dtype and len(bank) <= DENSE * indices.shape[1]:
+        return _by_anchors(v, bank, indices, temperature)
+    return _by_columns(v, bank, indices, temperature)
+
+
+def _by_anchors(v: Tensor, bank: Tensor, indices: Tensor, temperature: float) -> Iterator[_Part]:
+    """Some anchors at a time against the whole bank, of whose products those asked for are taken."""
+    n = len(bank)
+    most = max(1, CHUNK // max(n, indices.shape[1]))
+    finite = bank.where(bank.isfinite(), 0.0) if not math.isfinite(bank.sum().item()) else bank  # a row that nobody asks for has weight 0
+    memory = v.new_empty(min(most, len(v)), n)
+    for start in range(0, len(v), most):
+        anchors = slice(start, min(start + most, len(v)))
+        index = indices[anchors]
+        products = memory[: len(index)]
+        torch.mm(v[anchors], bank.T, out=products)  # out=: autocast leaves it alone
+        scores = products.gather(1, index).div_(temperature)
+        scores.masked_fill_(~scores.isfinite(), math.nan)
+
+        def pull(weights: Tensor, index: Tensor = index, sums: Tensor = products) -> Tensor:
+            sums.zero_().scatter_add_(1, index, weights)
+            return torch.mm(sums, finite, out=v.new_empty(len(index), bank.shape[1]))
+
+        yield _Part(anchors, True, scores, pull)
+
+
+def _by_columns(v: Tensor, bank: Tensor, indices: Tensor, temperature: float) -> Iterator[_Part]:
+    """Some columns at a time of all anchors, their rows [B, c, D] gathered into the same memory every time."""
     (B, D), n = v.shape, len(bank)
     width = max(1, min(CHUNK // max(1, B * D), indices.shape[1]))
     memory = bank.new_empty(B * width, D)
     for start in range(0, indices.shape[1], width):
-        columns = slice(start, min(start + width, indices.shape[1]))
-        index = indices[:, columns]
+        index = indices[:, start : start + width]
         there = (index >= 0) & (index < n)  # on a CPU all are: it was checked
         rows = memory[: index.numel()]
         torch.index_select(bank, 0, index.clamp(0, n - 1).reshape(-1), out=rows)
         rows = rows.view(B, index.shape[1], D).to(v.dtype)
         scores = v.new_empty(B, index.shape[1], 1)
-        torch.bmm(rows, v[:, :, None], out=scores)  # out=: autocast leaves it alone
+        torch.bmm(rows, v[:, :, None], out=scores)
         scores = scores.squeeze(2).div_(temperature)
-        yield columns, rows, scores.where(scores.isfinite() & there, math.nan)
+
+        def pull(weights: Tensor, rows: Tensor = rows) -> Tensor:
+            return torch.bmm(weights[:, None, :], rows, out=v.new_empty(B, 1, D)).squeeze(1)
+
+        yield _Part(slice(0, B), start == 0, scores.where(scores.isfinite() & there, math.nan), pull)
 
 
 def loss_and_gradient(
@@ -236,19 +276,19 @@ def loss_and_gradient(
     v = anchors.detach().to(dtype).contiguous()
     shift = Z.to(dtype).log() + log_b
     total = v.new_zeros(())
-    pull = v.new_zeros(B if with_gradient else 0, 1, D)
-    for columns, rows, t in _chunks(v, bank, indices, temperature):
-        t -= shift
-        if columns.start == 0:
+    gradient = v.new_zeros(B if with_gradient else 0, D)
+    for part in _parts(v, bank, indices, temperature):
+        t = part.scores.sub_(shift)
+        if part.has_positives:
             t[:, 0].neg_()
         total -= F.logsigmoid(-t).sum()  # softplus, exact also beyond torch's threshold
         if with_gradient:
             share = t.sigmoid_()
-            if columns.start == 0:
+            if part.has_positives:
                 share[:, 0].neg_()
-            pull.baddbmm_(share[:, None, :], rows)
+            gradient[part.anchors] += part.pull(share)
     mean = 1 / max(B, 1)
-    return total * mean + (constant if B else 0.0), pull.squeeze(1).mul_(mean / temperature)
+    return total * mean + (constant if B else 0.0), gradient.mul_(mean / temperature)
 
 
 def mean_score(anchors: Tensor, bank: Tensor, indices: Tensor, Z: Tensor, temperature: float) -> Tensor:
@@ -257,7 +297,7 @@ def mean_score(anchors: Tensor, bank: Tensor, indices: Tensor, Z: Tensor, temper
         return Z.clone()
     v = anchors.to(_arithmetic(anchors, bank, Z)).contiguous()
     total = v.new_zeros(())
-    for _, _, scores in _chunks(v, bank, indices, temperature):
-        total += scores.exp_().sum()
+    for part in _parts(v, bank, indices, temperature):
+        total += part.scores.exp_().sum()
     made = (total / indices.numel() * len(bank) if indices.numel() else torch.full_like(total, math.nan)).to(Z.dtype)
     return torch.where(is_settled(Z), Z, made)

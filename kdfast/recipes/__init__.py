@@ -7,7 +7,7 @@ import pkgutil
 from kdfast import imports
 from kdfast.recipes.recipe import Preset, Recipe, Setup
 
-_SHARED = {"recipe", "supervised", "features", "plus"}  # modules here that are no method
+_SHARED = {"recipe", "supervised", "features", "remembered", "plus"}  # modules here that are no method
 
 __all__ = ["Preset", "Recipe", "Setup", "get", "names"]
 

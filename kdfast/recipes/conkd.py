@@ -40,6 +40,7 @@ from kdfast.recipes.recipe import (
     contrasted_processes,
     cross_entropy,
 )
+from kdfast.recipes.remembered import Remembered
 from kdfast.recipes.supervised import teacher as supervised_teacher
 
 EMBEDDING = 128  # numbers an image is embedded in
@@ -123,12 +124,13 @@ def _joint(setup: Setup, settings: Settings, teacher: nn.Module) -> Stages[Train
     readme = settings.procedure == "readme"
     projection = nn.Identity() if readme else projection_head(feature_size(student), EMBEDDING)
     tapped = Taps(student, (head_input(student),))
+    data = setup.loaders(setup.training)
+    target = Remembered(teacher, data, setup.training.epochs)
 
     def forward(batch: Batch) -> Outputs:
-        with torch.no_grad():
-            target = teacher(batch.images)
         logits, (features,) = tapped(batch.images)
-        return {"logits": logits, "embedding": projection(features.flatten(1)), "teacher": target}
+        teachers = target(batch, training=student.training)
+        return {"logits": logits, "embedding": projection(features.flatten(1)), "teacher": teachers}
 
     def loss(outputs: Outputs, batch: Batch) -> Terms:
         terms = ce_and_kd(
@@ -157,9 +159,10 @@ def _joint(setup: Setup, settings: Settings, teacher: nn.Module) -> Stages[Train
         "distil",
         train=(student, projection),
         frozen=(teacher,),
+        prepare=target.prepare,
         forward=forward,
         loss=loss,
-        data=setup.loaders(setup.training),
+        data=data,
         training=setup.training,
         couples_rows=True,
     )

@@ -21,6 +21,7 @@ from kdfast.models import flatten_head, read_weights
 from kdfast.recipes import kd
 from kdfast.recipes.features import FeatureMaps, fingerprint
 from kdfast.recipes.recipe import Extended, Preset, Recipe, Setup, Stages, Trained, ce_and_kd
+from kdfast.recipes.remembered import Remembered
 from kdfast.recipes.supervised import HEADS
 from kdfast.recipes.supervised import heads as train_on
 from kdfast.recipes.supervised import teacher as supervised_teacher
@@ -113,10 +114,17 @@ def distil(setup: Setup, settings: Settings, teacher: nn.Module | None) -> Stage
     if not used:
         raise ValueError("alpha must be above 0 for one classifier at least: the student would have no teacher")
 
+    def asked(images: Tensor) -> Tensor:
+        """[B, k, C], of the k classifiers that teach."""
+        opinions = teacher.opinions(images)
+        return torch.stack([opinions[h] for h in used], dim=1)
+
+    data = setup.loaders(setup.training)
+    opinions = Remembered(asked, data, setup.training.epochs)
+
     def forward(batch: Batch) -> Outputs:
-        with torch.no_grad():
-            opinions = teacher.opinions(batch.images)
-        return {"logits": student(batch.images)} | {f"teacher {h}": opinions[h] for h in used}
+        targets = opinions(batch, training=student.training).unbind(1)
+        return {"logits": student(batch.images)} | {f"teacher {h}": target for h, target in zip(used, targets)}
 
     def loss(outputs: Outputs, batch: Batch) -> Terms:
         return ce_and_kd(
@@ -135,6 +143,8 @@ def distil(setup: Setup, settings: Settings, teacher: nn.Module | None) -> Stage
         "distil",
         train=(student,),
         frozen=(teacher,),
+        data=data,
+        prepare=opinions.prepare,
         forward=forward,
         loss=loss,
     )

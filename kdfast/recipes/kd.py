@@ -6,13 +6,13 @@ loss = ce_weight CE(s, y) + kd_weight T^2 KL(softmax(t / T) || softmax(s / T))
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
 from kdfast.data import Batch
 from kdfast.engine.stage import Outputs
 from kdfast.models import ModelSpec
 from kdfast.recipes.recipe import Preset, Recipe, Setup, Stages, Trained, ce_and_kd, cross_entropy
+from kdfast.recipes.remembered import Remembered
 
 
 @dataclass(frozen=True)
@@ -45,16 +45,18 @@ def distil(setup: Setup, settings: Settings, teacher: nn.Module | None) -> Stage
 
 def follow(name: str, setup: Setup, settings: Settings, student: nn.Module, spec: ModelSpec, teacher: nn.Module) -> Stages[Trained]:
     """A stage of this name in which `student` follows `teacher`."""
+    data = setup.loaders(setup.training)
+    target = Remembered(teacher, data, setup.training.epochs)
 
     def forward(batch: Batch) -> Outputs:
-        with torch.no_grad():
-            target = teacher(batch.images)
-        return {"logits": student(batch.images), "teacher": target}
+        return {"logits": student(batch.images), "teacher": target(batch, training=student.training)}
 
     yield setup.stage(
         name,
         train=(student,),
         frozen=(teacher,),
+        data=data,
+        prepare=target.prepare,
         forward=forward,
         loss=lambda outputs, batch: terms(outputs["logits"], outputs["teacher"], batch.labels, settings, hidden=setup.labels_hidden),
     )

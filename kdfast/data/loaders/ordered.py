@@ -96,6 +96,7 @@ class OrderedLoader:
         self._length = len(pieces)
         self.samples = sum(len(piece) for piece in pieces)
         self.labels = split.labels
+        self.deterministic = not transform.random
 
     def __len__(self) -> int:
         return self._length
@@ -126,6 +127,11 @@ class OrderedLoader:
             self._ended = self._batch == len(self)
             yield batch
         self._ended = True
+
+    def in_order(self) -> Iterator[Batch]:
+        """All images by their index, on every rank; the position stays where it is."""
+        pieces = torch.arange(len(self._split)).split(self._batch_size)
+        return self._batches([Request(self._epoch, piece.tolist()) for piece in pieces])
 
     def _batches(self, requests: list[Request]) -> Iterator[Batch]:
         """One batch for each request, on the device."""
