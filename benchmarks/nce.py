@@ -1,55 +1,78 @@
-"""Contrastive representation distillation against its original, which gathers [B, 1 + K, D] rows in each direction.
-
-    python -m kdfast.benchmarks.nce [--batch 64] [--negatives 16384] [--features 128] [--images 50000] [--device cuda] [--out FILE]
-
-runs both in turn, forward and backward, checks them against each other and prints milliseconds, speedup and the most memory at once.
+"""Contrastive representation distillation, forward and backward, for the harness, against its original, which gathers the [B, 1 + K, D]
+rows of both banks: CRD's numbers on CIFAR (50,000 images, and the 10,000 of one of its files), fewer negatives, and ImageNet's images.
 """
 
-import argparse
-import statistics
-import time
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from kdfast.benchmarks import operators, timing
+from kdfast.benchmarks.harness import Case, loss_variants
 from kdfast.benchmarks.timing import CPU
 from torch import Tensor
 
-from kdfast import files
+from kdfast import reference
 from kdfast.functional import crd_loss
 
 TEMPERATURE = 0.07
 EPS = 1e-7
+FEATURES = 128
+AT_ONCE = 8  # anchors whose rows are gathered in float64
+BATCHES = {  # B, K, n
+    "quick": [(16, 1024, 10_000)],
+    "usual": [(64, 16384, 10_000), (64, 16384, 50_000), (64, 4096, 50_000)],
+    "long": [(64, 16384, 1_281_167)],
+}
 
 
-class Problem:
-    """One step: unit embeddings of B samples, two banks of n rows, K negatives for each sample, constants that are set."""
+def cases(device: torch.device, dtype: torch.dtype) -> Iterator[Case]:
+    """Every batch and bank."""
+    for tier, batches in BATCHES.items():
+        for B, K, n in batches:
+            yield case(B, K, n, dtype, device, tier)
 
-    def __init__(self, B: int, K: int, D: int, n: int, device: torch.device = CPU):
-        random = torch.Generator(device).manual_seed(0)
+
+def case(B: int, K: int, n: int, dtype: torch.dtype = torch.float32, device: torch.device = CPU, tier: Any = "usual") -> Case:
+    """Unit embeddings of B samples, two float32 banks of n unit rows, K negatives for each sample, constants that are set."""
+
+    def inputs(seed: int) -> tuple[Tensor, ...]:
+        random = torch.Generator(device).manual_seed(seed)
 
         def rows(count: int) -> Tensor:
-            return F.normalize(torch.randn(count, D, generator=random, device=device), dim=1)
+            return F.normalize(torch.randn(count, FEATURES, generator=random, device=device), dim=1)
 
-        self.embeddings = rows(B).requires_grad_(), rows(B).requires_grad_()
-        self.banks = rows(n), rows(n)
-        self.indices = torch.randint(n, (B, 1 + K), generator=random, device=device)
-        self.Zs = torch.full((2,), n * 1.5, device=device).unbind()
-        self.device = device
-        # bytes: both directions read every gathered row and its index once
-        self.floor = 2 * B * (1 + K) * (4 * D + 8)
+        student, teacher = (rows(B).to(dtype).requires_grad_() for _ in range(2))
+        indices = torch.randint(n, (B, 1 + K), generator=random, device=device)
+        Z = torch.full((), n * 1.5, device=device)
+        return student, teacher, rows(n), rows(n), indices, Z, Z.clone()
 
-    def step(self, loss: Callable[..., Tensor]) -> Callable[[], list[Tensor]]:
-        """A call that gives the value and both gradients."""
+    def exact(*inputs: Tensor) -> tuple[Tensor, ...]:
+        student, teacher, student_bank, teacher_bank, indices, *constants = inputs
+        total, gradients = torch.zeros((), dtype=torch.float64, device=device), []
+        for v, bank, Z in ((student, teacher_bank, constants[0]), (teacher, student_bank, constants[1])):
+            gradient, bank = [], bank.double()
+            for anchors, index in zip(v.detach().double().split(AT_ONCE), indices.split(AT_ONCE)):
+                anchors.requires_grad_()
+                value = reference.crd_loss(anchors, bank, index, Z=Z.double(), temperature=TEMPERATURE) * (len(index) / B)
+                total += value.detach()
+                gradient.append(torch.autograd.grad(value, anchors)[0])
+            gradients.append(torch.cat(gradient))
+        return total, *gradients
 
-        def run() -> list[Tensor]:
-            value = loss(*self.embeddings, *self.banks, self.indices, *self.Zs)
-            return [value.detach(), *torch.autograd.grad(value, self.embeddings)]
-
-        return run
+    read = min(B * (1 + K), n) * FEATURES * 4 + B * (1 + K) * 8  # each row that is asked for, and every index
+    return Case(
+        operator="crd_loss",
+        name=f"B {B}, K {K:,}, {n:,} rows of {FEATURES}",
+        shape={"B": B, "K": K, "n": n},
+        dtype=dtype,
+        device=device,
+        bytes=2 * read,
+        operations=2 * B * (1 + K) * 4 * FEATURES,  # both directions: the products, and the weighted sum of rows
+        inputs=inputs,
+        exact=exact,
+        variants=loss_variants(gathered, ours),
+        tier=tier,
+    )
 
 
 def ours(student: Tensor, teacher: Tensor, student_bank: Tensor, teacher_bank: Tensor, indices: Tensor, *Zs: Tensor) -> Tensor:
@@ -60,57 +83,11 @@ def ours(student: Tensor, teacher: Tensor, student_bank: Tensor, teacher_bank: T
 def gathered(student: Tensor, teacher: Tensor, student_bank: Tensor, teacher_bank: Tensor, indices: Tensor, *Zs: Tensor) -> Tensor:
     """CRD's formula as published: rows are gathered, multiplied by bmm, and the terms are logarithms of quotients."""
     B, columns = indices.shape
-    total = student.new_zeros(())
+    total = torch.zeros((), device=student.device)
     for v, bank, Z in ((student, teacher_bank, Zs[0]), (teacher, student_bank, Zs[1])):
         rows = bank.index_select(0, indices.view(-1)).view(B, columns, -1)
-        scores = torch.bmm(rows, v[:, :, None]).squeeze(2).div(TEMPERATURE).exp() / Z
+        scores = torch.bmm(rows, v.float()[:, :, None]).squeeze(2).div(TEMPERATURE).exp() / Z
         noise = (columns - 1) / len(bank)
         positive, negative = scores[:, 0], scores[:, 1:]
         total = total - ((positive / (positive + noise + EPS)).log().sum() + (noise / (negative + noise + EPS)).log().sum()) / B
     return total
-
-
-def measure(problem: Problem, rounds: int) -> dict[str, Any]:
-    """Milliseconds, bytes and errors of both.
-
-    Raises:
-        AssertionError: they compute different things.
-    """
-    steps = {"kdfast": problem.step(ours), "gathered": problem.step(gathered)}
-    results = {name: step() for name, step in steps.items()}
-    difference = max(
-        ((a - b).abs().max() / b.abs().max()).item() for a, b in zip(results["kdfast"], results["gathered"], strict=True)
-    )  # fmt: skip
-    if not difference < 1e-3:
-        raise AssertionError(f"kdfast and the gathered form differ by {difference:.1e}")
-    seconds = timing.in_turn(steps, rounds=rounds, device=problem.device)
-    measured: dict[str, Any] = {"difference": difference, "speedup": round(timing.speedup(seconds["kdfast"], seconds["gathered"]), 3)}
-    for name, step in steps.items():
-        milliseconds = 1e3 * statistics.median(seconds[name])
-        measured[name] = {"call_ms": round(milliseconds, 3), "memory": timing.peak_memory(step, problem.device)}
-        if problem.device.type == "cuda":
-            device_ms = 1e3 * timing.device_seconds([step])
-            measured[name] |= {"device_ms": round(device_ms, 4), "gathered_bytes_per_s": round(problem.floor / device_ms * 1e3)}
-    return measured
-
-
-def main() -> None:
-    """Prints what was measured, and writes it where asked to."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--negatives", type=int, default=16384)
-    parser.add_argument("--features", type=int, default=128)
-    parser.add_argument("--images", type=int, default=50_000)
-    parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--out", type=Path, help="a JSON file")
-    options = parser.parse_args()
-    shape = {"B": options.batch, "K": options.negatives, "D": options.features, "n": options.images}
-    measured = {"operator": "crd_loss", "shape": shape, **measure(Problem(*shape.values(), torch.device(options.device)), options.rounds)}
-    print(measured)
-    if options.out is not None:
-        files.write_json(options.out, {"machine": operators.facts(), "date": time.strftime("%Y-%m-%d"), "cases": [measured]})
-
-
-if __name__ == "__main__":
-    main()

@@ -6,7 +6,7 @@ from importlib import metadata
 from typing import Any
 
 import torch
-from kdfast.benchmarks import attention_map, distill_kl, lion, supcon
+from kdfast.benchmarks import attention_map, distill_kl, lion, nce, supcon
 from kdfast.benchmarks.harness import TIERS, Case
 
 from kdfast import machine
@@ -16,6 +16,7 @@ OPERATORS = {
     "supcon_loss": supcon.cases,
     "Lion": lion.cases,
     "attention_transfer_loss": attention_map.cases,
+    "crd_loss": nce.cases,
 }
 PACKAGES = ("triton", "liger-kernel", "lion-pytorch", "torch-optimi", "timm", "bitsandbytes", "pytorch-metric-learning")
 

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).parents[1]
 PAGES = (ROOT / "README.md", ROOT / "docs" / "performance.md", ROOT / "docs" / "loaders.md")
 FIGURES = ROOT / "docs" / "figures"
-FAMILIES = ("kd_loss", "linear_kd_loss", "supcon_loss", "Lion", "attention_transfer_loss")  # in this order
+FAMILIES = ("kd_loss", "linear_kd_loss", "supcon_loss", "Lion", "attention_transfer_loss", "crd_loss")  # in this order
 COLOURS = {OURS: "#00795c", EAGER: "#b0305c", COMPILED: "#3d6fc4"}
 NAMES = {OURS: "kdfast", EAGER: "eager PyTorch", COMPILED: "its torch.compile"}
 

@@ -31,7 +31,8 @@ from kdfast.ops.backend import kernel
 
 EPS = 1e-7  # the authors'
 CHUNK = 2**20  # elements of gathered rows, or of products, that exist at once
-DENSE = 8  # a bank of up to so many rows for each of an anchor's is multiplied whole (measured: equal at about 12)
+DENSE = 8  # a bank of up to so many rows for each of an anchor's is multiplied whole (measured: equal at about 12),
+DENSE_ROWS = 2**16  # if it has no more than these: for larger ones too few anchors are multiplied at once
 UNSETTLED = -1.0  # a normalizer that is not yet known, as in the authors' code
 
 
@@ -221,7 +222,7 @@ class _Part(NamedTuple):
 def _parts(v: Tensor, bank: Tensor, indices: Tensor, temperature: float) -> Iterator[_Part]:
     """All scores, part by part."""
     # the order in which weights of one row are added is fixed on a CPU alone
-    if v.device.type == "cpu" and bank.dtype == v.dtype and len(bank) <= DENSE * indices.shape[1]:
+    if v.device.type == "cpu" and bank.dtype == v.dtype and len(bank) <= min(DENSE * indices.shape[1], DENSE_ROWS):
         return _by_anchors(v, bank, indices, temperature)
     return _by_columns(v, bank, indices, temperature)
 
