@@ -1,8 +1,8 @@
 """Tables and figures from measured JSON: kdfast bench report
 
 The documents' tables stand between markers, <!-- table: DEVICE --> (every case of every operator) or <!-- table: DEVICE-KIND --> (kind:
-summary, training, loaders, momenta), and <!-- end -->. DEVICE is what the names of files in benchmarks/results begin with: "cpu" for
-cpu-lion.json. Cases in which a peer wins are there like the others.
+summary, training, loaders, momenta, compare_GRID), and <!-- end -->. DEVICE is what the names of files in benchmarks/results begin with:
+"cpu" for cpu-lion.json. Cases in which a peer wins are there like the others.
 """
 
 import hashlib
@@ -19,13 +19,14 @@ from kdfast.benchmarks.harness import COMPILED, EAGER, OURS
 from kdfast.benchmarks.timing import RESULTS
 
 from kdfast import files
+from kdfast.commands import compare
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 ROOT = Path(__file__).parents[1]
-PAGES = (ROOT / "README.md", ROOT / "docs" / "performance.md", ROOT / "docs" / "loaders.md")
+PAGES = (ROOT / "README.md", *(ROOT / "docs" / name for name in ("performance.md", "loaders.md", "comparison.md")))
 FIGURES = ROOT / "docs" / "figures"
 FAMILIES = ("kd_loss", "linear_kd_loss", "supcon_loss", "Lion", "attention_transfer_loss", "crd_loss")  # in this order
 COLOURS = {OURS: "#00795c", EAGER: "#b0305c", COMPILED: "#3d6fc4"}
@@ -191,6 +192,11 @@ def momenta(device: str) -> str:
     return "\n".join([*lines, "", *(f"- {line}." for line in measured)])
 
 
+def comparison(device: str, grid: str) -> str:
+    """The table of `kdfast compare`, whose comparison.json is results/<device>-compare_<grid>.json."""
+    return compare.markdown(json.loads((RESULTS / f"{device}-compare_{grid}.json").read_text())).strip()
+
+
 def filled(text: str) -> str:
     """The text of a page with its tables between their markers."""
 
@@ -198,11 +204,15 @@ def filled(text: str) -> str:
         device, kind = marker["device"], marker["kind"]
         if kind in (None, "summary"):
             content = {None: table, "summary": summary}[kind](committed(device))
+        elif marker["grid"]:
+            content = comparison(device, marker["grid"])
         else:
             content = {"training": training, "loaders": loaders, "momenta": momenta}[kind](device)
         return f"<!-- table: {marker['name']} -->\n{content}\n<!-- end -->"
 
-    pattern = r"<!-- table: (?P<name>(?P<device>\w+)(-(?P<kind>summary|training|loaders|momenta))?) -->\n.*?<!-- end -->"
+    pattern = (
+        r"<!-- table: (?P<name>(?P<device>\w+)(-(?P<kind>summary|training|loaders|momenta|compare_(?P<grid>\w+)))?) -->\n.*?<!-- end -->"
+    )
     return re.sub(pattern, made, text, flags=re.DOTALL)
 
 

@@ -410,7 +410,10 @@ def test_bench_kernels(tmp_path, capsys, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["kernels", "--operators", "softmax"], "operators must be of kd_loss, supcon_loss, Lion, attention_transfer_loss, crd_loss, got 'softmax'"),
+        (
+            ["kernels", "--operators", "softmax"],
+            "operators must be of kd_loss, supcon_loss, Lion, attention_transfer_loss, crd_loss, got 'softmax'",
+        ),
         (["kernels", "--device", "abacus"], "device must be auto, cpu, cuda"),
         (["kernel"], "bench knows kernels, loaders, train, codegen, report, got 'kernel'"),
         (["report", "nowhere.json"], "No such file or directory: nowhere.json"),

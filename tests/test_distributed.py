@@ -166,6 +166,7 @@ def test_the_contrast_of_conkd_sees_all_processes(tmp_path: Path, micro: int | N
         ("kd", []),
         ("fitnets", []),  # parameters without a part in the loss
         ("tofd", []),  # heads, and a norm that can be large
+        ("conkd", ["--preset", "large-batch", "--warmup", "0", "--teacher-training.warmup", "0"]),  # docs/large-batch.md
         ("crd", ["--negatives", "64", "--micro-batch", "16"]),  # banks that all processes update, in two passes
     ],
 )

@@ -50,7 +50,7 @@ def compare(configs: Mapping[str, Distill[Any]], out: Path) -> Path:
     if int(os.environ.get("RANK", "0")) > 0:  # under torchrun the main process writes
         return out
     rows = table({name: _results(out / name) for name in configs})
-    facts = {"machine": machine.facts(), "date": time.strftime("%Y-%m-%d"), "rows": rows}
+    facts = {"settings": _settings(first), "machine": machine.facts(), "date": time.strftime("%Y-%m-%d"), "rows": rows}
     files.write_json(out / "comparison.json", facts)
     files.write_text(out / "comparison.md", markdown(facts))
     page = report.write_comparison([out / name for name in configs], out / "comparison.html")
@@ -74,6 +74,21 @@ def _teacher(config: Distill[Any], folder: Path) -> Teach:
         training=config.teacher_training,
         run=replace(config.run, out=folder, resume=_begun(folder), seeds=1),
     )
+
+
+def _settings(config: Distill[Any]) -> dict[str, Any]:
+    """What all recipes have in common."""
+    training, data = config.training, config.data
+    return {
+        "dataset": data.dataset,
+        "label_fraction": data.label_fraction,
+        "student": config.student,
+        "epochs": training.epochs,
+        "batch_size": training.batch_size,
+        "optimizer": training.optimizer,
+        "lr": training.lr,
+        "precision": config.run.precision,
+    }
 
 
 def _begun(folder: Path) -> bool:
@@ -143,10 +158,18 @@ def _mean(values: list[float]) -> str:
 def markdown(facts: Mapping[str, Any]) -> str:
     """The table, its columns' meaning, and where it was measured."""
     lines = [f"| {' | '.join(COLUMNS)} |", "|---|---:|---:|---:|---:|---:|", *(f"| {' | '.join(_cells(row))} |" for row in facts["rows"])]
-    where = facts["machine"]
+    where, common = facts["machine"], facts["settings"]
+    labels = "" if common["label_fraction"] == 1 else f", {common['label_fraction']:.0%} of the labels"
+    precision = "" if common["precision"] == "auto" else f", {common['precision']}"
+    training = (
+        f"{common['dataset']}{labels}: {common['student']}, {common['epochs']} epochs a stage, batch {common['batch_size']}, "
+        f"{common['optimizer']} lr {common['lr']:g}{precision}."
+    )
     on = f"{where['cpu']}, {where['threads']} thread{'s' if where['threads'] != 1 else ''}" if "gpu" not in where else where["gpu"]
     note = (
         "Mean and sample standard deviation over seeds, of test accuracy with the weights of the best validation epoch and of the last; "
         "against alone: seed by seed, with a 95 % interval; seconds of training a seed, the teacher's left out."
     )
-    return "\n".join([*lines, "", note, "", f"{on}, PyTorch {where['torch']}, Python {where['python']}, {facts['date']}.", ""])
+    return "\n".join(
+        [*lines, "", f"{training} {note}", "", f"{on}, PyTorch {where['torch']}, Python {where['python']}, {facts['date']}.", ""]
+    )
