@@ -242,6 +242,7 @@ def test_every_recipe_resumes_to_the_same_numbers(recipe: str, tmp_path: Path, m
     assert kdfast("distill", *options, "--out", tmp_path / "cut", "--resume") == 0
     assert metrics(tmp_path / "cut") == metrics(tmp_path / "whole")
     assert (tmp_path / "cut" / "best.safetensors").read_bytes() == (tmp_path / "whole" / "best.safetensors").read_bytes()
+    assert kdfast("export", tmp_path / "cut", "--format", "safetensors", "--out", tmp_path / "student.safetensors") == 0
 
 
 def test_a_teacher_at_chance_is_an_error_where_strict(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

@@ -1,5 +1,6 @@
 """Every recipe's loss against its formula written out in float64, its stages in their order, and what it refuses."""
 
+import json
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -10,9 +11,10 @@ from torch.nn import functional as F
 
 from kdfast import recipes
 from kdfast.data import make_loaders
-from kdfast.engine import Training
+from kdfast.engine import Options, Run, Training
+from kdfast.engine.distributed import World
 from kdfast.models import ModelSpec, create
-from kdfast.recipes import at, crd, dih, fitnets, mhkd, takd, tofd
+from kdfast.recipes import at, conkd, crd, dih, fitnets, kd, mhkd, remembered, takd, tofd
 from kdfast.recipes.features import fingerprint
 from kdfast.recipes.recipe import Setup, Trained
 from tests.test_engine import loaders, noise
@@ -373,6 +375,36 @@ def test_tofd():
     assert_same(stage, batch, expected)
 
 
+# ---- a teacher that has answered already -----------------------------------------------------------------------------
+
+
+def trained(folder, recipe, settings, teacher, augment):
+    """The metrics of a training with these images, and how many images the teacher saw in it."""
+    made = setup(make_loaders=lambda training, *_: make_loaders(noise(), batch_size=training.batch_size, train_transform=augment))
+    seen = []
+    asked = getattr(teacher, "model", teacher)
+    handle = asked.register_forward_hook(lambda module, images, logits: seen.append(len(images[0])))
+    folder.mkdir()
+    torch.manual_seed(0)
+    Run(folder, World(0, 1, torch.device("cpu")), Options()).complete(recipe.distil(made, settings, teacher))
+    handle.remove()
+    return [json.loads(line)["val/loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()], sum(seen)
+
+
+@pytest.mark.parametrize("recipe", [kd, conkd, dih], ids=lambda module: module.RECIPE.name)
+def test_a_teacher_is_asked_once_of_images_that_stay_the_same(recipe, tmp_path, monkeypatch):
+    settings = recipe.Settings()
+    teacher = headed(settings) if recipe is dih else network().eval()
+    losses, images = trained(tmp_path / "remembered", recipe, settings, teacher, "none")
+    assert images == 80 + 18, "each training and validation image once"
+    assert trained(tmp_path / "again", recipe, settings, teacher, "none")[0] == losses
+    assert trained(tmp_path / "augmented", recipe, settings, teacher, "digits")[1] == 5 * 80 + 18, "what changes is asked every time"
+    monkeypatch.setattr(remembered, "LARGEST", 0)
+    every, images = trained(tmp_path / "every time", recipe, settings, teacher, "none")
+    assert images == 5 * (80 + 18) + 2 * min(16, 18), "too many to keep; a first batch of each split showed it"
+    assert losses == pytest.approx(every, rel=1e-4)
+
+
 # ---- what they refuse ------------------------------------------------------------------------------------------------
 
 
@@ -431,17 +463,19 @@ def test_feature_recipes_fit_other_sizes_and_families(size, name):
     made = setup(name, name)
     made = replace(made, data=replace(made.data, image_size=size))
     images, labels = torch.randn(2, 3, size, size), torch.tensor([0, 2])
-    batch = next(iter(made.make_loaders(TRAINING, None, False, 0).train))._replace(images=images, labels=labels)
+    batch = next(iter(made.make_loaders(TRAINING, None, False, 0).train))._replace(images=images, labels=labels, index=labels)
     torch.manual_seed(0)
     teacher = create(name, 3).eval()
     stages = [
         next(at.distil(made, at.Settings(), teacher)),
         next(fitnets.distil(made, fitnets.Settings(), teacher)),
         next(mhkd.distil(made, mhkd.Settings(), teacher)),
+        next(crd.distil(made, crd.Settings(negatives=8), teacher)),
         next(dih.train_heads(made, dih.Settings(), Trained(teacher, made.teacher_spec))),
         next(tofd.train_heads(made, tofd.Settings(), Trained(teacher, made.teacher_spec))),
     ]
     for stage in stages:
+        stage.modes(training=True)
         terms = stage.loss(stage.forward(batch), batch)
         assert all(term.isfinite() for term in terms.values())
 
