@@ -182,6 +182,8 @@ def _compare(arguments: Sequence[str]) -> None:
     configs: dict[str, Any] = {}
     for name in names:
         called = recipes.get(name).name
+        if called == "teacher":
+            raise ValueError(f"recipe {name} is called teacher, as the folder of the teacher that all share: rename it")
         if called in configs:
             raise ValueError(f"recipes {configs[called].recipe} and {name} are both called {called}: rename one")
         configs[called] = _distillation("compare", ["--recipe", name, *others])

@@ -281,6 +281,12 @@ def crd_loss(
         TypeError: embeddings or banks are not floating, indices are not int64, or a bank or a constant requires grad.
         RuntimeError: the gradient is itself differentiated (create_graph=True).
     """
+    if student.dim() != 2 or teacher.shape != student.shape:
+        shapes = f"{tuple(student.shape)} and {tuple(teacher.shape)}"
+        raise ValueError(f"crd_loss: student and teacher must both be [B, D], got {shapes}")
+    for name, bank in (("student_bank", student_bank), ("teacher_bank", teacher_bank)):
+        if bank.dim() != 2 or bank.shape[1] != student.shape[1]:
+            raise ValueError(f"crd_loss: {name} must be [n, {student.shape[1]}] as the embeddings are, got {tuple(bank.shape)}")
     if student_Z is None:
         student_Z = nce.normalizer(student, teacher_bank, indices, temperature)
     if teacher_Z is None:

@@ -251,6 +251,22 @@ def test_a_teacher_at_chance_is_an_error_where_strict(tmp_path: Path, capsys: py
     assert "the teacher is no better than chance" in sentence(capsys)
 
 
+def test_a_comparison_says_which_settings_a_recipe_has_of_its_own():
+    from kdfast import recipes
+    from kdfast.commands import compare, config
+
+    configs = {name: config.defaults(recipes.get(name), "default", "cifar10") for name in ("kd", "conkd", "at")}
+    common, own = compare._settings(configs)
+    assert common["batch_size"] == 64
+    assert "optimizer" not in common
+    assert (own["kd"]["optimizer"], own["conkd"]["optimizer"], own["at"]["lr"]) == ("sgd", "lion", 0.05)
+    rows = [{"recipe": name, "own": own[name], "best": [0.5], "last": [0.5]} for name in configs]
+    facts = {"settings": common, "rows": rows, "machine": {"cpu": "c", "threads": 1, "torch": "2", "python": "3"}, "date": "d"}
+    text = compare.markdown(facts)
+    assert "cifar10: resnet20, 240 epochs a stage, batch_size 64. kd, at: sgd, lr 0.05, " in text
+    assert " conkd: lion, lr 0.001, " in text
+
+
 def test_teacher_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert kdfast("teacher", "--model", "resnet8", "--epochs", 2, "--max-images", 200, "--out", tmp_path / "t") == 0
     assert kdfast("eval", tmp_path / "t") == 0
@@ -282,6 +298,9 @@ def test_compare_runs_a_grid_once_with_one_teacher(tmp_path: Path, capsys: pytes
     assert kdfast(*grid) == 0
     assert all(path.read_bytes() == content for path, content in before.items())
     assert json.loads((tmp_path / "grid" / "comparison.json").read_text())["rows"][-1]["best"] == found["rows"][-1]["best"]
+    assert found["settings"]["epochs"] == 2
+    assert found["settings"]["label_fraction"] == 0.05
+    assert not any("own" in row for row in found["rows"])
     capsys.readouterr()
     assert kdfast("compare", "--recipes", "kd,dhi") == 1
     assert "did you mean" in sentence(capsys)

@@ -282,6 +282,22 @@ SIGNALLED = """
 """
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_iteration_within_another_is_right_or_an_error(workers):
+    loader = loader_of(split_of(40), workers=workers)
+    whole = list(loader)
+    loader.set_epoch(0)
+    outer = iter(loader)
+    first = next(outer)
+    within = list(loader.in_order())
+    assert torch.cat([batch.index for batch in within]).tolist() == list(range(40))
+    if workers:
+        with pytest.raises(DataError, match="iterated anew before an earlier iteration was over"):
+            next(outer)
+    else:
+        assert same([first, *outer], whole)
+
+
 def test_signals_to_the_process_group_leave_the_workers_working():
     process = subprocess.Popen(
         [sys.executable, "-c", textwrap.dedent(SIGNALLED)],
@@ -289,6 +305,7 @@ def test_signals_to_the_process_group_leave_the_workers_working():
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        env={**os.environ, "PYTHONWARNINGS": "ignore"},  # PyTorch's, of more workers than cores
     )
     assert process.stdout.readline() == "batch\n"  # of the first worker: the other may still be starting
     os.killpg(process.pid, signal.SIGINT)

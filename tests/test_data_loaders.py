@@ -80,6 +80,28 @@ def test_order_and_labels_are_the_same_in_all(folder: Path, name: str):
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_all_images_in_order_on_every_rank(folder: Path, name: str):
+    data, made = loaders(folder, name, rank=1, world_size=2, seed=3)
+    assert not made.train.deterministic
+    assert made.val.deterministic
+    made.train.set_epoch(2)
+    batches = {int(i): image for batch in made.train for i, image in zip(batch.index, batch.images)}
+    made.train.set_epoch(2)
+    iteration = iter(made.train)
+    next(iteration)
+    iteration.close()
+    found = list(made.train.in_order())
+    assert torch.cat([batch.index for batch in found]).tolist() == list(range(len(data.train)))
+    assert torch.equal(torch.cat([batch.labels for batch in found]), data.train.labels)
+    assert torch.equal(made.train.labels, data.train.labels)
+    images = torch.cat([batch.images for batch in found])
+    assert all(torch.equal(images[i], image) for i, image in batches.items()), "of the epoch under way"
+    assert made.train.state_dict() == {"epoch": 2, "batch": 1}
+    rest = torch.cat([batch.index for batch in made.train])
+    assert len(rest) == made.train.samples - 4, "the epoch goes on"
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_a_resumed_epoch_goes_on_with_the_very_next_sample(folder: Path, name: str):
     _, made = loaders(folder, name)
     whole = list(made.train)

@@ -431,6 +431,17 @@ def test_a_term_that_validation_leaves_out_is_no_part_of_its_loss():
     assert meter.averages("val", CPU) == {"val/loss": 2.0, "val/a": 2.0}
 
 
+def test_a_term_that_comes_late_is_an_error_and_one_that_is_left_out_is_remembered():
+    meter = TermMeter(CPU.device)
+    meter.add({"a": torch.tensor(1.0), "b": torch.tensor(2.0)}, rows=3, step=1)
+    meter.add({"a": torch.tensor(5.0)}, rows=1, step=2)
+    with pytest.raises(ValueError, match="the term 'c' was not there at first, when there were a, b"):
+        meter.add({"c": torch.tensor(1.0)}, rows=1, step=3)
+    resumed = TermMeter(CPU.device)
+    resumed.load_state_dict(meter.state_dict())
+    assert resumed.averages("train", CPU) == meter.averages("train", CPU) == {"train/loss": 4.0, "train/a": 2.0, "train/b": 2.0}
+
+
 def test_accuracy_leaves_out_hidden_labels():
     meter = AccuracyMeter(CPU.device)
     logits = torch.arange(6.0).expand(6, 6)

@@ -182,6 +182,15 @@ def test_crd(kd_weight):
     assert torch.equal(contrast.memory_v1[others], banks[0][others])
 
 
+def test_crd_takes_a_teacher_whose_head_has_layers():
+    teacher = create("resnet14", 3, head="mlp").eval()
+    stage = next(crd.distil(setup(), crd.Settings(negatives=7), teacher))
+    stage.modes(training=True)
+    batch = next(iter(stage.data.train))
+    assert stage.loss(stage.forward(batch), batch)["contrast"].isfinite()
+    assert stage.train[1].embed_t.linear.in_features == 128, "what its last layer reads"
+
+
 def test_crds_hidden_labels_are_classes_of_their_own():
     data = noise()
     labels = torch.where(torch.arange(80) % 4 > 0, -100, data.train.labels)

@@ -13,7 +13,7 @@ import os
 import statistics
 import time
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from kdfast.commands.config import Distill, Teach
 from kdfast.commands.distill import distill
 from kdfast.commands.teacher import teach
 
+SHOWN = ("label_fraction", "epochs", "batch_size", "optimizer", "lr", "weight_decay", "schedule", "precision")  # of what is common
 COLUMNS = ("recipe", "best top-1, %", "last top-1, %", "against alone, points", "training images/s", "seconds")
 
 
@@ -43,14 +44,17 @@ def compare(configs: Mapping[str, Distill[Any]], out: Path) -> Path:
     first = next(iter(configs.values()))
     teacher = first.teacher
     if teacher == "train" and any(recipes.get(config.recipe).needs_teacher for config in configs.values()):
+        if any(config.teacher_training != first.teacher_training for config in configs.values()):
+            print(f"The teacher is trained as recipe {first.recipe} trains its own; others would train theirs otherwise.")
         teacher = str(teach(_teacher(first, out / "teacher")))
     for number, (name, config) in enumerate(configs.items()):
         run = replace(config.run, out=out / name, resume=_begun(out / name), baseline=config.run.baseline and number == 0)
         distill(replace(config, run=run, teacher=teacher if recipes.get(config.recipe).needs_teacher else "train"))
     if int(os.environ.get("RANK", "0")) > 0:  # under torchrun the main process writes
         return out
-    rows = table({name: _results(out / name) for name in configs})
-    facts = {"settings": _settings(first), "machine": machine.facts(), "date": time.strftime("%Y-%m-%d"), "rows": rows}
+    settings, own = _settings(configs)
+    rows = [row | {"own": own[row["recipe"]]} if own.get(row["recipe"]) else row for row in table({n: _results(out / n) for n in configs})]
+    facts = {"settings": settings, "machine": machine.facts(), "date": time.strftime("%Y-%m-%d"), "rows": rows}
     files.write_json(out / "comparison.json", facts)
     files.write_text(out / "comparison.md", markdown(facts))
     page = report.write_comparison([out / name for name in configs], out / "comparison.html")
@@ -76,19 +80,16 @@ def _teacher(config: Distill[Any], folder: Path) -> Teach:
     )
 
 
-def _settings(config: Distill[Any]) -> dict[str, Any]:
-    """What all recipes have in common."""
-    training, data = config.training, config.data
-    return {
-        "dataset": data.dataset,
-        "label_fraction": data.label_fraction,
-        "student": config.student,
-        "epochs": training.epochs,
-        "batch_size": training.batch_size,
-        "optimizer": training.optimizer,
-        "lr": training.lr,
-        "precision": config.run.precision,
+def _settings(configs: Mapping[str, Distill[Any]]) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+    """What all recipes have in common, and what each has of its own: method defaults may bring an optimizer (conkd: Lion)."""
+    each = {
+        name: {"dataset": c.data.dataset, "label_fraction": c.data.label_fraction, "student": c.student, "precision": c.run.precision}
+        | {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(c.training).items()}
+        for name, c in configs.items()
     }
+    first = next(iter(each.values()))
+    common = {key: value for key, value in first.items() if all(of[key] == value for of in each.values())}
+    return common, {name: {key: value for key, value in of.items() if key not in common} for name, of in each.items()}
 
 
 def _begun(folder: Path) -> bool:
@@ -155,16 +156,24 @@ def _mean(values: list[float]) -> str:
     return f"{100 * statistics.mean(values):.2f}{spread}"
 
 
+def _words(settings: Mapping[str, Any]) -> str:
+    """Settings as in: 30 epochs a stage, batch_size 64, lr 0.05."""
+    said = {"epochs": "{} epochs a stage", "optimizer": "{}", "precision": "{}", "label_fraction": "{:.0%} of the labels"}
+    idle = {"label_fraction": 1.0, "precision": "auto"}
+    return ", ".join(said.get(key, f"{key} {{}}").format(value) for key, value in settings.items() if idle.get(key) != value)
+
+
 def markdown(facts: Mapping[str, Any]) -> str:
     """The table, its columns' meaning, and where it was measured."""
     lines = [f"| {' | '.join(COLUMNS)} |", "|---|---:|---:|---:|---:|---:|", *(f"| {' | '.join(_cells(row))} |" for row in facts["rows"])]
     where, common = facts["machine"], facts["settings"]
-    labels = "" if common["label_fraction"] == 1 else f", {common['label_fraction']:.0%} of the labels"
-    precision = "" if common["precision"] == "auto" else f", {common['precision']}"
-    training = (
-        f"{common['dataset']}{labels}: {common['student']}, {common['epochs']} epochs a stage, batch {common['batch_size']}, "
-        f"{common['optimizer']} lr {common['lr']:g}{precision}."
-    )
+    words = [f"{common['dataset']}: {common['student']}", _words({key: common[key] for key in SHOWN if key in common})]
+    training = f"{', '.join(filter(None, words))}."
+    own: dict[str, list[str]] = {}
+    for row in facts["rows"]:
+        if "own" in row:
+            own.setdefault(_words(row["own"]), []).append(row["recipe"])
+    training += "".join(f" {', '.join(names)}: {words}." for words, names in own.items())
     on = f"{where['cpu']}, {where['threads']} thread{'s' if where['threads'] != 1 else ''}" if "gpu" not in where else where["gpu"]
     note = (
         "Mean and sample standard deviation over seeds, of test accuracy with the weights of the best validation epoch and of the last; "

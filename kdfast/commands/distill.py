@@ -193,7 +193,9 @@ class _Job:
 
     def _distilled(self, setup: Setup, teacher: nn.Module | None) -> Stages[Trained]:
         stages = self._recipe.distil(setup, self.config.method, teacher)
-        return plus(stages, [Term.parse(term) for term in self.config.plus], teacher) if self.config.plus else stages
+        if not self.config.plus:
+            return stages
+        return plus(stages, [Term.parse(term) for term in self.config.plus], teacher, labels_hidden=setup.labels_hidden)
 
     def _arm(self, stages: Stages[Trained], setup: Setup) -> Arm:
         results: list[StageResult] = []

@@ -70,7 +70,10 @@ class StageLoop:
         forward: nn.Module = _Forward(stage)
         if world.size > 1:
             ids = [world.device.index] if world.device.type == "cuda" else None
-            forward = DistributedDataParallel(forward, device_ids=ids, find_unused_parameters=stage.partial)
+            # buffers are the main process's at the start and at the end of every epoch; in between each process has its own BatchNorm
+            # statistics, which training does not read, and memory banks are equal and too large to be sent in every step
+            forward = DistributedDataParallel(forward, device_ids=ids, find_unused_parameters=stage.partial, broadcast_buffers=False)
+            world.broadcast(forward.buffers())
         self._ddp = forward if isinstance(forward, DistributedDataParallel) else None
         self._eager: Callable[[Batch], Outputs] = forward
         self._forward: Callable[[Batch], Outputs] = torch.compile(forward) if options.compile else forward
@@ -103,9 +106,11 @@ class StageLoop:
         `save` is called in the middle of long epochs and before leaving on a stop request; the caller saves between epochs.
         """
         training = self.stage.training
-        if self.epoch < training.epochs:
+        if self.epoch < training.epochs and not self._stopped_early():
+            start = time.perf_counter()
             with torch.no_grad(), self._autocast():
                 self.stage.prepare()
+            self._epoch_seconds += time.perf_counter() - start
         while self.epoch < training.epochs and not self._stopped_early():
             lr = self._optimizer.param_groups[0]["lr"]
             if not self._train_epoch(save):

@@ -39,6 +39,8 @@ class TermMeter:
         if not self.names:
             self._begin(tuple(terms))
         for name in terms:
+            if name not in self._rows_of:
+                raise ValueError(f"loss: the term {name!r} was not there at first, when there were {', '.join(self.names)}")
             self._rows_of[name] += rows
         absent = self._sums.new_zeros(())
         values = torch.stack([terms[name].detach().double() if name in terms else absent for name in self.names])
@@ -61,12 +63,12 @@ class TermMeter:
 
     def state_dict(self) -> dict[str, Any]:
         """State to resume from in the middle of an epoch."""
-        return {"names": list(self.names), "sums": self._sums, "first_bad": self._first_bad, "rows": self.rows}
+        return {"names": list(self.names), "sums": self._sums, "first_bad": self._first_bad, "rows": self.rows, "rows_of": self._rows_of}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continues from `state`."""
         self.names, self.rows = tuple(state["names"]), state["rows"]
-        self._rows_of = dict.fromkeys(self.names, self.rows)
+        self._rows_of = dict(state["rows_of"])
         self._sums, self._first_bad = state["sums"].to(self._device), state["first_bad"].to(self._device)
 
 

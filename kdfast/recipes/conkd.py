@@ -102,7 +102,7 @@ class EmbeddingTeacher(Extended):
     def __init__(self, model: nn.Module, projection: nn.Module):
         super().__init__(model)
         self.projection = projection
-        self._tapped = Taps(model, (head_input(model),))
+        self._tapped = Taps(model, (head_input(model)[0],))
 
     def embed(self, images: Tensor) -> Tensor:
         """Images [B, 3, H, W] -> embedding [B, 128], rows of length 1."""
@@ -122,8 +122,9 @@ def distil(setup: Setup, settings: Settings, teacher: nn.Module | None) -> Stage
 def _joint(setup: Setup, settings: Settings, teacher: nn.Module) -> Stages[Trained]:
     student = setup.student()
     readme = settings.procedure == "readme"
-    projection = nn.Identity() if readme else projection_head(feature_size(student), EMBEDDING)
-    tapped = Taps(student, (head_input(student),))
+    tap, features = head_input(student)
+    projection = nn.Identity() if readme else projection_head(features, EMBEDDING)
+    tapped = Taps(student, (tap,))
     data = setup.loaders(setup.training)
     target = Remembered(teacher, data, setup.training.epochs)
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from kdfast.data import HIDDEN, Batch
 from kdfast.engine.stage import Outputs, Terms
 from kdfast.losses import CRDLoss
-from kdfast.models import Taps, feature_size
+from kdfast.models import Taps
 from kdfast.recipes import kd
 from kdfast.recipes.features import head_input
 from kdfast.recipes.recipe import Preset, Recipe, Setup, Stages, Trained
@@ -59,11 +59,12 @@ def distil(setup: Setup, settings: Settings, teacher: nn.Module | None) -> Stage
     """One stage: the student's features say as much about an image as the teacher's."""
     assert teacher is not None
     student = setup.student()
-    see_student, see_teacher = (Taps(network, (head_input(network),)) for network in (student, teacher))
+    (student_tap, student_features), (teacher_tap, teacher_features) = head_input(student), head_input(teacher)
+    see_student, see_teacher = Taps(student, (student_tap,)), Taps(teacher, (teacher_tap,))
     loaders = setup.loaders(setup.training)
     contrast = CRDLoss(
-        feature_size(student),
-        feature_size(teacher),
+        student_features,
+        teacher_features,
         len(loaders.train.labels),
         labels=_apart_where_hidden(loaders.train.labels),
         feat_dim=settings.embedding,

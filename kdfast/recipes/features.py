@@ -66,10 +66,11 @@ def innermost(network: nn.Module) -> tuple[nn.Module, str]:
     return network, prefix
 
 
-def head_input(network: nn.Module) -> str:
-    """The tap of what the network's classifier reads."""
+def head_input(network: nn.Module) -> tuple[str, int]:
+    """The tap of what the network's last linear layer reads, and how many numbers that are for an image."""
     inner, prefix = innermost(network)
-    return f"{prefix}{find_head(inner)[0]}:input"
+    path, layer = find_head(inner)
+    return f"{prefix}{path}:input", layer.in_features
 
 
 def check_as_many(student: Sequence[str], teacher: Sequence[str]) -> None:

@@ -18,7 +18,7 @@ from kdfast.data import HIDDEN, Batch
 from kdfast.engine import Stage, StageResult
 from kdfast.engine.stage import Outputs, Terms
 from kdfast.functional import kd_loss, supcon_loss
-from kdfast.models import Taps, feature_size, projection_head
+from kdfast.models import Taps, projection_head
 from kdfast.recipes.features import head_input
 from kdfast.recipes.recipe import Stages, Trained, alone_where_hidden, contrasted_processes
 
@@ -63,27 +63,35 @@ class Term:
         return Term(name, **values)
 
 
-def plus(stages: Stages[Trained], terms: Sequence[Term], teacher: nn.Module | None) -> Stages[Trained]:
+def plus(stages: Stages[Trained], terms: Sequence[Term], teacher: nn.Module | None, *, labels_hidden: bool) -> Stages[Trained]:
     """The same stages, the terms added to the one that distils the student.
+
+    Args:
+        stages: the recipe's.
+        terms: what is added.
+        teacher: whom kd and lskd follow, and who says the class of an image whose label is hidden; None: the recipe has none.
+        labels_hidden: whether some labels are.
 
     Raises:
         ValueError: a term follows a teacher, and there is none; or the recipe's student gives no logits there (conkd's notebook).
     """
     if teacher is None and any(term.name != "supcon" for term in terms):
         raise ValueError("plus kd and lskd need a teacher, and this recipe has none")
+    asked = labels_hidden or any(term.name != "supcon" for term in terms)
     result: StageResult | None = None
     while True:
         try:
             stage = stages.send(result) if result is not None else next(stages)
         except StopIteration as end:
             return end.value
-        result = yield _extended(stage, terms, teacher) if stage.name == STAGE else stage
+        result = yield _extended(stage, terms, teacher if asked else None) if stage.name == STAGE else stage
 
 
 def _extended(stage: Stage, terms: Sequence[Term], teacher: nn.Module | None) -> Stage:
     student, contrast = stage.train[0], any(term.name == "supcon" for term in terms)
-    tapped = Taps(student, (head_input(student),)) if contrast else None
-    projection = projection_head(feature_size(student)) if contrast else None
+    tap, features = head_input(student)
+    tapped = Taps(student, (tap,)) if contrast else None
+    projection = projection_head(features) if contrast else None
 
     def forward(batch: Batch) -> Outputs:
         if tapped is None or projection is None:

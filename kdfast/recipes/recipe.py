@@ -114,8 +114,11 @@ class Setup:
             name: of the stage.
             parts: train, frozen, forward, loss and whatever else a Stage has, over the above.
         """
-        usual: dict[str, Any] = {"data": self.loaders(self.training), "training": self.training, "couples_rows": self.labels_hidden}
-        return Stage(name, **(usual | parts))
+        parts.setdefault("training", self.training)
+        parts.setdefault("couples_rows", self.labels_hidden)
+        if "data" not in parts:  # making loaders may open files
+            parts["data"] = self.loaders(self.training)
+        return Stage(name, **parts)
 
     def student(self, *, head: str = "linear") -> nn.Module:
         """A new student; the same initial weights at every call of one seed, so that arms are paired."""

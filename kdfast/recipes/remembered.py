@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from kdfast.data import Batch, Loader, Loaders
+from kdfast.engine.distributed import all_processes
 
 LARGEST = 2**28
 """Bytes that the answers to one split may take on the device."""
@@ -21,7 +22,7 @@ class Remembered:
     Args:
         says: images [B, 3, H, W] -> [B, ...], the same for an image whatever its batch.
         data: the stage's loaders.
-        epochs: of the stage; in one there is nothing to save.
+        epochs: of the stage.
     """
 
     def __init__(self, says: Callable[[Tensor], Tensor], data: Loaders, epochs: int):
@@ -30,8 +31,12 @@ class Remembered:
         self._val: Tensor | None = None
 
     def prepare(self) -> None:
-        """Asks once, of every image; a stage's `prepare`."""
-        if self._epochs > 1:
+        """Asks once, of every image; a stage's `prepare`.
+
+        On every rank of all images, for which ones it will see changes with the epoch: that pays where there are more epochs than ranks.
+        """
+        ranks = all_processes()
+        if self._epochs > (1 if ranks is None else ranks.size()):
             self._train, self._val = self._answers(self._data.train), self._answers(self._data.val)
 
     @torch.no_grad()
@@ -40,7 +45,7 @@ class Remembered:
         if not loader.deterministic:
             return None
         answers: Tensor | None = None
-        for batch in loader.in_order():  # on every rank all of them: which ones it sees later changes with the epoch
+        for batch in loader.in_order():
             said = self._says(batch.images)
             if answers is None:
                 if len(loader.labels) * said[0].nbytes > LARGEST:

@@ -73,7 +73,7 @@ class Opinions(Extended):
 
     def __init__(self, model: nn.Module, named: tuple[str, ...], option: str, image_size: int, classes: int) -> None:
         super().__init__(model)
-        maps, last = FeatureMaps(model, named, option, image_size), head_input(model)
+        maps, last = FeatureMaps(model, named, option, image_size), head_input(model)[0]
         channels = [shape[0] for shape in maps.shapes]
         self.paths = maps.paths
         self.heads = nn.ModuleList(separable_head(channels[j:], classes) for j in range(len(channels) - 1))

@@ -131,7 +131,7 @@ class OrderedLoader:
     def in_order(self) -> Iterator[Batch]:
         """All images by their index, on every rank; the position stays where it is."""
         pieces = torch.arange(len(self._split)).split(self._batch_size)
-        return self._batches([Request(self._epoch, piece.tolist()) for piece in pieces])
+        yield from self._batches([Request(self._epoch, piece.tolist()) for piece in pieces])
 
     def _batches(self, requests: list[Request]) -> Iterator[Batch]:
         """One batch for each request, on the device."""

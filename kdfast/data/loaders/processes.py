@@ -41,7 +41,7 @@ class TorchvisionLoader(OrderedLoader):
             raise DataError(f"workers must be at least 0, got {workers}")
         if workers:
             _import_what_workers_need()
-        self._plan = _Plan()
+        self._plan, self._turn = _Plan(), object()
         self._loader = DataLoader(
             _Samples(split, transform, self._seed, self._views),
             batch_size=None,  # the plan's requests are batches already
@@ -54,19 +54,22 @@ class TorchvisionLoader(OrderedLoader):
         )
 
     def _batches(self, requests: list[Request]) -> Iterator[Batch]:
-        self._plan.requests = requests
-        batches = self._host_batches()
+        batches = self._host_batches(requests)
         return self._ahead(batches) if self._device.type == "cuda" else map(self._finish, batches)
 
-    def _host_batches(self) -> Iterator[Batch]:
+    def _host_batches(self, requests: list[Request]) -> Iterator[Batch]:
         """uint8 batches in host memory; what a worker could not do is raised here, without the worker's traceback."""
+        self._plan.requests = requests
         try:
             with _signals_held():
                 batches = iter(self._loader)
-            for batch in batches:
+            turn = self._turn = object()
+            while (batch := next(batches, None)) is not None:
                 if isinstance(batch, str):
                     raise DataError(batch)
                 yield batch
+                if turn is not self._turn and self._loader.num_workers:
+                    raise DataError("a loader with workers was iterated anew before an earlier iteration was over: it cannot go on")
         except RuntimeError as error:
             if "DataLoader worker" not in str(error):
                 raise
