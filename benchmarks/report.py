@@ -19,7 +19,7 @@ from kdfast.benchmarks.harness import COMPILED, EAGER, OURS
 from kdfast.benchmarks.timing import RESULTS
 
 from kdfast import files
-from kdfast.commands import compare
+from kdfast.report.comparison import markdown
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -194,7 +194,7 @@ def momenta(device: str) -> str:
 
 def comparison(device: str, grid: str) -> str:
     """The table of `kdfast compare`, whose comparison.json is results/<device>-compare_<grid>.json."""
-    return compare.markdown(json.loads((RESULTS / f"{device}-compare_{grid}.json").read_text())).strip()
+    return markdown(json.loads((RESULTS / f"{device}-compare_{grid}.json").read_text())).strip()
 
 
 def filled(text: str) -> str:

@@ -254,6 +254,7 @@ def test_a_teacher_at_chance_is_an_error_where_strict(tmp_path: Path, capsys: py
 def test_a_comparison_says_which_settings_a_recipe_has_of_its_own():
     from kdfast import recipes
     from kdfast.commands import compare, config
+    from kdfast.report import comparison
 
     configs = {name: config.defaults(recipes.get(name), "default", "cifar10") for name in ("kd", "conkd", "at")}
     common, own = compare._settings(configs)
@@ -262,7 +263,7 @@ def test_a_comparison_says_which_settings_a_recipe_has_of_its_own():
     assert (own["kd"]["optimizer"], own["conkd"]["optimizer"], own["at"]["lr"]) == ("sgd", "lion", 0.05)
     rows = [{"recipe": name, "own": own[name], "best": [0.5], "last": [0.5]} for name in configs]
     facts = {"settings": common, "rows": rows, "machine": {"cpu": "c", "threads": 1, "torch": "2", "python": "3"}, "date": "d"}
-    text = compare.markdown(facts)
+    text = comparison.markdown(facts)
     assert "cifar10: resnet20, 240 epochs a stage, batch_size 64. kd, at: sgd, lr 0.05, " in text
     assert " conkd: lion, lr 0.001, " in text
 

@@ -495,3 +495,19 @@ def test_a_recipe_is_called_what_a_folder_can_be_and_has_a_default():
         replace(made, name="a/b")
     with pytest.raises(ValueError, match="Recipe kd: presets must have one called default, got none"):
         replace(made, presets={})
+
+
+@pytest.mark.parametrize("recipe", [kd, conkd, crd], ids=lambda module: module.RECIPE.name)
+def test_a_forward_pass_is_one_graph(recipe):
+    """What torch.compile makes of a stage's forward pass, before and after the teacher was asked."""
+    torch._dynamo.reset()
+    stage = next(recipe.distil(setup(), recipe.Settings(), network().eval()))
+    stage.modes(training=True)
+    batch = next(iter(stage.data.train))
+    forward = torch.compile(stage.forward, backend="eager", fullgraph=True)
+    for _ in range(2):
+        outputs = forward(batch)
+        assert outputs.keys() == stage.forward(batch).keys()
+        assert outputs["logits"].requires_grad
+        assert not outputs["teacher"].requires_grad
+        stage.prepare()

@@ -25,9 +25,7 @@ from kdfast import files, machine, recipes, report
 from kdfast.commands.config import Distill, Teach
 from kdfast.commands.distill import distill
 from kdfast.commands.teacher import teach
-
-SHOWN = ("label_fraction", "epochs", "batch_size", "optimizer", "lr", "weight_decay", "schedule", "precision")  # of what is common
-COLUMNS = ("recipe", "best top-1, %", "last top-1, %", "against alone, points", "training images/s", "seconds")
+from kdfast.report import comparison
 
 
 def compare(configs: Mapping[str, Distill[Any]], out: Path) -> Path:
@@ -56,13 +54,13 @@ def compare(configs: Mapping[str, Distill[Any]], out: Path) -> Path:
     rows = [row | {"own": own[row["recipe"]]} if own.get(row["recipe"]) else row for row in table({n: _results(out / n) for n in configs})]
     facts = {"settings": settings, "machine": machine.facts(), "date": time.strftime("%Y-%m-%d"), "rows": rows}
     files.write_json(out / "comparison.json", facts)
-    files.write_text(out / "comparison.md", markdown(facts))
+    files.write_text(out / "comparison.md", comparison.markdown(facts))
     page = report.write_comparison([out / name for name in configs], out / "comparison.html")
     shown = Table(box=box.SIMPLE_HEAD)
-    for column in COLUMNS:
-        shown.add_column(column, justify="left" if column == COLUMNS[0] else "right")
+    for column in comparison.COLUMNS:
+        shown.add_column(column, justify="left" if column == comparison.COLUMNS[0] else "right")
     for row in rows:
-        shown.add_row(*_cells(row))
+        shown.add_row(*comparison.cells(row))
     RichConsole().print(shown)
     print(page)
     return out
@@ -137,48 +135,3 @@ def _arm(arms: list[dict[str, Any]]) -> dict[str, Any]:
         "images_per_s": statistics.median(arm["train_images_per_s"] for arm in arms),
         "seconds": round(statistics.mean(arm["seconds"] for arm in arms), 1),
     }
-
-
-def _cells(row: Mapping[str, Any]) -> list[str]:
-    paired = row.get("paired")
-    difference = ""
-    if paired:
-        difference = f"{100 * paired['mean']:+.2f}"
-        difference += f" ({100 * paired['low']:+.2f} to {100 * paired['high']:+.2f})" if "low" in paired else ""
-    speed = f"{row['images_per_s']:,.0f}" if "images_per_s" in row else ""
-    return [row["recipe"], _mean(row["best"]), _mean(row["last"]), difference, speed, f"{row['seconds']:,.1f}" if "seconds" in row else ""]
-
-
-def _mean(values: list[float]) -> str:
-    if not values:
-        return ""
-    spread = f" ± {100 * statistics.stdev(values):.2f}" if len(values) > 1 else ""
-    return f"{100 * statistics.mean(values):.2f}{spread}"
-
-
-def _words(settings: Mapping[str, Any]) -> str:
-    """Settings as in: 30 epochs a stage, batch_size 64, lr 0.05."""
-    said = {"epochs": "{} epochs a stage", "optimizer": "{}", "precision": "{}", "label_fraction": "{:.0%} of the labels"}
-    idle = {"label_fraction": 1.0, "precision": "auto"}
-    return ", ".join(said.get(key, f"{key} {{}}").format(value) for key, value in settings.items() if idle.get(key) != value)
-
-
-def markdown(facts: Mapping[str, Any]) -> str:
-    """The table, its columns' meaning, and where it was measured."""
-    lines = [f"| {' | '.join(COLUMNS)} |", "|---|---:|---:|---:|---:|---:|", *(f"| {' | '.join(_cells(row))} |" for row in facts["rows"])]
-    where, common = facts["machine"], facts["settings"]
-    words = [f"{common['dataset']}: {common['student']}", _words({key: common[key] for key in SHOWN if key in common})]
-    training = f"{', '.join(filter(None, words))}."
-    own: dict[str, list[str]] = {}
-    for row in facts["rows"]:
-        if "own" in row:
-            own.setdefault(_words(row["own"]), []).append(row["recipe"])
-    training += "".join(f" {', '.join(names)}: {words}." for words, names in own.items())
-    on = f"{where['cpu']}, {where['threads']} thread{'s' if where['threads'] != 1 else ''}" if "gpu" not in where else where["gpu"]
-    note = (
-        "Mean and sample standard deviation over seeds, of test accuracy with the weights of the best validation epoch and of the last; "
-        "against alone: seed by seed, with a 95 % interval; seconds of training a seed, the teacher's left out."
-    )
-    return "\n".join(
-        [*lines, "", f"{training} {note}", "", f"{on}, PyTorch {where['torch']}, Python {where['python']}, {facts['date']}.", ""]
-    )

@@ -126,12 +126,12 @@ def _joint(setup: Setup, settings: Settings, teacher: nn.Module) -> Stages[Train
     projection = nn.Identity() if readme else projection_head(features, EMBEDDING)
     tapped = Taps(student, (tap,))
     data = setup.loaders(setup.training)
-    target = Remembered(teacher, data, setup.training.epochs)
+    answers = Remembered(teacher, data, setup.training.epochs)
 
     def forward(batch: Batch) -> Outputs:
+        target = answers(batch, training=student.training)
         logits, (features,) = tapped(batch.images)
-        teachers = target(batch, training=student.training)
-        return {"logits": logits, "embedding": projection(features.flatten(1)), "teacher": teachers}
+        return {"logits": logits, "embedding": projection(features.flatten(1)), "teacher": target}
 
     def loss(outputs: Outputs, batch: Batch) -> Terms:
         terms = ce_and_kd(
@@ -160,7 +160,7 @@ def _joint(setup: Setup, settings: Settings, teacher: nn.Module) -> Stages[Train
         "distil",
         train=(student, projection),
         frozen=(teacher,),
-        prepare=target.prepare,
+        prepare=answers.prepare,
         forward=forward,
         loss=loss,
         data=data,

@@ -46,17 +46,18 @@ def distil(setup: Setup, settings: Settings, teacher: nn.Module | None) -> Stage
 def follow(name: str, setup: Setup, settings: Settings, student: nn.Module, spec: ModelSpec, teacher: nn.Module) -> Stages[Trained]:
     """A stage of this name in which `student` follows `teacher`."""
     data = setup.loaders(setup.training)
-    target = Remembered(teacher, data, setup.training.epochs)
+    answers = Remembered(teacher, data, setup.training.epochs)
 
     def forward(batch: Batch) -> Outputs:
-        return {"logits": student(batch.images), "teacher": target(batch, training=student.training)}
+        target = answers(batch, training=student.training)
+        return {"logits": student(batch.images), "teacher": target}
 
     yield setup.stage(
         name,
         train=(student,),
         frozen=(teacher,),
         data=data,
-        prepare=target.prepare,
+        prepare=answers.prepare,
         forward=forward,
         loss=lambda outputs, batch: terms(outputs["logits"], outputs["teacher"], batch.labels, settings, hidden=setup.labels_hidden),
     )
