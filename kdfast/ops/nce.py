@@ -228,7 +228,7 @@ def _parts(v: Tensor, bank: Tensor, indices: Tensor, temperature: float) -> Iter
 
 
 def _by_anchors(v: Tensor, bank: Tensor, indices: Tensor, temperature: float) -> Iterator[_Part]:
-    """Some anchors at a time against the whole bank, of whose products those asked for are taken."""
+    """Some anchors at a time against the whole bank, of whose products those asked for are taken; indices have been checked."""
     n = len(bank)
     most = max(1, CHUNK // max(n, indices.shape[1]))
     finite = bank.where(bank.isfinite(), 0.0) if not math.isfinite(bank.sum().item()) else bank  # a row that nobody asks for has weight 0
