@@ -19,6 +19,7 @@ from kdfast.benchmarks.harness import COMPILED, EAGER, OURS
 from kdfast.benchmarks.timing import RESULTS
 
 from kdfast import files
+from kdfast.machine import described
 from kdfast.report.comparison import markdown
 
 if TYPE_CHECKING:
@@ -67,7 +68,7 @@ def read(path: Path) -> Results:
     if not cases:
         raise ValueError(f"{path} must hold results of `kdfast bench kernels` or `pytest benchmarks`, and it holds none")
     packages = ", ".join(f"{name} {version}" for name, version in machine.get("packages", {}).items())
-    return Results(_measured(machine, date), packages, cases)
+    return Results(described(machine, date), packages, cases)
 
 
 def committed(device: str) -> list[Results]:
@@ -85,13 +86,6 @@ def devices() -> list[str]:
     """What there are committed results of."""
     names = {path.name.partition("-")[0] for path in RESULTS.glob("*-*.json")}
     return sorted(name for name in names if committed(name))
-
-
-def _measured(machine: dict[str, Any], date: str) -> str:
-    on = [machine["cpu"], "1 thread" if machine["threads"] == 1 else f"{machine['threads']} threads"]
-    if "gpu" in machine:
-        on = [machine["gpu"], *(f"driver {gpu['driver_version']}" for gpu in machine.get("gpus", [])[:1])]
-    return ", ".join([*on, f"PyTorch {machine['torch']}", f"Python {machine['python']}", date])
 
 
 def _of_linear_kd(case: dict[str, Any]) -> dict[str, Any]:
@@ -160,7 +154,7 @@ def training(device: str) -> str:
     result = json.loads((RESULTS / f"{device}-self_distillation.json").read_text())
     lines = ["| loop | images/s | over the tutorial's |", "|---|---:|---:|"]
     lines += [f"| {c['variant']} | {c['images_per_s']:.1f} | {c['speedup']:.2f} |" for c in result["cases"]]
-    return "\n".join([*lines, "", f"{_measured(result['machine'], result['date'])}."])
+    return "\n".join([*lines, "", f"{described(result['machine'], result['date'])}."])
 
 
 def loaders(device: str) -> str:
@@ -174,7 +168,7 @@ def loaders(device: str) -> str:
         cells = [c["name"], str(c["image_size"]), c["loader"], str(c["workers"]), f"{c['images_per_s']:,.0f}", peer, f"{c['speedup']:.2f}"]
         cells += [format(c["waiting_share"], ".1%")] if waiting else []
         lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join([*lines, "", f"{_measured(result['machine'], result['date'])}."])
+    return "\n".join([*lines, "", f"{described(result['machine'], result['date'])}."])
 
 
 def momenta(device: str) -> str:
@@ -183,7 +177,7 @@ def momenta(device: str) -> str:
     measured = []
     for path in sorted(RESULTS.glob(f"{device}-lion_momentum_*.json")):
         result = json.loads(path.read_text())
-        measured.append(f"{result['cases'][0]['dataset']}: {_measured(result['machine'], result['date'])}")
+        measured.append(f"{result['cases'][0]['dataset']}: {described(result['machine'], result['date'])}")
         for c in result["cases"]:
             accuracy, runs = statistics.mean(c["accuracy"]), len(c["accuracy"])
             against = "" if c["momentum"] == "float32" else f"{c['difference']:+.2f} ± {c['standard_error']:.2f}"

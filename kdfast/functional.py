@@ -258,8 +258,8 @@ def crd_loss(
 
         L = -(1/B) sum_i [log(P_i0 / (P_i0 + m P_n + eps)) + sum_k log(m P_n / (P_ik + m P_n + eps))]
 
-    The rows that the indices name, [B, 1 + K, D], never exist at once: beyond the indices memory is a chunk of 4 MB, on a GPU some
-    parts of the gradient. Gradients are made in the forward pass; they flow to the embeddings that require them, not to the banks,
+    The rows that the indices name, [B, 1 + K, D], never exist at once: beyond the indices memory is up to six chunks of 4 MB, on a GPU
+    some parts of the gradient. Gradients are made in the forward pass; they flow to the embeddings that require them, not to the banks,
     which may be overwritten before backward; there is no second derivative. CRDLoss keeps banks and constants, and draws the negatives.
 
     Args:

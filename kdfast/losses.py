@@ -357,7 +357,6 @@ class CRDLoss(nn.Module):
             wanted = embed.linear.in_features
             if features.ndim < 2 or math.prod(features.shape[1:]) != wanted or len(features) != len(f_s):
                 raise ValueError(f"CRDLoss: {name} must be [{len(f_s)}, {wanted}], got shape {tuple(features.shape)}")
-        self._check_indices(idx, len(f_s))  # before anything is computed
         return self.of_embeddings(self.embed_s(f_s), self.embed_t(f_t), idx, contrast_idx)
 
     def of_embeddings(self, v_s: Tensor, v_t: Tensor, idx: Tensor, contrast_idx: Tensor | None = None) -> Tensor:

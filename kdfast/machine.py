@@ -3,6 +3,7 @@
 import os
 import platform
 import subprocess
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,14 @@ def facts() -> dict[str, Any]:
     if torch.cuda.is_available():
         known |= {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda, "triton": _version("triton")}
     return known
+
+
+def described(facts: Mapping[str, Any], date: str) -> str:
+    """What facts() has said, in a line for readers: the processor and its threads, or the GPU; the versions that matter; the date."""
+    on = [facts["cpu"], "1 thread" if facts["threads"] == 1 else f"{facts['threads']} threads"]
+    if "gpu" in facts:
+        on = [facts["gpu"], *(f"driver {gpu['driver_version']}" for gpu in facts.get("gpus", [])[:1])]
+    return ", ".join([*on, f"PyTorch {facts['torch']}", f"Python {facts['python']}", date])
 
 
 def cores() -> int:

@@ -14,7 +14,7 @@ from kdfast.data import make_loaders
 from kdfast.engine import Options, Run, Training
 from kdfast.engine.distributed import World
 from kdfast.models import ModelSpec, create
-from kdfast.recipes import at, conkd, crd, dih, fitnets, kd, mhkd, remembered, takd, tofd
+from kdfast.recipes import at, conkd, crd, dih, fitnets, kd, mhkd, plus, remembered, takd, tofd
 from kdfast.recipes.features import fingerprint
 from kdfast.recipes.recipe import Setup, Trained
 from tests.test_engine import loaders, noise
@@ -382,6 +382,17 @@ def test_tofd():
         for A in (W.weight @ W.weight.T, W.weight.T @ W.weight):
             expected = expected + 0.03 * (A - torch.eye(len(A))).pow(2).sum().sqrt()
     assert_same(stage, batch, expected)
+
+
+# ---- further terms ---------------------------------------------------------------------------------------------------
+
+
+def test_a_student_without_a_linear_layer_takes_terms_that_read_its_logits():
+    student = nn.Sequential(nn.Conv2d(3, 3, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    stages = kd.follow("distil", setup(), kd.Settings(), student, ModelSpec("resnet8", 3), network().eval())
+    stage = next(plus.plus(stages, [plus.Term.parse("lskd")], network().eval(), labels_hidden=False))
+    batch = next(iter(stage.data.train))
+    assert stage.loss(stage.forward(batch), batch).keys() == {"ce+kd", "plus lskd"}
 
 
 # ---- a teacher that has answered already -----------------------------------------------------------------------------

@@ -29,10 +29,14 @@ class TermMeter:
         self._begin(names)
 
     def _begin(self, names: tuple[str, ...]) -> None:
-        self.names = names
         self._rows_of = dict.fromkeys(names, 0)
         self._sums = torch.zeros(len(names), dtype=torch.float64, device=self._device)
         self._first_bad = torch.full((len(names),), -1, dtype=torch.int64, device=self._device)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The terms, in their order."""
+        return tuple(self._rows_of)
 
     def add(self, terms: Mapping[str, Tensor], rows: int, step: int) -> None:
         """Adds the terms of one step (counted from 1) over `rows` images; all that have a name, or some of them (in validation)."""
@@ -56,19 +60,18 @@ class TermMeter:
 
     def averages(self, prefix: str, world: World) -> dict[str, float]:
         """{prefix/loss: sum of the terms, prefix/<term>: ...} over all processes, of the terms that there were."""
-        rows = self._sums.new_tensor([float(self._rows_of[name]) for name in self.names])
+        rows = self._sums.new_tensor([float(count) for count in self._rows_of.values()])
         totals, counts = world.sum(torch.stack([self._sums, rows])).tolist()
         means = {f"{prefix}/{name}": total / count for name, total, count in zip(self.names, totals, counts) if count}
         return {f"{prefix}/loss": sum(means.values())} | means
 
     def state_dict(self) -> dict[str, Any]:
         """State to resume from in the middle of an epoch."""
-        return {"names": list(self.names), "sums": self._sums, "first_bad": self._first_bad, "rows": self.rows, "rows_of": self._rows_of}
+        return {"sums": self._sums, "first_bad": self._first_bad, "rows": self.rows, "rows_of": self._rows_of}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continues from `state`."""
-        self.names, self.rows = tuple(state["names"]), state["rows"]
-        self._rows_of = dict(state["rows_of"])
+        self.rows, self._rows_of = state["rows"], dict(state["rows_of"])
         self._sums, self._first_bad = state["sums"].to(self._device), state["first_bad"].to(self._device)
 
 

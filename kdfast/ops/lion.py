@@ -275,9 +275,9 @@ def _torch_step(rows: list[Row], options: Options, grad_factor: Tensor | None, f
             if grad_factor is None and _is_plain(row):
                 for p, g, m in zip(*_blocks(row)):
                     _lion_block(p, g, m, options, scratch[: p.numel()])
-                continue
-            for block, offset in _cut(row):
-                _update([block], options, grad_factor, None, offset, scratch)
+            else:
+                for block, offset in _cut(row):
+                    _update([block], options, grad_factor, None, offset, scratch)
         for batch in _batches([row for row in rows if not _is_large(row)]):
             if len(batch) == 1:
                 _update(batch, options, grad_factor, None)
@@ -374,7 +374,7 @@ def _lion_block(p: Tensor, g: Tensor, m: Tensor, options: Options, update: Tenso
     m.mul_(beta2).add_(g, alpha=ascent * (1.0 - beta2))  # now: both are in the nearest cache
     flat = update.view(-1)
     # the sum of squares shows a NaN, or overflows: then they are looked for
-    update = update.sign_() if math.isfinite(torch.dot(flat, flat).item()) else torch.where(update.isnan(), update, update.sign())
+    update = update.sign_() if math.isfinite(torch.dot(flat, flat).item()) else _sign_or_nan(update)
     if weight_decay:
         p.mul_(1.0 - lr * weight_decay)
     p.add_(update, alpha=-lr)
@@ -385,7 +385,11 @@ def _signs(xs: list[Tensor]) -> list[Tensor]:
     if _readable(xs[0]) and all(math.isfinite(x.sum().item()) for x in xs):  # a NaN would be in the sum; one cached read
         torch._foreach_sign_(xs)
         return xs
-    return [torch.where(x.isnan(), x, x.sign()) for x in xs]
+    return [_sign_or_nan(x) for x in xs]
+
+
+def _sign_or_nan(x: Tensor) -> Tensor:
+    return torch.where(x.isnan(), x, x.sign())
 
 
 def _aligned(update: Tensor, grad: Tensor, whole: Any) -> Tensor:

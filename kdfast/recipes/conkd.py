@@ -148,7 +148,7 @@ def _joint(setup: Setup, settings: Settings, teacher: nn.Module) -> Stages[Train
         likely = outputs["teacher"].argmax(dim=1)
         contrast = supcon_loss(
             outputs["embedding"],
-            alone_where_hidden(batch) if readme else torch.where(batch.labels == HIDDEN, likely, batch.labels),
+            alone_where_hidden(batch.labels, batch.index) if readme else torch.where(batch.labels == HIDDEN, likely, batch.labels),
             temperature=settings.contrast_temperature,
             self_positive=readme,
             normalize=readme,
@@ -156,15 +156,14 @@ def _joint(setup: Setup, settings: Settings, teacher: nn.Module) -> Stages[Train
         )
         return terms | {"supcon": settings.alpha * contrast}
 
-    yield Stage(
+    yield setup.stage(
         "distil",
         train=(student, projection),
         frozen=(teacher,),
+        data=data,
         prepare=answers.prepare,
         forward=forward,
         loss=loss,
-        data=data,
-        training=setup.training,
         couples_rows=True,
     )
     return Trained(student, setup.student_spec)
@@ -186,14 +185,12 @@ def _notebook(setup: Setup, settings: Settings, teacher: EmbeddingTeacher) -> St
             "supcon": settings.alpha * _contrast_twice(outputs["embedding"], batch, settings),
         }
 
-    yield Stage(
+    yield setup.stage(
         "distil",
         train=(encoder, projection),
         frozen=(teacher,),
         forward=forward,
         loss=loss,
-        data=setup.loaders(setup.training),
-        training=setup.training,
         best="val/loss",
         couples_rows=True,
         cosine_from_one=settings.cosine_from_one,
@@ -256,7 +253,7 @@ def _contrast_twice(embedding: Tensor, batch: Batch, settings: Settings) -> Tens
     """SupCon of the embedding given twice, as two views."""
     return supcon_loss(
         embedding,
-        alone_where_hidden(batch),
+        alone_where_hidden(batch.labels, batch.index),
         temperature=settings.contrast_temperature,
         duplicates=2,
         group=contrasted_processes(),

@@ -12,15 +12,15 @@ there is no L, for validation images have no rows. An image whose label is hidde
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from kdfast.data import HIDDEN, Batch
+from kdfast.data import Batch
 from kdfast.engine.stage import Outputs, Terms
 from kdfast.losses import CRDLoss
 from kdfast.models import Taps
 from kdfast.recipes import kd
 from kdfast.recipes.features import head_input
-from kdfast.recipes.recipe import Preset, Recipe, Setup, Stages, Trained
+from kdfast.recipes.recipe import Preset, Recipe, Setup, Stages, Trained, alone_where_hidden
 
 
 @dataclass(frozen=True)
@@ -62,11 +62,12 @@ def distil(setup: Setup, settings: Settings, teacher: nn.Module | None) -> Stage
     (student_tap, student_features), (teacher_tap, teacher_features) = head_input(student), head_input(teacher)
     see_student, see_teacher = Taps(student, (student_tap,)), Taps(teacher, (teacher_tap,))
     loaders = setup.loaders(setup.training)
+    labels = loaders.train.labels
     contrast = CRDLoss(
         student_features,
         teacher_features,
-        len(loaders.train.labels),
-        labels=_apart_where_hidden(loaders.train.labels),
+        len(labels),
+        labels=alone_where_hidden(labels, torch.arange(len(labels))),
         feat_dim=settings.embedding,
         nce_k=settings.negatives,
         nce_t=settings.contrast_temperature,
@@ -97,12 +98,6 @@ def distil(setup: Setup, settings: Settings, teacher: nn.Module | None) -> Stage
         couples_rows=True,  # the banks are updated once, after the whole batch
     )
     return Trained(student, setup.student_spec)
-
-
-def _apart_where_hidden(labels: Tensor) -> Tensor:
-    """The labels [n], each hidden one a class of its own: all other images may be its negatives."""
-    own = torch.arange(len(labels)) + labels.max() + 1
-    return torch.where(labels == HIDDEN, own, labels)
 
 
 RECIPE = Recipe(

@@ -89,9 +89,10 @@ def plus(stages: Stages[Trained], terms: Sequence[Term], teacher: nn.Module | No
 
 def _extended(stage: Stage, terms: Sequence[Term], teacher: nn.Module | None) -> Stage:
     student, contrast = stage.train[0], any(term.name == "supcon" for term in terms)
-    tap, features = head_input(student)
-    tapped = Taps(student, (tap,)) if contrast else None
-    projection = projection_head(features) if contrast else None
+    tapped = projection = None
+    if contrast:
+        tap, size = head_input(student)
+        tapped, projection = Taps(student, (tap,)), projection_head(size)
 
     def forward(batch: Batch) -> Outputs:
         if tapped is None or projection is None:
@@ -127,5 +128,5 @@ def _loss(term: Term, outputs: Outputs, batch: Batch) -> torch.Tensor:
     if "plus teacher" in outputs:
         labels = torch.where(labels == HIDDEN, outputs["plus teacher"].argmax(dim=1), labels)
     else:
-        labels = alone_where_hidden(batch)
+        labels = alone_where_hidden(labels, batch.index)
     return supcon_loss(outputs["plus embedding"], labels, temperature=term.temperature, group=contrasted_processes())

@@ -10,7 +10,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kdfast.data import HIDDEN, Batch, ImageData, Loaders
+from kdfast.data import HIDDEN, ImageData, Loaders
 from kdfast.engine import Stage, StageResult, Training
 from kdfast.engine.distributed import all_processes, mean_over_processes
 from kdfast.engine.random_state import derive
@@ -190,9 +190,9 @@ def cross_entropy(logits: Tensor, labels: Tensor, *, label_smoothing: float = 0.
     return total / torch.where(count > 0, count, 1)
 
 
-def alone_where_hidden(batch: Batch) -> Tensor:
-    """The labels, and for an image whose label is hidden a class of its own."""
-    return torch.where(batch.labels == HIDDEN, -1 - batch.index, batch.labels)
+def alone_where_hidden(labels: Tensor, index: Tensor) -> Tensor:
+    """The labels [n] of the images of this index [n], and for one whose label is hidden a class of its own."""
+    return torch.where(labels == HIDDEN, -1 - index, labels)
 
 
 def contrasted_processes() -> "dist.ProcessGroup | None":

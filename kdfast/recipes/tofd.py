@@ -19,7 +19,6 @@ import torch
 from torch import Tensor, nn
 
 from kdfast.data import Batch
-from kdfast.engine import Stage
 from kdfast.engine.stage import Outputs, Terms
 from kdfast.losses import TOFDLoss
 from kdfast.models import Taps, separable_head, tap_shapes
@@ -131,14 +130,13 @@ def distil(setup: Setup, settings: Settings, teacher: nn.Module | None) -> Stage
         )
         return {"ce": torch.stack(ce).sum()} | terms
 
-    yield Stage(
+    yield setup.stage(
         "distil",
         train=(student.model, student.heads, task_oriented),
         frozen=(teacher,),
         forward=forward,
         loss=loss,
         data=data,
-        training=setup.training,
         couples_rows=True,
     )
     return Trained(student.model, setup.student_spec)

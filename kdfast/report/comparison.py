@@ -4,6 +4,8 @@ import statistics
 from collections.abc import Mapping
 from typing import Any
 
+from kdfast.machine import described
+
 SHOWN = ("label_fraction", "epochs", "batch_size", "optimizer", "lr", "weight_decay", "schedule", "precision")  # of what is common
 COLUMNS = ("recipe", "best top-1, %", "last top-1, %", "against alone, points", "training images/s", "seconds")
 
@@ -36,7 +38,7 @@ def _words(settings: Mapping[str, Any]) -> str:
 def markdown(facts: Mapping[str, Any]) -> str:
     """The table, its columns' meaning, and where it was measured."""
     lines = [f"| {' | '.join(COLUMNS)} |", "|---|---:|---:|---:|---:|---:|", *(f"| {' | '.join(cells(row))} |" for row in facts["rows"])]
-    where, common = facts["machine"], facts["settings"]
+    common = facts["settings"]
     words = [f"{common['dataset']}: {common['student']}", _words({key: common[key] for key in SHOWN if key in common})]
     training = f"{', '.join(filter(None, words))}."
     own: dict[str, list[str]] = {}
@@ -44,11 +46,9 @@ def markdown(facts: Mapping[str, Any]) -> str:
         if "own" in row:
             own.setdefault(_words(row["own"]), []).append(row["recipe"])
     training += "".join(f" {', '.join(names)}: {words}." for words, names in own.items())
-    on = f"{where['cpu']}, {where['threads']} thread{'s' if where['threads'] != 1 else ''}" if "gpu" not in where else where["gpu"]
     note = (
         "Mean and sample standard deviation over seeds, of test accuracy with the weights of the best validation epoch and of the last; "
         "against alone: seed by seed, with a 95 % interval; seconds of training a seed, the teacher's left out."
     )
-    return "\n".join(
-        [*lines, "", f"{training} {note}", "", f"{on}, PyTorch {where['torch']}, Python {where['python']}, {facts['date']}.", ""]
-    )
+    measured = f"{described(facts['machine'], facts['date'])}."
+    return "\n".join([*lines, "", f"{training} {note}", "", measured, ""])
