@@ -1076,9 +1076,8 @@ def test_the_drop_ins_positions_and_defaults():
 @pytest.mark.speed
 @pytest.mark.skipif(KERNELS, reason="the promise is about CPUs")
 @pytest.mark.parametrize("original", ["eager", "lion-pytorch foreach"])
-# one tensor that a large shared cache holds whole gains nothing from blocks, whose calls several threads begin and end together
-@pytest.mark.parametrize(("name", "least"), [("ResNet-18", 0.95), ("64 MB", 0.95), ("16 MB", 0.8)])
-def test_not_slower_than_the_original_and_never_more_memory(name, least, original):
+@pytest.mark.parametrize("name", ["ResNet-18", "64 MB", "16 MB"])
+def test_not_slower_than_the_original_and_never_more_memory(name, original):
     from kdfast.benchmarks.lion import case, shapes
     from kdfast.benchmarks.timing import interleaved, peak_memory
 
@@ -1090,6 +1089,6 @@ def test_not_slower_than_the_original_and_never_more_memory(name, least, origina
     best = 0.0
     for _ in range(5):
         best = max(best, interleaved(ours.run, theirs.run, pairs=20)["speedup"])
-        if best >= least:
+        if best >= 0.95:
             return
     pytest.fail(f"{best:.2f} of the speed of {original}")
