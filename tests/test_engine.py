@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from kdfast.data import ImageData, Loaders, Split, make_loaders
@@ -286,6 +287,36 @@ def test_two_passes_keep_what_the_loss_writes_into_a_module(tmp_path: Path):
 
     Run(tmp_path, CPU, Options()).complete(one())
     assert bank.images == 80
+
+
+def test_a_memory_is_resumed_but_neither_averaged_nor_among_the_weights(tmp_path: Path):
+    def trained(folder: Path, stop: StopRequest) -> nn.Module:
+        folder.mkdir(exist_ok=True)
+        torch.manual_seed(0)
+        model, bank = network(), nn.Module()
+        bank.register_buffer("images", torch.zeros(()))
+
+        def loss(outputs, batch):
+            if bank.training:
+                bank.images += len(batch.labels)
+            return {"square": outputs["logits"].square().mean()}
+
+        def one():
+            yield stage("s", model, replace(TRAINING, ema=0.5), memory=(bank,), loss=loss)
+            return bank
+
+        return Run(folder, CPU, Options(), stop=stop).complete(one())
+
+    assert trained(tmp_path / "whole", StopRequest()).images == 80 * TRAINING.epochs
+    stop = StopRequest()
+    stop.signal_number = signal.SIGTERM
+    with pytest.raises(Interrupted):
+        trained(tmp_path / "stopped", stop)
+    checkpoint = torch.load(tmp_path / "stopped" / "checkpoint.pt", weights_only=True)
+    assert 0 < checkpoint["memory"]["0.images"] < 80 * TRAINING.epochs
+    assert not any("images" in name for part in ("weights", "ema") for name in checkpoint[part])
+    assert trained(tmp_path / "stopped", StopRequest()).images == 80 * TRAINING.epochs
+    assert not any("images" in name for name in load_file(tmp_path / "stopped" / "stages" / "s" / "best.safetensors"))
 
 
 def test_a_stage_brings_its_own_optimizer_whose_rate_is_scheduled_and_whose_state_is_resumed(tmp_path: Path):

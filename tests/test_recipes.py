@@ -52,7 +52,7 @@ def batch_of(stage):
 
 def in_double(stage):
     """The stage with all its modules in float64 and evaluation mode, so that the same batch gives the same numbers twice."""
-    for module in (*stage.train, *stage.frozen):
+    for module in (*stage.train, *stage.frozen, *stage.memory):
         module.double().eval()
     return stage
 
@@ -151,8 +151,10 @@ def test_crd(kd_weight):
     teacher = network()
     settings = crd.Settings(kd_weight=kd_weight, negatives=7, contrast_weight=0.6, contrast_temperature=0.2, embedding=5)
     stage = in_double(next(crd.distil(setup(), settings, teacher)))
-    batch, (student, contrast) = batch_of(stage), stage.train
+    batch, student, (contrast,) = batch_of(stage), stage.train[0], stage.memory
     assert stage.couples_rows
+    learned = {id(parameter) for module in (student, contrast) for parameter in module.parameters()}
+    assert {id(parameter) for parameter in stage.parameters()} == learned
     assert stage.loss(stage.forward(batch), batch).keys() == ({"ce+kd"} if kd_weight else {"ce"}), "validation has no contrast"
     contrast.train()
     logits, *_, features = seen(student, batch.images)
@@ -188,7 +190,7 @@ def test_crd_takes_a_teacher_whose_head_has_layers():
     stage.modes(training=True)
     batch = next(iter(stage.data.train))
     assert stage.loss(stage.forward(batch), batch)["contrast"].isfinite()
-    assert stage.train[1].embed_t.linear.in_features == 128, "what its last layer reads"
+    assert stage.memory[0].embed_t.linear.in_features == 128, "what its last layer reads"
 
 
 def test_crds_hidden_labels_are_classes_of_their_own():
@@ -197,7 +199,7 @@ def test_crds_hidden_labels_are_classes_of_their_own():
     hidden = replace(data, train=replace(data.train, labels=labels))
     made = setup(data=hidden, labels_hidden=True, make_loaders=lambda training, *_: make_loaders(hidden, batch_size=16))
     stage = next(crd.distil(made, crd.Settings(negatives=500), network()))
-    contrast = stage.train[1]
+    (contrast,) = stage.memory
     own = torch.arange(80)
     drawn = contrast._negatives(own)
     assert (drawn != own[:, None]).all()

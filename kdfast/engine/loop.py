@@ -64,16 +64,16 @@ class StageLoop:
     def __init__(self, stage: Stage, world: World, options: Options, stop: StopRequest, on_step: Callable[[int], None] = lambda n: None):
         self.stage, self._world, self._options, self._stop, self._on_step = stage, world, options, stop, on_step
         training = stage.training
-        for module in (*stage.frozen, *stage.train):
+        for module in (*stage.frozen, *stage.memory, *stage.train):
             module.to(world.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         stage.modes(training=True)
         forward: nn.Module = _Forward(stage)
         if world.size > 1:
             ids = [world.device.index] if world.device.type == "cuda" else None
             # buffers are the main process's at the start and at the end of every epoch; in between each process has its own BatchNorm
-            # statistics, which training does not read, and memory banks are equal and too large to be sent in every step
+            # statistics, which training does not read
             forward = DistributedDataParallel(forward, device_ids=ids, find_unused_parameters=stage.partial, broadcast_buffers=False)
-            world.broadcast(forward.buffers())
+            world.broadcast(buffer for module in (forward, *stage.memory) for buffer in module.buffers())
         self._ddp = forward if isinstance(forward, DistributedDataParallel) else None
         self._eager: Callable[[Batch], Outputs] = forward
         self._forward: Callable[[Batch], Outputs] = torch.compile(forward) if options.compile else forward
@@ -86,7 +86,7 @@ class StageLoop:
             cosine_from_one=stage.cosine_from_one,
         )
         self._scaler = torch.amp.GradScaler(world.device.type, enabled=options.precision == "fp16")
-        self.trained = nn.ModuleList(stage.train)
+        self.trained, self._memory = nn.ModuleList(stage.train), nn.ModuleList(stage.memory)
         self._ema: AveragedModel | None = None
         if training.ema is not None:
             self._ema = AveragedModel(self.trained, multi_avg_fn=get_ema_multi_avg_fn(training.ema), use_buffers=True)
@@ -260,7 +260,7 @@ class StageLoop:
                 needs = {name for name, value in output.items() if value.requires_grad}
             outputs.append({name: value.detach() for name, value in output.items()})
         for buffer, before in zip(self.trained.buffers(), buffers):
-            buffer.copy_(before)  # the second pass updates BatchNorm's statistics, once; what the loss updates (memory banks) stays
+            buffer.copy_(before)  # the second pass updates BatchNorm's statistics, once; what the loss updates stays
         whole = {name: torch.cat([o[name] for o in outputs]).requires_grad_(name in needs) for name in outputs[0]}
         with self._autocast():
             terms = self._loss(whole, batch)
@@ -291,6 +291,7 @@ class StageLoop:
             "epoch": self.epoch,
             "loader": self.stage.data.train.state_dict(),
             "weights": self.trained.state_dict(),
+            "memory": self._memory.state_dict(),
             "optimizer": self._optimizer.state_dict(),
             "schedule": self._schedule.state_dict(),
             "scaler": self._scaler.state_dict(),
@@ -306,6 +307,7 @@ class StageLoop:
         """Continues from `state`."""
         self.epoch = state["epoch"]
         self.trained.load_state_dict(state["weights"])
+        self._memory.load_state_dict(state["memory"])
         self._optimizer.load_state_dict(state["optimizer"])
         self._schedule.load_state_dict(state["schedule"])
         self._scaler.load_state_dict(state["scaler"])

@@ -94,6 +94,8 @@ class Stage:
         training: optimizer, schedule, epochs.
         frozen: modules in eval mode whose parameters need no gradient: teachers, finished encoders. Applied before `train`, so a
             trained head may sit inside a frozen network.
+        memory: modules with a state that the loss writes (memory banks) and the optimizer does not: in train mode during epochs, in
+            checkpoints, but not among the weights that are kept, nor in their moving average. Some of `train` may sit inside.
         best: the metric that picks the epoch kept: "val/top1" (highest) or "val/loss" or any "val/<term>" (lowest).
         keep: "best", or "last" to keep the last epoch's weights whatever the metric says.
         couples_rows: the loss of one image depends on others of its batch (contrastive terms). Micro-batches then take two
@@ -112,6 +114,7 @@ class Stage:
     data: Loaders
     training: Training
     frozen: Sequence[nn.Module] = ()
+    memory: Sequence[nn.Module] = ()
     best: str = "val/top1"
     keep: Literal["best", "last"] = "best"
     couples_rows: bool = False
@@ -130,8 +133,10 @@ class Stage:
         """Puts the modules into the modes of a training epoch or of an evaluation."""
         for module in self.frozen:
             module.eval().requires_grad_(False)
+        for module in (*self.memory, *self.train):
+            module.train(training)
         for module in self.train:
-            module.train(training).requires_grad_(True)
+            module.requires_grad_(True)
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """The parameters that the optimizer gets, each once."""

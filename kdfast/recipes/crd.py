@@ -5,8 +5,8 @@
 
 L asks of each image's student embedding which row of the teacher's memory bank is that image's, among `negatives` rows of other classes,
 and of its teacher embedding the same in the student's bank: CRDLoss has the formula. Both embeddings are trained with the student. The
-banks have a row for every training image and live with the weights: they are in every checkpoint, and resume with it. In validation
-there is no L, for validation images have no rows. An image whose label is hidden is a class of its own.
+banks have a row for every training image; they are in the checkpoint, and resume with it. In validation there is no L, for validation
+images have no rows. An image whose label is hidden is a class of its own.
 """
 
 from dataclasses import dataclass
@@ -90,8 +90,9 @@ def distil(setup: Setup, settings: Settings, teacher: nn.Module | None) -> Stage
 
     yield setup.stage(
         "distil",
-        train=(student, contrast),
+        train=(student, contrast.embed_s, contrast.embed_t),
         frozen=(teacher,),
+        memory=(contrast,),
         forward=forward,
         loss=loss,
         data=loaders,
