@@ -6,13 +6,13 @@ inputs, and float64 for float64. Every function raises ValueError or TypeError i
 
 from collections.abc import Sequence
 
-import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
 from kdfast import reference
 from kdfast.ops import attention_map, distill_kl, linear_kd, nce, supcon
+from kdfast.ops.precision import at_least_float32
 
 # ---- logit distillation ----------------------------------------------------------------------------------------------
 
@@ -331,7 +331,7 @@ def hint_loss(student: Tensor, teacher: Tensor) -> Tensor:
     """
     if student.shape != teacher.shape:
         raise ValueError(f"hint_loss: teacher must have the student's shape {tuple(student.shape)}, got {tuple(teacher.shape)}")
-    return F.mse_loss(_at_least_float32(student), _at_least_float32(teacher))
+    return F.mse_loss(at_least_float32(student), at_least_float32(teacher))
 
 
 def soft_cross_entropy(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
@@ -352,9 +352,5 @@ def soft_cross_entropy(student: Tensor, teacher: Tensor, temperature: float = 1.
         raise ValueError(f"soft_cross_entropy: teacher must have the student's shape {tuple(student.shape)}, got {tuple(teacher.shape)}")
     if not temperature > 0:
         raise ValueError(f"soft_cross_entropy: temperature must be positive, got {temperature}")
-    student, teacher = _at_least_float32(student), _at_least_float32(teacher)
+    student, teacher = at_least_float32(student), at_least_float32(teacher)
     return reference.soft_cross_entropy(student, teacher, temperature)
-
-
-def _at_least_float32(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from kdfast import functional
 from kdfast.ops import gather, nce
+from kdfast.ops.precision import at_least_float32
 
 # ---- logit distillation ----------------------------------------------------------------------------------------------
 
@@ -429,7 +430,7 @@ class _Embedding(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[B, dim], further dimensions flattened -> [B, feat_dim], float32 at least."""
         x = self.linear(x.flatten(1).to(self.linear.weight.dtype))
-        return F.normalize(x if x.dtype == torch.float64 else x.float(), dim=1)
+        return F.normalize(at_least_float32(x), dim=1)
 
 
 def _update(bank: Tensor, idx: Tensor, v: Tensor, momentum: float) -> None:
@@ -587,7 +588,7 @@ class TOFDLoss(nn.Module):
         """The same, of features that `maps` have mapped already."""
         for student, teacher in (*zip(mapped, teacher_features), *zip(student_logits, teacher_logits)):
             _check_not_swapped(student, teacher)
-        gaps = [torch.linalg.vector_norm(f.float() - t.float()) for f, t in zip(mapped, teacher_features)]
+        gaps = [torch.linalg.vector_norm(at_least_float32(f) - at_least_float32(t)) for f, t in zip(mapped, teacher_features)]
         soft = [functional.soft_cross_entropy(s, t, temperature) for s, t in zip(student_logits, teacher_logits)]
         return {
             "feature": self.feature_weight * torch.stack(gaps).sum(),
@@ -607,7 +608,7 @@ class TOFDLoss(nn.Module):
 
 def _skewness(W: Tensor) -> Tensor:
     """|W W' - I| (Frobenius), in float32 at least."""
-    W = W if W.dtype == torch.float64 else W.float()
+    W = at_least_float32(W)
     with torch.autocast(W.device.type, enabled=False):
         return torch.linalg.matrix_norm(W @ W.mT - torch.eye(len(W), dtype=W.dtype, device=W.device))
 
@@ -646,8 +647,7 @@ class SelfDistillationLoss(nn.Module):
             ValueError: the feature maps' channels are not those given to the constructor.
         """
         features = self.feature_term(student_intermediate, teacher_intermediate)
-        logits = student_logits if student_logits.dtype == torch.float64 else student_logits.float()
-        return self.alpha * features + (1 - self.alpha) * F.cross_entropy(logits, labels)
+        return self.alpha * features + (1 - self.alpha) * F.cross_entropy(at_least_float32(student_logits), labels)
 
     def feature_term(self, student_intermediate: Tensor, teacher_intermediate: Tensor) -> Tensor:
         """The first term without its weight, for loops that report the terms apart.

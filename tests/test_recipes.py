@@ -397,6 +397,20 @@ def test_a_student_without_a_linear_layer_takes_terms_that_read_its_logits():
     assert stage.loss(stage.forward(batch), batch).keys() == {"ce+kd", "plus lskd"}
 
 
+def test_a_teacher_that_the_recipe_has_asked_is_not_asked_again():
+    class Asked(nn.Module):
+        def forward(self, images):
+            raise AssertionError("asked twice")
+
+    teacher = finished(dih.train_heads(setup(), dih.Settings(), Trained(network(), ModelSpec("resnet14", 3)))).model
+    stage = next(plus.plus(dih.distil(setup(), dih.Settings(), teacher), [plus.Term.parse("kd")], Asked(), labels_hidden=False))
+    stage.modes(training=False)
+    batch = next(iter(stage.data.val))
+    outputs = stage.forward(batch)
+    assert torch.equal(outputs["plus teacher"], teacher.model(batch.images))
+    assert stage.loss(outputs, batch).keys() == {"ce+kd", "plus kd"}
+
+
 # ---- a teacher that has answered already -----------------------------------------------------------------------------
 
 

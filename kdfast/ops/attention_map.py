@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kdfast.ops import backend
+from kdfast.ops.precision import arithmetic
 
 _BLOCK = 262144  # elements, 1 MB of float32
 
@@ -82,7 +83,7 @@ class _AttentionMap(torch.autograd.Function):
 
 def _channel_sum(features: Tensor, p: float) -> Tensor:
     """Sum over channels of |F|^p, [B, H W], without a tensor of the features' size."""
-    dtype = _arithmetic(features)
+    dtype = arithmetic(features)
     if features.is_contiguous(memory_format=torch.channels_last) and not features.is_contiguous():
         return torch.linalg.vector_norm(features, p, dim=1, dtype=dtype).pow(p).flatten(1)
     return torch.cat([_power(x.to(dtype), p).sum(dim=1).flatten(1) for x in _blocks(features)])
@@ -109,10 +110,6 @@ def _blocks(x: Tensor, like: Tensor | None = None) -> tuple[Tensor, ...]:
     if torch.compiler.is_compiling() or x.device.type != "cpu":
         return (x,)
     return x.split(max(1, _BLOCK * torch.get_num_threads() // max(1, like[:1].numel())))
-
-
-def _arithmetic(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 # ---- the kernel, and what torch.compile sees of it -------------------------------------------------------------------

@@ -23,7 +23,8 @@ from torch import Tensor
 
 from kdfast.ops import distill_kl_torch
 from kdfast.ops.backend import kernel
-from kdfast.ops.distill_kl_torch import Options, arithmetic
+from kdfast.ops.distill_kl_torch import Options
+from kdfast.ops.precision import arithmetic
 
 DIVERGENCES = ("forward", "reverse", "js")
 REDUCTIONS = ("mean", "sum", "none")

@@ -12,6 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from kdfast.ops.precision import arithmetic
+
 
 class Options(NamedTuple):
     """What a call was asked for, beyond its tensors; the names are those of kd_loss."""
@@ -68,11 +70,6 @@ def rescale(gradients: Sequence[Tensor], upstream: Tensor, remaining: None) -> N
     if upstream.is_cuda or upstream.dim() or upstream.item() != 1:
         for gradient in gradients:
             gradient.mul_(upstream[..., None])  # of one dimension at least: without, it would be rounded to a 16-bit gradient's dtype
-
-
-def arithmetic(*tensors: Tensor) -> torch.dtype:
-    """The dtype that losses of such tensors are computed and returned in."""
-    return torch.float64 if torch.float64 in [x.dtype for x in tensors] else torch.float32
 
 
 def _batch(

@@ -15,6 +15,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from kdfast.ops.precision import arithmetic
+
 
 def check_group(operator: str, group: Any) -> None:
     """Raises TypeError where `group` is none."""
@@ -86,8 +88,9 @@ class _RowsOfOthers(torch.autograd.Function):
         sizes, rank = ctx.sizes, ctx.group.rank()
         most = max(sizes)
         # 16-bit gradients are summed in float32: one rounding, however many ranks there are
-        summed_in = torch.float64 if upstream.dtype == torch.float64 else torch.float32
-        parts = upstream.new_zeros(most * len(sizes), upstream.shape[1], dtype=summed_in)  # this rank's own part, and padding, stay 0
+        parts = upstream.new_zeros(
+            most * len(sizes), upstream.shape[1], dtype=arithmetic(upstream)
+        )  # this rank's own part, and padding, stay 0
         start = 0
         for r, size in enumerate(sizes):
             if r != rank:

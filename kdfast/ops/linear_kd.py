@@ -28,7 +28,8 @@ from torch import Tensor
 
 from kdfast.ops import distill_kl, distill_kl_torch
 from kdfast.ops.backend import kernel
-from kdfast.ops.distill_kl_torch import Options, arithmetic
+from kdfast.ops.distill_kl_torch import Options
+from kdfast.ops.precision import arithmetic
 
 # elements of a chunk's logits where the caller does not say
 DEFAULT_CHUNK = 2**24  # 64 MB of float32

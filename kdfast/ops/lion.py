@@ -25,6 +25,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
 from kdfast.ops import backend
+from kdfast.ops.precision import arithmetic
 
 LOW_PRECISION = (torch.bfloat16, torch.float16)
 ROUNDINGS = ("nearest", "stochastic", "kahan")
@@ -274,9 +275,9 @@ def _torch_step(rows: list[Row], options: Options, grad_factor: Tensor | None, f
         _update(rows, options, grad_factor, found_inf)
     else:
         # one piece of memory for all blocks' updates: the next block finds it in the cache
-        arithmetic = _arithmetic(rows[0].param.dtype)
-        scratch = torch.empty(min(_block_size(), sum(row.param.numel() for row in rows)), dtype=arithmetic, device=device)
-        factors = _Factors.of(options, arithmetic)
+        dtype = arithmetic(rows[0].param)
+        scratch = torch.empty(min(_block_size(), sum(row.param.numel() for row in rows)), dtype=dtype, device=device)
+        factors = _Factors.of(options, dtype)
         for row in filter(_is_large, rows):
             if grad_factor is None and _is_plain(row):
                 update = scratch[: row.param.numel()]
@@ -299,10 +300,6 @@ def _readable(tensor: Tensor) -> bool:
     return not torch.compiler.is_compiling() and tensor.device.type == "cpu" and not isinstance(tensor, FakeTensor)
 
 
-def _arithmetic(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
 def _update(
     rows: list[Row],
     options: Options,
@@ -322,19 +319,19 @@ def _update(
         scratch: memory for the block's update.
     """
     params, momenta = [row.param for row in rows], [row.momentum for row in rows]
-    arithmetic = _arithmetic(params[0].dtype)
+    dtype = arithmetic(params[0])
     keep = found_inf is not None  # the old values are needed until it is known that they may go
-    ps = [p.to(arithmetic, copy=keep) for p in params]
-    ms = [decoded(row.momentum, row.scale) if row.scale is not None else row.momentum.to(arithmetic, copy=keep) for row in rows]
-    gs = [row.grad.to(arithmetic) for row in rows]
+    ps = [p.to(dtype, copy=keep) for p in params]
+    ms = [decoded(row.momentum, row.scale) if row.scale is not None else row.momentum.to(dtype, copy=keep) for row in rows]
+    gs = [row.grad.to(dtype) for row in rows]
     if grad_factor is not None:
-        gs = list(torch._foreach_mul(gs, grad_factor.to(arithmetic)))
+        gs = list(torch._foreach_mul(gs, grad_factor.to(dtype)))
     compensations = [row.compensation for row in rows if row.compensation is not None]
     if compensations:
-        ps = [p + c.to(arithmetic) for p, c in zip(ps, compensations)]
+        ps = [p + c.to(dtype) for p, c in zip(ps, compensations)]
 
     if scratch is not None and ps[0].numel() <= scratch.numel():
-        _lion_block(ps[0], gs[0], ms[0], _Factors.of(options, arithmetic), scratch[: ps[0].numel()].view(ps[0].shape))
+        _lion_block(ps[0], gs[0], ms[0], _Factors.of(options, dtype), scratch[: ps[0].numel()].view(ps[0].shape))
     else:
         _lion(ps, gs, ms, options, [row.whole for row in rows])
 
@@ -346,7 +343,7 @@ def _update(
     _store(momenta, ms, found_inf)
     if compensations:
         stored = [p.to(params[0].dtype) for p in ps]
-        _store(compensations, [p - s.to(arithmetic) for p, s in zip(ps, stored)], found_inf)
+        _store(compensations, [p - s.to(dtype) for p, s in zip(ps, stored)], found_inf)
         ps = stored
     elif options.rounding == "stochastic" and params[0].dtype in LOW_PRECISION:
         ps = [_round_stochastically(p, params[0].dtype, noise) for p, noise in zip(ps, noises) if noise is not None]
@@ -473,7 +470,7 @@ def _is_large(row: Row) -> bool:
 
 def _is_plain(row: Row) -> bool:
     """Whether a block of it is updated where it lies: nothing to convert, to decode or to round."""
-    is_exact = row.param.dtype == row.grad.dtype == row.momentum.dtype == _arithmetic(row.param.dtype)
+    is_exact = row.param.dtype == row.grad.dtype == row.momentum.dtype == arithmetic(row.param)
     return is_exact and row.compensation is None and _has_flat_view(row)
 
 

@@ -28,6 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kdfast.ops.backend import kernel
+from kdfast.ops.precision import arithmetic
 
 EPS = 1e-7  # the authors'
 CHUNK = 2**20  # elements of gathered rows, or of products, that exist at once
@@ -83,7 +84,7 @@ def normalizer(anchors: Tensor, bank: Tensor, indices: Tensor, temperature: floa
         ValueError, TypeError: as nce_loss.
     """
     if Z is None:
-        Z = torch.full((), UNSETTLED, dtype=_arithmetic(anchors, bank), device=anchors.device)
+        Z = torch.full((), UNSETTLED, dtype=arithmetic(anchors, bank), device=anchors.device)
     _check("normalizer", anchors, bank, indices, Z, temperature)
     run = _normalizer_op if torch.compiler.is_compiling() else _normalizer
     return run(anchors.detach(), bank, indices, Z, float(temperature))
@@ -125,10 +126,6 @@ def _check_range(indices: Tensor, n: int) -> None:
         least, most = indices.aminmax()
         if least < 0 or most >= n:
             raise ValueError(f"nce_loss: indices must be in [0, {n}), rows of the bank, got {int(least if least < 0 else most)}")
-
-
-def _arithmetic(*tensors: Tensor) -> torch.dtype:
-    return torch.float64 if torch.float64 in [x.dtype for x in tensors] else torch.float32
 
 
 # ---- autograd --------------------------------------------------------------------------------------------------------
@@ -192,7 +189,7 @@ def _loss_op(
 def _(
     anchors: Tensor, bank: Tensor, indices: Tensor, Z: Tensor, temperature: float, with_gradient: bool
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    dtype = _arithmetic(anchors, bank, Z)
+    dtype = arithmetic(anchors, bank, Z)
     B, D = anchors.shape
     return anchors.new_empty((), dtype=dtype), anchors.new_empty(B if with_gradient else 0, D, dtype=dtype)
 
@@ -273,7 +270,7 @@ def loss_and_gradient(
     anchors: Tensor, bank: Tensor, indices: Tensor, Z: Tensor, temperature: float, log_b: float, constant: float, with_gradient: bool
 ) -> tuple[Tensor, Tensor]:
     """kernels/nce.py's function of this name, and in float64 where an input is."""
-    dtype, (B, D) = _arithmetic(anchors, bank, Z), anchors.shape
+    dtype, (B, D) = arithmetic(anchors, bank, Z), anchors.shape
     v = anchors.detach().to(dtype).contiguous()
     shift = Z.to(dtype).log() + log_b
     total = v.new_zeros(())
@@ -296,7 +293,7 @@ def mean_score(anchors: Tensor, bank: Tensor, indices: Tensor, Z: Tensor, temper
     """kernels/nce.py's normalizer, and in float64 where an input is."""
     if Z.device.type == "cpu" and is_settled(Z):  # another device's answer the host would wait for
         return Z.clone()
-    v = anchors.to(_arithmetic(anchors, bank, Z)).contiguous()
+    v = anchors.to(arithmetic(anchors, bank, Z)).contiguous()
     total = v.new_zeros(())
     for part in _parts(v, bank, indices, temperature):
         total += part.scores.exp_().sum()

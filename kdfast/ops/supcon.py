@@ -33,6 +33,7 @@ from torch import Tensor
 
 from kdfast.ops import gather
 from kdfast.ops.backend import kernel
+from kdfast.ops.precision import arithmetic
 
 TILE = 512
 # sums of up to 2^31 terms e^{+-SAFE_EXPONENT}, and weights divided by them, are normal float32 numbers: no maximum is subtracted
@@ -99,7 +100,7 @@ def supcon_loss(
 
     if not len(anchors) or (len(anchors) + copied) * duplicates + len(other_rows) - copied < 2:  # nothing to contrast
         # other rows are part of it so that a rank without rows takes its part in the backward pass
-        losses = 0 * (anchors.sum(1, dtype=_arithmetic(anchors)) + other_rows.sum(dtype=_arithmetic(anchors)))
+        losses = 0 * (anchors.sum(1, dtype=arithmetic(anchors)) + other_rows.sum(dtype=arithmetic(anchors)))
     else:
         names = _names_of_rows(names, foreign_names, V, in_all, contrast_labels)
         scale = 1.0 if base_temperature is None else temperature / base_temperature
@@ -179,10 +180,6 @@ def _check_group(group: Any, uneven: bool, mask: Tensor | None) -> None:
     gather.check_group("supcon_loss", group)
     if mask is not None and group.size() > 1:
         raise ValueError(f"supcon_loss: mask must be None with a group of {group.size()} ranks, whose rows it does not cover: give labels")
-
-
-def _arithmetic(rows: Tensor) -> torch.dtype:
-    return torch.float64 if rows.dtype == torch.float64 else torch.float32
 
 
 def _of_other_ranks(views: Tensor, labels: Tensor | None, group: "dist.ProcessGroup", uneven: bool) -> tuple[Tensor, Tensor]:
@@ -294,7 +291,7 @@ def _forward_op(
 @_forward_op.register_fake
 def _(anchors: Tensor, others: Tensor, names: Tensor, mask: Tensor | None, *_rest: Any) -> tuple[Tensor, list[Tensor]]:
     N, M = anchors.shape[0], others.shape[0]  # len() would make a number of a symbol
-    row = anchors.new_empty(N, dtype=_arithmetic(anchors))
+    row = anchors.new_empty(N, dtype=arithmetic(anchors))
     module = kernel("supcon", anchors, others)
     if module is not None:
         return row, [*(row.new_empty(N) for _ in range(3)), names.new_empty(names.shape, dtype=module.dtype_of_names(mask))]
@@ -382,7 +379,7 @@ def _positive_matrix(N: int, M: int, names: Tensor, mask: Tensor | None, setting
 
 def matrix_forward(anchors: Tensor, others: Tensor, names: Tensor, mask: Tensor | None, setting: Setting) -> tuple[Tensor, list[Tensor]]:
     """The losses [N], and [the gradient of loss i for row i of S, [N, N + M]]."""
-    N, M, dtype, k = len(anchors), len(others), _arithmetic(anchors), setting.duplicates
+    N, M, dtype, k = len(anchors), len(others), arithmetic(anchors), setting.duplicates
     f = _rows(anchors, dtype, setting.normalize)[0]
     columns = torch.cat([f, _rows(others, dtype, setting.normalize)[0]]) if M else f
     P = _positive_matrix(N, M, names, mask, setting, dtype)
@@ -420,7 +417,7 @@ def matrix_backward(
     for_others: bool,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of sum(upstream * losses) for the anchors [N, D] and, if asked for, the others [M, D]."""
-    N, M, dtype, per_tau = len(anchors), len(others), _arithmetic(anchors), 1 / setting.temperature
+    N, M, dtype, per_tau = len(anchors), len(others), arithmetic(anchors), 1 / setting.temperature
     f, f_length = _rows(anchors, dtype, setting.normalize)
     dS = upstream[:, None] * kept[0]
     square = dS[:, :N]
@@ -594,7 +591,7 @@ def _denominator_gradients(f: Tensor, g: Tensor, m: Tensor, share: Tensor, setti
 
 def tiled_forward(anchors: Tensor, others: Tensor, names: Tensor, mask: Tensor | None, setting: Setting) -> tuple[Tensor, list[Tensor]]:
     """The losses [N], and [m [N], Z [N], t [N, D], w [N]] with lse = m + log Z."""
-    N, dtype = len(anchors), _arithmetic(anchors)
+    N, dtype = len(anchors), arithmetic(anchors)
     f, g = _rows(anchors, dtype, setting.normalize)[0], _rows(others, dtype, setting.normalize)[0]
     groups = _dense_rank(names) if mask is None else names
     named, copied = len(groups) - N, setting.copied

@@ -114,6 +114,8 @@ def distil(setup: Setup, settings: Settings, teacher: nn.Module | None) -> Stage
     if not used:
         raise ValueError("alpha must be above 0 for one classifier at least: the student would have no teacher")
 
+    names = [f"teacher's head {h}" if h else "teacher" for h in used]
+
     def asked(images: Tensor) -> Tensor:
         """[B, k, C], of the k classifiers that teach."""
         opinions = teacher.opinions(images)
@@ -124,12 +126,12 @@ def distil(setup: Setup, settings: Settings, teacher: nn.Module | None) -> Stage
 
     def forward(batch: Batch) -> Outputs:
         targets = opinions(batch, training=student.training).unbind(1)
-        return {"logits": student(batch.images)} | {f"teacher {h}": target for h, target in zip(used, targets)}
+        return {"logits": student(batch.images)} | dict(zip(names, targets))
 
     def loss(outputs: Outputs, batch: Batch) -> Terms:
         return ce_and_kd(
             outputs["logits"],
-            [outputs[f"teacher {h}"] for h in used],
+            [outputs[name] for name in names],
             batch.labels,
             temperature=settings.temperature,
             ce_weight=sum(1 - alpha[h] for h in used),

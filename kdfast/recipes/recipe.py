@@ -16,6 +16,7 @@ from kdfast.engine.distributed import all_processes, mean_over_processes
 from kdfast.engine.random_state import derive
 from kdfast.functional import kd_loss
 from kdfast.models import ModelSpec, create
+from kdfast.ops.precision import at_least_float32
 
 T = TypeVar("T")
 Stages = Generator[Stage, StageResult, T]
@@ -183,7 +184,7 @@ def cross_entropy(logits: Tensor, labels: Tensor, *, label_smoothing: float = 0.
 
     Each process divides by the mean count over processes: averaging their gradients then gives the mean over all labelled images.
     """
-    total = F.cross_entropy(logits.float(), labels, reduction="sum", label_smoothing=label_smoothing)
+    total = F.cross_entropy(at_least_float32(logits), labels, reduction="sum", label_smoothing=label_smoothing)
     count = (labels != HIDDEN).sum()
     if torch.is_grad_enabled():  # in validation the processes may have different numbers of batches
         count = mean_over_processes(count)
