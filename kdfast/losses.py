@@ -4,7 +4,7 @@ State-free unless the method has state (SelfDistillationLoss has a 1x1 convoluti
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.distributed as dist
@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kdfast import functional
-from kdfast.ops import gather, nce
+from kdfast.ops import checks, gather, nce
 from kdfast.ops.precision import at_least_float32
 
 # ---- logit distillation ----------------------------------------------------------------------------------------------
@@ -264,7 +264,8 @@ class CRDLoss(nn.Module):
     Penultimate features of both networks are embedded (linear, then unit length). Every image has a row in two memory banks; the
     student is compared with the teacher's bank and the teacher with the student's: functional.crd_loss has the formula. Rows of the
     batch's images are updated after scoring, bank <- normalize(nce_m bank + (1 - nce_m) v); an image that is twice in a batch takes
-    its last embedding. Z, one constant a direction, is set by the first batch in training and stays.
+    its last embedding, and an embedding that is not finite leaves its row as it was. Z, one constant a direction, is set by the first
+    batch in training and stays.
 
     Negatives are drawn on the device, with replacement, from torch's generator: uniformly over the images of other classes, or without
     `labels` over all other images. The embeddings' parameters are trained with the student: hand them to the optimizer. In eval mode
@@ -334,7 +335,17 @@ class CRDLoss(nn.Module):
         for name, table in zip(("by_class", "class_start", "class_size"), tables):
             self.register_buffer(name, table, persistent=False)
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "CRDLoss":
+        before = self.Z_v1, self.Z_v2
+        super()._apply(fn, recurse)
+        for name, Z in zip(("Z_v1", "Z_v2"), before):
+            moved = getattr(self, name)
+            if moved.dtype in (torch.float16, torch.bfloat16):  # n times a mean is beyond float16, and a constant is worth more digits
+                setattr(self, name, Z.to(moved.device, torch.promote_types(Z.dtype, torch.float32)))
+        return self
+
     def _sorted_by_class(self, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        checks.is_tensor("CRDLoss: labels", labels)
         if labels.shape != (self.n_data,) or labels.is_floating_point() or labels.is_complex():
             raise ValueError(f"CRDLoss: labels must be [{self.n_data}] integers, got shape {tuple(labels.shape)}, {labels.dtype}")
         _, class_of, sizes = labels.to(self.memory_v1.device).unique(return_inverse=True, return_counts=True)
@@ -438,8 +449,11 @@ def _update(bank: Tensor, idx: Tensor, v: Tensor, momentum: float) -> None:
     idx = idx.clamp(0, len(bank) - 1)  # one out of range has made the loss NaN, and must not be written out of bounds
     ordered, order = idx.sort(stable=True)
     last = order[torch.searchsorted(ordered, idx, right=True) - 1]
-    rows = F.normalize(momentum * bank[idx].to(v.dtype) + (1 - momentum) * v, dim=1)
-    bank.index_copy_(0, idx, rows[last].to(bank.dtype))
+    before = bank[idx]
+    rows = F.normalize(momentum * before.to(v.dtype) + (1 - momentum) * v, dim=1).to(bank.dtype)
+    # a step that overflowed, which a GradScaler skips, must not stay in the bank
+    rows = torch.where(rows.isfinite().all(1, keepdim=True), rows, before)
+    bank.index_copy_(0, idx, rows[last])
 
 
 # ---- attention transfer, hints, self-distillation --------------------------------------------------------------------

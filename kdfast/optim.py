@@ -6,7 +6,7 @@ Every parameter moves by lr in every step, whatever the size of its gradient: ta
 and a weight decay as many times above. The arithmetic, and how few passes over memory it takes, is in kdfast/ops/lion.py.
 """
 
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any, overload
 
 import torch
@@ -30,7 +30,8 @@ _LATER_OPTIONS = {  # what a pickle of an older version may lack
 
 
 class Lion(Optimizer):
-    """Lion, a drop-in for lion_pytorch.Lion: the same arguments, state (exp_avg) and, in float32, the same bits.
+    """Lion, a drop-in for lion_pytorch.Lion: the same arguments, state (exp_avg) and, in float32, the same bits (save
+    the last one of a small tensor's momentum where its gradient is an expanded tensor).
 
     One deviation of its values is deliberate: where a gradient or momentum is NaN the parameter becomes NaN. torch.sign maps NaN to 0,
     and the original would leave such a parameter unchanged for ever without a word.
@@ -93,8 +94,7 @@ class Lion(Optimizer):
         momentum_dtype: torch.dtype | None = None,
         max_grad_norm: float | None = None,
     ) -> None:
-        if isinstance(lr, Tensor) and lr.numel() != 1:
-            raise ValueError(f"Lion: lr must be a number or a tensor of one element, got shape {tuple(lr.shape)}")
+        _check_number("lr", lr)
         if not lr > 0:
             raise ValueError(f"Lion: lr must be positive, got {float(lr)}")
         defaults = {
@@ -373,13 +373,21 @@ def _check_saved(saved: dict[str, Any]) -> None:
             raise ValueError(f"Lion: exp_avg of parameter {name} is {momentum.dtype}, for which its exp_avg_scale is needed: there is none")
 
 
+def _check_number(name: str, value: Any) -> None:
+    if not isinstance(value, (float, int, Tensor)):
+        raise TypeError(f"Lion: {name} must be a number, got {value!r}")
+    if isinstance(value, Tensor) and value.numel() != 1:
+        raise ValueError(f"Lion: {name} must be a number or a tensor of one element, got shape {tuple(value.shape)}")
+
+
 def _check(options: dict[str, Any]) -> None:
     """Raises ValueError or TypeError for a group's options, naming the one at fault."""
     betas = options["betas"]
-    if len(betas) != 2 or not all(0.0 <= beta <= 1.0 for beta in betas):
+    are_two = isinstance(betas, Sequence) and len(betas) == 2 and all(isinstance(beta, (float, int, Tensor)) for beta in betas)
+    if not are_two or not all(0.0 <= beta <= 1.0 for beta in betas):
         raise ValueError(f"Lion: betas must be two numbers in [0, 1], got {betas}")
-    if isinstance(options["lr"], Tensor) and options["lr"].numel() != 1:
-        raise ValueError(f"Lion: lr must be a number or a tensor of one element, got shape {tuple(options['lr'].shape)}")
+    for name in ("lr", "weight_decay"):
+        _check_number(name, options[name])
     if not options["lr"] >= 0:
         raise ValueError(f"Lion: lr must not be negative, got {float(options['lr'])}")
     if options["rounding"] not in ROUNDINGS:

@@ -301,7 +301,7 @@ def _channels_last(features: Tensor) -> bool:
 
 def _rows(features: Tensor, channels_last: bool) -> Tensor:
     """[B, C, P], or [B, P, C] for channels_last, with a unit inner stride: a view, or a copy where there is none."""
-    rows = features.permute(0, 2, 3, 1).flatten(1, 2) if channels_last else features.flatten(2)
+    rows = (features.permute(0, 2, 3, 1).flatten(1, 2) if channels_last else features.flatten(2)).resolve_neg()
     return rows if rows.stride(2) == 1 else rows.contiguous()
 
 

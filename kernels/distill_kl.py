@@ -64,6 +64,9 @@ def plan(C: int, heavy: bool) -> Plan:
     return Plan(max(1, 1024 // block), block, max(4, min(16, block // 256)))
 
 
+FEW = tl.constexpr(128)  # see _to_logits
+
+
 def is_general(divergence: str, wanted: Sequence[bool]) -> bool:
     """Whether a gradient is wanted that is not linear in the probabilities: any but the student's of forward KL."""
     return (divergence != "forward" and any(wanted)) or any(wanted[1:])
@@ -185,8 +188,10 @@ def _temper(d, real, C, T, eps, STANDARDIZE: tl.constexpr):
 def _to_logits(g, d, mean, norm, per_width, C, T, STANDARDIZE: tl.constexpr):
     """dL/dx from dL/du, which is 0 beyond C and adds up to 0: sum g (d - mean) = sum g d."""
     if STANDARDIZE:
-        # 0 / 1e-30 in a constant row: it has no direction to grow in
-        along = tl.sum(g * d, 1, keep_dims=True) / tl.maximum(norm / per_width, 1e-30) * (T / tl.sqrt(C - 1.0))
+        if d.shape[1] <= FEW:  # the sum's rounding is no small part of few classes' gradients, once divided by a row's width
+            g = g - tl.sum(g, 1, keep_dims=True) / C
+        # 0 / 1e-37 in a constant row: it has no direction to grow in
+        along = tl.sum(g * d, 1, keep_dims=True) / tl.maximum(norm, 1e-37) * (per_width * (T / tl.sqrt(C - 1.0)))
         g = g - d * along + mean * along
     return g * per_width
 
@@ -438,13 +443,13 @@ def _looped(
                 g += weights[k - 1] * a_q
                 if gradients[k] is not None:
                     if STANDARDIZE:
-                        a_p -= c_p * (along_p[k - 1] * T / (tl.sqrt(C - 1.0) * tl.maximum(widths[k] * norms[k], 1e-30)))
+                        a_p -= c_p * (along_p[k - 1] / tl.maximum(norms[k], 1e-37) * (T / tl.sqrt(C - 1.0) / widths[k]))
                     a_p *= weights[k - 1] * scale * (1.0 / widths[k])
                     if labels is not None:
                         a_p = tl.where(ignored, 0.0, a_p)
                     tl.store(gradients[k] + row * C + col, a_p, mask=col < C)
             if STANDARDIZE:
-                g -= c_q * (along * T / (tl.sqrt(C - 1.0) * tl.maximum(widths[0] * norms[0], 1e-30)))
+                g -= c_q * (along / tl.maximum(norms[0], 1e-37) * (T / tl.sqrt(C - 1.0) / widths[0]))
             g *= 1.0 / widths[0]
         if CE:
             d = _load(rows[0], start, C, BLOCK) - tops[0]
@@ -561,7 +566,7 @@ def loss_and_gradients(
             tuple(rows),
             tuple(made[: len(rows)]),
             None if labels is None else labels.reshape(-1).contiguous(),
-            None if upstream is None else upstream.reshape(-1).contiguous(),
+            None if upstream is None else upstream.resolve_neg().reshape(-1).contiguous(),
             factor,
             loss if rowwise else None,
             None if rowwise else torch.empty(programs, **float32),
@@ -600,7 +605,7 @@ def rescale(gradients: Sequence[Tensor], upstream: Tensor, remaining: Tensor | N
         chosen = plan(C, heavy=False)
         with torch.cuda.device_of(gradient):
             _rescale[(max(1, min(triton.cdiv(N, chosen.rows), 2048)),)](  # enough for any device; more would only cost their start
-                gradient, upstream.reshape(-1).contiguous(), remaining, N, C,
+                gradient, upstream.resolve_neg().reshape(-1).contiguous(), remaining, N, C,
                 ROWWISE=upstream.dim() > 0, V=_vector(C), ROWS=chosen.rows, BLOCK=chosen.block,
                 num_warps=chosen.warps, enable_fp_fusion=True,
             )  # fmt: skip
@@ -613,7 +618,7 @@ def _vector(C: int) -> int:
 
 def _rows(x: Tensor) -> Tensor:
     """[N, C] with a unit inner stride, and rows that begin where _vector(C) has them; others are copied."""
-    x = x.reshape(-1, x.shape[-1])
+    x = x.reshape(-1, x.shape[-1]).resolve_neg()
     V = _vector(x.shape[1])
     if x.stride(1) == 1 and (V == 1 or (x.stride(0) % V == 0 and x.data_ptr() % 16 == 0)):
         return x

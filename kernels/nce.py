@@ -173,8 +173,14 @@ def _settle(sums, Z, out, count, scale, BLOCK: tl.constexpr):
 # ---- launches --------------------------------------------------------------------------------------------------------
 
 
+def _flat(anchors: Tensor) -> Tensor:
+    """[B D], one anchor after the other: a view, or a copy of rows with gaps."""
+    return anchors.resolve_neg().contiguous().view(-1)
+
+
 def _bank_and_vector(bank: Tensor) -> tuple[Tensor, int]:
     """The bank with neighbouring features, and how many features its rows, and the anchors', are multiples of: as 128 bits need."""
+    bank = bank.resolve_neg()
     bank = bank if bank.stride(1) == 1 or bank.shape[1] == 1 else bank.contiguous()
     return bank, math.gcd(8, bank.shape[1], bank.stride(0))
 
@@ -208,7 +214,7 @@ def loss_and_gradient(
     with torch.cuda.device_of(anchors):  # a launch goes to the current device, which need not be the tensors'
         if B:
             _losses[(B, split)](
-                anchors.reshape(-1), bank, indices.contiguous(), Z, losses, gradients, columns, len(bank), D, bank.stride(0), tiles,
+                _flat(anchors), bank, indices.contiguous(), Z, losses, gradients, columns, len(bank), D, bank.stride(0), tiles,
                 1 / temperature, log_b, V=V, ROWS=rows, WIDTH=width, num_warps=warps, enable_fp_fusion=True,
             )  # fmt: skip
         _finish[(1 + len(gradient),)](
@@ -240,7 +246,7 @@ def normalizer(anchors: Tensor, bank: Tensor, indices: Tensor, Z: Tensor, temper
     with torch.cuda.device_of(anchors):
         if B:
             _exponentials[(B, split)](
-                anchors.reshape(-1), bank, indices.contiguous(), Z, sums, columns, len(bank), D, bank.stride(0), tiles,
+                _flat(anchors), bank, indices.contiguous(), Z, sums, columns, len(bank), D, bank.stride(0), tiles,
                 1 / temperature, V=V, ROWS=rows, WIDTH=width, num_warps=warps, enable_fp_fusion=True,
             )  # fmt: skip
         scale = len(bank) / (B * columns) if B else math.nan

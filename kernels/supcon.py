@@ -564,7 +564,7 @@ class _Call:
             self.x = self.x.float()
         self._prepare()
         self.names, self.B = names, 0 if mask is None else len(mask)
-        self.mask = None if mask is None else mask.to(torch.uint8 if mask.dtype == torch.bool else mask.dtype).reshape(-1)
+        self.mask = None if mask is None else _flat(mask.to(torch.uint8) if mask.dtype == torch.bool else mask)
         self.precision = "ieee" if anchors.dtype == torch.float32 and _is_highest() else "tf32"
         self.plans = plans(self.N, self.D, self.x.dtype, self.precision, mask is not None, _kind(self.device))
         self.direct = setting.normalize and 1 / setting.temperature <= SAFE_EXPONENT
@@ -652,7 +652,7 @@ def backward(
     share_tops = torch.empty(share_blocks, **float32) if call.x.dtype == torch.float16 else None
     with torch.cuda.device_of(anchors):
         _shares[(share_blocks,)](
-            upstream.contiguous(), Z, W, s, h, share_tops, N, float(setting.scale), BLOCK=256, num_warps=4, enable_fp_fusion=True
+            _flat(upstream), Z, W, s, h, share_tops, N, float(setting.scale), BLOCK=256, num_warps=4, enable_fp_fusion=True
         )
 
     slices = triton.cdiv(call.D, call.plans.slice)
@@ -689,8 +689,14 @@ def _is_highest() -> bool:
         return torch.backends.cuda.matmul.fp32_precision != "tf32"
 
 
+def _flat(x: Tensor) -> Tensor:
+    """All elements, row after row: a view, or a copy of what has gaps."""
+    return x.resolve_neg().contiguous().view(-1)
+
+
 def _readable(x: Tensor) -> Tensor:
     """[R, D] with rows of a multiple of 8 elements that begin at multiples of 16 bytes, as 128-bit loads need; others are copied."""
+    x = x.resolve_neg()
     missing = max(8, -(-x.shape[1] // 8) * 8) - x.shape[1]
     if missing:
         return F.pad(x, (0, missing))

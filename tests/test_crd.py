@@ -141,6 +141,23 @@ def test_nan_and_infinity_are_not_hidden(bad: float) -> None:
     assert nce.nce_loss(unit(4, 9), bank, indices, torch.tensor(-3.0), 0.07).isnan(), "a constant that is no score's"
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_anchors_of_any_strides(dtype: torch.dtype) -> None:
+    wide, (_, bank, indices) = unit(5, 32, dtype=dtype), problem(5, 20, 7, 16, dtype)
+    Z = torch.tensor(20.0)
+    for anchors in (
+        wide[:, ::2],
+        wide[:, :16],
+        wide[:, 3:19],
+        wide.t()[:16].t(),
+        wide[:1, :16].expand(5, 16),
+        torch._neg_view(-wide)[:, 16:],
+    ):
+        copied = anchors.resolve_neg().contiguous()
+        assert torch.equal(nce.nce_loss(anchors, bank, indices, Z, 0.5), nce.nce_loss(copied, bank, indices, Z, 0.5))
+        assert torch.equal(nce.normalizer(anchors, bank, indices, 0.5), nce.normalizer(copied, bank, indices, 0.5))
+
+
 def test_padding_never_leaks_and_inputs_are_not_written() -> None:
     """Strided rows, and poison between them."""
     for dtype in (torch.float32, torch.bfloat16):
@@ -505,6 +522,31 @@ def test_constants_are_set_once_and_frozen() -> None:
     assert torch.equal(loss.memory_v1, bank)
 
 
+def test_an_embedding_that_overflowed_leaves_its_row_alone() -> None:
+    """So that a step which a GradScaler skips has no consequences."""
+    crd, index = module(), torch.arange(6)
+    student, teacher = torch.randn(6, 6), torch.randn(6, 5)
+    crd(student, teacher, index)
+    before = crd.memory_v1.clone(), crd.memory_v2.clone()
+    student[2] = math.inf
+    crd(student, teacher, index)
+    changed = [(bank != old).any(1) for bank, old in zip((crd.memory_v1, crd.memory_v2), before)]
+    assert changed[0].nonzero().flatten().tolist() == [0, 1, 3, 4, 5]
+    assert changed[1].nonzero().flatten().tolist() == [0, 1, 2, 3, 4, 5]
+    assert crd(torch.randn(6, 6), teacher, index).isfinite()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_constants_of_a_16_bit_module_stay_float32(dtype: torch.dtype) -> None:
+    crd = CRDLoss(6, 5, 50_000, nce_k=64).to(dtype)
+    features = torch.randn(4, 6).to(dtype), torch.randn(4, 5).to(dtype), torch.arange(4)
+    assert crd(*features).isfinite()
+    assert crd(*features).isfinite()
+    assert crd.memory_v1.dtype == dtype
+    assert (crd.Z_v1.dtype, crd.double().Z_v1.dtype) == (torch.float32, torch.float64)
+    assert 1e5 < crd.Z_v1 < 1e9
+
+
 def test_a_first_batch_that_overflowed_sets_nothing() -> None:
     loss, ((f_s, f_t, idx, contrast_idx), good) = module(), batches(2)
     assert not loss(f_s * math.nan, f_t, idx, contrast_idx).isfinite()
@@ -573,6 +615,7 @@ def test_more_negatives_than_images() -> None:
         (lambda: CRDLoss(6, 5, 9, nce_t=0.0), "nce_t must be positive"),
         (lambda: CRDLoss(6, 5, 9, nce_m=1.5), r"nce_m must be in \[0, 1\]"),
         (lambda: CRDLoss(6, 5, 9, labels=torch.zeros(8, dtype=torch.int64)), r"labels must be \[9\] integers"),
+        (lambda: CRDLoss(6, 5, 9, labels=[0] * 9), "labels must be a tensor, got list"),
         (lambda: CRDLoss(6, 5, 9, labels=torch.zeros(9)), r"labels must be \[9\] integers"),
         (lambda: CRDLoss(6, 5, 9, labels=torch.zeros(9, dtype=torch.int64)), "at least two classes"),
         (lambda: module()(torch.ones(4, 7), torch.ones(4, 5), torch.arange(4)), r"f_s must be \[4, 6\]"),

@@ -358,6 +358,21 @@ def test_an_eager_loss_in_a_compiled_backward(dtype):
         torch.testing.assert_close(got, want)
 
 
+def test_a_graph_takes_a_weight_that_both_share():
+    hidden, teacher, weight = torch.randn(6, 4), torch.randn(6, 4), torch.randn(12, 4)
+
+    def loss(hidden, weight):
+        return linear_kd_loss(hidden, weight, teacher, weight)
+
+    compiled = value_and_gradients(torch.compile(loss, fullgraph=True, backend="aot_eager"), [hidden, weight])
+    assert all(torch.equal(got, want) for got, want in zip(compiled, value_and_gradients(loss, [hidden, weight])))
+
+
+def test_the_meta_device_gives_shapes():
+    hidden, weight = torch.empty(6, 4, device="meta"), torch.empty(12, 4, device="meta")
+    assert linear_kd_loss(hidden, weight, hidden, weight, reduction="none").shape == (6,)
+
+
 def test_compiles_under_autocast():
     tensors = layers(6, 12, 4, 5)
     tensors[0] = tensors[0].bfloat16()
@@ -500,6 +515,8 @@ H, W, B = torch.ones(2, 4), torch.ones(3, 4), torch.ones(3)
         ({"chunk_rows": 2.5}, "chunk_rows must be a positive integer or None, got 2.5"),
         ({"chunk_rows": True}, "chunk_rows must be a positive integer or None, got True"),
         ({"temperature": 0.0}, "temperature must be positive"),
+        ({"temperature": "2"}, "temperature must be a number, got '2'"),
+        ({"student_weight": None}, "student_weight must be a tensor, got NoneType"),
         ({"ce_weight": 0.1}, "labels must be given"),
         ({"labels": torch.tensor([0, 1], dtype=torch.int32)}, "labels must be int64"),
         ({"labels": torch.tensor([0])}, r"labels must have shape \(2,\)"),

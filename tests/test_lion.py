@@ -117,6 +117,24 @@ def test_fifty_steps_on_resnet18_equal_lion_pytorch_bit_for_bit(foreach, memory_
     assert len(b.state) == len(used)
 
 
+@pytest.mark.parametrize("size", [8, 20_000])
+@pytest.mark.parametrize("spans", [[(0, 1), (0, 1)], [(0, 0.75), (0.5, 1)], [(0, 1), (0.25, 0.5), (0.75, 1)]], ids=str)
+def test_parameters_that_share_memory_are_stepped_one_after_the_other(spans, size):
+    """As weights tied by their .data are: each has its own gradient and momentum."""
+    ends = []
+    for make in (Lion, peers().Lion):
+        memory = torch.linspace(-1, 1, size)
+        params = [torch.nn.Parameter(memory[int(start * size) : int(end * size)]) for start, end in spans]
+        params.insert(1, torch.nn.Parameter(torch.ones(5)))
+        optimizer = make(params, **SETTINGS)
+        torch.manual_seed(0)
+        for _ in range(3):
+            give_gradients(params)
+            optimizer.step()
+        ends.append([memory, params[1].detach()])
+    assert bits_equal(*ends)
+
+
 @pytest.mark.parametrize(
     "options",
     [{}, {"decoupled_weight_decay": True}, {"betas": (0.0, 1.0)}, {"betas": (1.0, 0.0)}, {"weight_decay": 0.0}],
@@ -1041,6 +1059,9 @@ def test_the_default_device_is_of_no_account(options):
     ("options", "kind", "message"),
     [
         ({"lr": 0.0}, ValueError, "lr must be positive, got 0"),
+        ({"lr": "a"}, TypeError, "lr must be a number, got 'a'"),
+        ({"weight_decay": None}, TypeError, "weight_decay must be a number, got None"),
+        ({"betas": 0.9}, ValueError, r"betas must be two numbers in \[0, 1\], got 0.9"),
         ({"lr": -1.0}, ValueError, "lr must be positive, got -1"),
         ({"lr": float("nan")}, ValueError, "lr must be positive, got nan"),
         ({"lr": torch.ones(2)}, ValueError, "lr must be a number or a tensor of one element"),

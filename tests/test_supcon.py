@@ -330,6 +330,30 @@ def test_rows_may_be_strided_and_are_not_written(B: int) -> None:
     compare(lambda f, x: f(x, labels, temperature=4.0), [views])
 
 
+@pytest.mark.parametrize("B", [9, MANY])
+def test_masks_of_any_strides(B: int) -> None:
+    features = unit(B, 2, 16)
+    weights = torch.rand(B, 2 * B)
+    for mask in (
+        torch.ones(1, 1).expand(B, B),
+        weights[:, ::2],
+        weights[:, :B].t(),
+        (weights < 0.3)[:, ::2],
+        torch._neg_view(-weights)[:, :B],
+    ):
+        copied = mask.resolve_neg().contiguous()
+        assert torch.equal(supcon_loss(features, mask=mask), supcon_loss(features, mask=copied))
+
+
+@pytest.mark.parametrize("B", [4, MANY])
+def test_labels_may_be_filled_anew_before_backward(B: int) -> None:
+    features, labels = unit(B, 6).requires_grad_(), torch.arange(B) % 2
+    (want,) = torch.autograd.grad(supcon_loss(features, labels), features)
+    loss = supcon_loss(features, labels)
+    labels.zero_()
+    assert torch.equal(torch.autograd.grad(loss, features)[0], want)
+
+
 @pytest.mark.parametrize("tile", [512, 7])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_nan_and_infinity_are_not_hidden(tile: int, bad: float, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -494,6 +518,10 @@ def test_not_slower_than_the_original(N: int) -> None:
         ({"mask": torch.ones(4, 4, dtype=torch.complex64)}, "mask must be bool, int or floating"),
         ({"temperature": 0.0}, "temperature must be positive, got 0.0"),
         ({"temperature": float("nan")}, "temperature must be positive, got nan"),
+        ({"temperature": torch.ones((), requires_grad=True)}, "temperature must be a number.*requires grad"),
+        ({"features": [1.0]}, "features must be a tensor, got list"),
+        ({"features": torch.ones(4, 0, 6)}, r"features must be \[B, V, D\].*got shape \(4, 0, 6\)"),
+        ({"labels": [0, 1, 0, 1]}, "labels must be a tensor, got list"),
         ({"base_temperature": -1.0}, "base_temperature must be positive"),
         ({"contrast_mode": "both"}, "contrast_mode must be 'all' or 'one', got 'both'"),
         ({"reduction": "max"}, "reduction must be"),

@@ -14,6 +14,7 @@ The forward pass computes the gradient as well, while the row is at hand. The fi
 so that it becomes the .grad of a leaf without a copy; a further one (retain_graph) computes it again.
 """
 
+import math
 from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
@@ -21,32 +22,52 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kdfast.ops import distill_kl_torch
+from kdfast.ops import checks, distill_kl_torch
 from kdfast.ops.backend import kernel
 from kdfast.ops.distill_kl_torch import Options
 from kdfast.ops.precision import arithmetic
 
 DIVERGENCES = ("forward", "reverse", "js")
 REDUCTIONS = ("mean", "sum", "none")
+_NUMBERS = ("temperature", "eps", "kd_weight", "ce_weight", "label_smoothing")
 
 
 def separate(teacher: Tensor | Sequence[Tensor], student: Tensor) -> tuple[Tensor, ...]:
     """The teachers' logits one by one: from one tensor [..., C], one stacked [K, ..., C], or a sequence."""
     if not isinstance(teacher, Tensor):
+        if not isinstance(teacher, Sequence):
+            raise TypeError(f"kd_loss: teacher must be a tensor or a sequence of tensors, got {type(teacher).__name__}")
         return tuple(teacher)
+    checks.is_tensor("kd_loss: student", student)
     return teacher.unbind(0) if teacher.dim() == student.dim() + 1 else (teacher,)
 
 
 def kd_loss(student: Tensor, teachers: tuple[Tensor, ...], labels: Tensor | None, options: Options) -> Tensor:
     """functional.kd_loss, its options in one value."""
+    options = plain(options)
     _check(student, teachers, labels, options)
     if torch.is_grad_enabled() and (student.requires_grad or any(t.requires_grad for t in teachers)):
-        return _DistillKL.apply(options, labels, student, *teachers)
+        return _DistillKL.apply(options, labels, *checks.distinct(student, *teachers))
     return _form(student, teachers).loss_and_gradients(student, teachers, labels, options, (False,) * (1 + len(teachers)), None)[0]
+
+
+def plain(options: Options) -> Options:
+    """The options with Python numbers, which a graph, a kernel and a cache can keep.
+
+    Raises:
+        TypeError: one is no number, or a tensor that would have to get a gradient.
+    """
+    given = [*(getattr(options, name) for name in _NUMBERS), *options.teacher_weights]
+    if all(type(value) is float for value in given):
+        return options
+    numbers: dict[str, Any] = {name: checks.number(f"kd_loss: {name}", value) for name, value in zip(_NUMBERS, given)}
+    weights = tuple(checks.number("kd_loss: teacher_weights", weight) for weight in options.teacher_weights)
+    return options._replace(teacher_weights=weights, **numbers)
 
 
 def _check(student: Tensor, teachers: Sequence[Tensor], labels: Tensor | None, options: Options) -> None:
     """Raises one sentence that names the argument. The range of the labels is checked later, where their values are read."""
+    checks.is_tensor("kd_loss: student", student)
     if not student.is_floating_point():
         raise TypeError(f"kd_loss: student must be floating, got {student.dtype}")
     if student.dim() == 0 or student.shape[-1] == 0:
@@ -54,6 +75,7 @@ def _check(student: Tensor, teachers: Sequence[Tensor], labels: Tensor | None, o
     if not teachers:
         raise ValueError("kd_loss: teacher must be one tensor or a sequence of at least one, got an empty sequence")
     for teacher in teachers:
+        checks.is_tensor("kd_loss: teacher", teacher)
         if teacher.shape != student.shape:
             raise ValueError(
                 f"kd_loss: teacher must have student's shape {tuple(student.shape)} "
@@ -65,7 +87,7 @@ def _check(student: Tensor, teachers: Sequence[Tensor], labels: Tensor | None, o
             raise ValueError(f"kd_loss: teacher must be on student's device {student.device}, got {teacher.device}")
     if len(options.teacher_weights) != len(teachers):
         raise ValueError(f"kd_loss: teacher_weights must hold {len(teachers)} numbers, got {len(options.teacher_weights)}")
-    if not options.temperature > 0:
+    if not 0 < options.temperature < math.inf:
         raise ValueError(f"kd_loss: temperature must be positive, got {options.temperature}")
     if options.standardize and student.shape[-1] == 1:
         raise ValueError("kd_loss: standardize needs at least two classes, got C = 1")
@@ -81,6 +103,7 @@ def _check(student: Tensor, teachers: Sequence[Tensor], labels: Tensor | None, o
         if options.ce_weight != 0:
             raise ValueError(f"kd_loss: labels must be given where ce_weight is not 0, got None with ce_weight {options.ce_weight}")
         return
+    checks.is_tensor("kd_loss: labels", labels)
     if labels.dtype != torch.int64:
         raise TypeError(f"kd_loss: labels must be int64, got {labels.dtype}")
     if labels.shape != student.shape[:-1]:

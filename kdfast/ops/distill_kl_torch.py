@@ -32,6 +32,8 @@ class Options(NamedTuple):
 
 CHUNK = 2**16  # elements a thread: a handful of float32 temporaries of that size stay in its second-level cache
 CHUNK_OFF_CPU = 2**26  # elements in all: few launches, bounded memory
+# of so few standardized classes a gradient's sum, 0 but for rounding, is no small part of it once it is divided by a row's width
+FEW = 128
 
 Scale = float | Tensor  # of a loss and its gradients: one number, or one a row, [R, 1]
 
@@ -67,7 +69,7 @@ def loss_and_gradients(
 
 def rescale(gradients: Sequence[Tensor], upstream: Tensor, remaining: None) -> None:
     """Multiplies the gradients by the gradient of the loss, in place."""
-    if upstream.is_cuda or upstream.dim() or upstream.item() != 1:
+    if not upstream.is_cpu or upstream.dim() or upstream.item() != 1:
         for gradient in gradients:
             gradient.mul_(upstream[..., None])  # of one dimension at least: without, it would be rounded to a 16-bit gradient's dtype
 
@@ -243,7 +245,7 @@ def _distillation(
     rows = total = None
     gradients: list[Tensor | None] = []
     for teacher, weight, want in zip(teachers, options.teacher_weights, wanted[1:]):
-        weight *= options.kd_weight
+        weight = weight * options.kd_weight
         p = _temper(teacher, T, options.standardize, options.eps)
         value, dp, dq = divergence(p, q, want, zero_terms)
         _times(value, weight * T * T, scale)
@@ -265,8 +267,11 @@ def _to_logits(du: Tensor, x: _Tempered, T: float) -> Tensor:
     """dL/dx from dL/du of standardized rows, in place; as it is for others."""
     if x.centred is None or x.norm is None or x.width is None:
         return du
+    if du.shape[1] <= FEW:
+        du.sub_(_row_sums(du).div_(du.shape[1]))
     along = _row_sums(du * x.centred)
-    along.div_((x.width * x.norm).clamp_min_(1e-30))  # 0 / 1e-30 in a constant row: it has no direction to grow in
+    # 0 / tiny in a constant row: it has no direction to grow in
+    along.div_(x.norm.clamp_min(torch.finfo(x.norm.dtype).tiny)).div_(x.width)
     return du.addcmul_(x.centred, along, value=-T / math.sqrt(du.shape[1] - 1)).div_(x.width)
 
 

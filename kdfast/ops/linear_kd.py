@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from kdfast.ops import distill_kl, distill_kl_torch
+from kdfast.ops import checks, distill_kl, distill_kl_torch
 from kdfast.ops.backend import kernel
 from kdfast.ops.distill_kl_torch import Options
 from kdfast.ops.precision import arithmetic
@@ -47,19 +47,23 @@ class Layer(NamedTuple):
 
 def linear_kd_loss(student: Layer, teacher: Layer, labels: Tensor | None, chunk_rows: int | None, options: Options) -> Tensor:
     """functional.linear_kd_loss, its options in one value."""
+    checks.is_tensor("linear_kd_loss: student_hidden", student.hidden)
     device = student.hidden.device.type
-    cast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    has_autocast = torch.amp.is_autocast_available(device)  # "meta" has none
+    cast = torch.get_autocast_dtype(device) if has_autocast and torch.is_autocast_enabled(device) else None
     _check_layers(student, teacher, cast)
-    _check_options(student, labels, chunk_rows, options)
+    options = _checked(student, labels, chunk_rows, options)
     tensors = *student, *teacher
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
-        return _LinearKD.apply(options, chunk_rows, cast, labels, *tensors)
+        return _LinearKD.apply(options, chunk_rows, cast, labels, *checks.distinct(*tensors))
     return _run(_form(student, teacher), student, teacher, labels, options, chunk_rows, cast, (False,) * 6, None)[0]
 
 
 def _check_layers(student: Layer, teacher: Layer, cast: torch.dtype | None) -> None:
     """Raises one sentence that names the argument."""
     for name, (hidden, weight, bias) in (("student", student), ("teacher", teacher)):
+        checks.is_tensor(f"linear_kd_loss: {name}_hidden", hidden)
+        checks.is_tensor(f"linear_kd_loss: {name}_weight", weight)
         if not hidden.is_floating_point():
             raise TypeError(f"linear_kd_loss: {name}_hidden must be floating, got {hidden.dtype}")
         if hidden.dim() == 0 or hidden.shape[-1] == 0:
@@ -89,15 +93,17 @@ def _check_layers(student: Layer, teacher: Layer, cast: torch.dtype | None) -> N
                 raise TypeError(f"linear_kd_loss: {name}_{part} must have {name}_hidden's dtype {hidden.dtype}, got {x.dtype}")
 
 
-def _check_options(student: Layer, labels: Tensor | None, chunk_rows: int | None, options: Options) -> None:
-    """kd_loss's own checks, on a stand-in for the logits that takes no memory; the range of the labels is checked by the walk."""
+def _checked(student: Layer, labels: Tensor | None, chunk_rows: int | None, options: Options) -> Options:
+    """The options, after kd_loss's own checks on a stand-in for logits that takes no memory; the range of labels is the walk's to check."""
     if chunk_rows is not None and (not isinstance(chunk_rows, int) or isinstance(chunk_rows, bool) or chunk_rows < 1):
         raise ValueError(f"linear_kd_loss: chunk_rows must be a positive integer or None, got {chunk_rows!r}")
     logits = student.hidden.new_empty(()).expand(*student.hidden.shape[:-1], student.weight.shape[0])
     try:
+        options = distill_kl.plain(options)
         distill_kl._check(logits, (logits,), labels, options)
     except (TypeError, ValueError) as error:
         raise type(error)(f"linear_{error}") from None
+    return options
 
 
 def _logit_dtype(x: Tensor, cast: torch.dtype | None) -> torch.dtype:

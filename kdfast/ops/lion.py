@@ -175,7 +175,9 @@ def _kernel_step(
             fits, rest = known.taken, known.rest
         else:
             # a cautious step of a shard needs what other processes count
+            shared = _sharing_memory(rows)
             fits = [i for i, row in enumerate(rows) if _has_flat_view(row) and not (options.cautious and row.whole is not None)]
+            fits = [i for i in fits if i not in shared]
             rest = sorted(set(range(len(rows))) - set(fits))
         for row in rows:
             _check_shapes(row)
@@ -215,7 +217,7 @@ def _has_flat_view(row: Row) -> bool:
     """Whether all but the gradient fill their memory without gaps, in the same order of dimensions."""
     order = _order(row.param)
     kept = (row.momentum, row.compensation)
-    return _is_dense(row.param) and all(t is None or _order(t) == order for t in kept)
+    return _is_dense(row.param) and not row.param.is_neg() and all(t is None or _order(t) == order for t in kept)
 
 
 def _in_order_of_params(rows: list[Row]) -> tuple[list[Row], bool]:
@@ -269,10 +271,11 @@ def _torch_step(rows: list[Row], options: Options, grad_factor: Tensor | None, f
         options = options._replace(lr=options.lr.item() if on_host or _readable(options.lr) else options.lr.to(device))
 
     if not foreach or (on_host and options.cautious):  # a cautious step needs a mean over each whole tensor
-        for row in rows:
-            _update([row], options, grad_factor, found_inf)
+        alone: list[Row] = rows
     elif not on_host:
-        _update(rows, options, grad_factor, found_inf)
+        alone, together = _apart(rows)
+        if together:
+            _update(together, options, grad_factor, found_inf)
     else:
         # one piece of memory for all blocks' updates: the next block finds it in the cache
         dtype = arithmetic(rows[0].param)
@@ -286,13 +289,47 @@ def _torch_step(rows: list[Row], options: Options, grad_factor: Tensor | None, f
             else:
                 for block, offset in _cut(row):
                     _update([block], options, grad_factor, None, offset, scratch)
-        for batch in _batches([row for row in rows if not _is_large(row)]):
+        alone, together = _apart([row for row in rows if not _is_large(row)])
+        for batch in _batches(together):
             if len(batch) == 1:
                 _update(batch, options, grad_factor, None)
                 continue
             block = _joined(batch)
             _update([block], options, grad_factor, None, 0, scratch)
             _scatter(block, batch)
+    for row in alone:
+        _update([row], options, grad_factor, found_inf)
+
+
+def _apart(rows: list[Row]) -> tuple[list[Row], list[Row]]:
+    """The rows to be stepped one after the other, and those that can be stepped at once."""
+    if torch.compiler.is_compiling() or isinstance(rows[0].param if rows else None, FakeTensor):
+        return [], rows
+    shared = _sharing_memory(rows)
+    if not shared:
+        return [], rows
+    return [rows[i] for i in sorted(shared)], [row for i, row in enumerate(rows) if i not in shared]
+
+
+def _sharing_memory(rows: list[Row]) -> set[int]:
+    """The rows whose parameter shares memory with another's: of weights tied by their .data, each counts as a step of its own."""
+    params = [row.param for row in rows]
+    spans = sorted((p.data_ptr(), p.data_ptr() + _extent(p), i) for i, p in enumerate(params) if type(p) in PLAIN)
+    shared: set[int] = set()
+    reach, last = 0, -1  # how far the spans up to here go, and which one goes there
+    for start, end, i in spans:
+        if start < reach:
+            shared |= {last, i}
+        if end > reach:
+            reach, last = end, i
+    return shared
+
+
+def _extent(tensor: Tensor) -> int:
+    """Bytes from its first element to its last."""
+    if tensor.is_contiguous() or not tensor.numel():
+        return tensor.nbytes
+    return (1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride()))) * tensor.element_size()
 
 
 def _readable(tensor: Tensor) -> bool:

@@ -31,7 +31,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from kdfast.ops import gather
+from kdfast.ops import checks, gather
 from kdfast.ops.backend import kernel
 from kdfast.ops.precision import arithmetic
 
@@ -75,6 +75,9 @@ def supcon_loss(
     uneven: bool = False,
 ) -> Tensor:
     """kdfast.functional.supcon_loss, which documents it."""
+    temperature = checks.number("supcon_loss: temperature", temperature)
+    if base_temperature is not None:
+        base_temperature = checks.number("supcon_loss: base_temperature", base_temperature)
     _check_rows(features, contrast, duplicates)
     _check_positives(features, labels, mask, contrast, contrast_labels)
     _check_choices(temperature, base_temperature, contrast_mode, reduction)
@@ -88,7 +91,8 @@ def supcon_loss(
     anchors = views.reshape(B * V, D) if in_all else views[:, 0]
     others = [] if in_all or V == 1 else [views[:, 1:].reshape(B * (V - 1), D)]
     others += [] if contrast is None else [contrast]
-    names = torch.arange(B, device=features.device) if labels is None else labels.reshape(-1).to(features.device)
+    # a copy: the caller may fill his labels anew before the backward pass
+    names = torch.arange(B, device=features.device) if labels is None else labels.reshape(-1).to(features.device, copy=True)
     foreign_names: Tensor | None = None
     samples = B  # of all ranks
     if group is not None:
@@ -121,7 +125,8 @@ def supcon_loss(
 
 
 def _check_rows(features: Tensor, contrast: Tensor | None, duplicates: int) -> None:
-    if features.ndim < 2:
+    checks.is_tensor("supcon_loss: features", features)
+    if features.ndim < 2 or (features.ndim > 2 and features.shape[1] == 0):
         raise ValueError(f"supcon_loss: features must be [B, V, D] or [B, D], got shape {tuple(features.shape)}")
     if not features.is_floating_point():
         raise TypeError(f"supcon_loss: features must be floating, got {features.dtype}")
@@ -131,6 +136,7 @@ def _check_rows(features: Tensor, contrast: Tensor | None, duplicates: int) -> N
         raise ValueError(f"supcon_loss: duplicates = {duplicates} needs features [B, D], got shape {tuple(features.shape)}")
     if contrast is None:
         return
+    checks.is_tensor("supcon_loss: contrast", contrast)
     D = features.shape[1] if features.ndim == 2 else math.prod(features.shape[2:])
     if contrast.ndim != 2 or contrast.shape[1] != D:
         raise ValueError(f"supcon_loss: contrast must be [M, {D}] as the features are, got shape {tuple(contrast.shape)}")
@@ -144,6 +150,9 @@ def _check_positives(
     features: Tensor, labels: Tensor | None, mask: Tensor | None, contrast: Tensor | None, contrast_labels: Tensor | None
 ) -> None:
     B = len(features)
+    for name, tensor in (("labels", labels), ("mask", mask), ("contrast_labels", contrast_labels)):
+        if tensor is not None:
+            checks.is_tensor(f"supcon_loss: {name}", tensor)
     if labels is not None and mask is not None:
         raise ValueError("supcon_loss: give labels or mask, got both")
     if labels is not None and labels.numel() != B:
