@@ -544,7 +544,7 @@ def test_constants_of_a_16_bit_module_stay_float32(dtype: torch.dtype) -> None:
     assert crd(*features).isfinite()
     assert crd.memory_v1.dtype == dtype
     assert (crd.Z_v1.dtype, crd.double().Z_v1.dtype) == (torch.float32, torch.float64)
-    assert 1e5 < crd.Z_v1 < 1e9
+    assert crd.Z_v1 > torch.finfo(torch.float16).max, "the case misses what it is about"
 
 
 def test_a_first_batch_that_overflowed_sets_nothing() -> None:
