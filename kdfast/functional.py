@@ -73,9 +73,7 @@ def kd_loss(
         RuntimeError: the gradient is itself differentiated (create_graph=True).
     """
     teachers = distill_kl.separate(teacher, student)
-    if teacher_weights is not None and not isinstance(teacher_weights, (Sequence, Tensor)):
-        raise TypeError(f"kd_loss: teacher_weights must be a sequence of numbers, got {teacher_weights!r}")
-    weights = (1.0,) * len(teachers) if teacher_weights is None else tuple(teacher_weights)
+    weights = distill_kl.weights_of(teacher_weights, len(teachers))
     options = distill_kl.Options(
         temperature, standardize, eps, kd_weight, ce_weight, weights, label_smoothing, ignore_index, divergence, reduction
     )

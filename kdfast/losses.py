@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kdfast import functional
-from kdfast.ops import checks, gather, nce
+from kdfast.ops import checks, distill_kl, gather, nce, supcon
 from kdfast.ops.precision import at_least_float32
 
 # ---- logit distillation ----------------------------------------------------------------------------------------------
@@ -20,10 +20,11 @@ from kdfast.ops.precision import at_least_float32
 
 def _check_not_swapped(student: Tensor, teacher: Tensor | Sequence[Tensor]) -> None:
     """Raises if the teacher requires grad and the student does not: they were passed in the wrong order."""
+    checks.is_tensor("student", student)
     if student.requires_grad:
         return
-    teachers = (teacher,) if isinstance(teacher, Tensor) else teacher
-    if any(t.requires_grad for t in teachers):
+    teachers = teacher if isinstance(teacher, Sequence) else (teacher,)
+    if any(isinstance(t, Tensor) and t.requires_grad for t in teachers):
         raise ValueError("the teacher requires grad and the student does not: student and teacher are swapped")
 
 
@@ -40,6 +41,9 @@ class KDLoss(nn.Module):
         standardize: see above.
         kd_weight, ce_weight: weights of the two terms.
         label_smoothing, ignore_index, divergence, teacher_weights, reduction: as in functional.kd_loss.
+
+    Raises:
+        ValueError, TypeError: an option is out of range, or no number.
     """
 
     def __init__(
@@ -65,6 +69,11 @@ class KDLoss(nn.Module):
         self.divergence = divergence
         self.teacher_weights = teacher_weights
         self.reduction = reduction
+        weights = distill_kl.weights_of(teacher_weights, 0)
+        options = distill_kl.Options(
+            temperature, standardize, 0.0, kd_weight, ce_weight, weights, label_smoothing, ignore_index, divergence, reduction
+        )
+        distill_kl.check_options(distill_kl.plain(options))
 
     def forward(self, student: Tensor, teacher: Tensor | Sequence[Tensor], labels: Tensor | None = None) -> Tensor:
         """The loss of student logits [..., C], teacher logits (one tensor, K in a sequence, or [K, ..., C]) and labels [...].
@@ -124,6 +133,7 @@ class SupContrastiveLoss(nn.Module):
 
     def __init__(self, temperature: float = 0.07, *, group: "dist.ProcessGroup | None" = None) -> None:
         super().__init__()
+        supcon.checked_choices(temperature)
         self.temperature = temperature
         self.group = group
 
@@ -162,6 +172,7 @@ class SupConLoss(nn.Module):
         group: "dist.ProcessGroup | None" = None,
     ) -> None:
         super().__init__()
+        supcon.checked_choices(temperature, base_temperature, contrast_mode)
         self.temperature = temperature
         self.contrast_mode = contrast_mode
         self.base_temperature = base_temperature
@@ -173,6 +184,7 @@ class SupConLoss(nn.Module):
         Raises:
             ValueError, TypeError: as functional.supcon_loss; also if features have fewer than three dimensions.
         """
+        checks.is_tensor("SupConLoss: features", features)
         if features.ndim < 3:
             raise ValueError(f"SupConLoss: features must be [B, V, ...] with a dimension of views, got shape {tuple(features.shape)}")
         return functional.supcon_loss(
@@ -218,6 +230,8 @@ class ConKDLoss(nn.Module):
         super().__init__()
         if variant not in ("readme", "notebook"):
             raise ValueError(f"ConKDLoss: variant must be 'readme' or 'notebook', got {variant!r}")
+        KDLoss(temperature)
+        supcon.checked_choices(contrast_temperature)
         self.alpha = alpha
         self.temperature = temperature
         self.contrast_temperature = contrast_temperature
@@ -468,6 +482,8 @@ class AttentionTransferLoss(nn.Module):
 
     def __init__(self, p: float = 2) -> None:
         super().__init__()
+        if not checks.number("AttentionTransferLoss: p", p) > 0:
+            raise ValueError(f"AttentionTransferLoss: p must be positive, got {p}")
         self.p = p
 
     def forward(self, student_maps: Tensor | Sequence[Tensor], teacher_maps: Tensor | Sequence[Tensor]) -> Tensor:
@@ -504,8 +520,8 @@ class HintLoss(nn.Module):
 
     def __init__(self, student_shape: tuple[int, int, int], teacher_shape: tuple[int, int, int], *, regressor: bool = True) -> None:
         super().__init__()
-        if len(student_shape) != 3 or len(teacher_shape) != 3:
-            raise ValueError(f"HintLoss: shapes must be (C, H, W), got {tuple(student_shape)} and {tuple(teacher_shape)}")
+        if not all(isinstance(shape, Sequence) and len(shape) == 3 for shape in (student_shape, teacher_shape)):
+            raise ValueError(f"HintLoss: shapes must be (C, H, W), got {student_shape} and {teacher_shape}")
         self.regressor: nn.Module
         if regressor:
             channels = teacher_shape[0]
@@ -585,8 +601,11 @@ class TOFDLoss(nn.Module):
         """The three terms by name, 0-dim each; beside them the authors add the J cross-entropies with the labels.
 
         Raises:
-            ValueError: as functional.soft_cross_entropy, or a teacher's tensor requires grad and the student's does not.
+            ValueError: as functional.soft_cross_entropy, not as many features or logits as maps, or a teacher's tensor requires grad and
+                the student's does not.
         """
+        if len(student_features) != len(self.maps):
+            raise ValueError(f"TOFDLoss: student_features must be {len(self.maps)}, got {len(student_features)}")
         mapped = [W(f) for W, f in zip(self.maps, student_features)]
         return self.terms(mapped, teacher_features, student_logits, teacher_logits, temperature=temperature)
 
@@ -600,6 +619,9 @@ class TOFDLoss(nn.Module):
         temperature: float = 1.0,
     ) -> dict[str, Tensor]:
         """The same, of features that `maps` have mapped already."""
+        given = [len(x) for x in (mapped, teacher_features, student_logits, teacher_logits)]
+        if given != [len(self.maps)] * 4:
+            raise ValueError(f"TOFDLoss: there must be {len(self.maps)} features and logits of student and teacher, got {given}")
         for student, teacher in (*zip(mapped, teacher_features), *zip(student_logits, teacher_logits)):
             _check_not_swapped(student, teacher)
         gaps = [torch.linalg.vector_norm(at_least_float32(f) - at_least_float32(t)) for f, t in zip(mapped, teacher_features)]

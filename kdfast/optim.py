@@ -29,6 +29,9 @@ _LATER_OPTIONS = {  # what a pickle of an older version may lack
 }
 
 
+_FOREIGN = {"amsgrad": "Adam's or AdamW's", "dampening": "SGD's", "momentum_decay": "NAdam's", "centered": "RMSprop's"}
+
+
 class Lion(Optimizer):
     """Lion, a drop-in for lion_pytorch.Lion: the same arguments, state (exp_avg) and, in float32, the same bits (save
     the last one of a small tensor's momentum where its gradient is an expanded tensor).
@@ -155,7 +158,8 @@ class Lion(Optimizer):
             state_dict: groups and state; a momentum keeps the precision of momentum_dtype.
 
         Raises:
-            ValueError: groups or parameters differ in number, a momentum in shape; an int8 momentum lacks its exp_avg_scale; timm's
+            ValueError: another optimizer's state; groups or parameters differ in number, a momentum in shape; an int8 momentum lacks its
+                exp_avg_scale; timm's
                 corrected_weight_decay, which is another formula.
         """
         final: list[dict[str, Any]] = []  # what is loaded: hooks may have put another dict in place of the one given
@@ -365,6 +369,9 @@ def _product(a: Tensor | None, b: Tensor | None) -> Tensor | None:
 def _check_saved(saved: dict[str, Any]) -> None:
     """Raises ValueError for what another Lion may have saved and this one would take for something else."""
     for group in saved["param_groups"]:
+        for key, whose in _FOREIGN.items():
+            if key in group:
+                raise ValueError(f"Lion: the state must be a Lion's, got {whose} (a group has {key!r})")
         if group.get("corrected_weight_decay"):
             raise ValueError("Lion: corrected_weight_decay (timm) decays by lr^2 / max_lr, which this Lion does not: load without it")
     for name, state in saved["state"].items():

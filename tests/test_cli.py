@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from kdfast import cli
 from kdfast.models import create, save_weights
@@ -266,6 +267,28 @@ def test_a_comparison_says_which_settings_a_recipe_has_of_its_own():
     text = comparison.markdown(facts)
     assert "cifar10: resnet20, 240 epochs a stage, batch_size 64. kd, at: sgd, lr 0.05, " in text
     assert " conkd: lion, lr 0.001, " in text
+
+
+def test_a_comparison_is_by_the_epoch_that_each_run_keeps():
+    from kdfast.commands import compare
+    from kdfast.report import comparison
+
+    def arms(best: float, last: float):
+        return [{"seed": 0, "best/top1": best, "last/top1": last, "train_images_per_s": 1.0, "seconds": 1.0}]
+
+    results = {
+        name: {
+            "teacher": None,
+            "student": {"model": "resnet8"},
+            "kept": kept,
+            "arms": {"alone": arms(0.8, 0.7), "distilled": arms(0.78, 0.76)},
+        }
+        for name, kept in (("kd", "last"), ("at", "last"))
+    }
+    rows = compare.table(results)
+    assert rows[1]["paired"]["mean"] == pytest.approx(0.06)
+    facts = {"settings": {"dataset": "d", "student": "s"}, "rows": rows, "machine": {"cpu": "c", "threads": 1, "torch": "2", "python": "3"}}
+    assert "against alone: seed by seed, of the last epochs" in comparison.markdown(facts | {"date": "d"})
 
 
 def test_teacher_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
@@ -597,6 +620,31 @@ def test_without_validation_images_the_last_epoch_counts_and_is_saved(tmp_path: 
     assert results["kept"] == "last"
     assert kdfast("eval", tmp_path / "run", "--json", tmp_path / "n.json") == 0
     assert json.loads((tmp_path / "n.json").read_text())["top1"] == results["arms"]["distilled"][0]["last/top1"]
+    for stage in ("teacher", "seed0/alone", "seed0/distil"):
+        assert json.loads((tmp_path / "run" / "stages" / stage / "stage.json").read_text())["kept"] == "last", stage
+
+
+def test_a_teacher_without_validation_images_is_that_of_the_last_epoch(tmp_path: Path):
+    options = ["--model", "resnet8", "--max-images", 200, "--val-fraction", 0]
+    assert kdfast("teacher", *options, "--epochs", 3, "--out", tmp_path / "t") == 0
+    assert json.loads((tmp_path / "t" / "results.json").read_text())["kept"] == "last"
+    last = tmp_path / "t" / "stages" / "teacher" / "last.safetensors"
+    saved, wanted = load_file(tmp_path / "t" / "best.safetensors"), load_file(last)
+    assert all(torch.equal(value, wanted[f"0.{name}"]) for name, value in saved.items())
+
+
+def test_a_given_teacher_that_is_trained_further_is_saved_and_said_to_be(tmp_path: Path):
+    assert kdfast("teacher", "--model", "resnet8", "--max-images", 200, "--epochs", 2, "--out", tmp_path / "t") == 0
+    given = tmp_path / "t" / "best.safetensors"
+    more = ["--teacher", given, "--procedure", "notebook", "--classify-epochs", "1", "--teacher-classify-epochs", "1"]
+    assert kdfast("distill", *more, "--seeds", 1, "--no-baseline", *TINY, "--out", tmp_path / "run") == 0
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert results["teacher"]["source"] == f"{given}, trained further in this run"
+    assert any("not the one that was given" in note for note in results["notes"])
+    again = ["--teacher", tmp_path / "run" / "teacher.safetensors", "--procedure", "notebook", "--classify-epochs", "1"]
+    assert kdfast("distill", *again, "--seeds", 1, "--no-baseline", *TINY, "--out", tmp_path / "again") == 0
+    assert not (tmp_path / "again" / "stages" / "teacher").exists(), "it was trained already"
+    assert not (tmp_path / "again" / "teacher.safetensors").exists()
 
 
 def test_the_notebooks_quirk_reports_the_classifier_that_it_saves(tmp_path: Path):

@@ -515,6 +515,11 @@ X = torch.ones(2, 3)
         pytest.param((X, X, torch.tensor([0, -1])), {}, "labels must be in.*got -1", marks=torch_form),
         ((X, X, torch.tensor([0, 1], dtype=torch.int32)), {}, "labels must be int64"),
         ((X, X, torch.tensor([0])), {}, "labels must have shape"),
+        (
+            (torch.ones(2, 3, 4, 4),) * 2 + (torch.zeros(2, 4, 4, dtype=torch.int64),),
+            {},
+            r"got \(2, 4, 4\).*permute its classes to the end",
+        ),
         ((X, X), {"label_smoothing": 1.5}, "label_smoothing must be in"),
         ((X, X), {"divergence": "kl"}, "divergence must be one of"),
         ((X, X), {"reduction": "batchmean"}, "reduction must be one of"),
@@ -524,6 +529,30 @@ X = torch.ones(2, 3)
 def test_bad_input_is_named(arguments, options, message):
     with pytest.raises((ValueError, TypeError), match=message):
         kd_loss(*arguments, **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"temperature": 0}, "temperature must be positive, got 0"),
+        ({"temperature": "4"}, "temperature must be a number, got '4'"),
+        ({"reduction": "batchmean"}, "reduction must be one of"),
+        ({"teacher_weights": 0.5}, "teacher_weights must be a sequence of numbers, got 0.5"),
+        ({"label_smoothing": 2.0}, "label_smoothing must be in"),
+    ],
+)
+def test_a_module_names_a_bad_option_when_it_is_made(options, message):
+    with pytest.raises((ValueError, TypeError), match=message):
+        KDLoss(**options)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [(((X,), X), "student must be a tensor, got tuple"), ((X, None), "teacher must be a tensor or a sequence of tensors, got NoneType")],
+)
+def test_a_module_names_what_is_no_tensor(arguments, message):
+    with pytest.raises(TypeError, match=message):
+        KDLoss(ce_weight=0.0)(*arguments)
 
 
 def test_modules():

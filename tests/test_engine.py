@@ -346,6 +346,13 @@ def test_a_stage_brings_its_own_optimizer_whose_rate_is_scheduled_and_whose_stat
     assert len(made) == 3
 
 
+@pytest.mark.parametrize(
+    ("best", "higher"), [("val/top1", True), ("val/top1/layer1", True), ("val/top5/x", True), ("val/loss", False), ("val/topology", False)]
+)
+def test_accuracies_are_better_when_higher(best, higher):
+    assert stage("s", network(), best=best).higher_is_better == higher
+
+
 def test_early_stop_ends_a_stage(tmp_path: Path):
     def one():
         return (yield stage("s", network(), replace(TRAINING, epochs=50, lr=1e-12, early_stop=2), best="val/loss"))

@@ -243,11 +243,27 @@ def test_hints_in_low_precision_are_summed_in_float32():
         ((3, 4, 4), (3, 5, 5), True, "half the teacher's size 5x5, or at least as large, got 4x4"),
         ((3, 4, 4), (6, 4, 4), False, r"teacher_shape must be student_shape \(3, 4, 4\), got \(6, 4, 4\)"),
         ((3, 4), (3, 4, 4), True, r"shapes must be \(C, H, W\)"),
+        (16, 32, True, r"shapes must be \(C, H, W\), got 16 and 32"),
     ],
 )
 def test_bad_hint_shapes_are_named(student, teacher, regressor, message):
     with pytest.raises(ValueError, match=message):
         losses.HintLoss(student, teacher, regressor=regressor)
+
+
+def test_task_oriented_features_are_as_many_as_maps_and_keep_float64():
+    loss, made = losses.TOFDLoss((4, 4), (5, 5)).double(), torch.ones(2, 10, dtype=torch.float64)
+    ours, theirs, logits = [torch.rand_like(made)[:, :4]] * 2, [torch.rand_like(made)[:, :5]] * 2, [made, made]
+    assert {term.dtype for term in loss(ours, theirs, logits, logits).values()} == {torch.float64}
+    with pytest.raises(ValueError, match="student_features must be 2, got 1"):
+        loss(ours[:1], theirs, logits, logits)
+    with pytest.raises(ValueError, match=r"must be 2 features and logits of student and teacher, got \[2, 2, 1, 2\]"):
+        loss(ours, theirs, logits[:1], logits)
+
+
+def test_attention_transfer_names_a_bad_power_when_it_is_made():
+    with pytest.raises(ValueError, match="p must be positive, got 0"):
+        losses.AttentionTransferLoss(0)
 
 
 def test_hint_loss_names_shapes_that_differ():

@@ -117,6 +117,13 @@ def test_fifty_steps_on_resnet18_equal_lion_pytorch_bit_for_bit(foreach, memory_
     assert len(b.state) == len(used)
 
 
+@pytest.mark.parametrize(("other", "whose"), [(torch.optim.AdamW, "Adam's or AdamW's"), (torch.optim.SGD, "SGD's")])
+def test_another_optimizers_state_is_refused(other, whose):
+    param = torch.nn.Parameter(torch.ones(3))
+    with pytest.raises(ValueError, match=f"the state must be a Lion's, got {whose}"):
+        Lion([param]).load_state_dict(other([param], lr=0.1).state_dict())
+
+
 @pytest.mark.parametrize("size", [8, 20_000])
 @pytest.mark.parametrize("spans", [[(0, 1), (0, 1)], [(0, 0.75), (0.5, 1)], [(0, 1), (0.25, 0.5), (0.75, 1)]], ids=str)
 def test_parameters_that_share_memory_are_stepped_one_after_the_other(spans, size):

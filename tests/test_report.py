@@ -533,6 +533,11 @@ def test_comparison_of_different_tasks_says_so(tmp_path: Path) -> None:
     text = read(write_comparison([tmp_path / "a" / "run", tmp_path / "b" / "run"], tmp_path / "out.html")).text
     assert "their accuracies do not compare" in text
     assert f"test images themselves in {Path('b', 'run')}, which" in text  # two runs of one name are told apart
+    assert "the best validation epoch: mean" in text
+    (tmp_path / "b" / "run" / "results.json").write_text(json.dumps(results | {"val_is_test": True, "kept": "last"}))
+    text = read(write_comparison([tmp_path / "a" / "run", tmp_path / "b" / "run"], tmp_path / "out.html")).text
+    assert "test images themselves" not in text
+    assert "the best validation epoch, or of the last where a run chose none: mean" in text
 
 
 def test_comparison_of_nothing(tmp_path: Path) -> None:

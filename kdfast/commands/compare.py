@@ -108,7 +108,7 @@ def table(results: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
 
     Returns:
         Dicts with recipe, seeds, top-1 accuracies of every seed (best and last epoch), images/s and seconds of training; recipes also
-        with "paired", the difference from the student alone, where both have the same seeds.
+        with "kept", which of the two counts, and "paired", its difference from the student alone's, where both have the same seeds.
     """
     first = next(iter(results.values()))
     rows: list[dict[str, Any]] = []
@@ -119,10 +119,10 @@ def table(results: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
     if alone:
         rows.append({"recipe": f"{first['student']['model']} alone", **_arm(alone)})
     for name, of in results.items():
-        row = {"recipe": name, **_arm(of["arms"]["distilled"])}
+        row = {"recipe": name, **_arm(of["arms"]["distilled"]), "kept": of["kept"]}
         if alone and [arm["seed"] for arm in alone] == row["seeds"]:
-            pairs = [arm["best/top1"] for arm in alone], row["best"]
-            row["paired"] = report.paired_difference(*pairs) if len(row["best"]) > 1 else {"mean": pairs[1][0] - pairs[0][0]}
+            pairs = [arm[f"{first['kept']}/top1"] for arm in alone], row[of["kept"]]
+            row["paired"] = report.paired_difference(*pairs) if len(pairs[0]) > 1 else {"mean": pairs[1][0] - pairs[0][0]}
         rows.append(row)
     return rows
 

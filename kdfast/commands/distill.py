@@ -2,7 +2,7 @@
 
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,8 +21,9 @@ from kdfast.data import ImageData, Loaders
 from kdfast.engine import Evaluation, StageResult, evaluate
 from kdfast.models import ModelSpec, build, feature_size, parameter_count, projection_head
 from kdfast.recipes.conkd import EMBEDDING, EmbeddingTeacher
+from kdfast.recipes.features import fingerprint
 from kdfast.recipes.plus import Term, plus
-from kdfast.recipes.recipe import Extended, Setup, Stages, Trained
+from kdfast.recipes.recipe import Extended, Setup, Stages, Trained, each, keeping_the_last
 from kdfast.recipes.supervised import alone
 from kdfast.recipes.supervised import teacher as supervised_teacher
 
@@ -123,17 +124,21 @@ class _Job:
         """The teacher, given or trained, and how it does."""
         config, setup, run = self.config, self._setup, self._opened.run
         given = self._given
-        source = config.teacher if given else "trained in this run"
+        source, before = config.teacher if given else "trained in this run", fingerprint(given.model) if given else None
         if given is None and not config.teacher_pretrained:
             self._notes.append("The teacher was trained in this run, from random weights.")
         stages = self._recipe.teacher or supervised_teacher
-        model, spec = run.complete(stages(setup, config.method, given))
+        model, spec = run.complete(self._chosen(stages(setup, config.method, given)))
         model.to(self._opened.world.device).eval()
-        if self._opened.world.main:
+        network = model.model if isinstance(model, Extended) else model
+        if given is not None and fingerprint(network) != before:  # conkd's notebook trains it by contrast
+            source = f"{source}, trained further in this run"
+            self._notes.append(f"The teacher is {source}: it is not the one that was given.")
+        if self._opened.world.main and source != config.teacher:
             self._save_teacher(model, spec)
         evaluation = self._evaluate(model, self._setup.loaders(setup.teacher_training, all_labels=True))
         classes = setup.classes
-        size = parameter_count(model.model if isinstance(model, Extended) else model)
+        size = parameter_count(network)
         self._opened.console.say(f"  teacher: {spec.name}, {size:,} parameters, test top-1 {100 * evaluation.top1:.2f} % ({source})")
         if evaluation.top1 < 1.5 / classes:
             text = f"The teacher is no better than chance ({100 * evaluation.top1:.1f} % with {classes} classes)."
@@ -167,9 +172,7 @@ class _Job:
         return Trained(model, loaded.spec)
 
     def _save_teacher(self, model: nn.Module, spec: ModelSpec) -> None:
-        """teacher.safetensors: for `--teacher RUN/teacher.safetensors` in later runs; a given teacher is not copied."""
-        if self.config.teacher != "train":
-            return
+        """teacher.safetensors: for `--teacher RUN/teacher.safetensors` in later runs."""
         state, extra = (model.model if isinstance(model, Extended) else model).state_dict(), {}
         if isinstance(model, EmbeddingTeacher):
             projection = {f"projection.{name}": value for name, value in model.projection.state_dict().items()}
@@ -199,18 +202,7 @@ class _Job:
 
     def _arm(self, stages: Stages[Trained], setup: Setup) -> Arm:
         results: list[StageResult] = []
-
-        def recorded() -> Stages[Trained]:
-            answer: StageResult | None = None
-            while True:
-                try:
-                    stage = stages.send(answer) if answer is not None else next(stages)
-                except StopIteration as end:
-                    return end.value
-                answer = yield replace(stage, keep="last") if self._data.val_is_test and stage.best.startswith("val/") else stage
-                results.append(answer)
-
-        model, spec = self._opened.run.complete(recorded())
+        model, spec = self._opened.run.complete(self._chosen(stages, results.append))
         model.to(self._opened.world.device).eval()
         loaders = setup.loaders(setup.training)
         results[-1].restore("last")
@@ -219,6 +211,10 @@ class _Job:
         best = self._evaluate(model, loaders)
         results[-1].restore(results[-1].kept)
         return Arm(model, spec, results[-1], best, last, sum(r.seconds for r in results))
+
+    def _chosen(self, stages: Stages[Trained], seen: Callable[[StageResult], object] = lambda result: None) -> Stages[Trained]:
+        """The stages, whose epochs are chosen by validation images where there are any."""
+        return each(stages, keeping_the_last if self._data.val_is_test else lambda stage: stage, seen)
 
     def _evaluate(self, model: nn.Module, loaders: Loaders) -> Evaluation:
         return evaluate(model, loaders.test, self._data.classes, self._opened.world)
@@ -229,13 +225,15 @@ class _Job:
         """Writes the best student, results.json and the report, and prints the table."""
         console, folder, data = self._opened.console, self._opened.folder, self._data
         distilled = arms["distilled"]
-        chosen = max(distilled, key=lambda arm: arm.result.metrics.get("val/top1", -arm.result.metrics.get("val/loss", 0.0)))
+        kept = distilled[0].result.kept
+        chosen = distilled[0]
+        if not data.val_is_test:
+            chosen = max(distilled, key=lambda arm: arm.result.metrics.get("val/top1", -arm.result.metrics.get("val/loss", 0.0)))
         artifact.save(folder / "best.safetensors", chosen.model.state_dict(), chosen.spec, data.classes, self._prepared)
-        if teacher and arms["alone"] and teacher["top1"] < statistics.mean(arm.best.top1 for arm in arms["alone"]):
+        if teacher and arms["alone"] and teacher["top1"] < statistics.mean(getattr(arm, kept).top1 for arm in arms["alone"]):
             self._notes.append("The teacher is less accurate than the student alone: it has little to teach.")
             console.say(f"  warning: {self._notes[-1]}")
         seed = self.config.run.seed
-        kept = distilled[0].result.kept
         paired = None
         if arms["alone"] and len(distilled) > 1:
             top1 = {name: [getattr(arm, kept).top1 for arm in of] for name, of in arms.items()}

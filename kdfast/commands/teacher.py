@@ -13,7 +13,7 @@ from kdfast.commands.session import environment, load_data, loader_maker, prepar
 from kdfast.engine import evaluate
 from kdfast.engine.random_state import derive
 from kdfast.models import ModelSpec, create, parameter_count
-from kdfast.recipes.recipe import seeded
+from kdfast.recipes.recipe import each, keeping_the_last, seeded
 from kdfast.recipes.supervised import supervised
 
 
@@ -41,7 +41,8 @@ def teach(config: Teach) -> Path:
         )
         opened.console.say(f"  folder: {opened.folder}, on {opened.world.device}")
         stages = supervised("teacher", model, batches, config.training, label_smoothing=config.label_smoothing)
-        model = opened.run.complete(stages).eval()
+        kept = "last" if data.val_is_test else "best"
+        model = opened.run.complete(each(stages, keeping_the_last) if data.val_is_test else stages).eval()
         evaluation = evaluate(model, batches.test, data.classes, opened.world)
         if opened.world.main:
             artifact.save(opened.folder / "best.safetensors", model.state_dict(), spec, data.classes, prepared)
@@ -54,7 +55,7 @@ def teach(config: Teach) -> Path:
                 "test_images": evaluation.images,
                 "label_fraction": config.data.label_fraction,
                 "val_is_test": data.val_is_test,
-                "kept": "best",
+                "kept": kept,
                 "teacher": {"model": config.model, "parameters": parameter_count(model), "source": "trained in this run", **facts},
                 "student": None,
                 "arms": {"alone": [], "distilled": []},

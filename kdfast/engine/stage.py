@@ -127,7 +127,7 @@ class Stage:
     @property
     def higher_is_better(self) -> bool:
         """Whether the metric that picks the best epoch grows as the model improves."""
-        return self.best.rsplit("/", 1)[-1].startswith("top")
+        return self.best.split("/")[1:2] in (["top1"], ["top5"])
 
     def modes(self, training: bool) -> None:
         """Puts the modules into the modes of a training epoch or of an evaluation."""

@@ -51,6 +51,15 @@ def kd_loss(student: Tensor, teachers: tuple[Tensor, ...], labels: Tensor | None
     return _form(student, teachers).loss_and_gradients(student, teachers, labels, options, (False,) * (1 + len(teachers)), None)[0]
 
 
+def weights_of(teacher_weights: Sequence[float] | Tensor | None, count: int) -> tuple[float, ...]:
+    """One number a teacher; None: ones."""
+    if teacher_weights is None:
+        return (1.0,) * count
+    if not isinstance(teacher_weights, (Sequence, Tensor)):
+        raise TypeError(f"kd_loss: teacher_weights must be a sequence of numbers, got {teacher_weights!r}")
+    return tuple(teacher_weights)
+
+
 def plain(options: Options) -> Options:
     """The options with Python numbers, which a graph, a kernel and a cache can keep.
 
@@ -87,18 +96,9 @@ def _check(student: Tensor, teachers: Sequence[Tensor], labels: Tensor | None, o
             raise ValueError(f"kd_loss: teacher must be on student's device {student.device}, got {teacher.device}")
     if len(options.teacher_weights) != len(teachers):
         raise ValueError(f"kd_loss: teacher_weights must hold {len(teachers)} numbers, got {len(options.teacher_weights)}")
-    if not 0 < options.temperature < math.inf:
-        raise ValueError(f"kd_loss: temperature must be positive, got {options.temperature}")
     if options.standardize and student.shape[-1] == 1:
         raise ValueError("kd_loss: standardize needs at least two classes, got C = 1")
-    if options.standardize and not options.eps >= 0:
-        raise ValueError(f"kd_loss: eps must not be negative, got {options.eps}")
-    if not 0 <= options.label_smoothing <= 1:
-        raise ValueError(f"kd_loss: label_smoothing must be in [0, 1], got {options.label_smoothing}")
-    if options.divergence not in DIVERGENCES:
-        raise ValueError(f"kd_loss: divergence must be one of {', '.join(DIVERGENCES)}, got {options.divergence!r}")
-    if options.reduction not in REDUCTIONS:
-        raise ValueError(f"kd_loss: reduction must be one of {', '.join(REDUCTIONS)}, got {options.reduction!r}")
+    check_options(options)
     if labels is None:
         if options.ce_weight != 0:
             raise ValueError(f"kd_loss: labels must be given where ce_weight is not 0, got None with ce_weight {options.ce_weight}")
@@ -107,9 +107,25 @@ def _check(student: Tensor, teachers: Sequence[Tensor], labels: Tensor | None, o
     if labels.dtype != torch.int64:
         raise TypeError(f"kd_loss: labels must be int64, got {labels.dtype}")
     if labels.shape != student.shape[:-1]:
-        raise ValueError(f"kd_loss: labels must have shape {tuple(student.shape[:-1])}, got {tuple(labels.shape)}")
+        images = student.dim() > 2 and labels.shape == student.shape[:1] + student.shape[2:]
+        hint = ", as if student were [B, C, ...]: permute its classes to the end" if images else ""
+        raise ValueError(f"kd_loss: labels must have shape {tuple(student.shape[:-1])}, got {tuple(labels.shape)}{hint}")
     if labels.device != student.device:
         raise ValueError(f"kd_loss: labels must be on student's device {student.device}, got {labels.device}")
+
+
+def check_options(options: Options) -> None:
+    """Raises one sentence that names an option which is out of range whatever the tensors."""
+    if not 0 < options.temperature < math.inf:
+        raise ValueError(f"kd_loss: temperature must be positive, got {options.temperature}")
+    if options.standardize and not options.eps >= 0:
+        raise ValueError(f"kd_loss: eps must not be negative, got {options.eps}")
+    if not 0 <= options.label_smoothing <= 1:
+        raise ValueError(f"kd_loss: label_smoothing must be in [0, 1], got {options.label_smoothing}")
+    if options.divergence not in DIVERGENCES:
+        raise ValueError(f"kd_loss: divergence must be one of {', '.join(DIVERGENCES)}, got {options.divergence!r}")
+    if options.reduction not in REDUCTIONS:
+        raise ValueError(f"kd_loss: reduction must be one of {', '.join(REDUCTIONS)}, got {options.reduction!r}")
 
 
 class _DistillKL(torch.autograd.Function):

@@ -75,12 +75,9 @@ def supcon_loss(
     uneven: bool = False,
 ) -> Tensor:
     """kdfast.functional.supcon_loss, which documents it."""
-    temperature = checks.number("supcon_loss: temperature", temperature)
-    if base_temperature is not None:
-        base_temperature = checks.number("supcon_loss: base_temperature", base_temperature)
+    temperature, base_temperature = checked_choices(temperature, base_temperature, contrast_mode, reduction)
     _check_rows(features, contrast, duplicates)
     _check_positives(features, labels, mask, contrast, contrast_labels)
-    _check_choices(temperature, base_temperature, contrast_mode, reduction)
     _check_group(group, uneven, mask)
     if group is not None and group.size() == 1:
         group = None
@@ -170,7 +167,12 @@ def _check_positives(
         raise ValueError(f"supcon_loss: contrast_labels must hold {wanted}, got shape {tuple(contrast_labels.shape)}")
 
 
-def _check_choices(temperature: float, base_temperature: float | None, contrast_mode: str, reduction: str) -> None:
+def checked_choices(
+    temperature: float, base_temperature: float | None = None, contrast_mode: str = "all", reduction: str = "mean"
+) -> tuple[float, float | None]:
+    """The temperatures as numbers; raises one sentence that names an option which is out of range whatever the tensors."""
+    temperature = checks.number("supcon_loss: temperature", temperature)
+    base_temperature = None if base_temperature is None else checks.number("supcon_loss: base_temperature", base_temperature)
     if not 0 < temperature < math.inf:
         raise ValueError(f"supcon_loss: temperature must be positive, got {temperature}")
     if base_temperature is not None and not 0 < base_temperature < math.inf:
@@ -179,6 +181,7 @@ def _check_choices(temperature: float, base_temperature: float | None, contrast_
         raise ValueError(f"supcon_loss: contrast_mode must be 'all' or 'one', got {contrast_mode!r}")
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"supcon_loss: reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
+    return temperature, base_temperature
 
 
 def _check_group(group: Any, uneven: bool, mask: Tensor | None) -> None:

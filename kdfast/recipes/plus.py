@@ -15,12 +15,12 @@ import torch
 from torch import nn
 
 from kdfast.data import HIDDEN, Batch
-from kdfast.engine import Stage, StageResult
+from kdfast.engine import Stage
 from kdfast.engine.stage import Outputs, Terms
 from kdfast.functional import kd_loss, supcon_loss
 from kdfast.models import Taps, projection_head
 from kdfast.recipes.features import head_input
-from kdfast.recipes.recipe import Stages, Trained, alone_where_hidden, contrasted_processes
+from kdfast.recipes.recipe import Stages, Trained, alone_where_hidden, contrasted_processes, each
 
 DEFAULTS = {
     "kd": {"weight": 0.9, "temperature": 4.0},
@@ -69,7 +69,8 @@ def plus(stages: Stages[Trained], terms: Sequence[Term], teacher: nn.Module | No
     Args:
         stages: the recipe's.
         terms: what is added.
-        teacher: whom kd and lskd follow, and who says the class of an image whose label is hidden; None: the recipe has none.
+        teacher: who says the class of an image whose label is hidden, and whom kd and lskd follow; None: the recipe has none. Where the
+            recipe's student has another teacher in that stage (takd: the last assistant), that one is followed.
         labels_hidden: whether some labels are.
 
     Raises:
@@ -78,13 +79,7 @@ def plus(stages: Stages[Trained], terms: Sequence[Term], teacher: nn.Module | No
     if teacher is None and any(term.name != "supcon" for term in terms):
         raise ValueError("plus kd and lskd need a teacher, and this recipe has none")
     asked = labels_hidden or any(term.name != "supcon" for term in terms)
-    result: StageResult | None = None
-    while True:
-        try:
-            stage = stages.send(result) if result is not None else next(stages)
-        except StopIteration as end:
-            return end.value
-        result = yield _extended(stage, terms, teacher if asked else None) if stage.name == STAGE else stage
+    return (yield from each(stages, lambda stage: _extended(stage, terms, teacher if asked else None) if stage.name == STAGE else stage))
 
 
 def _extended(stage: Stage, terms: Sequence[Term], teacher: nn.Module | None) -> Stage:

@@ -29,6 +29,23 @@ class Trained(NamedTuple):
     spec: ModelSpec
 
 
+def each(stages: Stages[T], change: Callable[[Stage], Stage], seen: Callable[[StageResult], object] = lambda result: None) -> Stages[T]:
+    """The same stages, each as `change` returns it; `seen` is shown what came of it."""
+    result: StageResult | None = None
+    while True:
+        try:
+            stage = stages.send(result) if result is not None else next(stages)
+        except StopIteration as end:
+            return end.value
+        result = yield change(stage)
+        seen(result)
+
+
+def keeping_the_last(stage: Stage) -> Stage:
+    """The stage, no epoch of which is chosen by its validation images: these are what the result will be measured on."""
+    return replace(stage, keep="last") if stage.best.startswith("val/") else stage
+
+
 class Extended(nn.Module):
     """A trained network with what a method adds to it (a projection, heads): images -> the network's own logits.
 

@@ -1,7 +1,7 @@
 """The table of `kdfast compare`, from its comparison.json."""
 
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from kdfast.machine import described
@@ -35,6 +35,18 @@ def _words(settings: Mapping[str, Any]) -> str:
     return ", ".join(said.get(key, f"{key} {{}}").format(value) for key, value in settings.items() if idle.get(key) != value)
 
 
+def _compared(rows: Sequence[Mapping[str, Any]]) -> str:
+    """By which of the two accuracies recipes are compared with the student alone."""
+    last = [row["recipe"] for row in rows if row.get("kept") == "last"]  # where no epoch is chosen
+    if not last:
+        return "seed by seed"
+    return (
+        "seed by seed, of the last epochs"
+        if all(row.get("kept", "last") == "last" for row in rows)
+        else f"{', '.join(last)} by the last epochs"
+    )
+
+
 def markdown(facts: Mapping[str, Any]) -> str:
     """The table, its columns' meaning, and where it was measured."""
     lines = [f"| {' | '.join(COLUMNS)} |", "|---|---:|---:|---:|---:|---:|", *(f"| {' | '.join(cells(row))} |" for row in facts["rows"])]
@@ -48,7 +60,7 @@ def markdown(facts: Mapping[str, Any]) -> str:
     training += "".join(f" {', '.join(names)}: {words}." for words, names in own.items())
     note = (
         "Mean and sample standard deviation over seeds, of test accuracy with the weights of the best validation epoch and of the last; "
-        "against alone: seed by seed, with a 95 % interval; seconds of training a seed, the teacher's left out."
+        f"against alone: {_compared(facts['rows'])}, with a 95 % interval; seconds of training a seed, the teacher's left out."
     )
     measured = f"{described(facts['machine'], facts['date'])}."
     return "\n".join([*lines, "", f"{training} {note}", "", measured, ""])

@@ -568,7 +568,10 @@ def _comparison(runs: Sequence[Run]) -> dict[str, Any]:
         if paired
         else None,
         "same_task": len(tasks) <= 1,
-        "val_is_test": [name for name, run in zip(names, runs) if (run.results or {}).get("val_is_test")],
+        "chosen_on_test": [
+            name for name, run in zip(names, runs) if run.results and run.results.get("val_is_test") and _kept(run.results) == "best"
+        ],
+        "kept": sorted({_kept(results) for results in finished}),
     }
 
 
