@@ -112,6 +112,26 @@ world.barrier()
 world.close()
 """
 
+# what kdfast compare does: a run after another in one process, the main one later for the table that it prints
+JOINS = """
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from kdfast.engine import join
+
+for k in range(3):
+    world = join("cpu")
+    assert world.gather([k, world.rank]) == [[k, 0], [k, 1]]
+    world.close()
+    if world.main:
+        time.sleep(0.5)
+if world.main:
+    torch.save("met", Path(sys.argv[1]) / "end.pt")
+"""
+
 
 def run(folder: Path, processes: int, script: str) -> list:
     import torch
@@ -158,6 +178,10 @@ def test_the_contrast_of_conkd_sees_all_processes(tmp_path: Path, micro: int | N
             assert torch.allclose(weights[name], two[procedure][name], rtol=1e-9, atol=1e-9), f"{procedure}: {name}"
         terms, terms2 = (json.loads((tmp_path / n / procedure / "metrics.jsonl").read_text().splitlines()[0]) for n in ("one", "two"))
         assert terms2["train/supcon"] == pytest.approx(terms["train/supcon"], rel=1e-9)
+
+
+def test_processes_join_again_and_again(tmp_path: Path):
+    assert run(tmp_path / "two", 2, JOINS) == "met"
 
 
 @pytest.mark.parametrize(
