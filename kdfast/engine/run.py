@@ -130,6 +130,8 @@ class Run:
         checkpoint = self.folder / "checkpoint.pt"
         with self._console.stage(stage.name, stage.training.epochs, stage.data.train.samples * self.world.size) as progress:
             loop = StageLoop(stage, self.world, self.options, self._stop, progress.step)
+            if not self.world.main:  # all was made alike; from here on each process drops other units and draws other negatives
+                random_state.seed_all(random_state.derive(self.seed, stage.name, "stage", self.world.rank))
             state = torch.load(checkpoint, map_location="cpu", weights_only=True) if checkpoint.exists() else None
             if state is not None and state["stage"] == stage.name:
                 loop.load_state_dict(state)
