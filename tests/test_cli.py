@@ -1,5 +1,6 @@
 """The command line as a person meets it: what works ends with status 0, what cannot work with one sentence and another status."""
 
+import importlib.util
 import json
 import os
 import re
@@ -10,6 +11,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -81,6 +83,36 @@ def test_resuming_a_finished_run_changes_nothing(finished: Path, tmp_path: Path)
     assert kdfast("distill", "--config", finished / "config.toml", "--out", copy, "--resume") == 0
     assert metrics(copy) == metrics(finished)
     assert (copy / "best.safetensors").read_bytes() == (finished / "best.safetensors").read_bytes()
+
+
+def test_a_run_is_logged_and_continued_in_its_logs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Logs write into the run folder, which has to be empty when the run begins."""
+    made: list[dict] = []
+    lines: list[dict] = []
+
+    def init(**keywords):
+        (Path(keywords["dir"]) / "wandb" / "run").mkdir(parents=True, exist_ok=True)  # as it does
+        made.append(keywords)
+        return SimpleNamespace(log=lines.append, finish=lambda exit_code: made[-1].update(ended=exit_code))
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
+    names = ["wandb"]
+    if importlib.util.find_spec("tensorboard"):
+        names.append("tensorboard")
+    arguments = ["distill", *SMALL, "--no-baseline", "--out", tmp_path / "run", "--log", *names]
+    assert kdfast(*arguments) == 0
+    written = metrics(tmp_path / "run")
+    assert [line[f"{of['stage']}/val/top1"] for line, of in zip(lines, written, strict=True)] == [of["val/top1"] for of in written]
+    assert kdfast(*arguments, "--resume") == 0
+    assert made[0]["id"] == made[1]["id"]
+    assert [of["ended"] for of in made] == [0, 0]
+    if "tensorboard" in names:
+        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+        events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
+        events.Reload()
+        shown = [event.value for event in events.Scalars(f"{written[0]['stage']}/val/top1")]
+        assert shown == pytest.approx([of["val/top1"] for of in written if of["stage"] == written[0]["stage"]])
 
 
 def test_eval_repeats_the_runs_numbers(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):

@@ -18,7 +18,7 @@ from torch import nn
 from kdfast.data import ImageData, Loaders, Split, make_loaders
 from kdfast.engine import Interrupted, NonFiniteLoss, Options, Run, Stage, Training, World
 from kdfast.engine.interrupt import StopRequest
-from kdfast.engine.logs import observers
+from kdfast.engine.logs import logs
 from kdfast.engine.metrics import AccuracyMeter, TermMeter, evaluate
 from kdfast.engine.schedule import factor, make_optimizer
 from kdfast.recipes.recipe import cross_entropy
@@ -506,18 +506,43 @@ def test_tensorboard_is_told_every_number(tmp_path: Path, monkeypatch: pytest.Mo
         def flush(self) -> None:
             pass
 
+        def close(self) -> None:
+            told.append(("closed",))
+
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=Writer))
-    folder_after(tmp_path, observers=observers(["tensorboard"], tmp_path))
+    (log,) = logs(["tensorboard"])
+    with log(tmp_path) as observer:
+        folder_after(tmp_path, observers=[observer])
+    assert told.pop() == ("closed",)
     expected = [(f"{line['stage']}/val/top1", line["val/top1"], line["epoch"]) for line in lines(tmp_path)]
     assert [entry for entry in told if entry[0].endswith("val/top1")] == expected
 
 
+def test_weights_and_biases_continues_a_run_and_tells_runs_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    made, ended = [], []
+
+    def init(**keywords):
+        made.append(keywords)
+        return SimpleNamespace(log=lambda numbers: None, finish=lambda exit_code: ended.append(exit_code))
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
+    (log,) = logs(["wandb"])
+    for folder in ("a/kd", "a/kd", "b/kd"):  # the second time resumed
+        with log(tmp_path / folder) as observer:
+            observer({"stage": "s", "epoch": 1, "epochs": 1, "best": True, "val/top1": 0.5})
+    with pytest.raises(Crash), log(tmp_path / "a/kd"):
+        raise Crash
+    first, resumed, other, crashed = (keywords["id"] for keywords in made)
+    assert first == resumed == crashed != other
+    assert ended == [0, 0, 0, 1]
+
+
 @pytest.mark.parametrize("name", ["tensorboard", "wandb"])
-def test_a_missing_logger_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str):
+def test_a_missing_logger_is_one_sentence(monkeypatch: pytest.MonkeyPatch, name: str):
     for module in ("torch.utils.tensorboard", "wandb"):
         monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(ValueError, match=rf"log {name} needs the package {name}: pip install kdfast\[{name}\]"):
-        observers([name], tmp_path)
+        logs([name])
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")

@@ -4,8 +4,8 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from kdfast.commands.config import DataOptions, RunOptions
 from kdfast.data import DataError, ImageData, Loaders, hide_labels, load, make_loaders, usable
 from kdfast.engine import Console, Interrupted, Options, Run, Training, World, catching, join, locked
 from kdfast.engine.interrupt import StopRequest
-from kdfast.engine.logs import observers
+from kdfast.engine.logs import Log, logs
 
 PLAIN_EVERY = 10.0  # seconds between lines of progress where there is no terminal
 BEAT_EVERY = 30.0  # seconds that processes wait for one another at most: NCCL gives up after ten minutes
@@ -37,6 +37,9 @@ class Session:
     world: World
     console: Console
     stop: StopRequest
+    logs: Sequence[Log]
+    closing: ExitStack
+    """Is closed with the session."""
 
     @property
     def folder(self) -> Path:
@@ -44,13 +47,14 @@ class Session:
         return self.run.folder
 
     def begin(self) -> None:
-        """Takes the folder for this configuration; to be called once all else has been found right.
+        """Takes the folder for this configuration, and opens the logs in it; to be called once all else has been found right.
 
         Raises:
             ValueError: the folder holds another configuration's run, or one that --resume was not asked for.
         """
         if self.world.main:
             _claim(self.folder, self.config, self.console)
+            self.run.observers.extend(self.closing.enter_context(log(self.folder)) for log in self.logs)
         self.world.barrier()
 
 
@@ -63,19 +67,19 @@ def session(config: Any, name: str) -> Iterator[Session]:
         name: of a new folder under runs/.
 
     Raises:
-        ValueError: no such device, or another process is running in the folder.
+        ValueError: no such device, a log whose package is not installed, or another process is running in the folder.
     """
     options: RunOptions = config.run
     if options.threads is not None:
         torch.set_num_threads(options.threads)
+    asked = logs(options.log)
     world = join(options.device)
     console = Console(quiet=not world.main)
     try:
         folder = _agreed(_folder(config, name), world)
-        with _held(folder, world), catching() as stop:
-            logs = observers(options.log, folder) if world.main else ()
-            run = Run(folder, world, _speed(options, world), seed=options.seed, stop=stop, console=console, observers=logs)
-            yield Session(config, run, world, console, stop)
+        with _held(folder, world), catching() as stop, ExitStack() as closing:
+            run = Run(folder, world, _speed(options, world), seed=options.seed, stop=stop, console=console)
+            yield Session(config, run, world, console, stop, asked, closing)
     finally:
         world.close()
 
