@@ -83,6 +83,8 @@ def test_resuming_a_finished_run_changes_nothing(finished: Path, tmp_path: Path)
     assert kdfast("distill", "--config", finished / "config.toml", "--out", copy, "--resume") == 0
     assert metrics(copy) == metrics(finished)
     assert (copy / "best.safetensors").read_bytes() == (finished / "best.safetensors").read_bytes()
+    took, took_in_all = (json.loads((run / "results.json").read_text())["seconds_total"] for run in (finished, copy))
+    assert took < took_in_all < 2 * took, "the seconds of both sessions"
 
 
 def test_a_run_is_logged_and_continued_in_its_logs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -458,6 +460,8 @@ def test_a_signal_saves_and_leaves_with_a_clear_line(tmp_path: Path, number: sig
     assert "the run is saved, continue with the same command and --resume" in error
     assert "Traceback" not in error
     assert torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["stage"].startswith(("teacher", "seed0"))
+    trained = sum(json.loads(line)["seconds"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
+    assert float((tmp_path / "run" / "seconds.txt").read_text()) > trained, "what a resumed run counts on from"
 
 
 # ---- one sentence each -----------------------------------------------------------------------------------------------
@@ -543,7 +547,7 @@ def test_a_full_disk_leaves_nothing_half_written(tmp_path: Path):
     assert done.returncode == 1
     assert "the disk is full or the file too large" in done.stderr
     assert "Traceback" not in done.stderr
-    left = [p for p in (tmp_path / "run").rglob("*") if p.is_file() and p.name not in ("config.toml", ".lock")]
+    left = [p for p in (tmp_path / "run").rglob("*") if p.is_file() and p.name not in ("config.toml", "seconds.txt", ".lock")]
     assert left == [], f"{left} was left"
 
 

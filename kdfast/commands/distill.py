@@ -1,7 +1,6 @@
 """kdfast distill: the teacher first, then for every seed the student alone and the student distilled, then the report."""
 
 import statistics
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -66,7 +65,6 @@ class _Job:
 
     def __init__(self, config: Distill, opened: Session):
         self.config, self._opened, self._recipe = config, opened, recipes.get(config.recipe)
-        self._started = time.monotonic()
         self._data: ImageData
         self._notes: list[str]
         self._data, self._notes = load_data(config.data, config.run.seed, opened.world, opened.console.rich, opened.stop)
@@ -257,7 +255,7 @@ class _Job:
             "paired": paired,
             "notes": self._notes,
             "environment": environment(self._opened.world),
-            "seconds_total": round(time.monotonic() - self._started, 1),
+            "seconds_total": round(self._opened.clock.seconds, 1),
         }
         files.write_json(folder / "results.json", results)
         page = report.write_report(folder)

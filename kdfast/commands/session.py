@@ -5,7 +5,7 @@ import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,40 @@ from kdfast.engine.interrupt import StopRequest
 from kdfast.engine.logs import Log, logs
 
 PLAIN_EVERY = 10.0  # seconds between lines of progress where there is no terminal
+SECONDS_EVERY = 10.0  # seconds between writings of how long a run has taken: what kill -9 forgets at most, after an epoch's end
 BEAT_EVERY = 30.0  # seconds that processes wait for one another at most: NCCL gives up after ten minutes
+
+
+class Clock:
+    """How long a run takes in all, the sessions that it was resumed from included: RUN/seconds.txt."""
+
+    def __init__(self) -> None:
+        self._start = self._written = time.monotonic()
+        self._before = 0.0  # in earlier sessions
+        self._path: Path | None = None
+
+    @property
+    def seconds(self) -> float:
+        """So far."""
+        return self._before + time.monotonic() - self._start
+
+    def keep_in(self, folder: Path) -> None:
+        """From here on the seconds are kept in this folder, and count on from those that it holds."""
+        self._path = folder / "seconds.txt"
+        if self._path.exists():
+            self._before = float(self._path.read_text())
+
+    def tick(self, line: dict[str, Any]) -> None:
+        """An epoch has ended."""
+        if time.monotonic() - self._written > SECONDS_EVERY:
+            self.write()
+
+    def write(self) -> None:
+        """Keeps the seconds so far; a full disk is for others to tell of."""
+        self._written = time.monotonic()
+        if self._path is not None:
+            with suppress(OSError):
+                files.write_text(self._path, f"{self.seconds:.3f}\n")
 
 
 @dataclass(frozen=True)
@@ -37,6 +70,7 @@ class Session:
     world: World
     console: Console
     stop: StopRequest
+    clock: Clock
     logs: Sequence[Log]
     closing: ExitStack
     """Is closed with the session."""
@@ -54,6 +88,9 @@ class Session:
         """
         if self.world.main:
             _claim(self.folder, self.config, self.console)
+            self.clock.keep_in(self.folder)
+            self.closing.callback(self.clock.write)
+            self.run.observers.append(self.clock.tick)
             self.run.observers.extend(self.closing.enter_context(log(self.folder)) for log in self.logs)
         self.world.barrier()
 
@@ -72,14 +109,14 @@ def session(config: Any, name: str) -> Iterator[Session]:
     options: RunOptions = config.run
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    asked = logs(options.log)
+    clock, asked = Clock(), logs(options.log)
     world = join(options.device)
     console = Console(quiet=not world.main)
     try:
         folder = _agreed(_folder(config, name), world)
         with _held(folder, world), catching() as stop, ExitStack() as closing:
             run = Run(folder, world, _speed(options, world), seed=options.seed, stop=stop, console=console)
-            yield Session(config, run, world, console, stop, asked, closing)
+            yield Session(config, run, world, console, stop, clock, asked, closing)
     finally:
         world.close()
 
