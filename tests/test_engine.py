@@ -490,6 +490,17 @@ def test_evaluate_counts_by_hand():
         evaluate(lambda images: images.mean(dim=(2, 3)), data.test, ("a", "b", "c", "d"), CPU)
 
 
+def test_evaluate_tells_this_devices_speed_not_that_of_all_processes(monkeypatch: pytest.MonkeyPatch):
+    """As where another process has as many images: the counts are summed, the seconds are one's own."""
+    data = loaders()
+    monkeypatch.setattr(World, "sum", lambda self, values: values.mul_(2))
+    clock = iter(range(100))
+    monkeypatch.setattr("kdfast.engine.metrics._now", lambda device: float(next(clock)))
+    result = evaluate(lambda images: images.mean(dim=(2, 3)), data.test, ("a", "b", "c"), CPU)
+    assert result.images == 36
+    assert result.images_per_s == 18 / len(data.test)
+
+
 # ---- logs and compilation --------------------------------------------------------------------------------------------
 
 

@@ -134,11 +134,12 @@ def evaluate(model: Callable[[Tensor], Tensor], batches: Iterable[Batch], classe
     C = len(classes)
     confusion = torch.zeros(C * C, dtype=torch.int64, device=world.device)
     sums = torch.zeros(4, dtype=torch.float64, device=world.device)  # top-1, top-5, loss, images
-    seconds = 0.0
+    seconds, seen = 0.0, 0  # of this process
     for batch in batches:
         start = _now(world.device)
         logits = model(batch.images)
         seconds += _now(world.device) - start
+        seen += len(logits)
         if logits.shape[1:] != (C,):
             raise ValueError(f"the model gives outputs of shape {tuple(logits.shape)}, but the data has {C} classes")
         best = logits.topk(min(5, C), dim=1).indices
@@ -150,7 +151,7 @@ def evaluate(model: Callable[[Tensor], Tensor], batches: Iterable[Batch], classe
     if not images:
         raise ValueError("there are no images to evaluate on")
     table = world.sum(confusion).view(C, C).tolist()
-    return Evaluation(top1 / images, top5 / images, loss_sum / images, table, int(images), images / max(seconds, 1e-9))
+    return Evaluation(top1 / images, top5 / images, loss_sum / images, table, int(images), seen / max(seconds, 1e-9))
 
 
 def _now(device: torch.device) -> float:
