@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from kdfast.data import ImageData, Loaders, Split, make_loaders
-from kdfast.engine import Interrupted, NonFiniteLoss, Options, Run, Stage, Training, World
+from kdfast.engine import Interrupted, Mean, NonFiniteLoss, Options, Run, Stage, Training, World
 from kdfast.engine.interrupt import StopRequest
 from kdfast.engine.logs import logs
 from kdfast.engine.metrics import AccuracyMeter, TermMeter, evaluate
@@ -471,6 +471,35 @@ def test_a_term_that_comes_late_is_an_error_and_one_that_is_left_out_is_remember
     resumed = TermMeter(CPU.device)
     resumed.load_state_dict(meter.state_dict())
     assert resumed.averages("train", CPU) == meter.averages("train", CPU) == {"train/loss": 4.0, "train/a": 2.0, "train/b": 2.0}
+
+
+def test_term_meter_weighs_a_mean_over_some_rows_by_those():
+    meter = TermMeter(CPU.device)
+    meter.add({"a": Mean(torch.tensor(6.0), torch.tensor(2)), "b": torch.tensor(2.0)}, rows=8, step=1)
+    meter.add({"a": Mean(torch.tensor(0.0), torch.tensor(0)), "b": torch.tensor(6.0)}, rows=8, step=2)
+    meter.add({"a": 0.5 * Mean(torch.tensor(6.0), 1), "b": torch.tensor(1.0)}, rows=4, step=3)
+    meter.add({"b": torch.tensor(5.0)}, rows=4, step=4)
+    assert meter.averages("train", CPU) == {"train/loss": 5 + 11 / 3, "train/a": 5.0, "train/b": 11 / 3}
+    resumed = TermMeter(CPU.device)
+    resumed.load_state_dict(meter.state_dict())
+    assert resumed.averages("train", CPU) == meter.averages("train", CPU)
+
+
+@pytest.mark.parametrize("micro", [None, 5])
+def test_training_cross_entropy_is_the_mean_over_the_labelled_images(tmp_path: Path, micro: int | None):
+    """Batches without a label say nothing of it, and those with few say little."""
+    model = nn.Sequential(nn.Flatten(), nn.Linear(192, 3))
+    training = Training(epochs=1, batch_size=16, micro_batch=micro, lr=1e-12, schedule="constant")
+    data = noise()
+    labels = data.train.labels.clone()
+    labels[5:] = -100
+    shown = make_loaders(replace(data, train=Split(labels, data.train.pixels)), batch_size=16)
+    Run(tmp_path, CPU, Options()).complete(supervised("s", model, shown, training, hidden=True))
+    batch = next(shown.train.in_order())
+    expected = nn.functional.cross_entropy(model(batch.images[:5]), batch.labels[:5]).item()
+    (line,) = lines(tmp_path)
+    assert line["train/ce"] == pytest.approx(expected, rel=1e-5)
+    assert line["train/loss"] == line["train/ce"]
 
 
 def test_accuracy_leaves_out_hidden_labels():

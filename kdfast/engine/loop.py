@@ -21,7 +21,7 @@ from kdfast.engine.distributed import World
 from kdfast.engine.interrupt import StopRequest
 from kdfast.engine.metrics import AccuracyMeter, TermMeter
 from kdfast.engine.schedule import Schedule, make_optimizer
-from kdfast.engine.stage import Outputs, Stage
+from kdfast.engine.stage import Mean, Outputs, Stage, means
 
 CHECK_EVERY = 50  # steps between looks at the device: non-finite losses, stop requests of other processes
 
@@ -199,7 +199,7 @@ class StageLoop:
             return nullcontext()
         return torch.autocast(self._world.device.type, torch.bfloat16 if self._options.precision == "bf16" else torch.float16)
 
-    def _step(self, batch: Batch) -> dict[str, Tensor]:
+    def _step(self, batch: Batch) -> dict[str, Mean]:
         micro = self.stage.training.micro_batch
         if micro is not None:
             micro = max(1, micro // self._world.size)
@@ -220,30 +220,33 @@ class StageLoop:
             self._ema.update_parameters(self.trained)
         return terms
 
-    def _terms(self, batch: Batch) -> dict[str, Tensor]:
+    def _terms(self, batch: Batch) -> dict[str, Mean]:
         with self._autocast():
             return self._loss(self._forward(batch), batch)
 
-    def _loss(self, outputs: Outputs, batch: Batch) -> dict[str, Tensor]:
+    def _loss(self, outputs: Outputs, batch: Batch) -> dict[str, Mean]:
         self._accuracy.add(outputs, batch.labels)
-        return dict(self.stage.loss(outputs, batch))
+        return means(self.stage.loss(outputs, batch), len(batch.labels))
 
     def _unsynchronized(self, last: bool) -> AbstractContextManager:
         return self._ddp.no_sync() if self._ddp is not None and not last else nullcontext()
 
-    def _accumulate(self, batch: Batch, parts: list[Batch]) -> dict[str, Tensor]:
+    def _accumulate(self, batch: Batch, parts: list[Batch]) -> dict[str, Mean]:
         """Each part's loss weighted by its share of the rows: for losses that are means over independent rows."""
-        summed: dict[str, Tensor] = {}
+        summed: dict[str, Mean] = {}
         for k, part in enumerate(parts):
             share = len(part.labels) / len(batch.labels)
             with self._unsynchronized(k == len(parts) - 1):
                 terms = {name: term * share for name, term in self._terms(part).items()}
                 self._scaler.scale(_total(terms)).backward()
             for name, term in terms.items():
-                summed[name] = summed.get(name, 0.0) + term.detach()
+                value, rows = term.value.detach(), term.rows
+                if name in summed:
+                    value, rows = summed[name].value + value, summed[name].rows + rows
+                summed[name] = Mean(value, rows)
         return summed
 
-    def _backward_in_two_passes(self, batch: Batch, parts: list[Batch]) -> dict[str, Tensor]:
+    def _backward_in_two_passes(self, batch: Batch, parts: list[Batch]) -> dict[str, Mean]:
         """The loss of the whole batch with the memory of a part (gradient caching, Gao et al. 2021, arXiv:2101.06983).
 
         First all outputs without a graph, then the loss and its gradient with respect to them, then every part again, with a
@@ -323,8 +326,8 @@ class StageLoop:
             random_state.load_state_dict(own["random"])
 
 
-def _total(terms: dict[str, Tensor]) -> Tensor:
-    return torch.stack([term.float() for term in terms.values()]).sum()
+def _total(terms: dict[str, Mean]) -> Tensor:
+    return torch.stack([term.value.float() for term in terms.values()]).sum()
 
 
 def _parts(batch: Batch, rows: int) -> list[Batch]:

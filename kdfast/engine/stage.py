@@ -15,7 +15,34 @@ from torch import Tensor, nn
 from kdfast.data import Batch, Loaders
 
 Outputs = Mapping[str, Tensor]
-Terms = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Mean:
+    """A loss term that is a mean over some rows of the batch only, as cross-entropy over those whose label is known.
+
+    Averages over batches weigh it by these rows. It can be multiplied by a number.
+
+    Attributes:
+        value: 0-dim; what is added to the loss.
+        rows: how many, 0-dim where the device alone knows. Where `value` is divided by a mean over processes, that mean.
+    """
+
+    value: Tensor
+    rows: Tensor | int
+
+    def __mul__(self, weight: float) -> "Mean":
+        return Mean(weight * self.value, self.rows)
+
+    __rmul__ = __mul__
+
+
+Terms = Mapping[str, Tensor | Mean]
+
+
+def means(terms: Terms, rows: int) -> dict[str, Mean]:
+    """The terms of a batch of so many rows: those that say nothing else are means over all of them."""
+    return {name: term if isinstance(term, Mean) else Mean(term, rows) for name, term in terms.items()}
 
 
 @dataclass(frozen=True)
@@ -89,7 +116,7 @@ class Stage:
         train: modules whose parameters the optimizer gets; in train mode during epochs.
         forward: batch -> named tensors whose first dimension is the batch. "logits" [B, C], where given, is what accuracy is
             measured on; so are "logits/<head>", each by itself (val/top1/<head>).
-        loss: (outputs, batch) -> named scalar terms, means over the batch; their sum is minimized.
+        loss: (outputs, batch) -> named scalar terms, means over the batch, or a `Mean` over some of its rows; their sum is minimized.
         data: loaders; `train` and `val` are used.
         training: optimizer, schedule, epochs.
         frozen: modules in eval mode whose parameters need no gradient: teachers, finished encoders. Applied before `train`, so a
