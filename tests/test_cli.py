@@ -18,6 +18,7 @@ import torch
 
 from kdfast import cli
 from kdfast.models import create, save_weights
+from kdfast.recipes.supervised import supervised
 
 TINY = ["--student", "resnet8", "--teacher-model", "resnet8", "--teacher-training.epochs", "2", "--epochs", "2", "--max-images", "200"]
 SMALL = ["--recipe", "kd", "--seeds", "1", *TINY]
@@ -308,6 +309,23 @@ def test_teacher_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     top1 = re.findall(r"(?:test|^)\s?top-1 (\S+) %", capsys.readouterr().out, re.MULTILINE)
     assert len(top1) == 2
     assert top1[0] == top1[1]
+
+
+@pytest.mark.parametrize("fraction", [0.2, 1.0])
+def test_teacher_command_divides_micro_batches_by_the_labels_of_the_whole_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fraction):
+    coupled = []
+
+    def seen(*arguments, **keywords):
+        stages = supervised(*arguments, **keywords)
+        stage = next(stages)
+        coupled.append(stage.couples_rows)
+        yield stage
+        return stage.train[0]
+
+    monkeypatch.setattr("kdfast.commands.teacher.supervised", seen)
+    options = ["--model", "resnet8", "--epochs", 1, "--max-images", 200, "--label-fraction", fraction, "--micro-batch", 16]
+    assert kdfast("teacher", *options, "--out", tmp_path / "t") == 0
+    assert coupled == [fraction < 1]
 
 
 def test_compare_runs_a_grid_once_with_one_teacher(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

@@ -38,7 +38,8 @@ def teach(config: Teach) -> Path:
             f"kdfast teacher: {config.model}, {parameter_count(model):,} parameters, on {data.name} ({len(data.train):,} training images)"
         )
         opened.console.say(f"  folder: {opened.folder}, on {opened.world.device}")
-        stages = supervised("teacher", model, batches, config.training, label_smoothing=config.label_smoothing)
+        hidden = config.data.label_fraction < 1
+        stages = supervised("teacher", model, batches, config.training, label_smoothing=config.label_smoothing, hidden=hidden)
         model = opened.run.complete(stages).eval()
         evaluation = evaluate(model, batches.test, data.classes, opened.world)
         if opened.world.main:
