@@ -19,6 +19,7 @@ import torch
 from kdfast import cli
 from kdfast.models import create, save_weights
 from kdfast.recipes.supervised import supervised
+from kdfast.report.comparison import _words
 
 TINY = ["--student", "resnet8", "--teacher-model", "resnet8", "--teacher-training.epochs", "2", "--epochs", "2", "--max-images", "200"]
 SMALL = ["--recipe", "kd", "--seeds", "1", *TINY]
@@ -301,6 +302,14 @@ def test_a_comparison_says_which_settings_a_recipe_has_of_its_own():
     text = comparison.markdown(facts)
     assert "cifar10: resnet20, 240 epochs a stage, batch_size 64. kd, at: sgd, lr 0.05, " in text
     assert " conkd: lion, lr 0.001, " in text
+
+
+def test_few_labels_are_said_as_they_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    one_epoch = ["--epochs", 1, "--teacher-training.epochs", 1, "--no-baseline", "--label-fraction", 0.155]
+    assert kdfast("distill", *SMALL, *one_epoch, "--out", tmp_path / "run") == 0
+    assert "15.5% of them with their label for the student" in capsys.readouterr().out
+    assert _words({"label_fraction": 0.002, "epochs": 3}) == "0.2% of the labels, 3 epochs a stage"
+    assert _words({"label_fraction": 0.05, "optimizer": "lion", "lr": 0.1}) == "5% of the labels, lion, lr 0.1"
 
 
 def test_teacher_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

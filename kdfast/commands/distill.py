@@ -24,6 +24,7 @@ from kdfast.recipes.plus import Term, plus
 from kdfast.recipes.recipe import Extended, Setup, Stages, Trained
 from kdfast.recipes.supervised import alone
 from kdfast.recipes.supervised import teacher as supervised_teacher
+from kdfast.report.comparison import percent
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,9 @@ class _Job:
     def header(self) -> str:
         """What is about to run, in a few lines."""
         data, config, training = self._data, self.config, self.config.training
-        labels = "" if not self._setup.labels_hidden else f", {config.data.label_fraction:.0%} of them with their label for the student"
+        labels = (
+            "" if not self._setup.labels_hidden else f", {percent(config.data.label_fraction)} of them with their label for the student"
+        )
         lines = [
             f"  data: {data.name}, {len(data.train):,} training images{labels}; {len(data.val):,} validation, {len(data.test):,} test",
             f"  student: {config.student}, {training.epochs} epochs, batch {training.batch_size}, {training.optimizer} lr {training.lr:g}",
