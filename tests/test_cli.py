@@ -17,6 +17,8 @@ import pytest
 import torch
 
 from kdfast import cli
+from kdfast.commands.config import DataOptions
+from kdfast.commands.evaluate import Images, _as_trained
 from kdfast.models import create, save_weights
 from kdfast.recipes.supervised import supervised
 from kdfast.report.comparison import _words
@@ -127,6 +129,24 @@ def test_eval_repeats_the_runs_numbers(finished: Path, tmp_path: Path, capsys: p
     assert numbers["top1"] == chosen["best/top1"]
     assert numbers["images"] == 359
     assert "rows: true class" in capsys.readouterr().out
+
+
+def test_eval_takes_what_is_given_also_where_it_is_the_default(tmp_path: Path):
+    path = tmp_path / "config.toml"
+    path.write_text('[data]\ndataset = "digits"\nval_fraction = 0.3\nloader = "torchvision"\nmax_images = 200\n[run]\nseed = 3\n')
+    trained, seed = _as_trained(path, Images(), None)
+    assert (trained.dataset, trained.val_fraction, trained.loader, trained.max_images, seed) == ("digits", 0.3, "torchvision", 200, 3)
+    given, seed = _as_trained(path, Images(val_fraction=0.1, loader="auto"), 0)
+    assert (given.dataset, given.val_fraction, given.loader, given.max_images, seed) == ("digits", 0.1, "auto", 200, 0)
+    assert _as_trained(tmp_path / "none.toml", Images(dataset="digits"), None) == (DataOptions(dataset="digits"), 0)
+
+
+def test_evals_options_come_over_the_runs(finished: Path, tmp_path: Path):
+    sizes = []
+    for options in ([], ["--max-images", 100, "--seed", 0, "--loader", "auto"]):
+        assert kdfast("eval", finished, "--split", "train", *options, "--json", tmp_path / "n.json") == 0
+        sizes.append(json.loads((tmp_path / "n.json").read_text())["images"])
+    assert sizes == [200, 100]
 
 
 @pytest.mark.parametrize("split", ["val", "train"])
