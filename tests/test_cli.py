@@ -15,6 +15,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import nn
+from torch.nn.modules.module import register_module_forward_pre_hook
 
 from kdfast import cli
 from kdfast.commands.config import DataOptions
@@ -322,6 +324,21 @@ def test_a_comparison_says_which_settings_a_recipe_has_of_its_own():
     text = comparison.markdown(facts)
     assert "cifar10: resnet20, 240 epochs a stage, batch_size 64. kd, at: sgd, lr 0.05, " in text
     assert " conkd: lion, lr 0.001, " in text
+
+
+@pytest.mark.parametrize(
+    "more", [["--recipe", "kd"], ["--recipe", "conkd", "--procedure", "notebook", "--classify-epochs", 1]], ids=lambda m: m[1]
+)
+def test_no_forward_pass_has_more_images_than_a_micro_batch(more: list, tmp_path: Path):
+    """In training, in validation, where a teacher is asked beforehand, and in tests."""
+    sizes = []
+    hook = register_module_forward_pre_hook(lambda module, inputs: sizes.append(len(inputs[0])) if isinstance(module, nn.Conv2d) else None)
+    both = ["--micro-batch", 12, "--teacher-training.micro-batch", 12, "--augment", "none", "--label-fraction", 1.0, "--seeds", 1]
+    try:
+        assert kdfast("distill", *more, *TINY, *both, "--out", tmp_path / "run") == 0
+    finally:
+        hook.remove()
+    assert max(sizes) == 12
 
 
 def test_few_labels_are_said_as_they_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

@@ -232,6 +232,32 @@ def test_micro_batches_give_the_gradient_of_the_whole_batch(tmp_path: Path, coup
         assert torch.allclose(whole[name], parts[name], rtol=1e-12, atol=1e-14)
 
 
+def test_validation_passes_micro_batches_through_the_network_and_gives_its_losses_the_whole_batch(tmp_path: Path):
+    def trained(micro: int | None) -> tuple[dict, int]:
+        torch.manual_seed(0)
+        model, sizes = nn.Sequential(nn.Flatten(), nn.Linear(192, 3)).double(), []
+
+        def forward(batch):
+            sizes.append(len(batch.labels))
+            return {"logits": model(batch.images.double())}
+
+        def loss(outputs, batch):
+            return {"spread": (outputs["logits"] @ outputs["logits"].T).logsumexp(dim=1).mean()}
+
+        def one():
+            training = replace(TRAINING, epochs=1, micro_batch=micro, lr=1e-3)
+            yield stage("s", model, training, forward=forward, loss=loss, couples_rows=True, best="val/loss")
+
+        (folder := tmp_path / str(micro)).mkdir()
+        Run(folder, CPU, Options()).complete(one())
+        (line,) = lines(folder)
+        return {name: value for name, value in line.items() if name.startswith("val/")}, max(sizes)
+
+    (whole, sixteen), (parts, five) = trained(None), trained(5)
+    assert (sixteen, five) == (16, 5)
+    assert parts == {name: pytest.approx(value, rel=1e-12) for name, value in whole.items()}
+
+
 def test_micro_batches_give_the_mean_over_visible_labels(tmp_path: Path):
     """Dividing each part by its own labelled images would weigh them wrongly: hidden labels couple the rows of a batch."""
     ends = []

@@ -5,7 +5,7 @@ every `CHECK_EVERY` steps). A checkpoint holds all that decides what follows, so
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -187,7 +187,7 @@ class StageLoop:
         terms, accuracy = TermMeter(self._world.device, self._meter.names), AccuracyMeter(self._world.device, self._accuracy.counts)
         for batch in self.stage.data.val:
             with self._autocast():
-                outputs = self.stage.forward(batch)
+                outputs = _joined([self.stage.forward(part) for part in self._parts(batch)])
                 terms.add(self.stage.loss(outputs, batch), len(batch.labels), 0)
             accuracy.add(outputs, batch.labels)
         return terms.averages("val", self._world) | accuracy.accuracy("val", self._world)
@@ -200,16 +200,14 @@ class StageLoop:
         return torch.autocast(self._world.device.type, torch.bfloat16 if self._options.precision == "bf16" else torch.float16)
 
     def _step(self, batch: Batch) -> dict[str, Mean]:
-        micro = self.stage.training.micro_batch
-        if micro is not None:
-            micro = max(1, micro // self._world.size)
-        if micro is None or len(batch.labels) <= micro:
+        parts = self._parts(batch)
+        if len(parts) == 1:
             terms = self._terms(batch)
             self._scaler.scale(_total(terms)).backward()
         elif self.stage.couples_rows:
-            terms = self._backward_in_two_passes(batch, _parts(batch, micro))
+            terms = self._backward_in_two_passes(batch, parts)
         else:
-            terms = self._accumulate(batch, _parts(batch, micro))
+            terms = self._accumulate(batch, parts)
         if self.stage.training.clip_norm is not None:
             self._scaler.unscale_(self._optimizer)
             nn.utils.clip_grad_norm_(self.stage.parameters(), self.stage.training.clip_norm)
@@ -219,6 +217,13 @@ class StageLoop:
         if self._ema is not None:
             self._ema.update_parameters(self.trained)
         return terms
+
+    def _parts(self, batch: Batch) -> list[Batch]:
+        """The batch as forward passes see it: no more images at once than micro_batch says."""
+        rows = self.stage.training.micro_batch_of_one(self._world.size)
+        if rows is None or rows >= len(batch.labels):
+            return [batch]
+        return [Batch(*part) for part in zip(*(tensor.split(rows) for tensor in batch))]
 
     def _terms(self, batch: Batch) -> dict[str, Mean]:
         with self._autocast():
@@ -264,7 +269,7 @@ class StageLoop:
             outputs.append({name: value.detach() for name, value in output.items()})
         for buffer, before in zip(self.trained.buffers(), buffers):
             buffer.copy_(before)  # the second pass updates BatchNorm's statistics, once; what the loss updates stays
-        whole = {name: torch.cat([o[name] for o in outputs]).requires_grad_(name in needs) for name in outputs[0]}
+        whole = {name: value.requires_grad_(name in needs) for name, value in _joined(outputs).items()}
         with self._autocast():
             terms = self._loss(whole, batch)
         self._scaler.scale(_total(terms)).backward()
@@ -330,8 +335,9 @@ def _total(terms: dict[str, Mean]) -> Tensor:
     return torch.stack([term.value.float() for term in terms.values()]).sum()
 
 
-def _parts(batch: Batch, rows: int) -> list[Batch]:
-    return [Batch(*part) for part in zip(*(tensor.split(rows) for tensor in batch))]
+def _joined(outputs: Sequence[Outputs]) -> Outputs:
+    """The outputs of a batch, of those of its parts."""
+    return outputs[0] if len(outputs) == 1 else {name: torch.cat([part[name] for part in outputs]) for name in outputs[0]}
 
 
 class _Swapped:

@@ -54,7 +54,7 @@ class Training:
     batch_size: int = 64
     """Images an optimizer step, over all processes."""
     micro_batch: int | None = None
-    """Largest number of images in one forward pass; larger batches are accumulated."""
+    """Largest number of images in one forward pass, over all processes; larger batches are accumulated."""
     optimizer: Literal["sgd", "adamw", "lion"] = "sgd"
     """Optimizer by name."""
     lr: float = 0.05
@@ -105,6 +105,10 @@ class Training:
                 raise ValueError(f"{name} must be between 0 and 1, got {getattr(self, name)}")
         if not 0 <= self.warmup < self.epochs:
             raise ValueError(f"warmup must be from 0 to below epochs ({self.epochs}), got {self.warmup}")
+
+    def micro_batch_of_one(self, processes: int) -> int | None:
+        """Largest number of images in a forward pass of one of so many processes; None: a whole batch."""
+        return None if self.micro_batch is None else max(1, self.micro_batch // processes)
 
 
 @dataclass(frozen=True)

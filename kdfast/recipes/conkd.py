@@ -200,6 +200,7 @@ def _notebook(setup: Setup, settings: Settings, teacher: EmbeddingTeacher) -> St
     training = Training(
         epochs=settings.classify_epochs,
         batch_size=setup.training.batch_size,
+        micro_batch=setup.training.micro_batch,
         optimizer="lion",
         lr=settings.classify_lr,
         weight_decay=settings.classify_weight_decay,
@@ -240,6 +241,7 @@ def train_teacher(setup: Setup, settings: Settings, given: Trained | None) -> St
     training = Training(
         epochs=settings.teacher_classify_epochs,
         batch_size=setup.teacher_training.batch_size,
+        micro_batch=setup.teacher_training.micro_batch,
         optimizer="adamw",
         lr=settings.teacher_classify_lr,
         weight_decay=0.01,
@@ -279,6 +281,7 @@ def _classify(
         training=training,
         best="val/loss",
         keep=keep,
+        couples_rows=hidden,
     )
 
 
