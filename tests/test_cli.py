@@ -1,5 +1,6 @@
 """The command line as a person meets it: what works ends with status 0, what cannot work with one sentence and another status."""
 
+import importlib.util
 import json
 import os
 import re
@@ -10,13 +11,20 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import nn
+from torch.nn.modules.module import register_module_forward_pre_hook
 
 from kdfast import cli
+from kdfast.commands.config import DataOptions
+from kdfast.commands.evaluate import Images, _as_trained
 from kdfast.models import create, save_weights
+from kdfast.recipes.supervised import supervised
+from kdfast.report.comparison import _words
 
 TINY = ["--student", "resnet8", "--teacher-model", "resnet8", "--teacher-training.epochs", "2", "--epochs", "2", "--max-images", "200"]
 SMALL = ["--recipe", "kd", "--seeds", "1", *TINY]
@@ -82,6 +90,38 @@ def test_resuming_a_finished_run_changes_nothing(finished: Path, tmp_path: Path)
     assert kdfast("distill", "--config", finished / "config.toml", "--out", copy, "--resume") == 0
     assert metrics(copy) == metrics(finished)
     assert (copy / "best.safetensors").read_bytes() == (finished / "best.safetensors").read_bytes()
+    took, took_in_all = (json.loads((run / "results.json").read_text())["seconds_total"] for run in (finished, copy))
+    assert took < took_in_all < 2 * took, "the seconds of both sessions"
+
+
+def test_a_run_is_logged_and_continued_in_its_logs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Logs write into the run folder, which has to be empty when the run begins."""
+    made: list[dict] = []
+    lines: list[dict] = []
+
+    def init(**keywords):
+        (Path(keywords["dir"]) / "wandb" / "run").mkdir(parents=True, exist_ok=True)  # as it does
+        made.append(keywords)
+        return SimpleNamespace(log=lines.append, finish=lambda exit_code: made[-1].update(ended=exit_code))
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
+    names = ["wandb"]
+    if importlib.util.find_spec("tensorboard"):
+        names.append("tensorboard")
+    arguments = ["distill", *SMALL, "--no-baseline", "--out", tmp_path / "run", "--log", *names]
+    assert kdfast(*arguments) == 0
+    written = metrics(tmp_path / "run")
+    assert [line[f"{of['stage']}/val/top1"] for line, of in zip(lines, written, strict=True)] == [of["val/top1"] for of in written]
+    assert kdfast(*arguments, "--resume") == 0
+    assert made[0]["id"] == made[1]["id"]
+    assert [of["ended"] for of in made] == [0, 0]
+    if "tensorboard" in names:
+        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+        events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
+        events.Reload()
+        shown = [event.value for event in events.Scalars(f"{written[0]['stage']}/val/top1")]
+        assert shown == pytest.approx([of["val/top1"] for of in written if of["stage"] == written[0]["stage"]])
 
 
 def test_eval_repeats_the_runs_numbers(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
@@ -92,6 +132,24 @@ def test_eval_repeats_the_runs_numbers(finished: Path, tmp_path: Path, capsys: p
     assert numbers["top1"] == chosen["best/top1"]
     assert numbers["images"] == 359
     assert "rows: true class" in capsys.readouterr().out
+
+
+def test_eval_takes_what_is_given_also_where_it_is_the_default(tmp_path: Path):
+    path = tmp_path / "config.toml"
+    path.write_text('[data]\ndataset = "digits"\nval_fraction = 0.3\nloader = "torchvision"\nmax_images = 200\n[run]\nseed = 3\n')
+    trained, seed = _as_trained(path, Images(), None)
+    assert (trained.dataset, trained.val_fraction, trained.loader, trained.max_images, seed) == ("digits", 0.3, "torchvision", 200, 3)
+    given, seed = _as_trained(path, Images(val_fraction=0.1, loader="auto"), 0)
+    assert (given.dataset, given.val_fraction, given.loader, given.max_images, seed) == ("digits", 0.1, "auto", 200, 0)
+    assert _as_trained(tmp_path / "none.toml", Images(dataset="digits"), None) == (DataOptions(dataset="digits"), 0)
+
+
+def test_evals_options_come_over_the_runs(finished: Path, tmp_path: Path):
+    sizes = []
+    for options in ([], ["--max-images", 100, "--seed", 0, "--loader", "auto"]):
+        assert kdfast("eval", finished, "--split", "train", *options, "--json", tmp_path / "n.json") == 0
+        sizes.append(json.loads((tmp_path / "n.json").read_text())["images"])
+    assert sizes == [200, 100]
 
 
 @pytest.mark.parametrize("split", ["val", "train"])
@@ -291,12 +349,52 @@ def test_a_comparison_is_by_the_epoch_that_each_run_keeps():
     assert "against alone: seed by seed, of the last epochs" in comparison.markdown(facts | {"date": "d"})
 
 
+@pytest.mark.parametrize(
+    "more", [["--recipe", "kd"], ["--recipe", "conkd", "--procedure", "notebook", "--classify-epochs", 1]], ids=lambda m: m[1]
+)
+def test_no_forward_pass_has_more_images_than_a_micro_batch(more: list, tmp_path: Path):
+    """In training, in validation, where a teacher is asked beforehand, and in tests."""
+    sizes = []
+    hook = register_module_forward_pre_hook(lambda module, inputs: sizes.append(len(inputs[0])) if isinstance(module, nn.Conv2d) else None)
+    both = ["--micro-batch", 12, "--teacher-training.micro-batch", 12, "--augment", "none", "--label-fraction", 1.0, "--seeds", 1]
+    try:
+        assert kdfast("distill", *more, *TINY, *both, "--out", tmp_path / "run") == 0
+    finally:
+        hook.remove()
+    assert max(sizes) == 12
+
+
+def test_few_labels_are_said_as_they_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    one_epoch = ["--epochs", 1, "--teacher-training.epochs", 1, "--no-baseline", "--label-fraction", 0.155]
+    assert kdfast("distill", *SMALL, *one_epoch, "--out", tmp_path / "run") == 0
+    assert "15.5% of them with their label for the student" in capsys.readouterr().out
+    assert _words({"label_fraction": 0.002, "epochs": 3}) == "0.2% of the labels, 3 epochs a stage"
+    assert _words({"label_fraction": 0.05, "optimizer": "lion", "lr": 0.1}) == "5% of the labels, lion, lr 0.1"
+
+
 def test_teacher_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert kdfast("teacher", "--model", "resnet8", "--epochs", 2, "--max-images", 200, "--out", tmp_path / "t") == 0
     assert kdfast("eval", tmp_path / "t") == 0
     top1 = re.findall(r"(?:test|^)\s?top-1 (\S+) %", capsys.readouterr().out, re.MULTILINE)
     assert len(top1) == 2
     assert top1[0] == top1[1]
+
+
+@pytest.mark.parametrize("fraction", [0.2, 1.0])
+def test_teacher_command_divides_micro_batches_by_the_labels_of_the_whole_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fraction):
+    coupled = []
+
+    def seen(*arguments, **keywords):
+        stages = supervised(*arguments, **keywords)
+        stage = next(stages)
+        coupled.append(stage.couples_rows)
+        yield stage
+        return stage.train[0]
+
+    monkeypatch.setattr("kdfast.commands.teacher.supervised", seen)
+    options = ["--model", "resnet8", "--epochs", 1, "--max-images", 200, "--label-fraction", fraction, "--micro-batch", 16]
+    assert kdfast("teacher", *options, "--out", tmp_path / "t") == 0
+    assert coupled == [fraction < 1]
 
 
 def test_compare_runs_a_grid_once_with_one_teacher(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
@@ -449,6 +547,8 @@ def test_a_signal_saves_and_leaves_with_a_clear_line(tmp_path: Path, number: sig
     assert "the run is saved, continue with the same command and --resume" in error
     assert "Traceback" not in error
     assert torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["stage"].startswith(("teacher", "seed0"))
+    trained = sum(json.loads(line)["seconds"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
+    assert float((tmp_path / "run" / "seconds.txt").read_text()) > trained, "what a resumed run counts on from"
 
 
 # ---- one sentence each -----------------------------------------------------------------------------------------------
@@ -534,7 +634,7 @@ def test_a_full_disk_leaves_nothing_half_written(tmp_path: Path):
     assert done.returncode == 1
     assert "the disk is full or the file too large" in done.stderr
     assert "Traceback" not in done.stderr
-    left = [p for p in (tmp_path / "run").rglob("*") if p.is_file() and p.name not in ("config.toml", ".lock")]
+    left = [p for p in (tmp_path / "run").rglob("*") if p.is_file() and p.name not in ("config.toml", "seconds.txt", ".lock")]
     assert left == [], f"{left} was left"
 
 

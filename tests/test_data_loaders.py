@@ -102,6 +102,16 @@ def test_all_images_in_order_on_every_rank(folder: Path, name: str):
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_a_micro_batch_is_the_most_that_a_network_is_given_without_a_gradient(folder: Path, name: str):
+    _, whole = loaders(folder, name)
+    _, made = loaders(folder, name, micro_batch=3)
+    for part, most in ((made.train, 4), (made.val, 4), (made.test, 3), (made.train.in_order(), 3), (made.val.in_order(), 3)):
+        assert max(len(batch.labels) for batch in part) == most
+    for a, b in ((made.test, whole.test), (made.val.in_order(), whole.val.in_order())):
+        assert torch.equal(torch.cat([batch.images for batch in a]), torch.cat([batch.images for batch in b]))
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_a_resumed_epoch_goes_on_with_the_very_next_sample(folder: Path, name: str):
     _, made = loaders(folder, name)
     whole = list(made.train)

@@ -112,6 +112,64 @@ world.barrier()
 world.close()
 """
 
+# what kdfast compare does: a run after another in one process, the main one later for the table that it prints
+JOINS = """
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from kdfast.engine import join
+
+for k in range(3):
+    world = join("cpu")
+    assert world.gather([k, world.rank]) == [[k, 0], [k, 1]]
+    world.close()
+    if world.main:
+        time.sleep(0.5)
+if world.main:
+    torch.save("met", Path(sys.argv[1]) / "end.pt")
+"""
+
+# what each process draws while it trains, and what it draws between stages
+DRAWS = """
+import sys
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from kdfast.engine import Options, Run, Training, join
+from kdfast.data import make_loaders
+from tests.test_engine import noise, stage
+
+world = join("cpu")
+training = Training(epochs=1, batch_size=16, schedule="constant")
+data = make_loaders(noise(), batch_size=16 // world.size, rank=world.rank, world_size=world.size)
+drawn, between = [], []
+
+
+def stages():
+    for name in ("first", "second"):
+        model = nn.Sequential(nn.Flatten(), nn.Linear(192, 3))
+        between.append(torch.rand(4))
+
+        def forward(batch, model=model):
+            drawn.append(torch.rand(4))
+            return {"logits": model(batch.images)}
+
+        yield stage(name, model, training, forward=forward, data=data)
+
+
+Run(Path(sys.argv[1]), world, Options()).complete(stages())
+everyones = world.gather([torch.stack(drawn[:5]), torch.stack(between)])
+if world.main:
+    torch.save(everyones, Path(sys.argv[1]) / "end.pt")
+world.barrier()
+world.close()
+"""
+
 
 def run(folder: Path, processes: int, script: str) -> list:
     import torch
@@ -157,7 +215,23 @@ def test_the_contrast_of_conkd_sees_all_processes(tmp_path: Path, micro: int | N
         for name in weights:
             assert torch.allclose(weights[name], two[procedure][name], rtol=1e-9, atol=1e-9), f"{procedure}: {name}"
         terms, terms2 = (json.loads((tmp_path / n / procedure / "metrics.jsonl").read_text().splitlines()[0]) for n in ("one", "two"))
-        assert terms2["train/supcon"] == pytest.approx(terms["train/supcon"], rel=1e-9)
+        trained = [name for name in terms if name.startswith("train/")]
+        assert "train/supcon" in trained
+        assert {name: terms2[name] for name in trained} == {name: pytest.approx(terms[name], rel=1e-9) for name in trained}
+
+
+def test_processes_join_again_and_again(tmp_path: Path):
+    assert run(tmp_path / "two", 2, JOINS) == "met"
+
+
+def test_processes_draw_numbers_of_their_own_within_a_stage_and_the_same_between_stages(tmp_path: Path):
+    import torch
+
+    ((alone, _),) = run(tmp_path / "one", 1, DRAWS)
+    (main, built), (other, built2) = run(tmp_path / "two", 2, DRAWS)
+    assert torch.equal(built, built2)
+    assert torch.equal(main, alone), "a single process draws what the main process does"
+    assert not (main == other).any()
 
 
 @pytest.mark.parametrize(

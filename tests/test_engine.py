@@ -16,9 +16,9 @@ from safetensors.torch import load_file
 from torch import nn
 
 from kdfast.data import ImageData, Loaders, Split, make_loaders
-from kdfast.engine import Interrupted, NonFiniteLoss, Options, Run, Stage, Training, World
+from kdfast.engine import Interrupted, Mean, NonFiniteLoss, Options, Run, Stage, Training, World
 from kdfast.engine.interrupt import StopRequest
-from kdfast.engine.logs import observers
+from kdfast.engine.logs import logs
 from kdfast.engine.metrics import AccuracyMeter, TermMeter, evaluate
 from kdfast.engine.schedule import factor, make_optimizer
 from kdfast.recipes.recipe import cross_entropy
@@ -230,6 +230,32 @@ def test_micro_batches_give_the_gradient_of_the_whole_batch(tmp_path: Path, coup
     whole, parts = weights_after(None), weights_after(5)
     for name in whole:
         assert torch.allclose(whole[name], parts[name], rtol=1e-12, atol=1e-14)
+
+
+def test_validation_passes_micro_batches_through_the_network_and_gives_its_losses_the_whole_batch(tmp_path: Path):
+    def trained(micro: int | None) -> tuple[dict, int]:
+        torch.manual_seed(0)
+        model, sizes = nn.Sequential(nn.Flatten(), nn.Linear(192, 3)).double(), []
+
+        def forward(batch):
+            sizes.append(len(batch.labels))
+            return {"logits": model(batch.images.double())}
+
+        def loss(outputs, batch):
+            return {"spread": (outputs["logits"] @ outputs["logits"].T).logsumexp(dim=1).mean()}
+
+        def one():
+            training = replace(TRAINING, epochs=1, micro_batch=micro, lr=1e-3)
+            yield stage("s", model, training, forward=forward, loss=loss, couples_rows=True, best="val/loss")
+
+        (folder := tmp_path / str(micro)).mkdir()
+        Run(folder, CPU, Options()).complete(one())
+        (line,) = lines(folder)
+        return {name: value for name, value in line.items() if name.startswith("val/")}, max(sizes)
+
+    (whole, sixteen), (parts, five) = trained(None), trained(5)
+    assert (sixteen, five) == (16, 5)
+    assert parts == {name: pytest.approx(value, rel=1e-12) for name, value in whole.items()}
 
 
 def test_micro_batches_give_the_mean_over_visible_labels(tmp_path: Path):
@@ -480,6 +506,35 @@ def test_a_term_that_comes_late_is_an_error_and_one_that_is_left_out_is_remember
     assert resumed.averages("train", CPU) == meter.averages("train", CPU) == {"train/loss": 4.0, "train/a": 2.0, "train/b": 2.0}
 
 
+def test_term_meter_weighs_a_mean_over_some_rows_by_those():
+    meter = TermMeter(CPU.device)
+    meter.add({"a": Mean(torch.tensor(6.0), torch.tensor(2)), "b": torch.tensor(2.0)}, rows=8, step=1)
+    meter.add({"a": Mean(torch.tensor(0.0), torch.tensor(0)), "b": torch.tensor(6.0)}, rows=8, step=2)
+    meter.add({"a": 0.5 * Mean(torch.tensor(6.0), 1), "b": torch.tensor(1.0)}, rows=4, step=3)
+    meter.add({"b": torch.tensor(5.0)}, rows=4, step=4)
+    assert meter.averages("train", CPU) == {"train/loss": 5 + 11 / 3, "train/a": 5.0, "train/b": 11 / 3}
+    resumed = TermMeter(CPU.device)
+    resumed.load_state_dict(meter.state_dict())
+    assert resumed.averages("train", CPU) == meter.averages("train", CPU)
+
+
+@pytest.mark.parametrize("micro", [None, 5])
+def test_training_cross_entropy_is_the_mean_over_the_labelled_images(tmp_path: Path, micro: int | None):
+    """Batches without a label say nothing of it, and those with few say little."""
+    model = nn.Sequential(nn.Flatten(), nn.Linear(192, 3))
+    training = Training(epochs=1, batch_size=16, micro_batch=micro, lr=1e-12, schedule="constant")
+    data = noise()
+    labels = data.train.labels.clone()
+    labels[5:] = -100
+    shown = make_loaders(replace(data, train=Split(labels, data.train.pixels)), batch_size=16)
+    Run(tmp_path, CPU, Options()).complete(supervised("s", model, shown, training, hidden=True))
+    batch = next(shown.train.in_order())
+    expected = nn.functional.cross_entropy(model(batch.images[:5]), batch.labels[:5]).item()
+    (line,) = lines(tmp_path)
+    assert line["train/ce"] == pytest.approx(expected, rel=1e-5)
+    assert line["train/loss"] == line["train/ce"]
+
+
 def test_accuracy_leaves_out_hidden_labels():
     meter = AccuracyMeter(CPU.device)
     logits = torch.arange(6.0).expand(6, 6)
@@ -495,6 +550,17 @@ def test_evaluate_counts_by_hand():
     assert result.confusion == [[6, 0, 0], [0, 6, 0], [0, 0, 6]]
     with pytest.raises(ValueError, match="has 4 classes"):
         evaluate(lambda images: images.mean(dim=(2, 3)), data.test, ("a", "b", "c", "d"), CPU)
+
+
+def test_evaluate_tells_this_devices_speed_not_that_of_all_processes(monkeypatch: pytest.MonkeyPatch):
+    """As where another process has as many images: the counts are summed, the seconds are one's own."""
+    data = loaders()
+    monkeypatch.setattr(World, "sum", lambda self, values: values.mul_(2))
+    clock = iter(range(100))
+    monkeypatch.setattr("kdfast.engine.metrics._now", lambda device: float(next(clock)))
+    result = evaluate(lambda images: images.mean(dim=(2, 3)), data.test, ("a", "b", "c"), CPU)
+    assert result.images == 36
+    assert result.images_per_s == 18 / len(data.test)
 
 
 # ---- logs and compilation --------------------------------------------------------------------------------------------
@@ -513,18 +579,43 @@ def test_tensorboard_is_told_every_number(tmp_path: Path, monkeypatch: pytest.Mo
         def flush(self) -> None:
             pass
 
+        def close(self) -> None:
+            told.append(("closed",))
+
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=Writer))
-    folder_after(tmp_path, observers=observers(["tensorboard"], tmp_path))
+    (log,) = logs(["tensorboard"])
+    with log(tmp_path) as observer:
+        folder_after(tmp_path, observers=[observer])
+    assert told.pop() == ("closed",)
     expected = [(f"{line['stage']}/val/top1", line["val/top1"], line["epoch"]) for line in lines(tmp_path)]
     assert [entry for entry in told if entry[0].endswith("val/top1")] == expected
 
 
+def test_weights_and_biases_continues_a_run_and_tells_runs_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    made, ended = [], []
+
+    def init(**keywords):
+        made.append(keywords)
+        return SimpleNamespace(log=lambda numbers: None, finish=lambda exit_code: ended.append(exit_code))
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
+    (log,) = logs(["wandb"])
+    for folder in ("a/kd", "a/kd", "b/kd"):  # the second time resumed
+        with log(tmp_path / folder) as observer:
+            observer({"stage": "s", "epoch": 1, "epochs": 1, "best": True, "val/top1": 0.5})
+    with pytest.raises(Crash), log(tmp_path / "a/kd"):
+        raise Crash
+    first, resumed, other, crashed = (keywords["id"] for keywords in made)
+    assert first == resumed == crashed != other
+    assert ended == [0, 0, 0, 1]
+
+
 @pytest.mark.parametrize("name", ["tensorboard", "wandb"])
-def test_a_missing_logger_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str):
+def test_a_missing_logger_is_one_sentence(monkeypatch: pytest.MonkeyPatch, name: str):
     for module in ("torch.utils.tensorboard", "wandb"):
         monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(ValueError, match=rf"log {name} needs the package {name}: pip install kdfast\[{name}\]"):
-        observers([name], tmp_path)
+        logs([name])
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")

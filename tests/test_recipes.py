@@ -13,8 +13,9 @@ from kdfast import recipes
 from kdfast.data import make_loaders
 from kdfast.engine import Options, Run, Training
 from kdfast.engine.distributed import World
+from kdfast.engine.stage import means
 from kdfast.models import ModelSpec, create
-from kdfast.recipes import at, conkd, crd, dih, fitnets, kd, mhkd, plus, remembered, takd, tofd
+from kdfast.recipes import at, conkd, crd, dih, fitnets, kd, mhkd, plus, remembered, self_distillation, takd, tofd
 from kdfast.recipes.features import fingerprint
 from kdfast.recipes.recipe import Setup, Trained
 from tests.test_engine import loaders, noise
@@ -80,7 +81,8 @@ def kl(student, teacher, T):
 
 def total(stage, batch):
     """The stage's loss, and the gradient of its trained parameters."""
-    loss = torch.stack([term.double() for term in stage.loss(stage.forward(batch), batch).values()]).sum()
+    terms = means(stage.loss(stage.forward(batch), batch), len(batch.labels))
+    loss = torch.stack([term.value.double() for term in terms.values()]).sum()
     return loss, gradients(loss, stage)
 
 
@@ -512,8 +514,40 @@ def test_feature_recipes_fit_other_sizes_and_families(size, name):
     ]
     for stage in stages:
         stage.modes(training=True)
-        terms = stage.loss(stage.forward(batch), batch)
-        assert all(term.isfinite() for term in terms.values())
+        terms = means(stage.loss(stage.forward(batch), batch), 2)
+        assert all(term.value.isfinite() for term in terms.values())
+
+
+def test_terms_say_over_how_many_labels_they_are_means(monkeypatch):
+    """And where no label is hidden nothing is counted, which under torchrun all processes would have to wait for."""
+
+    def counted(value):
+        return pytest.fail("counted")
+
+    monkeypatch.setattr("kdfast.recipes.recipe.mean_over_processes", counted)
+    settings = mhkd.Settings()
+    for hidden in (False, True):
+        if hidden:
+            monkeypatch.undo()
+        made = setup(labels_hidden=hidden)
+        teacher = tofd.Opinions(network(), (), "teacher_stages", 8, 3)
+        for stage in (
+            next(mhkd.distil(made, settings, network())),
+            next(tofd.distil(made, tofd.Settings(), teacher)),
+            next(kd.distil(made, kd.Settings(kd_weight=0.0), network())),
+            next(kd.distil(made, kd.Settings(), network())),
+            next(self_distillation.distil(made, self_distillation.Settings(), None)),
+        ):
+            batch = next(iter(stage.data.train))
+            if hidden:
+                labels = torch.where(torch.arange(16) < 5, batch.labels, -100)
+                batch = batch._replace(labels=labels)
+            terms = means(stage.loss(stage.forward(batch), batch), 16)
+            labelled = [name for name in terms if "ce" in name or name.startswith("teacher")]
+            assert labelled
+            assert {name: int(term.rows) for name, term in terms.items()} == {
+                name: 5 if hidden and name in labelled else 16 for name in terms
+            }
 
 
 def test_a_recipe_is_called_what_a_folder_can_be_and_has_a_default():

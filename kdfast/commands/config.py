@@ -36,7 +36,7 @@ class DataOptions:
     val_fraction: float = 0.1
     """Part of the training images set aside to choose the best epoch; 0: the test images choose it."""
     label_fraction: float = 1.0
-    """Part of the training images whose label the student sees; the teacher sees all."""
+    """Part of the training images whose label is seen; a teacher that is trained for a student sees all."""
     max_images: int | None = None
     """At most so many training images, the same share of every class."""
     max_bad_files: int = 0

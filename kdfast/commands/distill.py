@@ -1,7 +1,6 @@
 """kdfast distill: the teacher first, then for every seed the student alone and the student distilled, then the report."""
 
 import statistics
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,6 +25,7 @@ from kdfast.recipes.plus import Term, plus
 from kdfast.recipes.recipe import Extended, Setup, Stages, Trained, each, keeping_the_last
 from kdfast.recipes.supervised import alone
 from kdfast.recipes.supervised import teacher as supervised_teacher
+from kdfast.report.comparison import percent
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,6 @@ class _Job:
 
     def __init__(self, config: Distill, opened: Session):
         self.config, self._opened, self._recipe = config, opened, recipes.get(config.recipe)
-        self._started = time.monotonic()
         self._data: ImageData
         self._notes: list[str]
         self._data, self._notes = load_data(config.data, config.run.seed, opened.world, opened.console.rich, opened.stop)
@@ -103,7 +102,9 @@ class _Job:
     def header(self) -> str:
         """What is about to run, in a few lines."""
         data, config, training = self._data, self.config, self.config.training
-        labels = "" if not self._setup.labels_hidden else f", {config.data.label_fraction:.0%} of them with their label for the student"
+        labels = (
+            "" if not self._setup.labels_hidden else f", {percent(config.data.label_fraction)} of them with their label for the student"
+        )
         lines = [
             f"  data: {data.name}, {len(data.train):,} training images{labels}; {len(data.val):,} validation, {len(data.test):,} test",
             f"  student: {config.student}, {training.epochs} epochs, batch {training.batch_size}, {training.optimizer} lr {training.lr:g}",
@@ -255,7 +256,7 @@ class _Job:
             "paired": paired,
             "notes": self._notes,
             "environment": environment(self._opened.world),
-            "seconds_total": round(time.monotonic() - self._started, 1),
+            "seconds_total": round(self._opened.clock.seconds, 1),
         }
         files.write_json(folder / "results.json", results)
         page = report.write_report(folder)

@@ -1,6 +1,6 @@
 """kdfast eval: top-1, top-5, loss and confusion matrix of a trained classifier on a split."""
 
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -22,6 +22,32 @@ MATRIX_CLASSES = 25  # more do not fit a terminal
 
 
 @dataclass(frozen=True)
+class Images:
+    """Which images, and how they are shown; what is not given is as in the run's training, else as DataOptions has it."""
+
+    dataset: str | None = None
+    """Data set by name (kdfast list datasets), or the path of an image folder."""
+    data_dir: Path | None = None
+    """Where the data set is, or is downloaded to."""
+    val_fraction: float | None = None
+    """Part of the training images that is set aside for validation."""
+    max_images: int | None = None
+    """At most so many training images, the same share of every class."""
+    max_bad_files: int | None = None
+    """Leave out up to so many image files that cannot be read."""
+    image_size: int | None = None
+    """Pixels."""
+    evaluation: str | None = None
+    """How images are sized: none, squash, center-crop."""
+    normalization: str | None = None
+    """Mean and deviation by name: imagenet, cifar10, ...; none: as the weights expect."""
+    loader: Literal["auto", "dali", "resident", "torchvision"] | None = None
+    """Where images come from; auto: on the device if they fit there, else DALI where installed, else torchvision."""
+    workers: int | None = None
+    """Loader processes (torchvision) or threads (dali)."""
+
+
+@dataclass(frozen=True)
 class Eval:
     """Evaluate a trained classifier."""
 
@@ -35,13 +61,13 @@ class Eval:
     """Which images."""
     batch_size: int = 256
     """Images a forward pass."""
-    seed: int = 0
-    """Of the split into training, validation and test images, where the data set has none of its own."""
+    seed: int | None = None
+    """Of the split into training, validation and test images, where the data set has none of its own; none: the run's, else 0."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
     json: Path | None = None
     """Also write the numbers to this file."""
-    data: Annotated[DataOptions, FLAT] = DataOptions(dataset="")
+    data: Annotated[Images, FLAT] = Images()
 
 
 def run_eval(options: Eval) -> Evaluation:
@@ -52,10 +78,7 @@ def run_eval(options: Eval) -> Evaluation:
     """
     console = Console(soft_wrap=True)
     artifact.find(options.weights)
-    data_options, seed = options.data, options.seed
-    remembered = Path(options.weights) / "config.toml"
-    if remembered.exists():
-        data_options, seed = _as_trained(remembered, data_options, seed)
+    data_options, seed = _as_trained(Path(options.weights) / "config.toml", options.data, options.seed)
     if not data_options.dataset:
         raise ValueError("dataset is not known: name it with --dataset")
     world = join(options.device)
@@ -92,12 +115,14 @@ def run_eval(options: Eval) -> Evaluation:
     return result
 
 
-def _as_trained(path: Path, given: DataOptions, seed: int) -> tuple[DataOptions, int]:
-    """The data options of the run, with what was given now over them."""
-    table = config.read_toml(path)
-    theirs = config.filled(DataOptions(), table.get("data", {}), str(path))
-    changed = {f.name: getattr(given, f.name) for f in fields(given) if getattr(given, f.name) != getattr(DataOptions(dataset=""), f.name)}
-    return replace(theirs, **changed), table.get("run", {}).get("seed", seed)
+def _as_trained(path: Path, given: Images, seed: int | None) -> tuple[DataOptions, int]:
+    """The data options and the seed of the run whose config.toml this is, where it is one's, with what was given over them."""
+    theirs, theirs_seed = DataOptions(dataset=""), 0
+    if path.exists():
+        table = config.read_toml(path)
+        theirs, theirs_seed = config.filled(DataOptions(), table.get("data", {}), str(path)), table.get("run", {}).get("seed", 0)
+    changed = {name: value for name, value in asdict(given).items() if value is not None}
+    return replace(theirs, **changed), theirs_seed if seed is None else seed
 
 
 def _print(console: Console, model: str, parameters: int, dataset: str, split: str, classes: tuple[str, ...], result: Evaluation) -> None:

@@ -4,8 +4,8 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,10 +22,43 @@ from kdfast.commands.config import DataOptions, RunOptions
 from kdfast.data import DataError, ImageData, Loaders, hide_labels, load, make_loaders, usable
 from kdfast.engine import Console, Interrupted, Options, Run, Training, World, catching, join, locked
 from kdfast.engine.interrupt import StopRequest
-from kdfast.engine.logs import observers
+from kdfast.engine.logs import Log, logs
 
 PLAIN_EVERY = 10.0  # seconds between lines of progress where there is no terminal
+SECONDS_EVERY = 10.0  # seconds between writings of how long a run has taken: what kill -9 forgets at most, after an epoch's end
 BEAT_EVERY = 30.0  # seconds that processes wait for one another at most: NCCL gives up after ten minutes
+
+
+class Clock:
+    """How long a run takes in all, the sessions that it was resumed from included: RUN/seconds.txt."""
+
+    def __init__(self) -> None:
+        self._start = self._written = time.monotonic()
+        self._before = 0.0  # in earlier sessions
+        self._path: Path | None = None
+
+    @property
+    def seconds(self) -> float:
+        """So far."""
+        return self._before + time.monotonic() - self._start
+
+    def keep_in(self, folder: Path) -> None:
+        """From here on the seconds are kept in this folder, and count on from those that it holds."""
+        self._path = folder / "seconds.txt"
+        if self._path.exists():
+            self._before = float(self._path.read_text())
+
+    def tick(self, line: dict[str, Any]) -> None:
+        """An epoch has ended."""
+        if time.monotonic() - self._written > SECONDS_EVERY:
+            self.write()
+
+    def write(self) -> None:
+        """Keeps the seconds so far; a full disk is for others to tell of."""
+        self._written = time.monotonic()
+        if self._path is not None:
+            with suppress(OSError):
+                files.write_text(self._path, f"{self.seconds:.3f}\n")
 
 
 @dataclass(frozen=True)
@@ -37,6 +70,10 @@ class Session:
     world: World
     console: Console
     stop: StopRequest
+    clock: Clock
+    logs: Sequence[Log]
+    closing: ExitStack
+    """Is closed with the session."""
 
     @property
     def folder(self) -> Path:
@@ -44,13 +81,17 @@ class Session:
         return self.run.folder
 
     def begin(self) -> None:
-        """Takes the folder for this configuration; to be called once all else has been found right.
+        """Takes the folder for this configuration, and opens the logs in it; to be called once all else has been found right.
 
         Raises:
             ValueError: the folder holds another configuration's run, or one that --resume was not asked for.
         """
         if self.world.main:
             _claim(self.folder, self.config, self.console)
+            self.clock.keep_in(self.folder)
+            self.closing.callback(self.clock.write)
+            self.run.observers.append(self.clock.tick)
+            self.run.observers.extend(self.closing.enter_context(log(self.folder)) for log in self.logs)
         self.world.barrier()
 
 
@@ -63,19 +104,19 @@ def session(config: Any, name: str) -> Iterator[Session]:
         name: of a new folder under runs/.
 
     Raises:
-        ValueError: no such device, or another process is running in the folder.
+        ValueError: no such device, a log whose package is not installed, or another process is running in the folder.
     """
     options: RunOptions = config.run
     if options.threads is not None:
         torch.set_num_threads(options.threads)
+    clock, asked = Clock(), logs(options.log)
     world = join(options.device)
     console = Console(quiet=not world.main)
     try:
         folder = _agreed(_folder(config, name), world)
-        with _held(folder, world), catching() as stop:
-            logs = observers(options.log, folder) if world.main else ()
-            run = Run(folder, world, _speed(options, world), seed=options.seed, stop=stop, console=console, observers=logs)
-            yield Session(config, run, world, console, stop)
+        with _held(folder, world), catching() as stop, ExitStack() as closing:
+            run = Run(folder, world, _speed(options, world), seed=options.seed, stop=stop, console=console)
+            yield Session(config, run, world, console, stop, clock, asked, closing)
     finally:
         world.close()
 
@@ -273,6 +314,7 @@ def loader_maker(
         return make_loaders(
             replace(data if all_labels else hidden, mean=prepared.mean, std=prepared.std),
             batch_size=training.batch_size // world.size,
+            micro_batch=training.micro_batch_of_one(world.size),
             loader=options.loader,
             train_transform=augment or options.augment,
             eval_transform=prepared.evaluation,

@@ -1,6 +1,5 @@
 """kdfast teacher: supervised training of one network; the run's best.safetensors is then a --teacher."""
 
-import time
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -26,7 +25,6 @@ def teach(config: Teach) -> Path:
     """
     dataset = Path(config.data.dataset).name
     with session(config, f"teacher-{dataset}-{config.model.replace(':', '.')}") as opened:
-        started = time.monotonic()
         data, notes = load_data(config.data, config.run.seed, opened.world, opened.console.rich, opened.stop)
         prepared = preparation(data, config.data)
         options = parse_options(config.model_options, "model_options")
@@ -40,7 +38,8 @@ def teach(config: Teach) -> Path:
             f"kdfast teacher: {config.model}, {parameter_count(model):,} parameters, on {data.name} ({len(data.train):,} training images)"
         )
         opened.console.say(f"  folder: {opened.folder}, on {opened.world.device}")
-        stages = supervised("teacher", model, batches, config.training, label_smoothing=config.label_smoothing)
+        hidden = config.data.label_fraction < 1
+        stages = supervised("teacher", model, batches, config.training, label_smoothing=config.label_smoothing, hidden=hidden)
         kept = "last" if data.val_is_test else "best"
         model = opened.run.complete(each(stages, keeping_the_last) if data.val_is_test else stages).eval()
         evaluation = evaluate(model, batches.test, data.classes, opened.world)
@@ -63,7 +62,7 @@ def teach(config: Teach) -> Path:
                 "paired": None,
                 "notes": notes + ([] if config.pretrained else ["The network starts from random weights."]),
                 "environment": environment(opened.world),
-                "seconds_total": round(time.monotonic() - started, 1),
+                "seconds_total": round(opened.clock.seconds, 1),
             }
             files.write_json(opened.folder / "results.json", results)
             page = report.write_report(opened.folder)

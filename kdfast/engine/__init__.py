@@ -6,12 +6,13 @@ from kdfast.engine.interrupt import Interrupted, catching
 from kdfast.engine.loop import Options
 from kdfast.engine.metrics import Evaluation, NonFiniteLoss, evaluate
 from kdfast.engine.run import Run, StageResult, locked
-from kdfast.engine.stage import Stage, Training
+from kdfast.engine.stage import Mean, Stage, Training
 
 __all__ = [
     "Console",
     "Evaluation",
     "Interrupted",
+    "Mean",
     "NonFiniteLoss",
     "Options",
     "Run",

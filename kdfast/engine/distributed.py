@@ -1,7 +1,9 @@
 """One process or several: what torchrun's environment says, and the few collective operations that the loop needs."""
 
+import functools
 import gc
 import io
+import itertools
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -96,8 +98,21 @@ def join(device: str = "auto") -> World:
         # the group until the interpreter's end, where gloo's threads, still running, now and then abort the process
         import torch.distributed.nn.functional  # noqa: F401
 
-        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+        # a group joined later finds the addresses of the one before under the same keys, and may call those, where nobody listens:
+        # every join of this process has keys of its own
+        store = dist.PrefixStore(f"kdfast/{next(_JOINS)}", _store())
+        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", store=store, rank=rank, world_size=size)
     return World(rank, size, chosen)
+
+
+_JOINS = itertools.count()
+
+
+@functools.cache
+def _store() -> "dist.Store":
+    """What torchrun's processes meet by; held until the process ends, for it is the main process's where torchrun has none."""
+    store, _, _ = next(dist.rendezvous("env://"))
+    return store
 
 
 def _device(name: str, local_rank: int | None) -> torch.device:

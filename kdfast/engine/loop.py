@@ -5,7 +5,7 @@ every `CHECK_EVERY` steps). A checkpoint holds all that decides what follows, so
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -21,7 +21,7 @@ from kdfast.engine.distributed import World
 from kdfast.engine.interrupt import StopRequest
 from kdfast.engine.metrics import AccuracyMeter, TermMeter
 from kdfast.engine.schedule import Schedule, make_optimizer
-from kdfast.engine.stage import Outputs, Stage
+from kdfast.engine.stage import Mean, Outputs, Stage, means
 
 CHECK_EVERY = 50  # steps between looks at the device: non-finite losses, stop requests of other processes
 
@@ -187,7 +187,7 @@ class StageLoop:
         terms, accuracy = TermMeter(self._world.device, self._meter.names), AccuracyMeter(self._world.device, self._accuracy.counts)
         for batch in self.stage.data.val:
             with self._autocast():
-                outputs = self.stage.forward(batch)
+                outputs = _joined([self.stage.forward(part) for part in self._parts(batch)])
                 terms.add(self.stage.loss(outputs, batch), len(batch.labels), 0)
             accuracy.add(outputs, batch.labels)
         return terms.averages("val", self._world) | accuracy.accuracy("val", self._world)
@@ -199,17 +199,15 @@ class StageLoop:
             return nullcontext()
         return torch.autocast(self._world.device.type, torch.bfloat16 if self._options.precision == "bf16" else torch.float16)
 
-    def _step(self, batch: Batch) -> dict[str, Tensor]:
-        micro = self.stage.training.micro_batch
-        if micro is not None:
-            micro = max(1, micro // self._world.size)
-        if micro is None or len(batch.labels) <= micro:
+    def _step(self, batch: Batch) -> dict[str, Mean]:
+        parts = self._parts(batch)
+        if len(parts) == 1:
             terms = self._terms(batch)
             self._scaler.scale(_total(terms)).backward()
         elif self.stage.couples_rows:
-            terms = self._backward_in_two_passes(batch, _parts(batch, micro))
+            terms = self._backward_in_two_passes(batch, parts)
         else:
-            terms = self._accumulate(batch, _parts(batch, micro))
+            terms = self._accumulate(batch, parts)
         if self.stage.training.clip_norm is not None:
             self._scaler.unscale_(self._optimizer)
             nn.utils.clip_grad_norm_(self.stage.parameters(), self.stage.training.clip_norm)
@@ -220,30 +218,40 @@ class StageLoop:
             self._ema.update_parameters(self.trained)
         return terms
 
-    def _terms(self, batch: Batch) -> dict[str, Tensor]:
+    def _parts(self, batch: Batch) -> list[Batch]:
+        """The batch as forward passes see it: no more images at once than micro_batch says."""
+        rows = self.stage.training.micro_batch_of_one(self._world.size)
+        if rows is None or rows >= len(batch.labels):
+            return [batch]
+        return [Batch(*part) for part in zip(*(tensor.split(rows) for tensor in batch))]
+
+    def _terms(self, batch: Batch) -> dict[str, Mean]:
         with self._autocast():
             return self._loss(self._forward(batch), batch)
 
-    def _loss(self, outputs: Outputs, batch: Batch) -> dict[str, Tensor]:
+    def _loss(self, outputs: Outputs, batch: Batch) -> dict[str, Mean]:
         self._accuracy.add(outputs, batch.labels)
-        return dict(self.stage.loss(outputs, batch))
+        return means(self.stage.loss(outputs, batch), len(batch.labels))
 
     def _unsynchronized(self, last: bool) -> AbstractContextManager:
         return self._ddp.no_sync() if self._ddp is not None and not last else nullcontext()
 
-    def _accumulate(self, batch: Batch, parts: list[Batch]) -> dict[str, Tensor]:
+    def _accumulate(self, batch: Batch, parts: list[Batch]) -> dict[str, Mean]:
         """Each part's loss weighted by its share of the rows: for losses that are means over independent rows."""
-        summed: dict[str, Tensor] = {}
+        summed: dict[str, Mean] = {}
         for k, part in enumerate(parts):
             share = len(part.labels) / len(batch.labels)
             with self._unsynchronized(k == len(parts) - 1):
                 terms = {name: term * share for name, term in self._terms(part).items()}
                 self._scaler.scale(_total(terms)).backward()
             for name, term in terms.items():
-                summed[name] = summed.get(name, 0.0) + term.detach()
+                value, rows = term.value.detach(), term.rows
+                if name in summed:
+                    value, rows = summed[name].value + value, summed[name].rows + rows
+                summed[name] = Mean(value, rows)
         return summed
 
-    def _backward_in_two_passes(self, batch: Batch, parts: list[Batch]) -> dict[str, Tensor]:
+    def _backward_in_two_passes(self, batch: Batch, parts: list[Batch]) -> dict[str, Mean]:
         """The loss of the whole batch with the memory of a part (gradient caching, Gao et al. 2021, arXiv:2101.06983).
 
         First all outputs without a graph, then the loss and its gradient with respect to them, then every part again, with a
@@ -261,7 +269,7 @@ class StageLoop:
             outputs.append({name: value.detach() for name, value in output.items()})
         for buffer, before in zip(self.trained.buffers(), buffers):
             buffer.copy_(before)  # the second pass updates BatchNorm's statistics, once; what the loss updates stays
-        whole = {name: torch.cat([o[name] for o in outputs]).requires_grad_(name in needs) for name in outputs[0]}
+        whole = {name: value.requires_grad_(name in needs) for name, value in _joined(outputs).items()}
         with self._autocast():
             terms = self._loss(whole, batch)
         self._scaler.scale(_total(terms)).backward()
@@ -323,12 +331,13 @@ class StageLoop:
             random_state.load_state_dict(own["random"])
 
 
-def _total(terms: dict[str, Tensor]) -> Tensor:
-    return torch.stack([term.float() for term in terms.values()]).sum()
+def _total(terms: dict[str, Mean]) -> Tensor:
+    return torch.stack([term.value.float() for term in terms.values()]).sum()
 
 
-def _parts(batch: Batch, rows: int) -> list[Batch]:
-    return [Batch(*part) for part in zip(*(tensor.split(rows) for tensor in batch))]
+def _joined(outputs: Sequence[Outputs]) -> Outputs:
+    """The outputs of a batch, of those of its parts."""
+    return outputs[0] if len(outputs) == 1 else {name: torch.cat([part[name] for part in outputs]) for name in outputs[0]}
 
 
 class _Swapped:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from kdfast.data import HIDDEN, Batch
 from kdfast.engine.distributed import World
+from kdfast.engine.stage import Terms, means
 
 
 class NonFiniteLoss(RuntimeError):
@@ -22,14 +23,17 @@ class NonFiniteLoss(RuntimeError):
 
 
 class TermMeter:
-    """Averages named loss terms over an epoch, weighted by rows, and remembers each term's first non-finite step. No host sync."""
+    """Averages named loss terms over an epoch, weighted by the rows that each is a mean over, and remembers each term's first non-finite
+    step. No host sync.
+    """
 
     def __init__(self, device: torch.device, names: tuple[str, ...] = ()):
         self._device, self.rows = device, 0
         self._begin(names)
 
     def _begin(self, names: tuple[str, ...]) -> None:
-        self._rows_of = dict.fromkeys(names, 0)
+        self._rows_of = dict.fromkeys(names, 0)  # of means over whole batches, and
+        self._counted = torch.zeros(len(names), dtype=torch.float64, device=self._device)  # of those over rows that the device counted
         self._sums = torch.zeros(len(names), dtype=torch.float64, device=self._device)
         self._first_bad = torch.full((len(names),), -1, dtype=torch.int64, device=self._device)
 
@@ -38,17 +42,23 @@ class TermMeter:
         """The terms, in their order."""
         return tuple(self._rows_of)
 
-    def add(self, terms: Mapping[str, Tensor], rows: int, step: int) -> None:
+    def add(self, terms: Terms, rows: int, step: int) -> None:
         """Adds the terms of one step (counted from 1) over `rows` images; all that have a name, or some of them (in validation)."""
         if not self.names:
             self._begin(tuple(terms))
         for name in terms:
             if name not in self._rows_of:
                 raise ValueError(f"loss: the term {name!r} was not there at first, when there were {', '.join(self.names)}")
-            self._rows_of[name] += rows
-        absent = self._sums.new_zeros(())
-        values = torch.stack([terms[name].detach().double() if name in terms else absent for name in self.names])
-        self._sums += values * rows
+        found, absent = means(terms, rows), self._sums.new_zeros(())
+        values = torch.stack([found[name].value.detach().double() if name in found else absent for name in self.names])
+        if all(isinstance(term.rows, int) and term.rows == rows for term in found.values()):
+            for name in found:
+                self._rows_of[name] += rows
+            self._sums += values * rows
+        else:
+            counts = torch.stack([absent + found[name].rows if name in found else absent for name in self.names])
+            self._counted += counts
+            self._sums += values * counts
         self._first_bad = torch.where((self._first_bad < 0) & ~values.isfinite(), step, self._first_bad)
         self.rows += rows
 
@@ -60,19 +70,25 @@ class TermMeter:
 
     def averages(self, prefix: str, world: World) -> dict[str, float]:
         """{prefix/loss: sum of the terms, prefix/<term>: ...} over all processes, of the terms that there were."""
-        rows = self._sums.new_tensor([float(count) for count in self._rows_of.values()])
+        rows = self._counted + self._sums.new_tensor([float(count) for count in self._rows_of.values()])
         totals, counts = world.sum(torch.stack([self._sums, rows])).tolist()
         means = {f"{prefix}/{name}": total / count for name, total, count in zip(self.names, totals, counts) if count}
         return {f"{prefix}/loss": sum(means.values())} | means
 
     def state_dict(self) -> dict[str, Any]:
         """State to resume from in the middle of an epoch."""
-        return {"sums": self._sums, "first_bad": self._first_bad, "rows": self.rows, "rows_of": self._rows_of}
+        return {
+            "sums": self._sums,
+            "counted": self._counted,
+            "first_bad": self._first_bad,
+            "rows": self.rows,
+            "rows_of": self._rows_of,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continues from `state`."""
         self.rows, self._rows_of = state["rows"], dict(state["rows_of"])
-        self._sums, self._first_bad = state["sums"].to(self._device), state["first_bad"].to(self._device)
+        self._sums, self._counted, self._first_bad = (state[name].to(self._device) for name in ("sums", "counted", "first_bad"))
 
 
 class AccuracyMeter:
@@ -134,11 +150,12 @@ def evaluate(model: Callable[[Tensor], Tensor], batches: Iterable[Batch], classe
     C = len(classes)
     confusion = torch.zeros(C * C, dtype=torch.int64, device=world.device)
     sums = torch.zeros(4, dtype=torch.float64, device=world.device)  # top-1, top-5, loss, images
-    seconds = 0.0
+    seconds, seen = 0.0, 0  # of this process
     for batch in batches:
         start = _now(world.device)
         logits = model(batch.images)
         seconds += _now(world.device) - start
+        seen += len(logits)
         if logits.shape[1:] != (C,):
             raise ValueError(f"the model gives outputs of shape {tuple(logits.shape)}, but the data has {C} classes")
         best = logits.topk(min(5, C), dim=1).indices
@@ -150,7 +167,7 @@ def evaluate(model: Callable[[Tensor], Tensor], batches: Iterable[Batch], classe
     if not images:
         raise ValueError("there are no images to evaluate on")
     table = world.sum(confusion).view(C, C).tolist()
-    return Evaluation(top1 / images, top5 / images, loss_sum / images, table, int(images), images / max(seconds, 1e-9))
+    return Evaluation(top1 / images, top5 / images, loss_sum / images, table, int(images), seen / max(seconds, 1e-9))
 
 
 def _now(device: torch.device) -> float:

@@ -71,7 +71,7 @@ class Run:
         stop: asked between steps; when set, the run saves and raises Interrupted.
         seed: where all randomness of the run begins.
         console: shows progress.
-        observers: called with every line of metrics.jsonl (TensorBoard, W&B).
+        observers: called with every line of metrics.jsonl (TensorBoard, W&B); more may be added to `observers` later.
     """
 
     def __init__(
@@ -88,7 +88,7 @@ class Run:
         self.folder, self.world, self.options, self.seed = folder, world, options, seed
         self._stop = stop if stop is not None else StopRequest()
         self._console = console if console is not None else Console(quiet=True)
-        self._observers = observers
+        self.observers = list(observers)
         self._journal = Journal(folder / "metrics.jsonl")
         self._journal_size = 0  # bytes that finished stages account for
         self._prefix = ""
@@ -130,6 +130,8 @@ class Run:
         checkpoint = self.folder / "checkpoint.pt"
         with self._console.stage(stage.name, stage.training.epochs, stage.data.train.samples * self.world.size) as progress:
             loop = StageLoop(stage, self.world, self.options, self._stop, progress.step)
+            if not self.world.main:  # all was made alike; from here on each process drops other units and draws other negatives
+                random_state.seed_all(random_state.derive(self.seed, stage.name, "stage", self.world.rank))
             state = torch.load(checkpoint, map_location="cpu", weights_only=True) if checkpoint.exists() else None
             if state is not None and state["stage"] == stage.name:
                 loop.load_state_dict(state)
@@ -149,7 +151,7 @@ class Run:
                         with loop.averaged_weights():
                             save_weights(loop.trained, folder / "best.safetensors", stage.metadata)
                     self._journal.append(line)
-                    for observe in self._observers:
+                    for observe in self.observers:
                         observe(line)
                 progress.epoch(line)
                 save()

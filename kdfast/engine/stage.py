@@ -15,7 +15,34 @@ from torch import Tensor, nn
 from kdfast.data import Batch, Loaders
 
 Outputs = Mapping[str, Tensor]
-Terms = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Mean:
+    """A loss term that is a mean over some rows of the batch only, as cross-entropy over those whose label is known.
+
+    Averages over batches weigh it by these rows. It can be multiplied by a number.
+
+    Attributes:
+        value: 0-dim; what is added to the loss.
+        rows: how many, 0-dim where the device alone knows. Where `value` is divided by a mean over processes, that mean.
+    """
+
+    value: Tensor
+    rows: Tensor | int
+
+    def __mul__(self, weight: float) -> "Mean":
+        return Mean(weight * self.value, self.rows)
+
+    __rmul__ = __mul__
+
+
+Terms = Mapping[str, Tensor | Mean]
+
+
+def means(terms: Terms, rows: int) -> dict[str, Mean]:
+    """The terms of a batch of so many rows: those that say nothing else are means over all of them."""
+    return {name: term if isinstance(term, Mean) else Mean(term, rows) for name, term in terms.items()}
 
 
 @dataclass(frozen=True)
@@ -27,7 +54,7 @@ class Training:
     batch_size: int = 64
     """Images an optimizer step, over all processes."""
     micro_batch: int | None = None
-    """Largest number of images in one forward pass; larger batches are accumulated."""
+    """Largest number of images in one forward pass, over all processes; larger batches are accumulated."""
     optimizer: Literal["sgd", "adamw", "lion"] = "sgd"
     """Optimizer by name."""
     lr: float = 0.05
@@ -79,6 +106,10 @@ class Training:
         if not 0 <= self.warmup < self.epochs:
             raise ValueError(f"warmup must be from 0 to below epochs ({self.epochs}), got {self.warmup}")
 
+    def micro_batch_of_one(self, processes: int) -> int | None:
+        """Largest number of images in a forward pass of one of so many processes; None: a whole batch."""
+        return None if self.micro_batch is None else max(1, self.micro_batch // processes)
+
 
 @dataclass(frozen=True)
 class Stage:
@@ -89,7 +120,7 @@ class Stage:
         train: modules whose parameters the optimizer gets; in train mode during epochs.
         forward: batch -> named tensors whose first dimension is the batch. "logits" [B, C], where given, is what accuracy is
             measured on; so are "logits/<head>", each by itself (val/top1/<head>).
-        loss: (outputs, batch) -> named scalar terms, means over the batch; their sum is minimized.
+        loss: (outputs, batch) -> named scalar terms, means over the batch, or a `Mean` over some of its rows; their sum is minimized.
         data: loaders; `train` and `val` are used.
         training: optimizer, schedule, epochs.
         frozen: modules in eval mode whose parameters need no gradient: teachers, finished encoders. Applied before `train`, so a

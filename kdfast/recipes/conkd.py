@@ -200,16 +200,17 @@ def _notebook(setup: Setup, settings: Settings, teacher: EmbeddingTeacher) -> St
     training = Training(
         epochs=settings.classify_epochs,
         batch_size=setup.training.batch_size,
+        micro_batch=setup.training.micro_batch,
         optimizer="lion",
         lr=settings.classify_lr,
-        micro_batch=setup.training.micro_batch,
         weight_decay=settings.classify_weight_decay,
         schedule="plateau",
         gamma=0.1,
         plateau_patience=3,
         early_stop=5,
     )
-    yield _classify("classify", encoder, head, training, setup.loaders(training), "last" if settings.keep_last_classifier else "best")
+    keep: Literal["best", "last"] = "last" if settings.keep_last_classifier else "best"
+    yield _classify("classify", encoder, head, training, setup.loaders(training), keep, hidden=setup.labels_hidden)
     return Trained(replace_head(encoder, head), replace(setup.student_spec, head="mlp"))
 
 
@@ -240,14 +241,14 @@ def train_teacher(setup: Setup, settings: Settings, given: Trained | None) -> St
     training = Training(
         epochs=settings.teacher_classify_epochs,
         batch_size=setup.teacher_training.batch_size,
-        optimizer="adamw",
         micro_batch=setup.teacher_training.micro_batch,
+        optimizer="adamw",
         lr=settings.teacher_classify_lr,
         weight_decay=0.01,
         schedule="constant",
     )
     data = setup.loaders(training, augment="conkd-teacher", all_labels=True)
-    yield _classify("teacher/classify", encoder, head, training, data, "best")
+    yield _classify("teacher/classify", encoder, head, training, data, "best", hidden=False)
     return Trained(EmbeddingTeacher(replace_head(encoder, head), projection), spec)
 
 
@@ -262,7 +263,9 @@ def _contrast_twice(embedding: Tensor, batch: Batch, settings: Settings) -> Tens
     )
 
 
-def _classify(name: str, encoder: nn.Module, head: nn.Module, training: Training, data: Loaders, keep: Literal["best", "last"]) -> Stage:
+def _classify(
+    name: str, encoder: nn.Module, head: nn.Module, training: Training, data: Loaders, keep: Literal["best", "last"], *, hidden: bool
+) -> Stage:
     def forward(batch: Batch) -> Outputs:
         with torch.no_grad():
             features = encoder(batch.images)
@@ -273,11 +276,12 @@ def _classify(name: str, encoder: nn.Module, head: nn.Module, training: Training
         train=(head,),
         frozen=(encoder,),
         forward=forward,
-        loss=lambda outputs, batch: {"ce": cross_entropy(outputs["logits"], batch.labels)},
+        loss=lambda outputs, batch: {"ce": cross_entropy(outputs["logits"], batch.labels, hidden=hidden)},
         data=data,
         training=training,
         best="val/loss",
         keep=keep,
+        couples_rows=hidden,
     )
 
 

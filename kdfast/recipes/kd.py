@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from kdfast.data import Batch
-from kdfast.engine.stage import Outputs
+from kdfast.engine.stage import Mean, Outputs
 from kdfast.models import ModelSpec
 from kdfast.recipes.recipe import Preset, Recipe, Setup, Stages, Trained, ce_and_kd, cross_entropy
 from kdfast.recipes.remembered import Remembered
@@ -64,10 +64,11 @@ def follow(name: str, setup: Setup, settings: Settings, student: nn.Module, spec
     return Trained(student, spec)
 
 
-def terms(student: Tensor, teacher: Tensor, labels: Tensor, settings: Settings, *, hidden: bool) -> dict[str, Tensor]:
+def terms(student: Tensor, teacher: Tensor, labels: Tensor, settings: Settings, *, hidden: bool) -> dict[str, Tensor | Mean]:
     """The terms of logits [B, C], for recipes that have others beside them; a teacher whose weight is 0 is left out."""
     if settings.kd_weight == 0:
-        return {"ce": settings.ce_weight * cross_entropy(student, labels, label_smoothing=settings.label_smoothing)}
+        ce = cross_entropy(student, labels, label_smoothing=settings.label_smoothing, hidden=hidden)
+        return {"ce": settings.ce_weight * ce}
     return ce_and_kd(
         student,
         teacher,

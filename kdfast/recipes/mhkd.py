@@ -69,7 +69,7 @@ def distil(setup: Setup, settings: Settings, teacher: nn.Module | None) -> Stage
         outputs |= {f"student {j}": head(F) for j, (head, F) in enumerate(zip(student_heads, ours))}
         return outputs | {f"teacher {j}": head(F) for j, (head, F) in enumerate(zip(teacher_heads, theirs))}
 
-    def distillation(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
+    def distillation(student: Tensor, teacher: Tensor, labels: Tensor, *, of: str = "", weight: float = 1.0) -> Terms:
         parts = ce_and_kd(
             student,
             teacher,
@@ -80,15 +80,15 @@ def distil(setup: Setup, settings: Settings, teacher: nn.Module | None) -> Stage
             label_smoothing=settings.label_smoothing,
             hidden=setup.labels_hidden,
         )
-        return torch.stack([*parts.values()]).sum()
+        return {f"{of}{name}": weight * part for name, part in parts.items()}
 
     def loss(outputs: Outputs, batch: Batch) -> Terms:
-        terms = {"ce+kd": distillation(outputs["logits"], outputs["teacher"], batch.labels)}
+        terms = dict(distillation(outputs["logits"], outputs["teacher"], batch.labels))
         for j in range(k):
             opinion = outputs[f"teacher {j}"]
-            terms[f"teacher {j}"] = cross_entropy(opinion, batch.labels)
+            terms[f"teacher {j}"] = cross_entropy(opinion, batch.labels, hidden=setup.labels_hidden)
             target = opinion if settings.pull_teacher_heads else opinion.detach()
-            terms[f"head {j}"] = settings.head_weight * distillation(outputs[f"student {j}"], target, batch.labels)
+            terms |= distillation(outputs[f"student {j}"], target, batch.labels, of=f"head {j} ", weight=settings.head_weight)
         return terms
 
     yield setup.stage(

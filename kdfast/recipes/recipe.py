@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kdfast.data import HIDDEN, ImageData, Loaders
-from kdfast.engine import Stage, StageResult, Training
+from kdfast.engine import Mean, Stage, StageResult, Training
 from kdfast.engine.distributed import all_processes, mean_over_processes
 from kdfast.engine.random_state import derive
 from kdfast.functional import kd_loss
@@ -196,16 +196,24 @@ class Recipe:
         object.__setattr__(self, "presets", {**self.presets, "large-batch": large})
 
 
-def cross_entropy(logits: Tensor, labels: Tensor, *, label_smoothing: float = 0.0) -> Tensor:
+def cross_entropy(logits: Tensor, labels: Tensor, *, label_smoothing: float = 0.0, hidden: bool = True) -> Mean:
     """Mean cross-entropy over the images whose label is not hidden (-100), of all processes together; 0 where all are hidden.
 
     Each process divides by the mean count over processes: averaging their gradients then gives the mean over all labelled images.
+
+    Args:
+        logits: [B, C].
+        labels: int64 [B].
+        label_smoothing: in [0, 1].
+        hidden: False promises that no label of any process is hidden, and spares counting them.
     """
     total = F.cross_entropy(at_least_float32(logits), labels, reduction="sum", label_smoothing=label_smoothing)
+    if not hidden:
+        return Mean(total / len(labels), len(labels))
     count = (labels != HIDDEN).sum()
     if torch.is_grad_enabled():  # in validation the processes may have different numbers of batches
         count = mean_over_processes(count)
-    return total / torch.where(count > 0, count, 1)
+    return Mean(total / torch.where(count > 0, count, 1), count)
 
 
 def alone_where_hidden(labels: Tensor, index: Tensor) -> Tensor:
@@ -220,7 +228,7 @@ def contrasted_processes() -> "dist.ProcessGroup | None":
 
 def ce_and_kd(
     student: Tensor, teacher: Tensor | Sequence[Tensor], labels: Tensor, *, ce_weight: float, kd_weight: float, hidden: bool, **options: Any
-) -> dict[str, Tensor]:
+) -> dict[str, Tensor | Mean]:
     """The terms of logit distillation: cross-entropy where there is a label, the teacher everywhere.
 
     One fused call where every image has its label. Where some are hidden the two terms have different rows, hence two calls:
@@ -228,8 +236,8 @@ def ce_and_kd(
     """
     if not hidden and ce_weight:
         return {"ce+kd": kd_loss(student, teacher, labels, ce_weight=ce_weight, kd_weight=kd_weight, **options)}
-    terms = {"kd": kd_loss(student, teacher, kd_weight=kd_weight, **options)}
+    terms: dict[str, Tensor | Mean] = {"kd": kd_loss(student, teacher, kd_weight=kd_weight, **options)}
     if ce_weight:
         smoothing = options.get("label_smoothing", 0.0)
-        terms["ce"] = ce_weight * cross_entropy(student, labels, label_smoothing=smoothing)
+        terms["ce"] = ce_weight * cross_entropy(student, labels, label_smoothing=smoothing, hidden=hidden)
     return terms

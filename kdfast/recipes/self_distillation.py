@@ -58,7 +58,7 @@ def distil(setup: Setup, settings: Settings, teacher: nn.Module | None) -> Stage
 
     def loss(outputs: Outputs, batch: Batch) -> Terms:
         features = feature_loss.feature_term(outputs["low"], outputs["high"])
-        ce = cross_entropy(outputs["logits"], batch.labels, label_smoothing=settings.label_smoothing)
+        ce = cross_entropy(outputs["logits"], batch.labels, label_smoothing=settings.label_smoothing, hidden=setup.labels_hidden)
         return {"feature": settings.alpha * features, "ce": (1 - settings.alpha) * ce}
 
     yield setup.stage(

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from kdfast.data import Batch
-from kdfast.engine.stage import Outputs, Terms
+from kdfast.engine.stage import Mean, Outputs, Terms
 from kdfast.losses import TOFDLoss
 from kdfast.models import Taps, separable_head, tap_shapes
 from kdfast.recipes import kd
@@ -120,7 +120,8 @@ def distil(setup: Setup, settings: Settings, teacher: nn.Module | None) -> Stage
     def loss(outputs: Outputs, batch: Batch) -> Terms:
         logits = [*(outputs[f"logits/{j}"] for j in range(k - 1)), outputs["logits"]]
         T = settings.temperature + settings.temperature_growth * (data.train.state_dict()["epoch"] + 1)
-        ce = [cross_entropy(z, batch.labels, label_smoothing=settings.label_smoothing) for z in logits]
+        smoothing, hidden = settings.label_smoothing, setup.labels_hidden
+        ce = [cross_entropy(z, batch.labels, label_smoothing=smoothing, hidden=hidden) for z in logits]
         terms = task_oriented.terms(
             [outputs[f"features {j}"] for j in range(k)],
             [outputs[f"target {j}"] for j in range(k)],
@@ -128,7 +129,7 @@ def distil(setup: Setup, settings: Settings, teacher: nn.Module | None) -> Stage
             [outputs[f"teacher {j}"] for j in range(k)],
             temperature=T,
         )
-        return {"ce": torch.stack(ce).sum()} | terms
+        return {"ce": Mean(torch.stack([one.value for one in ce]).sum(), ce[0].rows)} | terms
 
     yield setup.stage(
         "distil",

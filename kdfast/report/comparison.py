@@ -1,7 +1,7 @@
 """The table of `kdfast compare`, from its comparison.json."""
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from kdfast.machine import described
@@ -28,11 +28,21 @@ def _mean(values: list[float]) -> str:
     return f"{100 * statistics.mean(values):.2f}{spread}"
 
 
+def percent(fraction: float) -> str:
+    """0.05 -> 5%, 0.002 -> 0.2%."""
+    return f"{100 * fraction:.4g}%"
+
+
 def _words(settings: Mapping[str, Any]) -> str:
     """Settings as in: 30 epochs a stage, batch_size 64, lr 0.05."""
-    said = {"epochs": "{} epochs a stage", "optimizer": "{}", "precision": "{}", "label_fraction": "{:.0%} of the labels"}
+    said: dict[str, Callable[[Any], str]] = {
+        "epochs": "{} epochs a stage".format,
+        "optimizer": str,
+        "precision": str,
+        "label_fraction": lambda fraction: f"{percent(fraction)} of the labels",
+    }
     idle = {"label_fraction": 1.0, "precision": "auto"}
-    return ", ".join(said.get(key, f"{key} {{}}").format(value) for key, value in settings.items() if idle.get(key) != value)
+    return ", ".join(said.get(key, f"{key} {{}}".format)(value) for key, value in settings.items() if idle.get(key) != value)
 
 
 def _compared(rows: Sequence[Mapping[str, Any]]) -> str:

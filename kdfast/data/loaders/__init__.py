@@ -37,6 +37,7 @@ def make_loaders(
     data: ImageData,
     *,
     batch_size: int,
+    micro_batch: int | None = None,
     loader: str = "auto",
     train_transform: str | None = None,
     eval_transform: str | None = None,
@@ -58,6 +59,7 @@ def make_loaders(
     Args:
         data: of kdfast.data.load().
         batch_size: images a batch on this rank, in all three.
+        micro_batch: images at most in a batch of the test images, and of in_order(), where a network takes no more at once.
         loader: one of LOADERS; "auto" is choice()'s.
         train_transform: a name of kdfast.data.training_names().
         eval_transform: a name of kdfast.data.evaluation_names().
@@ -91,8 +93,9 @@ def make_loaders(
         loader, why = choice([(train, augment), (data.val, plain), (data.test, plain)], device)
         say(f"{loader} loader: {why}")
 
-    def of(split: Split, transform: Transform, *, training: bool) -> OrderedLoader:
+    def of(split: Split, transform: Transform, batch_size: int = batch_size, *, training: bool) -> OrderedLoader:
         options: dict[str, Any] = {
+            "in_order_size": micro_batch,
             "shuffle": training,
             "seed": seed,
             "device": device,
@@ -111,7 +114,9 @@ def make_loaders(
         return TorchvisionLoader(split, transform, batch_size, **options)
 
     return Loaders(
-        train=of(train, augment, training=True), val=of(data.val, plain, training=False), test=of(data.test, plain, training=False)
+        train=of(train, augment, training=True),
+        val=of(data.val, plain, training=False),  # losses see whole batches of these
+        test=of(data.test, plain, min(batch_size, micro_batch or batch_size), training=False),
     )
 
 

@@ -36,6 +36,7 @@ class OrderedLoader:
         split: images and labels.
         transform: of kdfast.data.transforms.
         batch_size: images a batch on this rank.
+        in_order_size: images a batch of in_order() at most.
         shuffle: a new order every epoch.
         seed: of order and augmentation.
         device: where batches are handed out.
@@ -57,6 +58,7 @@ class OrderedLoader:
         transform: Transform,
         batch_size: int,
         *,
+        in_order_size: int | None = None,
         shuffle: bool,
         seed: int,
         device: torch.device = torch.device("cpu"),
@@ -71,6 +73,8 @@ class OrderedLoader:
             raise DataError("a loader needs at least one image, got an empty split")
         if batch_size < 1 or views < 1:
             raise DataError(f"batch_size and views must be at least 1, got {batch_size} and {views}")
+        if in_order_size is not None and in_order_size < 1:
+            raise DataError(f"micro_batch must be at least 1, got {in_order_size}")
         if views > 1 and not transform.random:
             raise DataError(f"{views} views of an image need a transform that draws random numbers: they would all be the same")
         if dtype not in (torch.float32, torch.bfloat16, torch.float16):
@@ -81,6 +85,7 @@ class OrderedLoader:
             raise DataError(f"{len(split)} images cannot be shared by {world_size} ranks")
         self._split, self._transform = split, transform
         self._batch_size = batch_size
+        self._in_order_size = min(batch_size, in_order_size or batch_size)
         self._shuffle, self._seed = shuffle, seed
         self._rank, self._world_size = rank, world_size
         self._drop_last = drop_last
@@ -130,7 +135,7 @@ class OrderedLoader:
 
     def in_order(self) -> Iterator[Batch]:
         """All images by their index, on every rank; the position stays where it is."""
-        pieces = torch.arange(len(self._split)).split(self._batch_size)
+        pieces = torch.arange(len(self._split)).split(self._in_order_size)
         yield from self._batches([Request(self._epoch, piece.tolist()) for piece in pieces])
 
     def _batches(self, requests: list[Request]) -> Iterator[Batch]:
