@@ -126,6 +126,7 @@ def _chosen(command: str, arguments: Sequence[str], *names: str) -> argparse.Nam
     parser = argparse.ArgumentParser(prog=f"kdfast {command}", usage=f"kdfast {command} --help", add_help=False, allow_abbrev=False)
     for name in names:
         parser.add_argument(f"--{name}")
+    parser.add_argument("--resume", action=argparse.BooleanOptionalAction)
     return parser.parse_known_args([a.replace("_", "-") if a.startswith("--") and "=" not in a else a for a in arguments])[0]
 
 
@@ -142,6 +143,18 @@ def _without(arguments: Sequence[str], option: str) -> list[str]:
     return kept
 
 
+def _written(chosen: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    """The config.toml that options not given are taken from, and its path: the one named, or of the run that is resumed, or none."""
+    from kdfast.commands import config
+
+    if chosen.config:
+        return config.read_toml(Path(chosen.config)), chosen.config
+    if chosen.resume and chosen.out:
+        path = config.of_run(Path(chosen.out))
+        return config.read_toml(path), str(path)
+    return {}, ""
+
+
 def _distill(arguments: Sequence[str]) -> None:
     from kdfast.commands.distill import distill
 
@@ -153,16 +166,18 @@ def _distillation(command: str, arguments: Sequence[str]) -> Any:
     from kdfast import recipes
     from kdfast.commands import config
 
-    chosen = _chosen("distill", arguments, "recipe", "preset", "dataset", "config")
-    table = config.read_toml(Path(chosen.config)) if chosen.config else {}
+    chosen = _chosen("distill", arguments, "recipe", "preset", "dataset", "config", "out")
+    table, source = _written(chosen)
     for name in ("recipe", "preset"):
-        if chosen.config and getattr(chosen, name) not in (None, table.get(name)):
-            raise ValueError(f"{name} is {getattr(chosen, name)} on the command line and {table.get(name)} in {chosen.config}: give one")
+        here, there = getattr(chosen, name), table.get(name)
+        if table and here not in (None, there):
+            if not chosen.config:
+                raise ValueError(config.foreign(Path(chosen.out), [f"{name} is {there} there and {here} here"]))
+            raise ValueError(f"{name} is {here} on the command line and {there} in {source}: give one")
     recipe = recipes.get(chosen.recipe or table.get("recipe", "conkd"))
     preset = chosen.preset or table.get("preset", "default")
     default = config.defaults(recipe, preset, chosen.dataset or table.get("data", {}).get("dataset"))
-    if table:
-        default = config.filled(default, table, chosen.config)
+    default = config.filled(default, table, source)
     return _parse(config.Distill[recipe.settings], _without(arguments, "--config"), command, default)  # type: ignore[name-defined]
 
 
@@ -194,11 +209,10 @@ def _teacher(arguments: Sequence[str]) -> None:
     from kdfast.commands import config
     from kdfast.commands.teacher import teach
 
-    chosen = _chosen("teacher", arguments, "dataset", "config")
-    table = config.read_toml(Path(chosen.config)) if chosen.config else {}
+    chosen = _chosen("teacher", arguments, "dataset", "config", "out")
+    table, source = _written(chosen)
     default = config.teach_defaults(chosen.dataset or table.get("data", {}).get("dataset"))
-    if table:
-        default = config.filled(default, table, chosen.config)
+    default = config.filled(default, table, source)
     teach(_parse(config.Teach, _without(arguments, "--config"), "teacher", default))
 
 

@@ -303,6 +303,10 @@ def test_compare_runs_a_grid_once_with_one_teacher(tmp_path: Path, capsys: pytes
     assert found["settings"]["label_fraction"] == 0.05
     assert not any("own" in row for row in found["rows"])
     capsys.readouterr()
+    assert kdfast(*grid, "--student", "resnet14") == 1
+    assert re.search(
+        "kd belongs to another configuration: student is resnet8 there and resnet14 here; give --out another", sentence(capsys)
+    )
     assert kdfast("compare", "--recipes", "kd,dhi") == 1
     assert "did you mean" in sentence(capsys)
     assert kdfast("compare", "--recipes", "kd", "--resume") == 1
@@ -428,6 +432,99 @@ def test_a_signal_saves_and_leaves_with_a_clear_line(tmp_path: Path, number: sig
     assert torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["stage"].startswith(("teacher", "seed0"))
 
 
+def cut_short(monkeypatch: pytest.MonkeyPatch, write: int, *arguments: object) -> None:
+    """Runs a command that is killed at its `write`-th write of a file."""
+    real, left = os.replace, [write]
+
+    def replaced(*paths: object) -> None:
+        left[0] -= 1
+        if left[0] == 0:
+            raise KeyboardInterrupt
+        real(*paths)
+
+    monkeypatch.setattr(os, "replace", replaced)
+    assert kdfast(*arguments) == 130
+    monkeypatch.setattr(os, "replace", real)
+
+
+def test_resume_with_out_takes_the_options_of_the_run(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
+    """As README and docs/large-batch.md say it: options need not be repeated, and one that is must be the same."""
+    run = tmp_path / "run"
+    cut_short(monkeypatch, 12, "distill", *SMALL, "--seeds", 2, "--out", run)
+    capsys.readouterr()
+    for wrong, message in (
+        (["--lr", 0.5], "belongs to another configuration: lr is 0.001 there and 0.5 here"),
+        (["--recipe", "lskd"], "belongs to another configuration: recipe is kd there and lskd here"),
+        (["--preset", "dih-code"], "belongs to another configuration: preset is default there and dih-code here"),
+    ):
+        assert kdfast("distill", "--resume", *wrong, "--out", run) == 1
+        assert message in sentence(capsys)
+    assert kdfast("distill", "--resume", "--student", "resnet8", "--out", run) == 0
+    assert metrics(run) == metrics(finished)
+    assert (run / "best.safetensors").read_bytes() == (finished / "best.safetensors").read_bytes()
+
+
+def test_a_teachers_run_is_resumed_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    options = ["teacher", "--model", "resnet8", "--epochs", 3, "--max-images", 200]
+    assert kdfast(*options, "--out", tmp_path / "whole") == 0
+    cut_short(monkeypatch, 5, *options, "--out", tmp_path / "cut")
+    assert kdfast("teacher", "--out", tmp_path / "cut", "--resume") == 0
+    assert metrics(tmp_path / "cut") == metrics(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("command", ["distill", "teacher"])
+def test_resuming_nothing_is_an_error(command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    for more, message in (
+        (["--out", "empty"], "--resume: empty holds no run, so there is nothing to continue"),
+        (["--out", "nowhere"], "--resume: nowhere is no folder, so there is nothing to continue"),
+        ([], "--resume: there are no runs under runs/"),
+    ):
+        assert kdfast(command, "--resume", *more) == 1
+        assert message in sentence(capsys)
+    assert [p.name for p in tmp_path.rglob("*")] == ["empty"], "nothing was begun"
+
+
+def test_resuming_a_run_that_is_not_there_names_those_that_are(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(finished, tmp_path / "runs" / "first")
+    assert kdfast("distill", *SMALL, "--seeds", 2, "--lr", 0.5, "--resume") == 1
+    said = sentence(capsys)
+    assert "no run under runs/ has these options, the newest are runs/first (lr is 0.001 there and 0.5 here): name one with --out" in said
+    assert kdfast("teacher", "--resume") == 1
+    assert "runs/first (recipe is kd there and none (kdfast teacher) here)" in sentence(capsys)
+    assert kdfast("distill", *SMALL, "--seeds", 2, "--resume") == 0, "the very same options find it, whatever it is called"
+    assert {p.name for p in (tmp_path / "runs").iterdir()} == {"first"}
+
+
+@pytest.mark.parametrize("content", [b"", b"no checkpoint", "cut"])
+def test_a_damaged_checkpoint_is_named_and_can_be_deleted(finished: Path, tmp_path: Path, content, monkeypatch: pytest.MonkeyPatch, capsys):
+    run = tmp_path / "run"
+    cut_short(monkeypatch, 14, "distill", *SMALL, "--seeds", 2, "--out", run)
+    checkpoint = run / "checkpoint.pt"
+    checkpoint.write_bytes(checkpoint.read_bytes()[:5000] if content == "cut" else content)
+    capsys.readouterr()
+    assert kdfast("distill", "--out", run, "--resume") == 1
+    assert re.search("checkpoint.pt is damaged: delete it to continue from the last finished stage$", sentence(capsys))
+    checkpoint.unlink()
+    assert kdfast("distill", "--out", run, "--resume") == 0
+    assert metrics(run) == metrics(finished)
+
+
+@pytest.mark.parametrize("name", ["best.safetensors", "last.safetensors", "stage.json"])
+def test_a_damaged_stage_is_named_and_can_be_deleted(finished: Path, tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]):
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    stage = run / "stages" / "seed1" / "distil"
+    (stage / name).write_bytes((stage / name).read_bytes()[:20])
+    assert kdfast("distill", "--out", run, "--resume") == 1
+    assert f"delete {stage} and the folders of the stages after it to train these again" in sentence(capsys)
+    shutil.rmtree(stage)
+    assert kdfast("distill", "--out", run, "--resume") == 0
+    assert metrics(run) == metrics(finished)
+
+
 # ---- one sentence each -----------------------------------------------------------------------------------------------
 
 
@@ -475,7 +572,7 @@ def test_a_class_missing_in_val(tmp_path: Path, capsys: pytest.CaptureFixture[st
 
 def test_a_run_folder_of_another_configuration(finished: Path, capsys: pytest.CaptureFixture[str]):
     assert kdfast("distill", *SMALL, "--seeds", 2, "--lr", 0.5, "--out", finished, "--resume") == 1
-    assert "belongs to another configuration: lr is 0.001 there and 0.5 here" in sentence(capsys)
+    assert re.search("belongs to another configuration: lr is 0.001 there and 0.5 here; give --out another folder$", sentence(capsys))
 
 
 def test_a_run_folder_needs_resume(finished: Path, capsys: pytest.CaptureFixture[str]):

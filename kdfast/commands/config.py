@@ -8,7 +8,7 @@ teacher's too, but for what it says under "teacher_training.<field>".
 
 import json
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from types import UnionType
@@ -80,7 +80,7 @@ class RunOptions:
     out: Path | None = None
     """Run folder; none: a new one under runs/."""
     resume: bool = False
-    """Continue the run in its folder (without --out: the newest one of this configuration)."""
+    """Continue the run in --out, whose options need not be repeated; without --out the newest run under runs/ that has the very same."""
     log: tuple[Literal["tensorboard", "wandb"], ...] = ()
     """Also log to these."""
 
@@ -297,6 +297,19 @@ def _plain(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else value
 
 
+def of_run(folder: Path) -> Path:
+    """The config.toml of the run in a folder.
+
+    Raises:
+        ValueError: there is no run in it.
+    """
+    path = folder / "config.toml"
+    if not path.is_file():
+        what = "holds no run" if folder.is_dir() else "is no folder"
+        raise ValueError(f"--resume: {folder} {what}, so there is nothing to continue; without --resume a run begins there")
+    return path
+
+
 def read_toml(path: Path) -> dict[str, Any]:
     """The tables of a config.toml.
 
@@ -352,6 +365,11 @@ def _converted(value: Any, hint: Any, what: str) -> Any:
     if isinstance(hint, type) and type(value) is hint:
         return value
     raise ValueError(f"{what} must be {getattr(hint, '__name__', hint)}, got {value!r}")
+
+
+def foreign(folder: Path, found: Sequence[str]) -> str:
+    """Why a run folder cannot be taken; `found` is what differences() says."""
+    return f"run folder {folder} belongs to another configuration: {'; '.join(found[:5])}; give --out another folder"
 
 
 def differences(ours: Any, theirs: Any, prefix: str = "") -> list[str]:
