@@ -114,6 +114,9 @@ def _fail(sentence: str, status: int = 1) -> int:
 # ---- commands --------------------------------------------------------------------------------------------------------
 
 
+_EPOCHS = ("epochs", "warmup")
+
+
 def _parse(kind: Any, arguments: Sequence[str], name: str, default: Any = None) -> Any:
     import tyro
 
@@ -166,7 +169,9 @@ def _distillation(command: str, arguments: Sequence[str]) -> Any:
     from kdfast import recipes
     from kdfast.commands import config
 
-    chosen = _chosen("distill", arguments, "recipe", "preset", "dataset", "config", "out")
+    chosen = _chosen(
+        "distill", arguments, "recipe", "preset", "dataset", "config", "out", *_EPOCHS, *(f"teacher-training.{name}" for name in _EPOCHS)
+    )
     table, source = _written(chosen)
     for name in ("recipe", "preset"):
         here, there = getattr(chosen, name), table.get(name)
@@ -177,7 +182,7 @@ def _distillation(command: str, arguments: Sequence[str]) -> Any:
     recipe = recipes.get(chosen.recipe or table.get("recipe", "conkd"))
     preset = chosen.preset or table.get("preset", "default")
     default = config.defaults(recipe, preset, chosen.dataset or table.get("data", {}).get("dataset"))
-    default = config.filled(default, table, source)
+    default = config.filled(default, config.with_epochs(table, vars(chosen)), source)
     return _parse(config.Distill[recipe.settings], _without(arguments, "--config"), command, default)  # type: ignore[name-defined]
 
 
@@ -209,10 +214,10 @@ def _teacher(arguments: Sequence[str]) -> None:
     from kdfast.commands import config
     from kdfast.commands.teacher import teach
 
-    chosen = _chosen("teacher", arguments, "dataset", "config", "out")
+    chosen = _chosen("teacher", arguments, "dataset", "config", "out", *_EPOCHS)
     table, source = _written(chosen)
     default = config.teach_defaults(chosen.dataset or table.get("data", {}).get("dataset"))
-    default = config.filled(default, table, source)
+    default = config.filled(default, config.with_epochs(table, vars(chosen)), source)
     teach(_parse(config.Teach, _without(arguments, "--config"), "teacher", default))
 
 

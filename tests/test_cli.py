@@ -541,12 +541,47 @@ def write_images(folder: Path, count: int = 4) -> Path:
 
 FOLDER = ["--recipe", "kd", "--seeds", 1, "--student", "resnet8", "--teacher-model", "resnet8", "--epochs", 1, "--image-size", 32]
 FOLDER += ["--teacher-training.epochs", 1, "--val-fraction", 0.3, "--batch-size", 4, "--teacher-training.batch-size", 4, "--workers", 0]
-FOLDER += ["--warmup", 0, "--teacher-training.warmup", 0]
 
 
-def test_an_image_folder_trains(tmp_path: Path):
+@pytest.mark.parametrize(
+    ("arguments", "toml", "training", "teacher_training"),  # epochs, warmup
+    [
+        (["--epochs", "1"], "", (1, 0), (60, 2)),
+        (["--epochs=2", "--teacher-training.epochs", "1"], "", (2, 1), (1, 0)),
+        (["--epochs", "3"], "", (3, 2), (60, 2)),
+        (["--epochs", "1", "--warmup", "0"], "", (1, 0), (60, 2)),
+        (["--preset", "large-batch", "--epochs", "4"], "", (4, 3), (60, 5)),
+        ([], "[training]\nepochs = 1\n[teacher_training]\nepochs = 2\n", (1, 0), (2, 1)),
+        (["--epochs", "2"], "[training]\nepochs = 1\n", (2, 1), (60, 2)),
+        (["--epochs", "5"], "[training]\nwarmup = 1\n", (5, 1), (60, 2)),
+    ],
+)
+def test_a_warmup_that_nobody_asked_for_is_cut_to_the_epochs(arguments, toml: str, training, teacher_training, tmp_path: Path):
+    (tmp_path / "c.toml").write_text(toml)
+    made = cli._distillation("distill", ["--dataset", str(tmp_path), "--config", str(tmp_path / "c.toml"), *arguments])
+    assert (made.training.epochs, made.training.warmup) == training
+    assert (made.teacher_training.epochs, made.teacher_training.warmup) == teacher_training
+
+
+@pytest.mark.parametrize("command", ["distill", "teacher"])
+def test_a_warmup_that_was_asked_for_and_is_too_long_is_an_error(command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    (tmp_path / "c.toml").write_text("[training]\nwarmup = 2\n")
+    message = "warmup must be from 0 to below epochs (1), got 2"
+    assert kdfast(command, "--dataset", tmp_path, "--epochs", 1, "--config", tmp_path / "c.toml") == 1
+    assert message in sentence(capsys)
+    with pytest.raises(SystemExit):
+        kdfast(command, "--dataset", tmp_path, "--epochs", 1, "--warmup", 2)
+    assert message in capsys.readouterr().err
+
+
+def test_an_image_folder_trains_one_epoch(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     images = write_images(tmp_path / "images", 6)
     assert kdfast("distill", "--dataset", images, *FOLDER, "--out", tmp_path / "run") == 0
+    shown = capsys.readouterr().out
+    assert "resnet8, 1 epoch, batch 4" in shown
+    assert "seed0/distil: 1 epoch in" in shown
+    teacher = ["--model", "resnet8", "--epochs", 1, "--image-size", 32, "--val-fraction", 0.3, "--batch-size", 4, "--workers", 0]
+    assert kdfast("teacher", "--dataset", images, *teacher, "--out", tmp_path / "teacher") == 0
 
 
 def test_a_truncated_image_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

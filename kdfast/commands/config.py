@@ -3,7 +3,7 @@
 Values come in four layers, the later over the earlier: the dataclasses' own, what suits the data set (DATASETS), the recipe's preset,
 the command line (or a config.toml). Of the data set a preset that reproduces a source takes only the networks: how they are trained is
 the source's business. A key stands for the field of that name wherever it is; what a data set or a preset says of training holds for the
-teacher's too, but for what it says under "teacher_training.<field>".
+teacher's too, but for what it says under "teacher_training.<field>". A warm-up of a lower layer is cut to fit the epochs of a higher one.
 """
 
 import json
@@ -297,6 +297,21 @@ def _plain(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else value
 
 
+def with_epochs(table: Mapping[str, Any], given: Mapping[str, str | None]) -> Mapping[str, Any]:
+    """A config.toml's table with the command line's epochs in it: filled() then cuts a warm-up that nobody asked for to fit them.
+
+    Args:
+        table: empty where there is no config.toml.
+        given: the command line's text of epochs, warmup, teacher_training.epochs and teacher_training.warmup, as far as they are there.
+            What is no number is left to the parser.
+    """
+    for part, prefix in (("training", ""), ("teacher_training", "teacher_training.")):
+        epochs = given.get(f"{prefix}epochs") or ""
+        if epochs.isdecimal() and int(epochs) > 0 and given.get(f"{prefix}warmup") is None:
+            table = {**table, part: {**table.get(part, {}), "epochs": int(epochs)}}
+    return table
+
+
 def of_run(folder: Path) -> Path:
     """The config.toml of the run in a folder.
 
@@ -340,6 +355,8 @@ def filled(config: C, table: Mapping[str, Any], source: str) -> C:
             values[name] = filled(part, table.get(name, {}), f"{source} [{name}]")
         elif name in table:
             values[name] = _converted(table[name], hints[name], f"{source}: {name}")
+    if isinstance(config, Training) and "epochs" in table and "warmup" not in table:  # what suits 60 epochs may be too long for one
+        values["warmup"] = min(config.warmup, max(0, values["epochs"] - 1))
     return replace(config, **values)  # type: ignore[type-var]
 
 
