@@ -38,6 +38,7 @@ kdfast distill --dataset PATH --teacher WEIGHTS ...  your own images
 kdfast COMMAND --help                                every option of a command
 """
 
+CONFIG = "With --config FILE a config.toml says what is not given here."
 
 COMPARE = """usage: kdfast compare [--recipes a,b,c] [--out FOLDER] [options of kdfast distill]
 
@@ -117,11 +118,11 @@ def _fail(sentence: str, status: int = 1) -> int:
 _EPOCHS = ("epochs", "warmup")
 
 
-def _parse(kind: Any, arguments: Sequence[str], name: str, default: Any = None) -> Any:
+def _parse(kind: Any, arguments: Sequence[str], name: str, default: Any = None, description: str | None = None) -> Any:
     import tyro
 
     keywords = {} if default is None else {"default": default}
-    return tyro.cli(kind, args=list(arguments), prog=f"kdfast {name}", **keywords)
+    return tyro.cli(kind, args=list(arguments), prog=f"kdfast {name}", description=description, **keywords)
 
 
 def _chosen(command: str, arguments: Sequence[str], *names: str) -> argparse.Namespace:
@@ -183,7 +184,8 @@ def _distillation(command: str, arguments: Sequence[str]) -> Any:
     preset = chosen.preset or table.get("preset", "default")
     default = config.defaults(recipe, preset, chosen.dataset or table.get("data", {}).get("dataset"))
     default = config.filled(default, config.with_epochs(table, vars(chosen)), source)
-    return _parse(config.Distill[recipe.settings], _without(arguments, "--config"), command, default)  # type: ignore[name-defined]
+    kind = config.Distill[recipe.settings]  # type: ignore[name-defined]
+    return _parse(kind, _without(arguments, "--config"), command, default, f"{config.Distill.__doc__} {CONFIG}")
 
 
 def _compare(arguments: Sequence[str]) -> None:
@@ -218,7 +220,7 @@ def _teacher(arguments: Sequence[str]) -> None:
     table, source = _written(chosen)
     default = config.teach_defaults(chosen.dataset or table.get("data", {}).get("dataset"))
     default = config.filled(default, config.with_epochs(table, vars(chosen)), source)
-    teach(_parse(config.Teach, _without(arguments, "--config"), "teacher", default))
+    teach(_parse(config.Teach, _without(arguments, "--config"), "teacher", default, f"{config.Teach.__doc__} {CONFIG}"))
 
 
 def _simple(module: str, options: str, function: str) -> Callable[[Sequence[str]], None]:

@@ -665,7 +665,9 @@ def test_a_loss_that_explodes_is_named(tmp_path: Path, capsys: pytest.CaptureFix
         (["distill", "--normalization", "none"], "normalization must be one of"),
         (["distill", "--student-options", "shortcut"], "student_options must be key=value, got 'shortcut'"),
         (["distill", "--device", "tpu"], "device must be auto, cpu, cuda or cuda:N"),
-        (["distill", "--label-fraction", "0"], "fraction"),
+        (["distill", "--label-fraction", "0"], "label_fraction must be above 0 and at most 1, got 0.0"),
+        (["distill", "--label-fraction", "2"], "label_fraction must be above 0 and at most 1, got 2.0"),
+        (["compare", "--label-fraction", "nan"], "label_fraction must be above 0 and at most 1, got nan"),
         (["distill", "--seeds", "0"], "seeds must be at least 1"),
         (["distill", "--temperature", "0"], "temperature must be positive"),
         (["eval", "/nowhere"], "there is no such path"),
@@ -687,6 +689,25 @@ def test_bad_input_is_one_sentence(arguments: list[str], message: str, tmp_path:
     else:
         assert message in sentence(capsys)
     assert status != 0
+
+
+def test_help_names_what_there_is(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    from kdfast.benchmarks import operators
+
+    monkeypatch.setenv("COLUMNS", "80")  # more would be two columns
+    for command, shown, hidden in (
+        (["distill"], ['Training augmentation by name (docs/loaders.md); "none" only resizes images. (default: the data set\'s own)'], []),
+        (["distill", "--preset", "notebook"], ['"none" only resizes images. (default: conkd-student)'], []),
+        (["teacher"], ["--config FILE", "--seed INT"], ["--seeds", "--baseline", "--strict"]),
+        (["eval"], ["(default: the run's)"], ["--augment", "--label-fraction"]),
+        (["bench", "kernels"], [*operators.OPERATORS, *operators.ELSEWHERE], []),
+    ):
+        with pytest.raises(SystemExit):
+            kdfast(*command, "--help")
+        said = " ".join(re.sub("[│╭╮╰╯─]", " ", capsys.readouterr().out).split())
+        assert not [words for words in shown if words not in said]
+        assert not [words for words in hidden if words in said]
+        assert "data set's own. (default: None)" not in said
 
 
 def test_a_config_of_another_kind_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

@@ -27,13 +27,15 @@ BENCHES = {
 }
 OVERVIEW = "usage: kdfast bench {}\n\n{}".format("|".join(BENCHES), "\n".join(f"  {name:<9}{what}" for name, what in BENCHES.items()))
 
+_HELP = f"Of {', '.join(operators.OPERATORS)}; {', '.join(f'{name} has {command}' for name, command in operators.ELSEWHERE.items())}."
+_Operators = Annotated[tuple[str, ...], tyro.conf.arg(help=_HELP, help_behavior_hint="(default: all)")]
+
 
 @dataclass(frozen=True)
 class Kernels:
     """Measure the operators on this machine: time, share of the floor, memory and error, beside eager PyTorch and torch.compile."""
 
-    operators: tuple[str, ...] = ()
-    """Of kd_loss, supcon_loss, Lion, attention_transfer_loss; none: all."""
+    operators: _Operators = ()
     tier: Literal["quick", "usual", "long"] = "quick"
     """How many and how large cases: about a minute, some minutes, or all."""
     dtype: Literal["float32", "bfloat16"] = "float32"

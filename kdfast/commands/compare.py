@@ -22,7 +22,7 @@ from rich.console import Console as RichConsole
 from rich.table import Table
 
 from kdfast import files, machine, recipes, report
-from kdfast.commands.config import Distill, Teach
+from kdfast.commands.config import Distill, Teach, TeachRunOptions
 from kdfast.commands.distill import distill
 from kdfast.commands.teacher import teach
 from kdfast.report import comparison
@@ -74,7 +74,7 @@ def _teacher(config: Distill[Any], folder: Path) -> Teach:
         pretrained=config.teacher_pretrained,
         data=replace(config.data, label_fraction=1.0),
         training=config.teacher_training,
-        run=replace(config.run, out=folder, resume=_begun(folder), seeds=1),
+        run=TeachRunOptions(**vars(replace(config.run, out=folder, resume=_begun(folder), seeds=1))),
     )
 
 

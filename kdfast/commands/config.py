@@ -23,6 +23,15 @@ from kdfast.recipes.plus import Term
 S = TypeVar("S")
 C = TypeVar("C")
 FLAT = tyro.conf.OmitArgPrefixes  # --epochs, not --training.epochs
+Absent = Annotated[S, tyro.conf.Fixed, tyro.conf.Suppress]  # a field that is no option of the command
+
+
+def unsaid(what: str) -> Any:
+    """Help that says what None or an empty text stands for, where that is the default."""
+    return tyro.conf.arg(help_behavior_hint=lambda default: f"(default: {what if default in ('None', repr('')) else default})")
+
+
+OWN = unsaid("the data set's own")
 
 
 @dataclass(frozen=True)
@@ -41,18 +50,22 @@ class DataOptions:
     """At most so many training images, the same share of every class."""
     max_bad_files: int = 0
     """Leave out up to so many image files that cannot be read; more end the run before it begins."""
-    image_size: int | None = None
-    """Pixels; none: the data set's own."""
-    augment: str | None = None
-    """Training augmentation by name; none: the data set's own."""
-    evaluation: str | None = None
-    """How images are sized for evaluation: none, squash, center-crop; none given: the data set's own."""
-    normalization: str | None = None
-    """Mean and deviation by name: imagenet, cifar10, ...; none: the data set's own."""
+    image_size: Annotated[int | None, OWN] = None
+    """Pixels."""
+    augment: Annotated[str | None, OWN] = None
+    """Training augmentation by name (docs/loaders.md); "none" only resizes images."""
+    evaluation: Annotated[str | None, OWN] = None
+    """How images are sized for evaluation: squash, center-crop, or "none" where they have the size already."""
+    normalization: Annotated[str | None, OWN] = None
+    """Mean and deviation by name: imagenet, cifar10, ..."""
     loader: Literal["auto", "dali", "resident", "torchvision"] = "auto"
     """Where images come from; auto: on the device if they fit there, else DALI where installed, else torchvision."""
-    workers: int | None = None
-    """Loader processes (torchvision) or threads (dali); none: chosen by the data."""
+    workers: Annotated[int | None, unsaid("chosen by the data")] = None
+    """Loader processes (torchvision) or threads (dali)."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.label_fraction <= 1:
+            raise ValueError(f"label_fraction must be above 0 and at most 1, got {self.label_fraction}")
 
 
 @dataclass(frozen=True)
@@ -67,8 +80,8 @@ class RunOptions:
     """Train the same student without the teacher too, for comparison."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
-    threads: int | None = None
-    """CPU threads; none: as many as there are cores."""
+    threads: Annotated[int | None, unsaid("as many as there are cores")] = None
+    """CPU threads."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Autocast; auto: bf16 on CUDA, fp32 on the CPU."""
     compile: Literal["auto", "on", "off"] = "auto"
@@ -77,8 +90,8 @@ class RunOptions:
     """A teacher that is no better than chance is an error, not a warning."""
     checkpoint_minutes: float = 15.0
     """Save at least this often within long epochs; every epoch's end is saved anyway."""
-    out: Path | None = None
-    """Run folder; none: a new one under runs/."""
+    out: Annotated[Path | None, unsaid("a new one under runs/")] = None
+    """Run folder."""
     resume: bool = False
     """Continue the run in --out, whose options need not be repeated; without --out the newest run under runs/ that has the very same."""
     log: tuple[Literal["tensorboard", "wandb"], ...] = ()
@@ -109,8 +122,8 @@ class Distill(Generic[S]):
     """Teacher's architecture (kdfast list models), or package.module:function."""
     teacher_options: tuple[str, ...] = ()
     """Options of the teacher's architecture, key=value."""
-    teacher_normalization: str | None = None
-    """Normalization that the teacher's weights expect; none: read from the file, else the student's."""
+    teacher_normalization: Annotated[str | None, unsaid("read from the file, else the student's")] = None
+    """Normalization that the teacher's weights expect."""
     teacher_pretrained: bool = False
     """Start the teacher from torchvision's ImageNet weights."""
     student: str = "resnet20"
@@ -134,6 +147,16 @@ class Distill(Generic[S]):
 
 
 @dataclass(frozen=True)
+class TeachRunOptions(RunOptions):
+    """Where and how to run."""
+
+    # of a distillation; config.toml has them all the same
+    seeds: Absent[int] = 1
+    baseline: Absent[bool] = True
+    strict: Absent[bool] = False
+
+
+@dataclass(frozen=True)
 class Teach:
     """Supervised training of one network, for use as a teacher."""
 
@@ -147,7 +170,7 @@ class Teach:
     """Label smoothing of the cross-entropy."""
     data: Annotated[DataOptions, FLAT] = DataOptions()
     training: Annotated[Training, FLAT] = Training()
-    run: Annotated[RunOptions, FLAT] = RunOptions()
+    run: Annotated[TeachRunOptions, FLAT] = TeachRunOptions()
 
 
 _CIFAR = {

@@ -15,6 +15,7 @@ from rich.table import Table
 from torch import Tensor
 
 from kdfast import files
+from kdfast.commands.config import OWN
 from kdfast.commands.session import checking
 from kdfast.data import Checked, DataError, ImageData, Split, check, evaluation_transform, load, training_transform
 from kdfast.data.images import EXTENSIONS, find
@@ -160,10 +161,10 @@ class Preview:
     """Data set by name (kdfast list datasets), or the path of an image folder."""
     data_dir: Path | None = None
     """Where the data set is, or is downloaded to."""
-    transform: str | None = None
-    """Training augmentation by name; none: the data set's own."""
-    image_size: int | None = None
-    """Pixels; none: the data set's own."""
+    transform: Annotated[str | None, OWN] = None
+    """Training augmentation by name; "none" only resizes images."""
+    image_size: Annotated[int | None, OWN] = None
+    """Pixels."""
     count: int = 8
     """Images, of one class after another."""
     seed: int = 0

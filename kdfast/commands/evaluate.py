@@ -12,13 +12,24 @@ from rich.table import Table
 
 from kdfast import files
 from kdfast.commands import artifact, config
-from kdfast.commands.config import FLAT, DataOptions
+from kdfast.commands.config import FLAT, Absent, DataOptions, unsaid
 from kdfast.commands.session import load_data
 from kdfast.data import make_loaders
 from kdfast.engine import Evaluation, evaluate, join
 from kdfast.models import parameter_count
 
 MATRIX_CLASSES = 25  # more do not fit a terminal
+
+
+@dataclass(frozen=True)
+class EvalData(DataOptions):
+    """Which images, and how they are shown."""
+
+    dataset: Annotated[str, unsaid("the run's")] = ""
+    """Data set by name (kdfast list datasets), or the path of an image folder."""
+    # of training
+    augment: Absent[str | None] = None
+    label_fraction: Absent[float] = 1.0
 
 
 @dataclass(frozen=True)
@@ -41,7 +52,7 @@ class Eval:
     """auto, cpu, cuda or cuda:N."""
     json: Path | None = None
     """Also write the numbers to this file."""
-    data: Annotated[DataOptions, FLAT] = DataOptions(dataset="")
+    data: Annotated[EvalData, FLAT] = EvalData()
 
 
 def run_eval(options: Eval) -> Evaluation:
@@ -52,7 +63,8 @@ def run_eval(options: Eval) -> Evaluation:
     """
     console = Console(soft_wrap=True)
     artifact.find(options.weights)
-    data_options, seed = options.data, options.seed
+    data_options: DataOptions = options.data
+    seed = options.seed
     remembered = Path(options.weights) / "config.toml"
     if remembered.exists():
         data_options, seed = _as_trained(remembered, data_options, seed)
@@ -96,7 +108,7 @@ def _as_trained(path: Path, given: DataOptions, seed: int) -> tuple[DataOptions,
     """The data options of the run, with what was given now over them."""
     table = config.read_toml(path)
     theirs = config.filled(DataOptions(), table.get("data", {}), str(path))
-    changed = {f.name: getattr(given, f.name) for f in fields(given) if getattr(given, f.name) != getattr(DataOptions(dataset=""), f.name)}
+    changed = {f.name: getattr(given, f.name) for f in fields(given) if getattr(given, f.name) != getattr(EvalData(), f.name)}
     return replace(theirs, **changed), table.get("run", {}).get("seed", seed)
 
 
