@@ -120,6 +120,18 @@ def test_predict_names_classes_that_eval_counts(finished: Path, tmp_path: Path, 
     shown = capsys.readouterr().out
     assert all(f"{i}.png" in shown for i in range(4))
     assert len(re.findall(r"\d %", shown)) == 8
+    # what cannot be read is named, and the others are predicted all the same
+    (tmp_path / "1.png").write_bytes(b"")
+    capsys.readouterr()
+    assert kdfast("predict", finished, tmp_path, tmp_path / "gone.png", "--batch-size", 1) == 1
+    caught = capsys.readouterr()
+    assert [name in caught.out for name in ("0.png", "1.png", "2.png", "3.png")] == [True, False, True, True]
+    assert re.match(r"kdfast: 2 of 5 images cannot be read: \S+/1.png: [^;]+; \S+/gone.png: [^;]+\n$", caught.err)
+    (tmp_path / "empty").mkdir()
+    assert kdfast("predict", finished, tmp_path / "empty") == 1
+    assert "no images in" in sentence(capsys)
+    assert kdfast("predict", finished) == 1
+    assert "images: name image files or folders after the run, got none" in sentence(capsys)
 
 
 @pytest.mark.parametrize("kind", ["onnx", "pt2", "safetensors"])
@@ -626,6 +638,16 @@ def test_weights_of_another_architecture(finished: Path, tmp_path: Path, capsys:
     save_weights(create("resnet14", 10), tmp_path / "w.safetensors", {})
     assert kdfast("eval", tmp_path / "w.safetensors", "--model", "resnet8", "--dataset", "digits") == 1
     assert re.search(r"w.safetensors does not fit ResNet: \d+ unexpected: layer1.1.bn1.bias", sentence(capsys))
+
+
+@pytest.mark.parametrize(
+    ("command", "way_out"), [("eval", "name it with --model"), ("export", "name it with --model"), ("predict", "needs weights that kdfast")]
+)
+def test_weights_that_do_not_say_their_architecture(command: str, way_out: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    save_weights(create("resnet8", 10), tmp_path / "w.safetensors", {})
+    more = {"eval": ["--dataset", "digits"], "export": [], "predict": [tmp_path]}
+    assert kdfast(command, tmp_path / "w.safetensors", *more[command]) == 1
+    assert re.search(f"w.safetensors does not say which architecture it is of: .*{way_out}", sentence(capsys))
 
 
 def test_a_teacher_of_other_classes(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
