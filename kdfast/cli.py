@@ -4,6 +4,7 @@ Errors of the user's making are one sentence on stderr and exit status 1; Ctrl-C
 """
 
 import argparse
+import difflib
 import errno
 import importlib
 import os
@@ -64,7 +65,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     name, *rest = arguments
     if name not in COMMANDS:
-        return _fail(f"there is no command {name!r}; known are {', '.join(COMMANDS)}")
+        near = difflib.get_close_matches(name, COMMANDS, n=1)
+        guess = f"did you mean {near[0]}?" if near else f"known are {', '.join(COMMANDS)}"
+        return _fail(f"there is no command {name!r}; {guess}")
     return _guarded(lambda: _RUN[name](rest))
 
 
@@ -239,6 +242,8 @@ def _report(arguments: Sequence[str]) -> None:
     parser.add_argument("--out", type=Path, default=Path("comparison.html"), help="page that compares several runs")
     options = parser.parse_args(arguments)
     for run in options.runs:
+        if not run.exists():
+            raise ValueError(f"{run}: there is no such path")
         if not (run / "config.toml").exists():
             raise ValueError(f"{run} is not a run folder: there is no config.toml in it")
         print(report.write_report(run))

@@ -679,11 +679,15 @@ def test_a_loss_that_explodes_is_named(tmp_path: Path, capsys: pytest.CaptureFix
     ("arguments", "message"),
     [
         (["dance"], "there is no command 'dance'"),
+        (["distil"], "there is no command 'distil'; did you mean distill?"),
         (["distill", "--recipe", "kdd"], "did you mean kd"),
+        (["distill", "--recipe", "zzz"], "takd, tofd or package.module:RECIPE, got 'zzz'"),
         (["distill", "--preset", "best"], "preset must be one of default, notebook, readme"),
         (["distill", "--student", "resnet21"], "resnet20"),
         (["distill", "--dataset", "cifar11"], "no data set or folder is called 'cifar11'; known names: digits"),
-        (["distill", "--teacher", "/nowhere/at/all.pt"], "there is no such path"),
+        (["distill", "--dataset", "./nowhere"], "dataset ./nowhere: there is no such path"),
+        (["distill", "--teacher", "nowhere/at/all.pt"], "there is no such path"),
+        (["distill", "--config", "nowhere.toml"], "nowhere.toml is no configuration: there is no such file"),
         (["distill", "--normalization", "none"], "normalization must be one of"),
         (["distill", "--student-options", "shortcut"], "student_options must be key=value, got 'shortcut'"),
         (["distill", "--device", "tpu"], "device must be auto, cpu, cuda or cuda:N"),
@@ -692,13 +696,25 @@ def test_a_loss_that_explodes_is_named(tmp_path: Path, capsys: pytest.CaptureFix
         (["compare", "--label-fraction", "nan"], "label_fraction must be above 0 and at most 1, got nan"),
         (["distill", "--seeds", "0"], "seeds must be at least 1"),
         (["distill", "--temperature", "0"], "temperature must be positive"),
-        (["eval", "/nowhere"], "there is no such path"),
+        (["eval", "nowhere"], "there is no such path"),
+        (["eval", "nowhere", "--augment", "none"], "Unrecognized options: --augment, none"),
+        (["eval", "nowhere", "--label-fraction", "0.5"], "Unrecognized options: --label-fraction, 0.5"),
+        (["teacher", "--seeds", "3"], "Unrecognized options: --seeds, 3"),
+        (["teacher", "--no-baseline"], "Unrecognized options: --no-baseline"),
+        (["export", "nowhere"], "there is no such path"),
+        (["predict", "nowhere", "a.jpg"], "there is no such path"),
+        (["data", "info", "nowhere/at/all"], "dataset nowhere/at/all: there is no such path"),
+        (["data", "check", "nowhere/at/all"], "dataset nowhere/at/all: there is no such path"),
+        (["data", "check", "nowhere"], "no data set or folder is called 'nowhere'"),
+        (["bench", "loaders", "--data-dir", "nowhere"], "data_dir nowhere: there is no such path"),
+        (["bench", "kernels", "--operators", "linear_kd_loss"], "python -m kdfast.benchmarks.linear_kd"),
         (["distill", "--plus", "nst"], "plus must begin with kd, lskd, supcon, got 'nst'"),
         (["distill", "--plus", "kd:wait=1"], "plus kd takes weight=NUMBER"),
         (["distill", "--plus", "kd:weight=0"], "plus kd: weight must be positive, got 0"),
         (["distill", "--recipe", "self_distillation", "--plus", "kd", *TINY], "plus kd and lskd need a teacher, and this recipe has none"),
         (["list", "colours"], "list shows recipes, presets, models, datasets"),
-        (["report", "/nowhere"], "not a run folder"),
+        (["report", "nowhere"], "nowhere: there is no such path"),
+        (["report", "."], "not a run folder: there is no config.toml in it"),
     ],
 )
 def test_bad_input_is_one_sentence(arguments: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
@@ -759,7 +775,7 @@ def test_a_config_and_another_recipe_contradict(finished: Path, capsys: pytest.C
     assert "recipe is lskd on the command line and kd in" in sentence(capsys)
 
 
-@pytest.mark.parametrize("more", [["--student", "nosuch"], ["--augment", "foo"], ["--teacher", "/nowhere/at/all"]])
+@pytest.mark.parametrize("more", [["--student", "nosuch"], ["--augment", "foo"], ["--teacher", "nowhere/at/all"]])
 def test_what_cannot_work_fails_before_anything_is_trained_or_claimed(more: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert kdfast("distill", *SMALL, *more, "--out", tmp_path / "run") == 1
     sentence(capsys)
