@@ -283,6 +283,8 @@ def run(options: Loaders) -> list[dict[str, Any]]:
     Raises:
         ValueError: data_dir holds no images, or there is no such device.
     """
+    if options.out is not None:
+        files.check_writable(options.out, "--out")
     device = join(options.device).device
     workers = sorted({0, min(8, machine.cores()) if options.workers is None else options.workers})
     with tempfile.TemporaryDirectory() as temporary:

@@ -235,12 +235,14 @@ def _simple(module: str, options: str, function: str) -> Callable[[Sequence[str]
 
 
 def _report(arguments: Sequence[str]) -> None:
-    from kdfast import report
+    from kdfast import files, report
 
     parser = argparse.ArgumentParser(prog="kdfast report", description="Make a run's report again, or compare several runs.")
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders")
     parser.add_argument("--out", type=Path, default=Path("comparison.html"), help="page that compares several runs")
     options = parser.parse_args(arguments)
+    if len(options.runs) > 1:
+        files.check_writable(options.out, "--out")
     for run in options.runs:
         if not run.exists():
             raise ValueError(f"{run}: there is no such path")

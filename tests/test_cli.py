@@ -729,6 +729,41 @@ def test_bad_input_is_one_sentence(arguments: list[str], message: str, tmp_path:
     assert status != 0
 
 
+@pytest.mark.parametrize(
+    ("command", "option", "of"),
+    [
+        (["distill", *SMALL], "--out", "folder"),
+        (["teacher", "--max-images", 200], "--out", "folder"),
+        (["compare", "--recipes", "kd", *TINY], "--out", "folder"),
+        (["bench", "report", "results.json"], "--out", "folder"),
+        (["export", "RUN", "--format", "safetensors"], "--out", "file"),
+        (["eval", "RUN"], "--json", "file"),
+        (["report", "RUN", "RUN"], "--out", "file"),
+        (["data", "preview", "digits"], "--out", "file"),
+        (["bench", "kernels"], "--out", "file"),
+        (["bench", "loaders"], "--out", "file"),
+        (["bench", "codegen"], "--out", "file"),
+    ],
+)
+def test_where_nothing_can_be_written_is_said_before_any_work(command, option: str, of: str, finished, tmp_path: Path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("mine")
+    for name in ("folder", "locked"):
+        (tmp_path / name).mkdir()
+    access = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path).name != "locked" and access(path, mode))  # root may write everywhere
+    command = [finished if argument == "RUN" else argument for argument in command]
+    for out, message in (
+        ({"file": "folder", "folder": "file"}[of], " is a file: name a folder" if of == "folder" else " is a folder: name a file"),
+        ("file/below", f": {tmp_path / 'file'} is a file, no folder"),
+        ("locked/below", f": the folder {tmp_path / 'locked'} cannot be written"),
+    ):
+        assert kdfast(*command, option, out) == 1
+        assert sentence(capsys).endswith(f"kdfast: {option} {out}{message}")
+    assert (tmp_path / "file").read_text() == "mine"
+    assert not any((tmp_path / "locked").iterdir())
+
+
 def test_help_names_what_there_is(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     from kdfast.benchmarks import operators
 

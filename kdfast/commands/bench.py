@@ -52,8 +52,10 @@ def kernels(options: Kernels) -> list[dict[str, Any]]:
     """Measures, prints a table, writes options.out where asked to, and returns the results of harness.measure.
 
     Raises:
-        ValueError: there is no such device.
+        ValueError: there is no such device or operator, or options.out cannot be written.
     """
+    if options.out is not None:
+        files.check_writable(options.out, "--out")
     device = join(options.device).device
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -119,6 +121,8 @@ def make_report(options: Report) -> list[Path]:
     Raises:
         ValueError: a file without results, or no checkout whose documents could be written.
     """
+    if options.results:
+        files.check_writable(options.out, "--out", folder=True)
     written = [report.write_report(options.results, options.out)] if options.results else report.write_documents()
     for path in written:
         print(path)

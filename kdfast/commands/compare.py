@@ -39,6 +39,7 @@ def compare(configs: Mapping[str, Distill[Any]], out: Path) -> Path:
         ValueError: as distill() and teach(); or a folder in `out` belongs to another grid.
         Interrupted, NonFiniteLoss: see kdfast.engine.
     """
+    files.check_writable(out, "--out", folder=True)
     first = next(iter(configs.values()))
     teacher = first.teacher
     if teacher == "train" and any(recipes.get(config.recipe).needs_teacher for config in configs.values()):

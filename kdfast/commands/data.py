@@ -178,9 +178,11 @@ def preview(options: Preview) -> Path:
 
     Raises:
         DataError: there is no such data set or transform, or a number is not positive.
+        ValueError: options.out cannot be written.
     """
     if options.count < 1:
         raise DataError(f"count must be at least 1, got {options.count}")
+    files.check_writable(options.out, "--out")
     data = load(options.dataset, data_dir=options.data_dir, val_fraction=0)
     size = data.image_size if options.image_size is None else options.image_size
     name = options.transform or data.train_transform

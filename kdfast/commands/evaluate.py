@@ -62,6 +62,8 @@ def run_eval(options: Eval) -> Evaluation:
         ValueError: weights, data or options that cannot be used.
     """
     console = Console(soft_wrap=True)
+    if options.json is not None:
+        files.check_writable(options.json, "--json")
     artifact.find(options.weights)
     data_options: DataOptions = options.data
     seed = options.seed

@@ -85,6 +85,7 @@ def _held(folder: Path, world: World) -> Iterator[None]:
     if not world.main:
         yield
         return
+    files.check_writable(folder, "--out", folder=True)
     with locked(folder):
         yield
 
