@@ -11,7 +11,7 @@ INTERPRETED := $(addprefix tests/test_,distill_kl.py distill_kl_kernel.py linear
 .PHONY: demo test lint format clean help
 
 help:
-	@echo "make demo    install, and distil a student on handwritten digits (about 3 minutes after installation)"
+	@echo "make demo    install, and distil a student on handwritten digits (about two minutes after installation)"
 	@echo "make test    install, and run the tests, those of kernels in Triton's interpreter too"
 	@echo "make lint    ruff, its formatter and mypy"
 	@echo "make clean   remove environments, caches and runs"

@@ -651,6 +651,8 @@ def run(options: Codegen) -> list[dict[str, Any]]:
     Raises:
         RuntimeError: this process interprets kernels.
     """
+    if options.out is not None:
+        files.check_writable(options.out, "--out")
     entries = [
         entry
         for target in options.targets

@@ -37,6 +37,7 @@ from kdfast.data import (
     load,
     training_transform,
 )
+from kdfast.data.datasets import IMAGENETTE
 from kdfast.data.loaders import dali_installed
 from kdfast.engine import join
 
@@ -78,6 +79,9 @@ class Loaders:
 
 def _sources(options: Loaders, temporary: Path) -> Iterator[tuple[str, ImageData]]:
     """By name: the data sets found under data_dir, else data_dir as an image folder; without data_dir generated images."""
+    if options.data_dir is not None and not options.data_dir.is_dir():
+        what = "is no folder" if options.data_dir.exists() else "there is no such path"
+        raise ValueError(f"data_dir {options.data_dir}: {what}")
     if options.data_dir is None:
         make_photographs(temporary, GENERATED)
         yield "generated photographs", load(str(temporary), val_fraction=0, max_images=options.images)
@@ -92,10 +96,12 @@ def _sources(options: Loaders, temporary: Path) -> Iterator[tuple[str, ImageData
                 data = load(name, data_dir=options.data_dir, val_fraction=0, download=False, max_images=most)
             except DataError:
                 continue
+        if name == "imagenette" and not set(data.classes) & set(IMAGENETTE.values()):
+            continue  # its reader takes any folder with train/ in it
         found += 1
         yield name, data
     if not found:
-        yield options.data_dir.name, load(str(options.data_dir), val_fraction=0, max_images=options.images)
+        yield options.data_dir.resolve().name, load(str(options.data_dir), val_fraction=0, max_images=options.images)
 
 
 def _small_images(count: int) -> ImageData:
@@ -277,6 +283,8 @@ def run(options: Loaders) -> list[dict[str, Any]]:
     Raises:
         ValueError: data_dir holds no images, or there is no such device.
     """
+    if options.out is not None:
+        files.check_writable(options.out, "--out")
     device = join(options.device).device
     workers = sorted({0, min(8, machine.cores()) if options.workers is None else options.workers})
     with tempfile.TemporaryDirectory() as temporary:

@@ -18,6 +18,7 @@ OPERATORS = {
     "attention_transfer_loss": attention_map.cases,
     "crd_loss": nce.cases,
 }
+ELSEWHERE = {"linear_kd_loss": "python -m kdfast.benchmarks.linear_kd"}  # has a command of its own
 PACKAGES = ("triton", "liger-kernel", "lion-pytorch", "torch-optimi", "timm", "bitsandbytes", "pytorch-metric-learning")
 
 
@@ -34,6 +35,8 @@ def cases(device: torch.device, dtype: torch.dtype, *, operators: Collection[str
         ValueError: an operator that there is not.
     """
     for name in operators:
+        if name in ELSEWHERE:
+            raise ValueError(f"operators: {name} is measured by {ELSEWHERE[name]}")
         if name not in OPERATORS:
             raise ValueError(f"operators must be of {', '.join(OPERATORS)}, got {name!r}")
     made = [case for name in operators or OPERATORS for case in OPERATORS[name](device, dtype)]

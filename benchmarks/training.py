@@ -340,6 +340,8 @@ def run(options: Train) -> dict[str, Any]:
     Raises:
         ValueError: no such network, recipe or device.
     """
+    if options.out is not None:
+        files.check_writable(options.out, "--out")
     world = join(options.device)
     options = options.on(world.device)
     console = Console(soft_wrap=True)

@@ -4,6 +4,7 @@ Errors of the user's making are one sentence on stderr and exit status 1; Ctrl-C
 """
 
 import argparse
+import difflib
 import errno
 import importlib
 import os
@@ -38,6 +39,7 @@ kdfast distill --dataset PATH --teacher WEIGHTS ...  your own images
 kdfast COMMAND --help                                every option of a command
 """
 
+CONFIG = "With --config FILE a config.toml says what is not given here."
 
 COMPARE = """usage: kdfast compare [--recipes a,b,c] [--out FOLDER] [options of kdfast distill]
 
@@ -63,7 +65,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     name, *rest = arguments
     if name not in COMMANDS:
-        return _fail(f"there is no command {name!r}; known are {', '.join(COMMANDS)}")
+        near = difflib.get_close_matches(name, COMMANDS, n=1)
+        guess = f"did you mean {near[0]}?" if near else f"known are {', '.join(COMMANDS)}"
+        return _fail(f"there is no command {name!r}; {guess}")
     return _guarded(lambda: _RUN[name](rest))
 
 
@@ -114,11 +118,14 @@ def _fail(sentence: str, status: int = 1) -> int:
 # ---- commands --------------------------------------------------------------------------------------------------------
 
 
-def _parse(kind: Any, arguments: Sequence[str], name: str, default: Any = None) -> Any:
+_EPOCHS = ("epochs", "warmup")
+
+
+def _parse(kind: Any, arguments: Sequence[str], name: str, default: Any = None, description: str | None = None) -> Any:
     import tyro
 
     keywords = {} if default is None else {"default": default}
-    return tyro.cli(kind, args=list(arguments), prog=f"kdfast {name}", **keywords)
+    return tyro.cli(kind, args=list(arguments), prog=f"kdfast {name}", description=description, **keywords)
 
 
 def _chosen(command: str, arguments: Sequence[str], *names: str) -> argparse.Namespace:
@@ -126,6 +133,7 @@ def _chosen(command: str, arguments: Sequence[str], *names: str) -> argparse.Nam
     parser = argparse.ArgumentParser(prog=f"kdfast {command}", usage=f"kdfast {command} --help", add_help=False, allow_abbrev=False)
     for name in names:
         parser.add_argument(f"--{name}")
+    parser.add_argument("--resume", action=argparse.BooleanOptionalAction)
     return parser.parse_known_args([a.replace("_", "-") if a.startswith("--") and "=" not in a else a for a in arguments])[0]
 
 
@@ -142,6 +150,18 @@ def _without(arguments: Sequence[str], option: str) -> list[str]:
     return kept
 
 
+def _written(chosen: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    """The config.toml that options not given are taken from, and its path: the one named, or of the run that is resumed, or none."""
+    from kdfast.commands import config
+
+    if chosen.config:
+        return config.read_toml(Path(chosen.config)), chosen.config
+    if chosen.resume and chosen.out:
+        path = config.of_run(Path(chosen.out))
+        return config.read_toml(path), str(path)
+    return {}, ""
+
+
 def _distill(arguments: Sequence[str]) -> None:
     from kdfast.commands.distill import distill
 
@@ -153,17 +173,22 @@ def _distillation(command: str, arguments: Sequence[str]) -> Any:
     from kdfast import recipes
     from kdfast.commands import config
 
-    chosen = _chosen("distill", arguments, "recipe", "preset", "dataset", "config")
-    table = config.read_toml(Path(chosen.config)) if chosen.config else {}
+    chosen = _chosen(
+        "distill", arguments, "recipe", "preset", "dataset", "config", "out", *_EPOCHS, *(f"teacher-training.{name}" for name in _EPOCHS)
+    )
+    table, source = _written(chosen)
     for name in ("recipe", "preset"):
-        if chosen.config and getattr(chosen, name) not in (None, table.get(name)):
-            raise ValueError(f"{name} is {getattr(chosen, name)} on the command line and {table.get(name)} in {chosen.config}: give one")
+        here, there = getattr(chosen, name), table.get(name)
+        if table and here not in (None, there):
+            if not chosen.config:
+                raise ValueError(config.foreign(Path(chosen.out), [f"{name} is {there} there and {here} here"]))
+            raise ValueError(f"{name} is {here} on the command line and {there} in {source}: give one")
     recipe = recipes.get(chosen.recipe or table.get("recipe", "conkd"))
     preset = chosen.preset or table.get("preset", "default")
     default = config.defaults(recipe, preset, chosen.dataset or table.get("data", {}).get("dataset"))
-    if table:
-        default = config.filled(default, table, chosen.config)
-    return _parse(config.Distill[recipe.settings], _without(arguments, "--config"), command, default)  # type: ignore[name-defined]
+    default = config.filled(default, config.with_epochs(table, vars(chosen)), source)
+    kind = config.Distill[recipe.settings]  # type: ignore[name-defined]
+    return _parse(kind, _without(arguments, "--config"), command, default, f"{config.Distill.__doc__} {CONFIG}")
 
 
 def _compare(arguments: Sequence[str]) -> None:
@@ -194,12 +219,11 @@ def _teacher(arguments: Sequence[str]) -> None:
     from kdfast.commands import config
     from kdfast.commands.teacher import teach
 
-    chosen = _chosen("teacher", arguments, "dataset", "config")
-    table = config.read_toml(Path(chosen.config)) if chosen.config else {}
+    chosen = _chosen("teacher", arguments, "dataset", "config", "out", *_EPOCHS)
+    table, source = _written(chosen)
     default = config.teach_defaults(chosen.dataset or table.get("data", {}).get("dataset"))
-    if table:
-        default = config.filled(default, table, chosen.config)
-    teach(_parse(config.Teach, _without(arguments, "--config"), "teacher", default))
+    default = config.filled(default, config.with_epochs(table, vars(chosen)), source)
+    teach(_parse(config.Teach, _without(arguments, "--config"), "teacher", default, f"{config.Teach.__doc__} {CONFIG}"))
 
 
 def _simple(module: str, options: str, function: str) -> Callable[[Sequence[str]], None]:
@@ -211,13 +235,17 @@ def _simple(module: str, options: str, function: str) -> Callable[[Sequence[str]
 
 
 def _report(arguments: Sequence[str]) -> None:
-    from kdfast import report
+    from kdfast import files, report
 
     parser = argparse.ArgumentParser(prog="kdfast report", description="Make a run's report again, or compare several runs.")
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders")
     parser.add_argument("--out", type=Path, default=Path("comparison.html"), help="page that compares several runs")
     options = parser.parse_args(arguments)
+    if len(options.runs) > 1:
+        files.check_writable(options.out, "--out")
     for run in options.runs:
+        if not run.exists():
+            raise ValueError(f"{run}: there is no such path")
         if not (run / "config.toml").exists():
             raise ValueError(f"{run} is not a run folder: there is no config.toml in it")
         print(report.write_report(run))

@@ -34,6 +34,27 @@ def replacing(path: Path) -> Iterator[Path]:
     _flush(path.parent)  # the rename itself
 
 
+def check_writable(path: Path, option: str, *, folder: bool = False) -> None:
+    """Finds what stands against a file (or a folder) at `path`, before the work whose outcome is to go there; makes nothing.
+
+    Args:
+        path: need not be there, nor its parents.
+        option: that gave the path, for messages.
+        folder: whether `path` is to be a folder.
+
+    Raises:
+        ValueError: it is a folder where a file is wanted or the reverse, or a folder above it is a file or cannot be written.
+    """
+    if path.exists() and path.is_dir() != folder:
+        raise ValueError(f"{option} {path} is {'a file: name a folder' if folder else 'a folder: name a file'}")
+    above = [path, *path.absolute().parents] if folder else path.absolute().parents
+    nearest = next(place for place in above if place.exists())
+    if not nearest.is_dir():
+        raise ValueError(f"{option} {path}: {nearest} is a file, no folder")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise ValueError(f"{option} {path}: the folder {nearest} cannot be written")
+
+
 def _flush(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:

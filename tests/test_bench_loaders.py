@@ -1,8 +1,10 @@
 """kdfast bench loaders: both sides do the same work, on a user's own images or on generated ones."""
 
 import json
+import shutil
 import statistics
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -44,6 +46,16 @@ def test_a_folder_of_ones_own(photographs, tmp_path, capsys):
         assert case["speedup"] == pytest.approx(case["images_per_s"] / case["peer_images_per_s"], rel=0.01)
     assert json.loads(out.read_text())["cases"] == cases
     assert photographs.name in capsys.readouterr().out
+
+
+def test_a_folder_of_ones_own_with_splits_is_not_taken_for_imagenette(photographs, tmp_path, monkeypatch):
+    (tmp_path / "mine").mkdir()
+    for split in ("train", "val"):
+        shutil.copytree(photographs, tmp_path / "mine" / split)
+    monkeypatch.chdir(tmp_path / "mine")
+    for data_dir in (tmp_path / "mine", Path()):
+        ((name, _),) = loaders._sources(Loaders(data_dir=data_dir), tmp_path)
+        assert name == "mine"
 
 
 def test_without_a_folder_images_are_generated_and_removed(monkeypatch, capsys):
@@ -104,5 +116,5 @@ def test_a_resnet18_takes_a_step_with_a_batch():
 def test_bad_options_are_named(tmp_path):
     with pytest.raises(ValueError, match="epochs must be at least 1, got 0"):
         Loaders(epochs=0)
-    with pytest.raises(ValueError, match="no data set or folder"):
+    with pytest.raises(ValueError, match=r"data_dir .*nowhere: there is no such path"):
         run(Loaders(data_dir=tmp_path / "nowhere", device="cpu"))

@@ -179,6 +179,18 @@ def test_predict_names_classes_that_eval_counts(finished: Path, tmp_path: Path, 
     shown = capsys.readouterr().out
     assert all(f"{i}.png" in shown for i in range(4))
     assert len(re.findall(r"\d %", shown)) == 8
+    # what cannot be read is named, and the others are predicted all the same
+    (tmp_path / "1.png").write_bytes(b"")
+    capsys.readouterr()
+    assert kdfast("predict", finished, tmp_path, tmp_path / "gone.png", "--batch-size", 1) == 1
+    caught = capsys.readouterr()
+    assert [name in caught.out for name in ("0.png", "1.png", "2.png", "3.png")] == [True, False, True, True]
+    assert re.match(r"kdfast: 2 of 5 images cannot be read: \S+/1.png: [^;]+; \S+/gone.png: [^;]+\n$", caught.err)
+    (tmp_path / "empty").mkdir()
+    assert kdfast("predict", finished, tmp_path / "empty") == 1
+    assert "no images in" in sentence(capsys)
+    assert kdfast("predict", finished) == 1
+    assert "images: name image files or folders after the run, got none" in sentence(capsys)
 
 
 @pytest.mark.parametrize("kind", ["onnx", "pt2", "safetensors"])
@@ -424,6 +436,10 @@ def test_compare_runs_a_grid_once_with_one_teacher(tmp_path: Path, capsys: pytes
     assert found["settings"]["label_fraction"] == 0.05
     assert not any("own" in row for row in found["rows"])
     capsys.readouterr()
+    assert kdfast(*grid, "--student", "resnet14") == 1
+    assert re.search(
+        "kd belongs to another configuration: student is resnet8 there and resnet14 here; give --out another", sentence(capsys)
+    )
     assert kdfast("compare", "--recipes", "kd,dhi") == 1
     assert "did you mean" in sentence(capsys)
     assert kdfast("compare", "--recipes", "kd", "--resume") == 1
@@ -551,6 +567,99 @@ def test_a_signal_saves_and_leaves_with_a_clear_line(tmp_path: Path, number: sig
     assert float((tmp_path / "run" / "seconds.txt").read_text()) > trained, "what a resumed run counts on from"
 
 
+def cut_short(monkeypatch: pytest.MonkeyPatch, write: int, *arguments: object) -> None:
+    """Runs a command that is killed at its `write`-th write of a file."""
+    real, left = os.replace, [write]
+
+    def replaced(*paths: object) -> None:
+        left[0] -= 1
+        if left[0] == 0:
+            raise KeyboardInterrupt
+        real(*paths)
+
+    monkeypatch.setattr(os, "replace", replaced)
+    assert kdfast(*arguments) == 130
+    monkeypatch.setattr(os, "replace", real)
+
+
+def test_resume_with_out_takes_the_options_of_the_run(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
+    """As README and docs/large-batch.md say it: options need not be repeated, and one that is must be the same."""
+    run = tmp_path / "run"
+    cut_short(monkeypatch, 12, "distill", *SMALL, "--seeds", 2, "--out", run)
+    capsys.readouterr()
+    for wrong, message in (
+        (["--lr", 0.5], "belongs to another configuration: lr is 0.001 there and 0.5 here"),
+        (["--recipe", "lskd"], "belongs to another configuration: recipe is kd there and lskd here"),
+        (["--preset", "dih-code"], "belongs to another configuration: preset is default there and dih-code here"),
+    ):
+        assert kdfast("distill", "--resume", *wrong, "--out", run) == 1
+        assert message in sentence(capsys)
+    assert kdfast("distill", "--resume", "--student", "resnet8", "--out", run) == 0
+    assert metrics(run) == metrics(finished)
+    assert (run / "best.safetensors").read_bytes() == (finished / "best.safetensors").read_bytes()
+
+
+def test_a_teachers_run_is_resumed_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    options = ["teacher", "--model", "resnet8", "--epochs", 3, "--max-images", 200]
+    assert kdfast(*options, "--out", tmp_path / "whole") == 0
+    cut_short(monkeypatch, 5, *options, "--out", tmp_path / "cut")
+    assert kdfast("teacher", "--out", tmp_path / "cut", "--resume") == 0
+    assert metrics(tmp_path / "cut") == metrics(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("command", ["distill", "teacher"])
+def test_resuming_nothing_is_an_error(command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    for more, message in (
+        (["--out", "empty"], "--resume: empty holds no run, so there is nothing to continue"),
+        (["--out", "nowhere"], "--resume: nowhere is no folder, so there is nothing to continue"),
+        ([], "--resume: there are no runs under runs/"),
+    ):
+        assert kdfast(command, "--resume", *more) == 1
+        assert message in sentence(capsys)
+    assert [p.name for p in tmp_path.rglob("*")] == ["empty"], "nothing was begun"
+
+
+def test_resuming_a_run_that_is_not_there_names_those_that_are(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(finished, tmp_path / "runs" / "first")
+    assert kdfast("distill", *SMALL, "--seeds", 2, "--lr", 0.5, "--resume") == 1
+    said = sentence(capsys)
+    assert "no run under runs/ has these options, the newest are runs/first (lr is 0.001 there and 0.5 here): name one with --out" in said
+    assert kdfast("teacher", "--resume") == 1
+    assert "runs/first (recipe is kd there and none (kdfast teacher) here)" in sentence(capsys)
+    assert kdfast("distill", *SMALL, "--seeds", 2, "--resume") == 0, "the very same options find it, whatever it is called"
+    assert {p.name for p in (tmp_path / "runs").iterdir()} == {"first"}
+
+
+@pytest.mark.parametrize("content", [b"", b"no checkpoint", "cut"])
+def test_a_damaged_checkpoint_is_named_and_can_be_deleted(finished: Path, tmp_path: Path, content, monkeypatch: pytest.MonkeyPatch, capsys):
+    run = tmp_path / "run"
+    cut_short(monkeypatch, 14, "distill", *SMALL, "--seeds", 2, "--out", run)
+    checkpoint = run / "checkpoint.pt"
+    checkpoint.write_bytes(checkpoint.read_bytes()[:5000] if content == "cut" else content)
+    capsys.readouterr()
+    assert kdfast("distill", "--out", run, "--resume") == 1
+    assert re.search("checkpoint.pt is damaged: delete it to continue from the last finished stage$", sentence(capsys))
+    checkpoint.unlink()
+    assert kdfast("distill", "--out", run, "--resume") == 0
+    assert metrics(run) == metrics(finished)
+
+
+@pytest.mark.parametrize("name", ["best.safetensors", "last.safetensors", "stage.json"])
+def test_a_damaged_stage_is_named_and_can_be_deleted(finished: Path, tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]):
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    stage = run / "stages" / "seed1" / "distil"
+    (stage / name).write_bytes((stage / name).read_bytes()[:20])
+    assert kdfast("distill", "--out", run, "--resume") == 1
+    assert f"delete {stage} and the folders of the stages after it to train these again" in sentence(capsys)
+    shutil.rmtree(stage)
+    assert kdfast("distill", "--out", run, "--resume") == 0
+    assert metrics(run) == metrics(finished)
+
+
 # ---- one sentence each -----------------------------------------------------------------------------------------------
 
 
@@ -567,12 +676,47 @@ def write_images(folder: Path, count: int = 4) -> Path:
 
 FOLDER = ["--recipe", "kd", "--seeds", 1, "--student", "resnet8", "--teacher-model", "resnet8", "--epochs", 1, "--image-size", 32]
 FOLDER += ["--teacher-training.epochs", 1, "--val-fraction", 0.3, "--batch-size", 4, "--teacher-training.batch-size", 4, "--workers", 0]
-FOLDER += ["--warmup", 0, "--teacher-training.warmup", 0]
 
 
-def test_an_image_folder_trains(tmp_path: Path):
+@pytest.mark.parametrize(
+    ("arguments", "toml", "training", "teacher_training"),  # epochs, warmup
+    [
+        (["--epochs", "1"], "", (1, 0), (60, 2)),
+        (["--epochs=2", "--teacher-training.epochs", "1"], "", (2, 1), (1, 0)),
+        (["--epochs", "3"], "", (3, 2), (60, 2)),
+        (["--epochs", "1", "--warmup", "0"], "", (1, 0), (60, 2)),
+        (["--preset", "large-batch", "--epochs", "4"], "", (4, 3), (60, 5)),
+        ([], "[training]\nepochs = 1\n[teacher_training]\nepochs = 2\n", (1, 0), (2, 1)),
+        (["--epochs", "2"], "[training]\nepochs = 1\n", (2, 1), (60, 2)),
+        (["--epochs", "5"], "[training]\nwarmup = 1\n", (5, 1), (60, 2)),
+    ],
+)
+def test_a_warmup_that_nobody_asked_for_is_cut_to_the_epochs(arguments, toml: str, training, teacher_training, tmp_path: Path):
+    (tmp_path / "c.toml").write_text(toml)
+    made = cli._distillation("distill", ["--dataset", str(tmp_path), "--config", str(tmp_path / "c.toml"), *arguments])
+    assert (made.training.epochs, made.training.warmup) == training
+    assert (made.teacher_training.epochs, made.teacher_training.warmup) == teacher_training
+
+
+@pytest.mark.parametrize("command", ["distill", "teacher"])
+def test_a_warmup_that_was_asked_for_and_is_too_long_is_an_error(command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    (tmp_path / "c.toml").write_text("[training]\nwarmup = 2\n")
+    message = "warmup must be from 0 to below epochs (1), got 2"
+    assert kdfast(command, "--dataset", tmp_path, "--epochs", 1, "--config", tmp_path / "c.toml") == 1
+    assert message in sentence(capsys)
+    with pytest.raises(SystemExit):
+        kdfast(command, "--dataset", tmp_path, "--epochs", 1, "--warmup", 2)
+    assert message in capsys.readouterr().err
+
+
+def test_an_image_folder_trains_one_epoch(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     images = write_images(tmp_path / "images", 6)
     assert kdfast("distill", "--dataset", images, *FOLDER, "--out", tmp_path / "run") == 0
+    shown = capsys.readouterr().out
+    assert "resnet8, 1 epoch, batch 4" in shown
+    assert "seed0/distil: 1 epoch in" in shown
+    teacher = ["--model", "resnet8", "--epochs", 1, "--image-size", 32, "--val-fraction", 0.3, "--batch-size", 4, "--workers", 0]
+    assert kdfast("teacher", "--dataset", images, *teacher, "--out", tmp_path / "teacher") == 0
 
 
 def test_a_truncated_image_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
@@ -598,7 +742,7 @@ def test_a_class_missing_in_val(tmp_path: Path, capsys: pytest.CaptureFixture[st
 
 def test_a_run_folder_of_another_configuration(finished: Path, capsys: pytest.CaptureFixture[str]):
     assert kdfast("distill", *SMALL, "--seeds", 2, "--lr", 0.5, "--out", finished, "--resume") == 1
-    assert "belongs to another configuration: lr is 0.001 there and 0.5 here" in sentence(capsys)
+    assert re.search("belongs to another configuration: lr is 0.001 there and 0.5 here; give --out another folder$", sentence(capsys))
 
 
 def test_a_run_folder_needs_resume(finished: Path, capsys: pytest.CaptureFixture[str]):
@@ -617,6 +761,16 @@ def test_weights_of_another_architecture(finished: Path, tmp_path: Path, capsys:
     save_weights(create("resnet14", 10), tmp_path / "w.safetensors", {})
     assert kdfast("eval", tmp_path / "w.safetensors", "--model", "resnet8", "--dataset", "digits") == 1
     assert re.search(r"w.safetensors does not fit ResNet: \d+ unexpected: layer1.1.bn1.bias", sentence(capsys))
+
+
+@pytest.mark.parametrize(
+    ("command", "way_out"), [("eval", "name it with --model"), ("export", "name it with --model"), ("predict", "needs weights that kdfast")]
+)
+def test_weights_that_do_not_say_their_architecture(command: str, way_out: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    save_weights(create("resnet8", 10), tmp_path / "w.safetensors", {})
+    more = {"eval": ["--dataset", "digits"], "export": [], "predict": [tmp_path]}
+    assert kdfast(command, tmp_path / "w.safetensors", *more[command]) == 1
+    assert re.search(f"w.safetensors does not say which architecture it is of: .*{way_out}", sentence(capsys))
 
 
 def test_a_teacher_of_other_classes(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
@@ -648,24 +802,42 @@ def test_a_loss_that_explodes_is_named(tmp_path: Path, capsys: pytest.CaptureFix
     ("arguments", "message"),
     [
         (["dance"], "there is no command 'dance'"),
+        (["distil"], "there is no command 'distil'; did you mean distill?"),
         (["distill", "--recipe", "kdd"], "did you mean kd"),
+        (["distill", "--recipe", "zzz"], "takd, tofd or package.module:RECIPE, got 'zzz'"),
         (["distill", "--preset", "best"], "preset must be one of default, notebook, readme"),
         (["distill", "--student", "resnet21"], "resnet20"),
         (["distill", "--dataset", "cifar11"], "no data set or folder is called 'cifar11'; known names: digits"),
-        (["distill", "--teacher", "/nowhere/at/all.pt"], "there is no such path"),
+        (["distill", "--dataset", "./nowhere"], "dataset ./nowhere: there is no such path"),
+        (["distill", "--teacher", "nowhere/at/all.pt"], "there is no such path"),
+        (["distill", "--config", "nowhere.toml"], "nowhere.toml is no configuration: there is no such file"),
         (["distill", "--normalization", "none"], "normalization must be one of"),
         (["distill", "--student-options", "shortcut"], "student_options must be key=value, got 'shortcut'"),
         (["distill", "--device", "tpu"], "device must be auto, cpu, cuda or cuda:N"),
-        (["distill", "--label-fraction", "0"], "fraction"),
+        (["distill", "--label-fraction", "0"], "label_fraction must be above 0 and at most 1, got 0.0"),
+        (["distill", "--label-fraction", "2"], "label_fraction must be above 0 and at most 1, got 2.0"),
+        (["compare", "--label-fraction", "nan"], "label_fraction must be above 0 and at most 1, got nan"),
         (["distill", "--seeds", "0"], "seeds must be at least 1"),
         (["distill", "--temperature", "0"], "temperature must be positive"),
-        (["eval", "/nowhere"], "there is no such path"),
+        (["eval", "nowhere"], "there is no such path"),
+        (["eval", "nowhere", "--augment", "none"], "Unrecognized options: --augment, none"),
+        (["eval", "nowhere", "--label-fraction", "0.5"], "Unrecognized options: --label-fraction, 0.5"),
+        (["teacher", "--seeds", "3"], "Unrecognized options: --seeds, 3"),
+        (["teacher", "--no-baseline"], "Unrecognized options: --no-baseline"),
+        (["export", "nowhere"], "there is no such path"),
+        (["predict", "nowhere", "a.jpg"], "there is no such path"),
+        (["data", "info", "nowhere/at/all"], "dataset nowhere/at/all: there is no such path"),
+        (["data", "check", "nowhere/at/all"], "dataset nowhere/at/all: there is no such path"),
+        (["data", "check", "nowhere"], "no data set or folder is called 'nowhere'"),
+        (["bench", "loaders", "--data-dir", "nowhere"], "data_dir nowhere: there is no such path"),
+        (["bench", "kernels", "--operators", "linear_kd_loss"], "python -m kdfast.benchmarks.linear_kd"),
         (["distill", "--plus", "nst"], "plus must begin with kd, lskd, supcon, got 'nst'"),
         (["distill", "--plus", "kd:wait=1"], "plus kd takes weight=NUMBER"),
         (["distill", "--plus", "kd:weight=0"], "plus kd: weight must be positive, got 0"),
         (["distill", "--recipe", "self_distillation", "--plus", "kd", *TINY], "plus kd and lskd need a teacher, and this recipe has none"),
         (["list", "colours"], "list shows recipes, presets, models, datasets"),
-        (["report", "/nowhere"], "not a run folder"),
+        (["report", "nowhere"], "nowhere: there is no such path"),
+        (["report", "."], "not a run folder: there is no config.toml in it"),
     ],
 )
 def test_bad_input_is_one_sentence(arguments: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
@@ -678,6 +850,60 @@ def test_bad_input_is_one_sentence(arguments: list[str], message: str, tmp_path:
     else:
         assert message in sentence(capsys)
     assert status != 0
+
+
+@pytest.mark.parametrize(
+    ("command", "option", "of"),
+    [
+        (["distill", *SMALL], "--out", "folder"),
+        (["teacher", "--max-images", 200], "--out", "folder"),
+        (["compare", "--recipes", "kd", *TINY], "--out", "folder"),
+        (["bench", "report", "results.json"], "--out", "folder"),
+        (["export", "RUN", "--format", "safetensors"], "--out", "file"),
+        (["eval", "RUN"], "--json", "file"),
+        (["report", "RUN", "RUN"], "--out", "file"),
+        (["data", "preview", "digits"], "--out", "file"),
+        (["bench", "kernels"], "--out", "file"),
+        (["bench", "loaders"], "--out", "file"),
+        (["bench", "codegen"], "--out", "file"),
+    ],
+)
+def test_where_nothing_can_be_written_is_said_before_any_work(command, option: str, of: str, finished, tmp_path: Path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("mine")
+    for name in ("folder", "locked"):
+        (tmp_path / name).mkdir()
+    access = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path).name != "locked" and access(path, mode))  # root may write everywhere
+    command = [finished if argument == "RUN" else argument for argument in command]
+    for out, message in (
+        ({"file": "folder", "folder": "file"}[of], " is a file: name a folder" if of == "folder" else " is a folder: name a file"),
+        ("file/below", f": {tmp_path / 'file'} is a file, no folder"),
+        ("locked/below", f": the folder {tmp_path / 'locked'} cannot be written"),
+    ):
+        assert kdfast(*command, option, out) == 1
+        assert sentence(capsys).endswith(f"kdfast: {option} {out}{message}")
+    assert (tmp_path / "file").read_text() == "mine"
+    assert not any((tmp_path / "locked").iterdir())
+
+
+def test_help_names_what_there_is(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    from kdfast.benchmarks import operators
+
+    monkeypatch.setenv("COLUMNS", "80")  # more would be two columns
+    for command, shown, hidden in (
+        (["distill"], ['Training augmentation by name (docs/loaders.md); "none" only resizes images. (default: the data set\'s own)'], []),
+        (["distill", "--preset", "notebook"], ['"none" only resizes images. (default: conkd-student)'], []),
+        (["teacher"], ["--config FILE", "--seed INT"], ["--seeds", "--baseline", "--strict"]),
+        (["eval"], ["(default: the run's)"], ["--augment", "--label-fraction"]),
+        (["bench", "kernels"], [*operators.OPERATORS, *operators.ELSEWHERE], []),
+    ):
+        with pytest.raises(SystemExit):
+            kdfast(*command, "--help")
+        said = " ".join(re.sub("[│╭╮╰╯─]", " ", capsys.readouterr().out).split())
+        assert not [words for words in shown if words not in said]
+        assert not [words for words in hidden if words in said]
+        assert "data set's own. (default: None)" not in said
 
 
 def test_a_config_of_another_kind_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
@@ -707,7 +933,7 @@ def test_a_config_and_another_recipe_contradict(finished: Path, capsys: pytest.C
     assert "recipe is lskd on the command line and kd in" in sentence(capsys)
 
 
-@pytest.mark.parametrize("more", [["--student", "nosuch"], ["--augment", "foo"], ["--teacher", "/nowhere/at/all"]])
+@pytest.mark.parametrize("more", [["--student", "nosuch"], ["--augment", "foo"], ["--teacher", "nowhere/at/all"]])
 def test_what_cannot_work_fails_before_anything_is_trained_or_claimed(more: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert kdfast("distill", *SMALL, *more, "--out", tmp_path / "run") == 1
     sentence(capsys)

@@ -1,5 +1,6 @@
 """What the documents show runs, and what they name exists."""
 
+import contextlib
 import json
 import re
 import tomllib
@@ -11,10 +12,11 @@ import torch
 from kdfast.benchmarks import report
 
 from kdfast import cli, models, recipes
-from kdfast.commands import config
+from kdfast.commands import bench, config, data
 from kdfast.engine import Training
 
 ROOT = Path(__file__).parents[1]
+OTHERS_OPTIONS = {"--nproc-per-node", "--benchmark-json", "--quick", "--long"}  # torchrun's, pytest's, of benchmarks/conftest.py
 
 
 def blocks(name: str) -> list[str]:
@@ -79,6 +81,40 @@ def test_the_commands_in_the_documents_exist():
     promised = text.split("## Not there yet")[0]
     for command in re.findall(r"^ +kdfast (\w+)", promised, re.MULTILINE):
         assert command in cli.COMMANDS
+
+
+def options_in_help(capsys: pytest.CaptureFixture[str], *command: str) -> set[str]:
+    with contextlib.suppress(SystemExit):
+        cli.main([*command, "--help"])
+    return set(re.findall(r"--[a-z][a-z0-9.-]*", capsys.readouterr().out))
+
+
+def commands_and_options(page: Path) -> list[tuple[str, set[str]]]:
+    """What stands in code: the command ("" where none is named, "bench loaders") and the options after it."""
+    text = page.read_text().replace("\\\n", " ")
+    blocks = re.findall(r"^    .*|^```(?:.|\n)*?^```", text, re.MULTILINE)
+    lines = [line.split("  #")[0] for block in blocks for line in block.splitlines()]
+    inline = re.findall(r"`([^`]+)`", re.sub(r"^```(?:.|\n)*?^```", "", text, flags=re.MULTILINE))
+    found = []
+    for code in [*lines, *inline]:
+        named = re.search(r"kdfast(?:\.cli)? ((?:(?:bench|data) )?[a-z]+)\b", code)
+        used = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9.-]*", code[named.end() :] if named else code))
+        found.append((named[1] if named else "", used))
+    return [(command, used) for command, used in found if used]
+
+
+def test_the_options_in_the_documents_exist(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    known = {name: options_in_help(capsys, name) for name in cli.COMMANDS}
+    known |= {f"bench {name}": options_in_help(capsys, "bench", name) for name in bench.BENCHES}
+    known |= {f"data {name}": options_in_help(capsys, "data", name) for name in data.COMMANDS}
+    known["distill"] = set().union(*(options_in_help(capsys, "distill", "--recipe", name) for name in recipes.names()))
+    known["compare"] |= known["distill"]
+    known[""] = set().union(*known.values()) | OTHERS_OPTIONS
+    found = [(page, *of) for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")] for of in commands_and_options(page)]
+    assert {("distill", "--resume"), ("eval", "--model"), ("", "--max-bad-files")} <= {(name, o) for _, name, used in found for o in used}
+    for page, command, used in found:
+        assert used <= known[command], f"{page.name}: {command or 'no command'} has no {', '.join(used - known[command])}"
 
 
 def test_every_preset_makes_a_configuration_with_known_networks():

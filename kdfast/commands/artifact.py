@@ -88,6 +88,7 @@ def load(
     model: str | None = None,
     options: Mapping[str, str | int | float | bool] | None = None,
     num_classes: int | None = None,
+    otherwise: str = "name it with --model",
 ) -> Classifier:
     """Loads a classifier.
 
@@ -96,6 +97,7 @@ def load(
         model: architecture of anyone's weights; a file of this library knows its own and ignores this.
         options: of that architecture, over those that the weights' names and shapes show.
         num_classes: where the weights' shapes do not show it.
+        otherwise: what a user can do where a file does not say its architecture and `model` is None.
 
     Raises:
         ValueError: no such file, no architecture known, or weights of another architecture (the names are listed).
@@ -113,7 +115,7 @@ def load(
         normalization = preparation.mean, preparation.std
     else:
         if model is None:
-            raise ValueError(f"{path} does not say which architecture it is of: name it with --model (or --teacher-model)")
+            raise ValueError(f"{path} does not say which architecture it is of: {otherwise}")
         spec, expected = recognize(state, model)
         if expected is not None:
             normalization = NORMALIZATIONS[expected]

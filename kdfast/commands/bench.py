@@ -27,13 +27,15 @@ BENCHES = {
 }
 OVERVIEW = "usage: kdfast bench {}\n\n{}".format("|".join(BENCHES), "\n".join(f"  {name:<9}{what}" for name, what in BENCHES.items()))
 
+_HELP = f"Of {', '.join(operators.OPERATORS)}; {', '.join(f'{name} has {command}' for name, command in operators.ELSEWHERE.items())}."
+_Operators = Annotated[tuple[str, ...], tyro.conf.arg(help=_HELP, help_behavior_hint="(default: all)")]
+
 
 @dataclass(frozen=True)
 class Kernels:
     """Measure the operators on this machine: time, share of the floor, memory and error, beside eager PyTorch and torch.compile."""
 
-    operators: tuple[str, ...] = ()
-    """Of kd_loss, supcon_loss, Lion, attention_transfer_loss; none: all."""
+    operators: _Operators = ()
     tier: Literal["quick", "usual", "long"] = "quick"
     """How many and how large cases: about a minute, some minutes, or all."""
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -50,8 +52,10 @@ def kernels(options: Kernels) -> list[dict[str, Any]]:
     """Measures, prints a table, writes options.out where asked to, and returns the results of harness.measure.
 
     Raises:
-        ValueError: there is no such device.
+        ValueError: there is no such device or operator, or options.out cannot be written.
     """
+    if options.out is not None:
+        files.check_writable(options.out, "--out")
     device = join(options.device).device
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -117,6 +121,8 @@ def make_report(options: Report) -> list[Path]:
     Raises:
         ValueError: a file without results, or no checkout whose documents could be written.
     """
+    if options.results:
+        files.check_writable(options.out, "--out", folder=True)
     written = [report.write_report(options.results, options.out)] if options.results else report.write_documents()
     for path in written:
         print(path)

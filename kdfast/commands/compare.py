@@ -22,7 +22,7 @@ from rich.console import Console as RichConsole
 from rich.table import Table
 
 from kdfast import files, machine, recipes, report
-from kdfast.commands.config import Distill, Teach
+from kdfast.commands.config import Distill, Teach, TeachRunOptions
 from kdfast.commands.distill import distill
 from kdfast.commands.teacher import teach
 from kdfast.report import comparison
@@ -39,6 +39,7 @@ def compare(configs: Mapping[str, Distill[Any]], out: Path) -> Path:
         ValueError: as distill() and teach(); or a folder in `out` belongs to another grid.
         Interrupted, NonFiniteLoss: see kdfast.engine.
     """
+    files.check_writable(out, "--out", folder=True)
     first = next(iter(configs.values()))
     teacher = first.teacher
     if teacher == "train" and any(recipes.get(config.recipe).needs_teacher for config in configs.values()):
@@ -74,7 +75,7 @@ def _teacher(config: Distill[Any], folder: Path) -> Teach:
         pretrained=config.teacher_pretrained,
         data=replace(config.data, label_fraction=1.0),
         training=config.teacher_training,
-        run=replace(config.run, out=folder, resume=_begun(folder), seeds=1),
+        run=TeachRunOptions(**vars(replace(config.run, out=folder, resume=_begun(folder), seeds=1))),
     )
 
 

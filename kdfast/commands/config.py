@@ -3,12 +3,12 @@
 Values come in four layers, the later over the earlier: the dataclasses' own, what suits the data set (DATASETS), the recipe's preset,
 the command line (or a config.toml). Of the data set a preset that reproduces a source takes only the networks: how they are trained is
 the source's business. A key stands for the field of that name wherever it is; what a data set or a preset says of training holds for the
-teacher's too, but for what it says under "teacher_training.<field>".
+teacher's too, but for what it says under "teacher_training.<field>". A warm-up of a lower layer is cut to fit the epochs of a higher one.
 """
 
 import json
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from types import UnionType
@@ -23,6 +23,15 @@ from kdfast.recipes.plus import Term
 S = TypeVar("S")
 C = TypeVar("C")
 FLAT = tyro.conf.OmitArgPrefixes  # --epochs, not --training.epochs
+Absent = Annotated[S, tyro.conf.Fixed, tyro.conf.Suppress]  # a field that is no option of the command
+
+
+def unsaid(what: str) -> Any:
+    """Help that says what None or an empty text stands for, where that is the default."""
+    return tyro.conf.arg(help_behavior_hint=lambda default: f"(default: {what if default in ('None', repr('')) else default})")
+
+
+OWN = unsaid("the data set's own")
 
 
 @dataclass(frozen=True)
@@ -41,18 +50,22 @@ class DataOptions:
     """At most so many training images, the same share of every class."""
     max_bad_files: int = 0
     """Leave out up to so many image files that cannot be read; more end the run before it begins."""
-    image_size: int | None = None
-    """Pixels; none: the data set's own."""
-    augment: str | None = None
-    """Training augmentation by name; none: the data set's own."""
-    evaluation: str | None = None
-    """How images are sized for evaluation: none, squash, center-crop; none given: the data set's own."""
-    normalization: str | None = None
-    """Mean and deviation by name: imagenet, cifar10, ...; none: the data set's own."""
+    image_size: Annotated[int | None, OWN] = None
+    """Pixels."""
+    augment: Annotated[str | None, OWN] = None
+    """Training augmentation by name (docs/loaders.md); "none" only resizes images."""
+    evaluation: Annotated[str | None, OWN] = None
+    """How images are sized for evaluation: squash, center-crop, or "none" where they have the size already."""
+    normalization: Annotated[str | None, OWN] = None
+    """Mean and deviation by name: imagenet, cifar10, ..."""
     loader: Literal["auto", "dali", "resident", "torchvision"] = "auto"
     """Where images come from; auto: on the device if they fit there, else DALI where installed, else torchvision."""
-    workers: int | None = None
-    """Loader processes (torchvision) or threads (dali); none: chosen by the data."""
+    workers: Annotated[int | None, unsaid("chosen by the data")] = None
+    """Loader processes (torchvision) or threads (dali)."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.label_fraction <= 1:
+            raise ValueError(f"label_fraction must be above 0 and at most 1, got {self.label_fraction}")
 
 
 @dataclass(frozen=True)
@@ -67,8 +80,8 @@ class RunOptions:
     """Train the same student without the teacher too, for comparison."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
-    threads: int | None = None
-    """CPU threads; none: as many as there are cores."""
+    threads: Annotated[int | None, unsaid("as many as there are cores")] = None
+    """CPU threads."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Autocast; auto: bf16 on CUDA, fp32 on the CPU."""
     compile: Literal["auto", "on", "off"] = "auto"
@@ -77,10 +90,10 @@ class RunOptions:
     """A teacher that is no better than chance is an error, not a warning."""
     checkpoint_minutes: float = 15.0
     """Save at least this often within long epochs; every epoch's end is saved anyway."""
-    out: Path | None = None
-    """Run folder; none: a new one under runs/."""
+    out: Annotated[Path | None, unsaid("a new one under runs/")] = None
+    """Run folder."""
     resume: bool = False
-    """Continue the run in its folder (without --out: the newest one of this configuration)."""
+    """Continue the run in --out, whose options need not be repeated; without --out the newest run under runs/ that has the very same."""
     log: tuple[Literal["tensorboard", "wandb"], ...] = ()
     """Also log to these."""
 
@@ -109,8 +122,8 @@ class Distill(Generic[S]):
     """Teacher's architecture (kdfast list models), or package.module:function."""
     teacher_options: tuple[str, ...] = ()
     """Options of the teacher's architecture, key=value."""
-    teacher_normalization: str | None = None
-    """Normalization that the teacher's weights expect; none: read from the file, else the student's."""
+    teacher_normalization: Annotated[str | None, unsaid("read from the file, else the student's")] = None
+    """Normalization that the teacher's weights expect."""
     teacher_pretrained: bool = False
     """Start the teacher from torchvision's ImageNet weights."""
     student: str = "resnet20"
@@ -134,6 +147,16 @@ class Distill(Generic[S]):
 
 
 @dataclass(frozen=True)
+class TeachRunOptions(RunOptions):
+    """Where and how to run."""
+
+    # of a distillation; config.toml has them all the same
+    seeds: Absent[int] = 1
+    baseline: Absent[bool] = True
+    strict: Absent[bool] = False
+
+
+@dataclass(frozen=True)
 class Teach:
     """Supervised training of one network, for use as a teacher."""
 
@@ -147,7 +170,7 @@ class Teach:
     """Label smoothing of the cross-entropy."""
     data: Annotated[DataOptions, FLAT] = DataOptions()
     training: Annotated[Training, FLAT] = Training()
-    run: Annotated[RunOptions, FLAT] = RunOptions()
+    run: Annotated[TeachRunOptions, FLAT] = TeachRunOptions()
 
 
 _CIFAR = {
@@ -297,6 +320,34 @@ def _plain(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else value
 
 
+def with_epochs(table: Mapping[str, Any], given: Mapping[str, str | None]) -> Mapping[str, Any]:
+    """A config.toml's table with the command line's epochs in it: filled() then cuts a warm-up that nobody asked for to fit them.
+
+    Args:
+        table: empty where there is no config.toml.
+        given: the command line's text of epochs, warmup, teacher_training.epochs and teacher_training.warmup, as far as they are there.
+            What is no number is left to the parser.
+    """
+    for part, prefix in (("training", ""), ("teacher_training", "teacher_training.")):
+        epochs = given.get(f"{prefix}epochs") or ""
+        if epochs.isdecimal() and int(epochs) > 0 and given.get(f"{prefix}warmup") is None:
+            table = {**table, part: {**table.get(part, {}), "epochs": int(epochs)}}
+    return table
+
+
+def of_run(folder: Path) -> Path:
+    """The config.toml of the run in a folder.
+
+    Raises:
+        ValueError: there is no run in it.
+    """
+    path = folder / "config.toml"
+    if not path.is_file():
+        what = "holds no run" if folder.is_dir() else "is no folder"
+        raise ValueError(f"--resume: {folder} {what}, so there is nothing to continue; without --resume a run begins there")
+    return path
+
+
 def read_toml(path: Path) -> dict[str, Any]:
     """The tables of a config.toml.
 
@@ -305,6 +356,8 @@ def read_toml(path: Path) -> dict[str, Any]:
     """
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"{path} is no configuration: there is no such file") from None
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise ValueError(f"{path} is no configuration: {error}") from None
 
@@ -327,6 +380,8 @@ def filled(config: C, table: Mapping[str, Any], source: str) -> C:
             values[name] = filled(part, table.get(name, {}), f"{source} [{name}]")
         elif name in table:
             values[name] = _converted(table[name], hints[name], f"{source}: {name}")
+    if isinstance(config, Training) and "epochs" in table and "warmup" not in table:  # what suits 60 epochs may be too long for one
+        values["warmup"] = min(config.warmup, max(0, values["epochs"] - 1))
     return replace(config, **values)  # type: ignore[type-var]
 
 
@@ -352,6 +407,11 @@ def _converted(value: Any, hint: Any, what: str) -> Any:
     if isinstance(hint, type) and type(value) is hint:
         return value
     raise ValueError(f"{what} must be {getattr(hint, '__name__', hint)}, got {value!r}")
+
+
+def foreign(folder: Path, found: Sequence[str]) -> str:
+    """Why a run folder cannot be taken; `found` is what differences() says."""
+    return f"run folder {folder} belongs to another configuration: {'; '.join(found[:5])}; give --out another folder"
 
 
 def differences(ours: Any, theirs: Any, prefix: str = "") -> list[str]:

@@ -15,6 +15,7 @@ from rich.table import Table
 from torch import Tensor
 
 from kdfast import files
+from kdfast.commands.config import OWN
 from kdfast.commands.session import checking
 from kdfast.data import Checked, DataError, ImageData, Split, check, evaluation_transform, load, training_transform
 from kdfast.data.images import EXTENSIONS, find
@@ -160,10 +161,10 @@ class Preview:
     """Data set by name (kdfast list datasets), or the path of an image folder."""
     data_dir: Path | None = None
     """Where the data set is, or is downloaded to."""
-    transform: str | None = None
-    """Training augmentation by name; none: the data set's own."""
-    image_size: int | None = None
-    """Pixels; none: the data set's own."""
+    transform: Annotated[str | None, OWN] = None
+    """Training augmentation by name; "none" only resizes images."""
+    image_size: Annotated[int | None, OWN] = None
+    """Pixels."""
     count: int = 8
     """Images, of one class after another."""
     seed: int = 0
@@ -177,9 +178,11 @@ def preview(options: Preview) -> Path:
 
     Raises:
         DataError: there is no such data set or transform, or a number is not positive.
+        ValueError: options.out cannot be written.
     """
     if options.count < 1:
         raise DataError(f"count must be at least 1, got {options.count}")
+    files.check_writable(options.out, "--out")
     data = load(options.dataset, data_dir=options.data_dir, val_fraction=0)
     size = data.image_size if options.image_size is None else options.image_size
     name = options.transform or data.train_transform

@@ -18,6 +18,7 @@ from kdfast.commands.config import Distill, parse_options
 from kdfast.commands.session import Session, environment, load_data, loader_maker, preparation, session
 from kdfast.data import ImageData, Loaders
 from kdfast.engine import Evaluation, StageResult, evaluate
+from kdfast.engine.console import counted
 from kdfast.models import ModelSpec, build, feature_size, parameter_count, projection_head
 from kdfast.recipes.conkd import EMBEDDING, EmbeddingTeacher
 from kdfast.recipes.features import fingerprint
@@ -107,7 +108,8 @@ class _Job:
         )
         lines = [
             f"  data: {data.name}, {len(data.train):,} training images{labels}; {len(data.val):,} validation, {len(data.test):,} test",
-            f"  student: {config.student}, {training.epochs} epochs, batch {training.batch_size}, {training.optimizer} lr {training.lr:g}",
+            f"  student: {config.student}, {counted(training.epochs, 'epoch')}, batch {training.batch_size}, "
+            f"{training.optimizer} lr {training.lr:g}",
             f"  folder: {self._opened.folder}, on {self._opened.world.device}",
         ]
         if training.micro_batch is not None:

@@ -12,38 +12,39 @@ from rich.table import Table
 
 from kdfast import files
 from kdfast.commands import artifact, config
-from kdfast.commands.config import FLAT, DataOptions
+from kdfast.commands.config import FLAT, DataOptions, unsaid
 from kdfast.commands.session import load_data
 from kdfast.data import make_loaders
 from kdfast.engine import Evaluation, evaluate, join
 from kdfast.models import parameter_count
 
 MATRIX_CLASSES = 25  # more do not fit a terminal
+RUNS = unsaid("the run's")
 
 
 @dataclass(frozen=True)
 class Images:
     """Which images, and how they are shown; what is not given is as in the run's training, else as DataOptions has it."""
 
-    dataset: str | None = None
+    dataset: Annotated[str | None, RUNS] = None
     """Data set by name (kdfast list datasets), or the path of an image folder."""
-    data_dir: Path | None = None
+    data_dir: Annotated[Path | None, RUNS] = None
     """Where the data set is, or is downloaded to."""
-    val_fraction: float | None = None
+    val_fraction: Annotated[float | None, RUNS] = None
     """Part of the training images that is set aside for validation."""
-    max_images: int | None = None
+    max_images: Annotated[int | None, RUNS] = None
     """At most so many training images, the same share of every class."""
-    max_bad_files: int | None = None
+    max_bad_files: Annotated[int | None, RUNS] = None
     """Leave out up to so many image files that cannot be read."""
-    image_size: int | None = None
+    image_size: Annotated[int | None, RUNS] = None
     """Pixels."""
-    evaluation: str | None = None
-    """How images are sized: none, squash, center-crop."""
-    normalization: str | None = None
-    """Mean and deviation by name: imagenet, cifar10, ...; none: as the weights expect."""
-    loader: Literal["auto", "dali", "resident", "torchvision"] | None = None
+    evaluation: Annotated[str | None, RUNS] = None
+    """How images are sized: squash, center-crop, or none: as they are."""
+    normalization: Annotated[str | None, unsaid("the run's, else the weights' own")] = None
+    """Mean and deviation by name: imagenet, cifar10, ..."""
+    loader: Annotated[Literal["auto", "dali", "resident", "torchvision"] | None, RUNS] = None
     """Where images come from; auto: on the device if they fit there, else DALI where installed, else torchvision."""
-    workers: int | None = None
+    workers: Annotated[int | None, RUNS] = None
     """Loader processes (torchvision) or threads (dali)."""
 
 
@@ -77,6 +78,8 @@ def run_eval(options: Eval) -> Evaluation:
         ValueError: weights, data or options that cannot be used.
     """
     console = Console(soft_wrap=True)
+    if options.json is not None:
+        files.check_writable(options.json, "--json")
     artifact.find(options.weights)
     data_options, seed = _as_trained(Path(options.weights) / "config.toml", options.data, options.seed)
     if not data_options.dataset:

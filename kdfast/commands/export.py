@@ -42,7 +42,8 @@ def export(options: Export) -> Path:
     """Writes the file and returns its path.
 
     Raises:
-        ValueError: weights that cannot be used, a missing package, or an exported network that disagrees with PyTorch's.
+        ValueError: weights that cannot be used, a file that cannot be written, a missing package, or an exported network that disagrees
+            with PyTorch's.
     """
     loaded = artifact.load(options.weights, model=options.model)
     size = options.image_size or (loaded.preparation.image_size if loaded.preparation else None)
@@ -51,6 +52,7 @@ def export(options: Export) -> Path:
     out = options.out or loaded.path.with_suffix(f".{options.format}")
     if options.format == "safetensors" and out.resolve() == loaded.path.resolve():
         raise ValueError(f"{out} is the file that would be exported: give --out")
+    files.check_writable(out, "--out")
     images = torch.randn(4, 3, size, size, generator=torch.Generator().manual_seed(0))
     write = {"onnx": _onnx, "pt2": _pt2, "safetensors": _safetensors}[options.format]
     with files.replacing(out) as temporary, torch.no_grad():

@@ -40,11 +40,13 @@ def predict(options: Predict) -> dict[Path, list[tuple[str, float]]]:
 
     Raises:
         ValueError: weights that do not say how images are prepared, or no images.
-        DataError: a file that is no image.
+        DataError: some of the files are no images; the others have been printed.
     """
-    loaded = artifact.load(options.weights)
+    loaded = artifact.load(options.weights, otherwise="predict needs weights that kdfast wrote")
     if loaded.preparation is None or loaded.classes is None:
         raise ValueError(f"{loaded.path} does not say which classes it knows: predict needs weights that kdfast wrote")
+    if not options.images:
+        raise ValueError("images: name image files or folders after the run, got none")
     for name in ("top", "batch_size"):
         if getattr(options, name) < 1:
             raise ValueError(f"{name} must be at least 1, got {getattr(options, name)}")
@@ -55,21 +57,31 @@ def predict(options: Predict) -> dict[Path, list[tuple[str, float]]]:
     transform = evaluation_transform(prepared.evaluation, prepared.image_size, prepared.mean, prepared.std)
     model = loaded.model.to(device)
     answers: dict[Path, list[tuple[str, float]]] = {}
+    bad: list[str] = []
     for start in range(0, len(paths), options.batch_size):
-        chunk = paths[start : start + options.batch_size]
-        images = torch.stack([transform(decode(str(path))) for path in chunk])
+        chunk, inputs = [], []
+        for path in paths[start : start + options.batch_size]:
+            try:
+                inputs.append(transform(decode(str(path))))
+                chunk.append(path)
+            except DataError as error:
+                bad.append(str(error))
+        if not chunk:
+            continue
+        images = torch.stack(inputs)
         best = model(images.to(device)).float().softmax(dim=1).topk(min(options.top, len(loaded.classes)), dim=1)
         for path, values, indices in zip(chunk, best.values.tolist(), best.indices.tolist()):
             answers[path] = [(loaded.classes[k], value) for k, value in zip(indices, values)]
-    _print(answers)
+    if answers:
+        _print(answers)
+    if bad:
+        raise DataError(f"{len(bad):,} of {len(paths):,} images cannot be read: {'; '.join(bad)}")
     return answers
 
 
 def _files(given: Path) -> list[Path]:
     if given.is_dir():
         return sorted(path for path in given.rglob("*") if path.suffix.lower() in SUFFIXES)
-    if not given.exists():
-        raise DataError(f"{given}: there is no such image")
     return [given]
 
 

@@ -87,7 +87,7 @@ class Session:
             ValueError: the folder holds another configuration's run, or one that --resume was not asked for.
         """
         if self.world.main:
-            _claim(self.folder, self.config, self.console)
+            _claim(self.folder, self.config)
             self.clock.keep_in(self.folder)
             self.closing.callback(self.clock.write)
             self.run.observers.append(self.clock.tick)
@@ -104,7 +104,8 @@ def session(config: Any, name: str) -> Iterator[Session]:
         name: of a new folder under runs/.
 
     Raises:
-        ValueError: no such device, a log whose package is not installed, or another process is running in the folder.
+        ValueError: no such device, a log whose package is not installed, a folder that cannot be made or that another process is running
+            in, or no run to resume.
     """
     options: RunOptions = config.run
     if options.threads is not None:
@@ -126,6 +127,7 @@ def _held(folder: Path, world: World) -> Iterator[None]:
     if not world.main:
         yield
         return
+    files.check_writable(folder, "--out", folder=True)
     with locked(folder):
         yield
 
@@ -141,45 +143,60 @@ def _agreed(folder: Path, world: World) -> Path:
 
 def _folder(config: Any, name: str) -> Path:
     if config.run.out is not None:
+        if config.run.resume:
+            configuration.of_run(config.run.out)
         return config.run.out
-    taken = sorted((p for p in Path("runs").glob(f"{name}*") if (p / "config.toml").exists()), key=lambda p: p.stat().st_mtime)
     if config.run.resume:
-        for folder in reversed(taken):
-            if not _differences(folder, config):
-                return folder
+        return _newest_of(config)
     number = 1
     while (folder := Path("runs") / (name if number == 1 else f"{name}-{number}")).exists():
         number += 1
     return folder
 
 
+def _newest_of(config: Any) -> Path:
+    """The newest run under runs/ that has this configuration."""
+    runs = sorted((p for p in Path("runs").glob("*") if (p / "config.toml").is_file()), key=lambda p: p.stat().st_mtime, reverse=True)
+    others = []
+    for folder in runs:
+        found = _differences(folder, config)
+        if not found:
+            return folder
+        others.append(f"{folder} ({'; '.join(found[:3])})")
+    if not others:
+        raise ValueError("--resume: there are no runs under runs/: name the run's folder with --out, or begin one without --resume")
+    raise ValueError(
+        f"--resume: no run under runs/ has these options, the newest are {', '.join(others[:3])}: "
+        "name one with --out, or give the very options it was begun with"
+    )
+
+
 def _differences(folder: Path, config: Any) -> list[str]:
     path = folder / "config.toml"
     try:
         table = configuration.read_toml(path)
-        if table.get("recipe") != getattr(config, "recipe", None):
-            return [f"recipe is {table.get('recipe')} there and {getattr(config, 'recipe', None)} here"]
-        theirs = configuration.filled(config, table, str(path))
+        ours, theirs = getattr(config, "recipe", None), table.get("recipe")
+        if ours != theirs:
+            return [f"recipe is {theirs or 'none (kdfast teacher)'} there and {ours or 'none (kdfast teacher)'} here"]
+        before = configuration.filled(config, table, str(path))
     except ValueError as error:
         return [str(error)]
-    return configuration.differences(config, theirs)
+    return configuration.differences(config, before)
 
 
-def _claim(folder: Path, config: Any, console: Console) -> None:
+def _claim(folder: Path, config: Any) -> None:
     """Writes config.toml into a new folder, or checks that the one there is ours to continue."""
     path = folder / "config.toml"
     if path.exists():
         found = _differences(folder, config)
         if found:
-            raise ValueError(f"run folder {folder} belongs to another configuration: {'; '.join(found[:5])}")
+            raise ValueError(configuration.foreign(folder, found))
         if not config.run.resume:
             raise ValueError(f"run folder {folder} already holds this run: pass --resume to continue it, or --out for another folder")
         return
     foreign = [p.name for p in folder.iterdir() if p.name != ".lock"]
     if foreign:
         raise ValueError(f"run folder {folder} is neither empty nor a run: it holds {', '.join(sorted(foreign)[:3])}")
-    if config.run.resume:
-        console.say(f"  no run of this configuration to resume: starting one in {folder}")
     files.write_text(path, configuration.to_toml(replace(config, run=replace(config.run, out=None, resume=False))))
 
 

@@ -104,6 +104,10 @@ def load(
     """
     if name not in _SOURCES:
         if not Path(name).is_dir():
+            if Path(name).exists():
+                raise DataError(f"dataset {name} is a file: expected a folder of images, or one of {', '.join(names())}")
+            if len(Path(name).parts) > 1 or name.startswith(("/", ".", "~")):
+                raise DataError(f"dataset {name}: there is no such path")
             raise DataError(f"no data set or folder is called {name!r}; known names: {', '.join(names())}")
         name, data_dir = "folder", name
     if not 0 <= val_fraction < 1:

@@ -47,6 +47,11 @@ def describe(line: dict[str, Any]) -> str:
     return ", ".join([*parts, f"{line['images_per_s']:,.0f} images/s"])
 
 
+def counted(number: int, what: str) -> str:
+    """A number of things: 1 epoch, 2 epochs."""
+    return f"{number:,} {what}{'' if number == 1 else 's'}"
+
+
 class Console:
     """Prints for a person, or not at all.
 
@@ -74,5 +79,5 @@ class Console:
             progress = StageProgress(name, epochs, images, self.rich, None, None)
             yield progress
         if progress.last:
-            done = f"{progress.last['epoch']} epochs in {time.monotonic() - start:.1f} s"
+            done = f"{counted(progress.last['epoch'], 'epoch')} in {time.monotonic() - start:.1f} s"
             self.say(f"  {name}: {done}, {describe(progress.last)}")

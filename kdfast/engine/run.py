@@ -11,6 +11,7 @@ continues from the checkpoint. What a recipe builds between stages is seeded by 
 
 import fcntl
 import json
+import pickle
 import statistics
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
@@ -57,8 +58,13 @@ class StageResult:
     modules: Sequence[nn.Module]
 
     def restore(self, which: str) -> None:
-        """Loads the "best" or "last" weights into the trained modules."""
-        load_weights(nn.ModuleList(self.modules), self.folder / f"{which}.safetensors")
+        """Loads the "best" or "last" weights into the trained modules.
+
+        Raises:
+            ValueError: the file is damaged or gone.
+        """
+        with _reading(self.folder):
+            load_weights(nn.ModuleList(self.modules), self.folder / f"{which}.safetensors")
 
 
 class Run:
@@ -132,7 +138,7 @@ class Run:
             loop = StageLoop(stage, self.world, self.options, self._stop, progress.step)
             if not self.world.main:  # all was made alike; from here on each process drops other units and draws other negatives
                 random_state.seed_all(random_state.derive(self.seed, stage.name, "stage", self.world.rank))
-            state = torch.load(checkpoint, map_location="cpu", weights_only=True) if checkpoint.exists() else None
+            state = _read(checkpoint) if checkpoint.exists() else None
             if state is not None and state["stage"] == stage.name:
                 loop.load_state_dict(state)
                 self._cut_journal(state["journal_size"])
@@ -190,7 +196,8 @@ class Run:
         )
 
     def _finished(self, stage: Stage, folder: Path) -> StageResult:
-        facts = json.loads((folder / "stage.json").read_text())
+        with _reading(folder):
+            facts = json.loads((folder / "stage.json").read_text())
         self._journal_size = facts["journal_size"]
         for module in stage.train:
             module.to(self.world.device)
@@ -209,6 +216,26 @@ class Run:
         for module in stage.train:
             module.eval()
         return result
+
+
+def _read(checkpoint: Path) -> dict[str, Any]:
+    with checkpoint.open("rb") as file:  # whoever may not open it should not be told to delete it
+        try:
+            state = torch.load(file, map_location="cpu", weights_only=True)
+        except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError, AttributeError):
+            state = None
+    if not isinstance(state, dict) or not {"stage", "journal_size"} <= state.keys():
+        raise ValueError(f"{checkpoint} is damaged: delete it to continue from the last finished stage")
+    return state
+
+
+@contextmanager
+def _reading(folder: Path) -> Iterator[None]:
+    """Says what to do where a file of a finished stage is damaged or gone: the stages after it have their place in the journal, too."""
+    try:
+        yield
+    except (ValueError, FileNotFoundError) as error:
+        raise ValueError(f"{error}: delete {folder} and the folders of the stages after it to train these again") from error
 
 
 @contextmanager

@@ -26,9 +26,9 @@ def get(name: str) -> Recipe:
     if ":" in name:
         return _of_the_users(name)
     if name not in names():
-        near = difflib.get_close_matches(name, names()) or names()
-        known = f"{', '.join(names())} or package.module:RECIPE"
-        raise ValueError(f"recipe must be one of {known}, got {name!r}; did you mean {' or '.join(near)}?")
+        near = difflib.get_close_matches(name, names())
+        guess = f"; did you mean {' or '.join(near)}?" if near else ""
+        raise ValueError(f"recipe must be one of {', '.join(names())} or package.module:RECIPE, got {name!r}{guess}")
     return importlib.import_module(f"kdfast.recipes.{name}").RECIPE
 
 
