@@ -24,7 +24,7 @@ RUNS = unsaid("the run's")
 
 @dataclass(frozen=True)
 class Images:
-    """Which images, and how they are shown; what is not given is as in the run's training, else as DataOptions has it."""
+    """Which images, and how they are shown; what is not given is as in the run's training, else as usual."""
 
     dataset: Annotated[str | None, RUNS] = None
     """Data set by name (kdfast list datasets), or the path of an image folder."""
