@@ -36,7 +36,7 @@ def percent(fraction: float) -> str:
 def _words(settings: Mapping[str, Any]) -> str:
     """Settings as in: 30 epochs a stage, batch_size 64, lr 0.05."""
     said: dict[str, Callable[[Any], str]] = {
-        "epochs": "{} epochs a stage".format,
+        "epochs": lambda epochs: f"{epochs} epoch{'s' * (epochs != 1)} a stage",
         "optimizer": str,
         "precision": str,
         "label_fraction": lambda fraction: f"{percent(fraction)} of the labels",
