@@ -49,8 +49,8 @@ def linear_kd_loss(student: Layer, teacher: Layer, labels: Tensor | None, chunk_
     """functional.linear_kd_loss, its options in one value."""
     checks.is_tensor("linear_kd_loss: student_hidden", student.hidden)
     device = student.hidden.device.type
-    has_autocast = torch.amp.is_autocast_available(device)  # "meta" has none
-    cast = torch.get_autocast_dtype(device) if has_autocast and torch.is_autocast_enabled(device) else None
+    # of the meta device, which has no autocast, not even to ask is allowed
+    cast = torch.get_autocast_dtype(device) if device != "meta" and torch.is_autocast_enabled(device) else None
     _check_layers(student, teacher, cast)
     options = _checked(student, labels, chunk_rows, options)
     tensors = *student, *teacher
