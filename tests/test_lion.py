@@ -1104,8 +1104,8 @@ def test_the_drop_ins_positions_and_defaults():
 @pytest.mark.speed
 @pytest.mark.skipif(KERNELS, reason="the promise is about CPUs")
 @pytest.mark.parametrize("original", ["eager", "lion-pytorch foreach"])
-@pytest.mark.parametrize("name", ["ResNet-18", "64 MB", "16 MB"])
-def test_not_slower_than_the_original_and_never_more_memory(name, original):
+@pytest.mark.parametrize(("name", "least"), [("ResNet-18", 0.95), ("64 MB", 0.95), ("16 MB", 0.9)])  # less than 1 for the machine's noise
+def test_not_slower_than_the_original_and_never_more_memory(name, least, original):
     from kdfast.benchmarks.lion import case, shapes
     from kdfast.benchmarks.timing import interleaved, peak_memory
 
@@ -1117,6 +1117,6 @@ def test_not_slower_than_the_original_and_never_more_memory(name, original):
     best = 0.0
     for _ in range(5):
         best = max(best, interleaved(ours.run, theirs.run, pairs=20)["speedup"])
-        if best >= 0.9:  # equal, but for the noise of a machine that others use too
+        if best >= least:
             return
     pytest.fail(f"{best:.2f} of the speed of {original}")

@@ -176,8 +176,11 @@ def _kernel_step(
         else:
             # a cautious step of a shard needs what other processes count
             shared = _sharing_memory(rows)
-            fits = [i for i, row in enumerate(rows) if _has_flat_view(row) and not (options.cautious and row.whole is not None)]
-            fits = [i for i in fits if i not in shared]
+            fits = [
+                i
+                for i, row in enumerate(rows)
+                if i not in shared and _has_flat_view(row) and not (options.cautious and row.whole is not None)
+            ]
             rest = sorted(set(range(len(rows))) - set(fits))
         for row in rows:
             _check_shapes(row)
@@ -288,14 +291,14 @@ def _torch_step(rows: list[Row], options: Options, grad_factor: Tensor | None, f
                     _lion_block(p, g, m, factors, update if p.numel() == update.numel() else update[: p.numel()])
             else:
                 for block, offset in _cut(row):
-                    _update([block], options, grad_factor, None, offset, scratch)
+                    _update([block], options, grad_factor, None, offset, scratch, factors)
         alone, together = _apart([row for row in rows if not _is_large(row)])
         for batch in _batches(together):
             if len(batch) == 1:
                 _update(batch, options, grad_factor, None)
                 continue
             block = _joined(batch)
-            _update([block], options, grad_factor, None, 0, scratch)
+            _update([block], options, grad_factor, None, 0, scratch, factors)
             _scatter(block, batch)
     for row in alone:
         _update([row], options, grad_factor, found_inf)
@@ -344,6 +347,7 @@ def _update(
     found_inf: Tensor | None,
     offset: int = 0,
     scratch: Tensor | None = None,
+    factors: "_Factors | None" = None,
 ) -> None:
     """One step of rows that share device and dtypes.
 
@@ -353,7 +357,8 @@ def _update(
         grad_factor: multiplies the gradients.
         found_inf: where it is not 0 nothing changes; None: everything does.
         offset: where the block's elements begin in their parameter.
-        scratch: memory for the block's update.
+        scratch: memory for the block's update, and
+        factors: what the block is multiplied by, of these options.
     """
     params, momenta = [row.param for row in rows], [row.momentum for row in rows]
     dtype = arithmetic(params[0])
@@ -367,8 +372,8 @@ def _update(
     if compensations:
         ps = [p + c.to(dtype) for p, c in zip(ps, compensations)]
 
-    if scratch is not None and ps[0].numel() <= scratch.numel():
-        _lion_block(ps[0], gs[0], ms[0], _Factors.of(options, dtype), scratch[: ps[0].numel()].view(ps[0].shape))
+    if scratch is not None and factors is not None and ps[0].numel() <= scratch.numel():
+        _lion_block(ps[0], gs[0], ms[0], factors, scratch[: ps[0].numel()].view(ps[0].shape))
     else:
         _lion(ps, gs, ms, options, [row.whole for row in rows])
 
