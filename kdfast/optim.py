@@ -7,6 +7,7 @@ and a weight decay as many times above. The arithmetic, and how few passes over 
 """
 
 from collections.abc import Callable, Hashable, Iterable, Sequence
+from numbers import Real  # NumPy's numbers too
 from typing import Any, overload
 
 import torch
@@ -381,7 +382,7 @@ def _check_saved(saved: dict[str, Any]) -> None:
 
 
 def _check_number(name: str, value: Any) -> None:
-    if not isinstance(value, (float, int, Tensor)):
+    if not isinstance(value, (Real, Tensor)):
         raise TypeError(f"Lion: {name} must be a number, got {value!r}")
     if isinstance(value, Tensor) and value.numel() != 1:
         raise ValueError(f"Lion: {name} must be a number or a tensor of one element, got shape {tuple(value.shape)}")
@@ -390,7 +391,7 @@ def _check_number(name: str, value: Any) -> None:
 def _check(options: dict[str, Any]) -> None:
     """Raises ValueError or TypeError for a group's options, naming the one at fault."""
     betas = options["betas"]
-    are_two = isinstance(betas, Sequence) and len(betas) == 2 and all(isinstance(beta, (float, int, Tensor)) for beta in betas)
+    are_two = isinstance(betas, Sequence) and len(betas) == 2 and all(isinstance(beta, (Real, Tensor)) for beta in betas)
     if not are_two or not all(0.0 <= beta <= 1.0 for beta in betas):
         raise ValueError(f"Lion: betas must be two numbers in [0, 1], got {betas}")
     for name in ("lr", "weight_decay"):
