@@ -1,4 +1,4 @@
-"""The Lion step for the harness: the parameters of ResNets, their many small tensors included, of a ViT, and single tensors.
+"""The Lion step for the harness: the parameters of ResNets, their many small tensors included, of a ViT, of LeNet-5, and single tensors.
 
 Its value is the momentum after the first step, its gradient what the step did to the parameters.
 """
@@ -18,9 +18,10 @@ from kdfast.optim import Lion
 
 OPTIONS = {"lr": 1e-2, "weight_decay": 0.1}  # a rate at which the step stands out from rounding
 PARAMETERS = {
-    "cpu": {"quick": ["16 MB"], "usual": ["ResNet-18", "256 MB"], "long": ["ResNet-101", "ViT-B/16"]},
+    "cpu": {"quick": ["16 MB", "LeNet-5"], "usual": ["ResNet-18", "256 MB"], "long": ["ResNet-101", "ViT-B/16"]},
     "cuda": {"quick": ["ResNet-18"], "usual": ["ResNet-101", "ViT-B/16", "1024 MB"]},
 }
+LENET = ((6, 1, 5, 5), (6,), (16, 6, 5, 5), (16,), (120, 400), (120,), (84, 120), (84,), (10, 84), (10,))  # calls, and hardly any work
 NETWORKS = {"ResNet-18": "resnet18", "ResNet-101": "resnet101", "ViT-B/16": "vit_b_16"}  # torchvision's names
 
 
@@ -32,7 +33,9 @@ def cases(device: torch.device, dtype: torch.dtype) -> Iterator[Case]:
 
 
 def shapes(name: str) -> list[torch.Size]:
-    """The parameter shapes of a torchvision network, or of one tensor that in float32 has so many MB."""
+    """The parameter shapes of LeNet-5 or a torchvision network, or of one tensor that in float32 has so many MB."""
+    if name == "LeNet-5":
+        return [torch.Size(size) for size in LENET]
     if name.endswith(" MB"):
         return [torch.Size([int(name.removesuffix(" MB")) * 2**18])]
     with torch.device("meta"):

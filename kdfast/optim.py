@@ -221,7 +221,8 @@ class Lion(Optimizer):
         Returns:
             The closure's loss, or None.
         """
-        self._accelerator_graph_capture_health_check()  # raises where a CUDA graph is captured without capturable=True
+        if not all(param.is_cpu for group in self.param_groups for param in group["params"]):
+            self._accelerator_graph_capture_health_check()  # raises where a CUDA graph is captured without capturable=True
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -256,6 +257,9 @@ class Lion(Optimizer):
 
     def _rows_of_equal_groups(self, found_inf: Tensor | None) -> list[tuple[dict[str, Any], list[Row]]]:
         """Parameters with gradients; those of groups whose options are the same, together."""
+        if len(self.param_groups) == 1:
+            rows = self._rows(self.param_groups[0], 0, found_inf)
+            return [(self.param_groups[0], rows)] if rows else []
         first = 0
         found: list[tuple[dict[str, Any], dict[str, Any], list[Row]]] = []
         for group in self.param_groups:
@@ -273,6 +277,7 @@ class Lion(Optimizer):
     def _rows(self, group: dict[str, Any], first: int, found_inf: Tensor | None) -> list[Row]:
         """Parameters with gradients and their state, which is made when first needed."""
         rows = []
+        capturable, rounding = group["capturable"], group["rounding"]
         for number, param in enumerate(group["params"], first):
             grad = param.grad
             if grad is None:
@@ -280,22 +285,18 @@ class Lion(Optimizer):
             if grad.layout != torch.strided or grad.is_complex():
                 kind = "complex" if grad.is_complex() else f"sparse ({grad.layout})"
                 raise RuntimeError(f"Lion: gradients must be dense and real, got a {kind} one of shape {tuple(grad.shape)}")
-            if group["capturable"] and param.device.type not in _CAPTURABLE and not torch.compiler.is_compiling():
+            if capturable and param.device.type not in _CAPTURABLE and not torch.compiler.is_compiling():
                 raise RuntimeError(f"Lion: capturable=True needs parameters on {' or '.join(_CAPTURABLE)}, got one on {param.device.type}")
             state = self.state[param]
             if "exp_avg" not in state:
                 state.update(_new_momentum(param, group["momentum_dtype"]))
             elif state["exp_avg"].device != param.device:  # the model was moved
                 state.update({key: t.to(param.device) for key, t in state.items() if isinstance(t, Tensor)})
-            row = Row(param, grad, state["exp_avg"], state.get("exp_avg_scale"), number=number)
-            if param.dtype in LOW_PRECISION and group["rounding"] == "kahan":
-                if state.get("kahan_comp") is None:
-                    state["kahan_comp"] = torch.zeros_like(param, memory_format=torch.preserve_format)
-                elif state["kahan_comp"].dtype != param.dtype:
-                    state["kahan_comp"] = state["kahan_comp"].to(param.dtype)
-                row = row._replace(compensation=state["kahan_comp"])
-            if row.scale is not None or (param.dtype in LOW_PRECISION and group["rounding"] == "stochastic"):
-                row = row._replace(step=_step_counter(state, param.device))
+            scale = state.get("exp_avg_scale")
+            rounds = rounding != "nearest" and param.dtype in LOW_PRECISION
+            compensation = _compensation(state, param) if rounds and rounding == "kahan" else None
+            step = _step_counter(state, param.device) if scale is not None or (rounds and rounding == "stochastic") else None
+            row = Row(param, grad, state["exp_avg"], scale, compensation, step, number)
             rows.append(row if type(param) in PLAIN else _shard(row))
         steps = [row.step for row in rows if row.step is not None]
         for device in {step.device for step in steps}:  # counted are the steps that are taken, on the device
@@ -328,6 +329,16 @@ def _new_momentum(param: Tensor, dtype: torch.dtype | None) -> dict[str, Tensor]
         "exp_avg": torch.zeros_like(param, dtype=torch.int8, memory_format=torch.preserve_format),
         "exp_avg_scale": torch.zeros(scales_of(param.numel()), dtype=torch.float32, device=param.device),
     }
+
+
+def _compensation(state: dict[str, Any], param: Tensor) -> Tensor:
+    """What the stored parameter lacks, in its dtype."""
+    if state.get("kahan_comp") is None:
+        state["kahan_comp"] = torch.zeros_like(param, memory_format=torch.preserve_format)
+    elif state["kahan_comp"].dtype != param.dtype:
+        state["kahan_comp"] = state["kahan_comp"].to(param.dtype)
+    compensation: Tensor = state["kahan_comp"]
+    return compensation
 
 
 def _step_counter(state: dict[str, Any], device: torch.device) -> Tensor:

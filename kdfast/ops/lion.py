@@ -4,8 +4,8 @@
 
 Floor: five passes over memory (read p, g, m; write p, m), 20 bytes a float32 parameter. Seven elementwise operations in turn
 would make fifteen and more. So on the CPU the PyTorch form walks the parameters in blocks that fit the cache: large tensors
-are cut, small ones are gathered into one block, and every operation after the first finds its block in the cache. Elsewhere,
-and under torch.compile (which fuses by itself), it is torch._foreach_* over whole lists.
+are cut, small ones are taken together, and every operation after the first finds its block in the cache. Elsewhere, and under
+torch.compile (which fuses by itself), it is torch._foreach_* over whole lists.
 
 Rounding: round(b1 m), then one fused multiply-add with (1 - b1) g, as torch's mul and add(alpha=) do, in that order. Float32
 results are lion-pytorch's bit for bit, save that sign(NaN) is NaN: torch.sign maps NaN to 0, and a parameter whose gradient
@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
-from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
+from torch._utils import _flatten_dense_tensors
 
 from kdfast.ops import backend
 from kdfast.ops.precision import arithmetic
@@ -32,6 +32,8 @@ ROUNDINGS = ("nearest", "stochastic", "kahan")
 GROUP = 256  # elements of an 8-bit momentum that share a scale
 LEVELS = 127  # of its magnitude, above 0
 _SHARE = 131072  # elements of a block on a CPU that are a thread's
+_SMALL = 16384  # elements of a tensor whose work there is below that of its calls, and
+_FEW = 3  # of how many such each has calls of its own
 
 
 class Options(NamedTuple):
@@ -275,33 +277,47 @@ def _torch_step(rows: list[Row], options: Options, grad_factor: Tensor | None, f
 
     if not foreach or (on_host and options.cautious):  # a cautious step needs a mean over each whole tensor
         alone: list[Row] = rows
-    elif not on_host:
+    elif on_host:
+        alone = _walk(rows, options, grad_factor)
+    else:
         alone, together = _apart(rows)
         if together:
             _update(together, options, grad_factor, found_inf)
-    else:
-        # one piece of memory for all blocks' updates: the next block finds it in the cache
-        dtype = arithmetic(rows[0].param)
-        scratch = torch.empty(min(_block_size(), sum(row.param.numel() for row in rows)), dtype=dtype, device=device)
-        factors = _Factors.of(options, dtype)
-        for row in filter(_is_large, rows):
-            if grad_factor is None and _is_plain(row):
-                update = scratch[: row.param.numel()]
-                for p, g, m in zip(*_blocks(row)):
-                    _lion_block(p, g, m, factors, update if p.numel() == update.numel() else update[: p.numel()])
-            else:
-                for block, offset in _cut(row):
-                    _update([block], options, grad_factor, None, offset, scratch, factors)
-        alone, together = _apart([row for row in rows if not _is_large(row)])
-        for batch in _batches(together):
-            if len(batch) == 1:
-                _update(batch, options, grad_factor, None)
-                continue
-            block = _joined(batch)
-            _update([block], options, grad_factor, None, 0, scratch, factors)
-            _scatter(block, batch)
     for row in alone:
         _update([row], options, grad_factor, found_inf)
+
+
+def _walk(rows: list[Row], options: Options, grad_factor: Tensor | None) -> list[Row]:
+    """Steps a CPU's bucket in blocks that fit the cache; returns the rows that are to be stepped one after the other."""
+    factors = _factors(options, arithmetic(rows[0].param))
+    plain = grad_factor is None and _is_exact(rows[0])  # as all of a bucket, or none
+    alone: list[Row] = []
+    together: list[Row] = []
+    if len(rows) > _FEW:
+        small = [row for row in rows if not _is_large(row)]
+        if len(small) > _FEW:
+            alone, together = _apart(small)
+            rows = [row for row in rows if _is_large(row)]
+    size = _block_size()
+    scratch: Tensor | None = None
+    if sum([row.param.numel() for row in rows]) > size:  # one piece of memory for all updates: the next block finds it in the cache
+        scratch = torch.empty(size, dtype=factors.beta1.dtype, device="cpu")
+    for row in rows:
+        p, g, m = row.param, row.grad, row.momentum
+        if plain and p.numel() <= size and p.stride() == g.stride() == m.stride() and _is_dense(p):
+            _lion_block(p, g, m, factors, scratch)  # as it is, without views
+        elif plain and _has_flat_view(row):
+            for p, g, m in zip(*_blocks(row)):
+                _lion_block(p, g, m, factors, scratch)
+        else:
+            for block, offset in _cut(row):
+                _update([block], options, grad_factor, None, offset, factors)
+    for batch in _batches(together):
+        if plain:
+            _lion_together([row.param for row in batch], [row.grad for row in batch], [row.momentum for row in batch], factors)
+        else:
+            _update(batch, options, grad_factor, None, 0, factors)
+    return alone
 
 
 def _apart(rows: list[Row]) -> tuple[list[Row], list[Row]]:
@@ -337,7 +353,7 @@ def _extent(tensor: Tensor) -> int:
 
 def _readable(tensor: Tensor) -> bool:
     """Whether its values can be read without waiting for a device or breaking a graph; a fake tensor has none."""
-    return not torch.compiler.is_compiling() and tensor.device.type == "cpu" and not isinstance(tensor, FakeTensor)
+    return tensor.is_cpu and not torch.compiler.is_compiling() and not isinstance(tensor, FakeTensor)
 
 
 def _update(
@@ -346,7 +362,6 @@ def _update(
     grad_factor: Tensor | None,
     found_inf: Tensor | None,
     offset: int = 0,
-    scratch: Tensor | None = None,
     factors: "_Factors | None" = None,
 ) -> None:
     """One step of rows that share device and dtypes.
@@ -357,8 +372,7 @@ def _update(
         grad_factor: multiplies the gradients.
         found_inf: where it is not 0 nothing changes; None: everything does.
         offset: where the block's elements begin in their parameter.
-        scratch: memory for the block's update, and
-        factors: what the block is multiplied by, of these options.
+        factors: what rows on a CPU are multiplied by, of these options.
     """
     params, momenta = [row.param for row in rows], [row.momentum for row in rows]
     dtype = arithmetic(params[0])
@@ -372,8 +386,10 @@ def _update(
     if compensations:
         ps = [p + c.to(dtype) for p, c in zip(ps, compensations)]
 
-    if scratch is not None and factors is not None and ps[0].numel() <= scratch.numel():
-        _lion_block(ps[0], gs[0], ms[0], factors, scratch[: ps[0].numel()].view(ps[0].shape))
+    if factors is not None and len(rows) == 1:
+        _lion_block(ps[0], gs[0], ms[0], factors)
+    elif factors is not None:
+        _lion_together(ps, gs, ms, factors)
     else:
         _lion(ps, gs, ms, options, [row.whole for row in rows])
 
@@ -421,21 +437,33 @@ class _Factors(NamedTuple):
     decay: Tensor | None
     negative_lr: float
 
-    @classmethod
-    def of(cls, options: Options, dtype: torch.dtype) -> "_Factors":
-        lr, beta1, beta2, weight_decay, _, maximize, _ = options
-        lr = float(lr)  # a tensor has been read before
-        ascent = -1.0 if maximize else 1.0
-        decay = torch.tensor(1.0 - lr * weight_decay, dtype=dtype, device="cpu") if weight_decay else None
-        tensors = [torch.tensor(beta, dtype=dtype, device="cpu") for beta in (beta1, beta2)]
-        return cls(tensors[0], ascent * (1.0 - beta1), tensors[1], ascent * (1.0 - beta2), decay, -lr)
+
+@functools.lru_cache(maxsize=16)
+def _factors(options: Options, dtype: torch.dtype) -> _Factors:
+    lr, beta1, beta2, weight_decay, _, maximize, _ = options
+    assert not isinstance(lr, Tensor)  # it has been read before
+    ascent = -1.0 if maximize else 1.0
+    decay = _factor(1.0 - lr * weight_decay, dtype) if weight_decay else None
+    return _Factors(_factor(beta1, dtype), ascent * (1.0 - beta1), _factor(beta2, dtype), ascent * (1.0 - beta2), decay, -lr)
 
 
-def _lion_block(p: Tensor, g: Tensor, m: Tensor, factors: _Factors, update: Tensor) -> None:
-    """_lion of one block that lies in a CPU's cache, where every call and read more would be felt; update is written to."""
-    torch.mul(m, factors.beta1, out=update).add_(g, alpha=factors.grad_in_update)
+@functools.lru_cache(maxsize=64)  # the betas stay, whatever the rate
+def _factor(value: float, dtype: torch.dtype) -> Tensor:
+    return torch.tensor(value, dtype=dtype, device="cpu")
+
+
+def _lion_block(p: Tensor, g: Tensor, m: Tensor, factors: _Factors, scratch: Tensor | None = None) -> None:
+    """_lion of one block that lies in a CPU's cache, where every call and read more would be felt.
+
+    p is dense where there is scratch, which is written to; a small block does better without.
+    """
+    if scratch is None or p.numel() <= _SMALL:
+        update = m.mul(factors.beta1)
+    else:
+        update = torch.mul(m, factors.beta1, out=scratch.as_strided(p.shape, p.stride()))
+    update.add_(g, alpha=factors.grad_in_update)
     m.mul_(factors.beta2).add_(g, alpha=factors.grad_in_momentum)  # now: both are in the nearest cache
-    if not math.isfinite(update.sum().item()):  # a NaN would be in the sum; so would an infinity, which changes nothing
+    if _may_have_nan(update):
         update = _sign_or_nan(update)
     else:
         update.sign_()
@@ -444,12 +472,33 @@ def _lion_block(p: Tensor, g: Tensor, m: Tensor, factors: _Factors, update: Tens
     p.add_(update, alpha=factors.negative_lr)
 
 
+def _lion_together(ps: list[Tensor], gs: list[Tensor], ms: list[Tensor], factors: _Factors) -> None:
+    """_lion_block of many that lie in the cache together."""
+    updates = list(torch._foreach_mul(ms, factors.beta1))
+    torch._foreach_add_(updates, gs, alpha=factors.grad_in_update)
+    torch._foreach_mul_(ms, factors.beta2)
+    torch._foreach_add_(ms, gs, alpha=factors.grad_in_momentum)
+    if _may_have_nan(_flatten_dense_tensors(updates)):
+        updates = [_sign_or_nan(u) for u in updates]
+    else:
+        torch._foreach_sign_(updates)
+    if factors.decay is not None:
+        torch._foreach_mul_(ps, factors.decay)
+    torch._foreach_add_(ps, updates, alpha=factors.negative_lr)
+
+
 def _signs(xs: list[Tensor]) -> list[Tensor]:
     """sign(x) in place of x, and NaN where x is NaN."""
-    if _readable(xs[0]) and all(math.isfinite(x.sum().item()) for x in xs):  # a NaN would be in the sum; one cached read
+    if _readable(xs[0]) and not any(map(_may_have_nan, xs)):
         torch._foreach_sign_(xs)
         return xs
     return [_sign_or_nan(x) for x in xs]
+
+
+def _may_have_nan(x: Tensor) -> bool:
+    """One read of a tensor in the cache; true of an infinity too, which changes nothing."""
+    # of few elements max() is the quicker call, of many sum() the quicker walk
+    return not math.isfinite((x.max() if 0 < x.numel() <= 4096 else x.sum()).item())
 
 
 def _sign_or_nan(x: Tensor) -> Tensor:
@@ -507,13 +556,12 @@ def _level_2_cache() -> int:
 
 def _is_large(row: Row) -> bool:
     # joining copies, which pays where an operation's work is below its call; rounding noise counts from its tensor's start
-    return row.param.numel() > 16384 or row.step is not None
+    return row.param.numel() > _SMALL or row.step is not None
 
 
-def _is_plain(row: Row) -> bool:
-    """Whether a block of it is updated where it lies: nothing to convert, to decode or to round."""
-    is_exact = row.param.dtype == row.grad.dtype == row.momentum.dtype == arithmetic(row.param)
-    return is_exact and row.compensation is None and _has_flat_view(row)
+def _is_exact(row: Row) -> bool:
+    """Whether it is updated where it lies: nothing to convert, to decode or to round."""
+    return row.param.dtype == row.grad.dtype == row.momentum.dtype == arithmetic(row.param) and row.compensation is None
 
 
 def _blocks(row: Row) -> list[tuple[Tensor, ...]]:
@@ -558,28 +606,6 @@ def _batches(rows: list[Row]) -> Iterator[list[Row]]:
         room -= row.param.numel()
     if batch:
         yield batch
-
-
-def _joined(rows: list[Row]) -> Row:
-    """The rows as one flat row, element by element in the order of indices, whatever the strides."""
-    compensations = [row.compensation for row in rows if row.compensation is not None]
-    return Row(
-        _flatten_dense_tensors([row.param for row in rows]),
-        _flatten_dense_tensors([row.grad for row in rows]),
-        _flatten_dense_tensors([row.momentum for row in rows]),
-        compensation=_flatten_dense_tensors(compensations) if compensations else None,
-    )
-
-
-def _scatter(block: Row, rows: list[Row]) -> None:
-    """Writes a joined and updated block back."""
-    for flat, tensors in (
-        (block.param, [row.param for row in rows]),
-        (block.momentum, [row.momentum for row in rows]),
-        (block.compensation, [row.compensation for row in rows if row.compensation is not None]),
-    ):
-        if flat is not None:
-            torch._foreach_copy_(tensors, _unflatten_dense_tensors(flat, tensors))
 
 
 # ---- random rounding -------------------------------------------------------------------------------------------------
