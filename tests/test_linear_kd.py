@@ -22,6 +22,16 @@ CHUNKS = [None, 1, 5, 1000]
 FLOATS = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
 
+@pytest.fixture(autouse=True)
+def _few_programs(monkeypatch):
+    """The interpreter takes its time for every program, and chunks make many of few rows: test_distill_kl_kernel.py has all plans."""
+    if INTERPRETED:
+        from kdfast.kernels import distill_kl as kernel
+
+        plan = kernel.plan
+        monkeypatch.setattr(kernel, "plan", lambda C, heavy: plan(C, heavy)._replace(rows=32 * plan(C, heavy).rows))
+
+
 def layers(N, C, D_s, D_t, dtype=torch.float32, teacher_dtype=None):
     """Hidden, weight and bias of student and teacher; logits have a standard deviation of about 3."""
     tensors = []
@@ -70,6 +80,8 @@ def agree(tensors, labels=None, chunks=(None,), upstream=None, floor=0.0, slack=
 def test_value_and_gradients_match_float64(shape, standardize):
     labels = torch.randint(shape[1], shape[:1])
     chunks = CHUNKS if shape[1] < 10000 else CHUNKS[:2]
+    if INTERPRETED and shape[0] > 100:  # it takes its time for every launch
+        chunks = [None, 25, 1000]
     floor = 3e-5 if standardize and shape[1] == 2 else 0.0  # two classes standardize to +-0.7 whatever the logits: a gradient of 0
     agree(layers(*shape), chunks=chunks, temperature=2.0, standardize=standardize, floor=floor)
     agree(layers(*shape), labels, chunks=chunks, kd_weight=0.9, ce_weight=0.1, standardize=standardize, floor=floor)
@@ -88,7 +100,7 @@ def test_dtypes_in_many_chunks(dtype, teacher_dtype):
     # eager PyTorch's logits are rounded to each dtype too, so the reference of mixed dtypes takes them one by one
     exact = value_and_gradients(call(reference.linear_kd_loss), [x.double() for x in tensors])
     eager = value_and_gradients(call(reference.linear_kd_loss), tensors)
-    for chunk_rows in (7, 300) if INTERPRETED else (1, 7, 300):
+    for chunk_rows in (25, 300) if INTERPRETED else (1, 7, 300):
         ours = value_and_gradients(call(linear_kd_loss, chunk_rows=chunk_rows), tensors)
         for got, peer, want, x in zip(ours[1:], eager[1:], exact[1:], tensors):
             assert got.dtype == x.dtype
@@ -180,7 +192,7 @@ def test_autocast_multiplies_in_its_dtype_as_two_linear_layers_do(cast, hidden_d
         for name, function in (
             ("eager", under_autocast(reference.linear_kd_loss)),
             ("whole", under_autocast(linear_kd_loss)),
-            ("chunks", under_autocast(linear_kd_loss, chunk_rows=37)),
+            ("chunks", under_autocast(linear_kd_loss, chunk_rows=150 if INTERPRETED else 37)),
         ):
             got = value_and_gradients(function, tensors)
             assert all(x.dtype == y.dtype for x, y in zip(got[1:], tensors))

@@ -269,7 +269,9 @@ def test_the_reference_moves_against_the_sign_and_fails_a_wrong_step():
 
 def test_a_nan_gradient_makes_its_parameter_nan_and_no_other():
     """The one deliberate deviation: torch.sign(NaN) is 0, so that the original leaves such a parameter as it is."""
-    for foreach, shapes in itertools.product([None, False], [[(4, 5), (3,)], [(200, 100)]]):
+    for foreach, shapes in itertools.product(
+        [None, False], [[(4, 5)], [(200, 100)], [(4, 5), (3,)], [(4, 5), (3,), (2, 6), (), (0,), (7,)]]
+    ):
         params, optimizer = stepped(1, shapes, foreach=foreach)
         before = [p.detach().clone() for p in params]
         give_gradients(params)
@@ -333,6 +335,21 @@ def test_memory_between_the_elements_of_a_strided_parameter_is_left_alone():
     p.grad = torch.ones(40_000)
     Lion([p], lr=0.5).step()
     assert torch.equal(storage, torch.tensor([-0.5, 0.0]).expand(40_000, 2))
+
+
+def test_gradients_and_momenta_may_have_their_parameters_gaps(monkeypatch):
+    monkeypatch.setattr(ops_lion, "_block_size", lambda: 50_000)  # all have more elements than a block, and the gaps reach beyond one
+    storages = [torch.zeros(40_000, 2) for _ in range(6)]
+    params = [nn.Parameter(storage[:, 0]) for storage in storages[:2]]
+    optimizer = Lion(params, lr=0.5)
+    for p, grad, momentum in zip(params, storages[2:4], storages[4:]):
+        p.grad = grad[:, 0].fill_(1.0)
+        optimizer.state[p]["exp_avg"] = momentum[:, 0]
+    optimizer.step()
+    for storage in storages[:2]:
+        assert torch.equal(storage, torch.tensor([-0.5, 0.0]).expand(40_000, 2))
+    for storage in storages[4:]:
+        torch.testing.assert_close(storage, torch.tensor([0.01, 0.0]).expand(40_000, 2))
 
 
 # ---- torch.optim's contracts -----------------------------------------------------------------------------------------
@@ -510,6 +527,7 @@ def test_a_compensation_follows_its_parameters_dtype():
     p.data = p.data.half()
     p.grad = torch.ones_like(p)
     optimizer.step()
+    assert optimizer.state[p]["kahan_comp"].dtype == torch.float16
     assert (p - 1).abs().max() < 1e-2
 
 
@@ -830,8 +848,9 @@ def test_stochastic_rounding_is_unbiased_and_takes_the_two_neighbours(dtype):
 
 def test_stochastic_rounding_does_not_depend_on_the_generator_or_the_blocks(monkeypatch):
     """Replicas of a data-parallel run have different generators and may cut their blocks differently, and must stay equal."""
-    options = {"shapes": [(300, 100), (5,)], "dtype": torch.bfloat16, "rounding": "stochastic"}
+    options = {"shapes": [(300, 100), (5,), (60, 50), (7,), (3, 1), (11,)], "dtype": torch.bfloat16, "rounding": "stochastic"}
     one, _ = stepped(3, **options)
+    assert bits_equal(one, stepped(3, **options, foreach=False)[0])
     monkeypatch.setattr(ops_lion, "_block_size", lambda: 1000)
     state = torch.random.get_rng_state()
     two, _ = stepped(3, **options)
@@ -1020,6 +1039,17 @@ def test_state_follows_a_parameter_to_another_device():
             p.grad = torch.zeros_like(p)
             optimizer.step()
             assert {t.device.type for t in optimizer.state[p].values()} == {device}
+
+
+def test_a_captured_graph_is_looked_for_unless_all_parameters_are_on_the_cpu(monkeypatch):
+    """PyTorch's own look, for which a captured step without capturable=True is an error; the meta device stands for a GPU."""
+    looks = []
+    monkeypatch.setattr(Lion, "_accelerator_graph_capture_health_check", lambda optimizer: looks.append(optimizer))
+    here, there = (nn.Parameter(torch.zeros(5, device=device)) for device in ("cpu", "meta"))
+    for params, expected in (([here], 0), ([here, there], 1)):
+        looks.clear()
+        Lion(params).step()
+        assert len(looks) == expected
 
 
 @pytest.mark.parametrize(

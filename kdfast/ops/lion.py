@@ -294,10 +294,10 @@ def _walk(rows: list[Row], options: Options, grad_factor: Tensor | None) -> list
     alone: list[Row] = []
     together: list[Row] = []
     if len(rows) > _FEW:
-        small = [row for row in rows if not _is_large(row)]
+        small = [row for row in rows if row.param.numel() <= _SMALL]
         if len(small) > _FEW:
             alone, together = _apart(small)
-            rows = [row for row in rows if _is_large(row)]
+            rows = [row for row in rows if row.param.numel() > _SMALL]
     size = _block_size()
     scratch: Tensor | None = None
     if sum([row.param.numel() for row in rows]) > size:  # one piece of memory for all updates: the next block finds it in the cache
@@ -552,11 +552,6 @@ def _block_size() -> int:
 def _level_2_cache() -> int:
     """Bytes of a core's, 0 where they are not known."""
     return torch.cpu.get_capabilities().get("l2_cache_size", 0)
-
-
-def _is_large(row: Row) -> bool:
-    # joining copies, which pays where an operation's work is below its call; rounding noise counts from its tensor's start
-    return row.param.numel() > _SMALL or row.step is not None
 
 
 def _is_exact(row: Row) -> bool:
