@@ -159,9 +159,8 @@ class Lion(Optimizer):
             state_dict: groups and state; a momentum keeps the precision of momentum_dtype.
 
         Raises:
-            ValueError: another optimizer's state; groups or parameters differ in number, a momentum in shape; an int8 momentum lacks its
-                exp_avg_scale; timm's
-                corrected_weight_decay, which is another formula.
+            ValueError: another optimizer's state; groups or parameters differ in number, a momentum in shape; an int8 momentum
+                lacks its exp_avg_scale; timm's corrected_weight_decay, which is another formula.
         """
         final: list[dict[str, Any]] = []  # what is loaded: hooks may have put another dict in place of the one given
 
