@@ -508,7 +508,7 @@ def lion_launches(target: str, variant: str, param: torch.dtype, grad: torch.dty
         row = Row(p, g, m, torch.zeros(scales_of(ELEMENTS)), torch.zeros_like(p), torch.zeros(()))
         with mock.patch.object(lion, "WARPS", lion.warps(TARGETS[target].warp_size)):
             lion.step(
-                [row], lion.table([row]), lr=torch.ones(()) if v.scaled else 1e-4, betas=(0.9, 0.99), weight_decay=0.1,
+                row, lion.table([row]), [p, m], lr=torch.ones(()) if v.scaled else 1e-4, betas=(0.9, 0.99), weight_decay=0.1,
                 rounding=v.rounding, cautious=v.cautious, maximize=False,
                 grad_factor=torch.ones(()) if v.scaled else None, found_inf=torch.zeros(()) if v.scaled else None,
             )  # fmt: skip

@@ -8,13 +8,28 @@ and a weight decay as many times above. The arithmetic, and how few passes over 
 
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from numbers import Real  # NumPy's numbers too
-from typing import Any, overload
+from operator import is_, itemgetter
+from typing import Any, NamedTuple, overload
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
-from kdfast.ops.lion import LOW_PRECISION, PLAIN, ROUNDINGS, Options, Row, decoded, encoded, grad_norm, is_sharded, lion_step, scales_of
+from kdfast.ops import backend
+from kdfast.ops.lion import (
+    LOW_PRECISION,
+    PLAIN,
+    ROUNDINGS,
+    Again,
+    Options,
+    Row,
+    decoded,
+    encoded,
+    grad_norm,
+    is_sharded,
+    lion_step,
+    scales_of,
+)
 
 _CAPTURABLE = ("cuda", "xpu", "hpu", "mtia")
 _LEAST_8BIT = 4096  # elements: biases and normalizations are no memory to save, and the most sensitive
@@ -119,6 +134,7 @@ class Lion(Optimizer):
         _check(defaults)
         super().__init__(params, defaults)
         self._tables: dict[Hashable, Any] = {}  # where the kernel found the tensors
+        self._last: _Step | None = None
         self._step_supports_amp_scaling = True  # GradScaler hands over grad_scale and found_inf instead of reading them
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -136,7 +152,7 @@ class Lion(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._tables = {}
+        self._tables, self._last = {}, None
         self._step_supports_amp_scaling = True
         self.defaults = _LATER_OPTIONS | self.defaults
         for group in self.param_groups:
@@ -233,18 +249,17 @@ class Lion(Optimizer):
         unscale = None if grad_scale is None else grad_scale.reshape(()).reciprocal()
         found_inf = None if found_inf is None else found_inf.reshape(())
         norm = self._grad_norm(unscale)
-        for group, rows in self._rows_of_equal_groups(found_inf):
-            lion_step(
+        if (last := self._last) is not None and self._is_same_again(last):
+            for groups, ways in last.bundles:
+                for way in ways:
+                    way.step(_options(groups[0]), _product(unscale, _clip_factor(norm, groups[0]["max_grad_norm"])), found_inf)
+            return loss
+        bundles: list[tuple[list[dict[str, Any]], list[Again]]] | None = []
+        for groups, rows in self._rows_of_equal_groups(found_inf):
+            group = groups[0]
+            again = lion_step(
                 rows,
-                Options(
-                    group["lr"].reshape(()) if isinstance(group["lr"], Tensor) else float(group["lr"]),
-                    float(group["betas"][0]),
-                    float(group["betas"][1]),
-                    float(group["weight_decay"] / group["init_lr"] if group["decoupled_weight_decay"] else group["weight_decay"]),
-                    group["cautious"],
-                    group["maximize"],
-                    group["rounding"],
-                ),
+                _options(group),
                 grad_factor=_product(unscale, _clip_factor(norm, group["max_grad_norm"])),
                 found_inf=found_inf,
                 foreach=group["foreach"],
@@ -252,26 +267,57 @@ class Lion(Optimizer):
                 capturable=group["capturable"],
                 tables=self._tables,
             )
+            bundles = None if bundles is None or again is None else [*bundles, (groups, again)]
+        self._last = None if bundles is None or torch.compiler.is_compiling() else self._step_of(bundles)
         return loss
 
-    def _rows_of_equal_groups(self, found_inf: Tensor | None) -> list[tuple[dict[str, Any], list[Row]]]:
+    def _step_of(self, bundles: list[tuple[list[dict[str, Any]], list[Again]]]) -> "_Step":
+        """The step that was taken."""
+        params = [param for group in self.param_groups for param in group["params"]]
+        used = [self.state[param] for param in params if param.grad is not None]
+        return _Step(
+            [(group, list(group["params"]), _WAY(group)) for group in self.param_groups],
+            backend.current(),
+            list(self.state.values()),
+            used,
+            [state["exp_avg"] for state in used],
+            [param for param in params if param.grad is None],
+            bundles,
+        )
+
+    def _is_same_again(self, last: "_Step") -> bool:
+        """Whether nothing but values, and places of gradients, has changed since the last step, which the kernel took."""
+        if torch.compiler.is_compiling() or last.backend != backend.current():
+            return False
+        if len(self.param_groups) != len(last.groups) or len(self.state) != len(last.states):
+            return False
+        for group, (known, params, way) in zip(self.param_groups, last.groups):
+            is_known = group is known and len(group["params"]) == len(params) and all(map(is_, group["params"], params))
+            if not is_known or _WAY(group) != way:
+                return False
+        for groups, _ in last.bundles:
+            if len(groups) > 1 and any(_settings(group, self.defaults) != _settings(groups[0], self.defaults) for group in groups):
+                return False
+        if not (all(map(is_, self.state.values(), last.states)) and all(map(is_, map(_MOMENTUM, last.used), last.momenta))):
+            return False
+        return all(param.grad is None for param in last.unused) and all(way.holds() for _, ways in last.bundles for way in ways)
+
+    def _rows_of_equal_groups(self, found_inf: Tensor | None) -> list[tuple[list[dict[str, Any]], list[Row]]]:
         """Parameters with gradients; those of groups whose options are the same, together."""
-        if len(self.param_groups) == 1:
-            rows = self._rows(self.param_groups[0], 0, found_inf)
-            return [(self.param_groups[0], rows)] if rows else []
         first = 0
-        found: list[tuple[dict[str, Any], dict[str, Any], list[Row]]] = []
+        found: list[tuple[dict[str, Any], list[dict[str, Any]], list[Row]]] = []
         for group in self.param_groups:
-            options = {name: id(value) if isinstance(value, Tensor) else value for name, value in group.items() if name in self.defaults}
+            settings = _settings(group, self.defaults)
             rows = self._rows(group, first, found_inf)
             first += len(group["params"])
-            for others, _, others_rows in found:
-                if others == options:
+            for others, groups, others_rows in found:
+                if others == settings:
+                    groups.append(group)
                     others_rows.extend(rows)
                     break
             else:
-                found.append((options, group, rows))
-        return [(group, rows) for _, group, rows in found if rows]
+                found.append((settings, [group], rows))
+        return [(groups, rows) for _, groups, rows in found if rows]
 
     def _rows(self, group: dict[str, Any], first: int, found_inf: Tensor | None) -> list[Row]:
         """Parameters with gradients and their state, which is made when first needed."""
@@ -313,6 +359,39 @@ class Lion(Optimizer):
             return None
         norm = grad_norm(grads)
         return norm if unscale is None else norm * unscale.to(norm.device)
+
+
+class _Step(NamedTuple):
+    """A step that the kernel took, for the next one to see whether it is the same but for values."""
+
+    groups: list[tuple[dict[str, Any], list[Tensor], tuple[Any, ...]]]  # each with its parameters, and what decides its way
+    backend: str
+    states: list[dict[str, Any]]  # of all parameters
+    used: list[dict[str, Any]]  # of those that had a gradient, and
+    momenta: list[Tensor]  # what these held
+    unused: list[Tensor]  # parameters that had none
+    bundles: list[tuple[list[dict[str, Any]], list[Again]]]  # groups that were stepped together, and how they may be again
+
+
+_WAY = itemgetter("cautious", "maximize", "capturable", "fused", "foreach", "rounding", "momentum_dtype")
+_MOMENTUM = itemgetter("exp_avg")
+
+
+def _settings(group: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
+    """A group's options, so that those of two can be compared."""
+    return {name: id(value) if isinstance(value, Tensor) else value for name, value in group.items() if name in defaults}
+
+
+def _options(group: dict[str, Any]) -> Options:
+    return Options(
+        group["lr"].reshape(()) if isinstance(group["lr"], Tensor) else float(group["lr"]),
+        float(group["betas"][0]),
+        float(group["betas"][1]),
+        float(group["weight_decay"] / group["init_lr"] if group["decoupled_weight_decay"] else group["weight_decay"]),
+        group["cautious"],
+        group["maximize"],
+        group["rounding"],
+    )
 
 
 def _new_momentum(param: Tensor, dtype: torch.dtype | None) -> dict[str, Tensor]:

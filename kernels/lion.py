@@ -17,7 +17,9 @@ The cautious update needs the share of elements that move, tensor by tensor, bef
 more passes). Counts are integers, which add up to the same in any order.
 """
 
+from array import array
 from collections.abc import Sequence
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
@@ -274,7 +276,8 @@ def _moving(
 class Table(NamedTuple):
     """Where the tensors of a launch lie, in their device's memory: good as long as they lie there."""
 
-    addresses: Tensor  # int64 [rows, COLUMNS]
+    addresses: Tensor  # int64 [rows, COLUMNS], and
+    on_host: Tensor  # the same, on the CPU
     chunks: Tensor  # int32 [programs, 2]: row, and block within it
     sizes: tuple[int, ...]  # of the rows: chunks depend on nothing else
     spares: list[Tensor]  # pinned memory for the addresses that CUDA graphs will find, taken one by one
@@ -301,7 +304,7 @@ def table(rows: Sequence[Any], before: Table | None = None, *, capturable: bool 
     sizes = tuple(row.param.numel() for row in rows)
     addresses = _addresses(rows, sizes)
     if device.type != "cuda":
-        return Table(addresses, _chunks(sizes), sizes, [])
+        return Table(addresses, addresses, _chunks(sizes), sizes, [])
     if before is not None and before.sizes != sizes:
         before = None
     if torch.cuda.is_current_stream_capturing():
@@ -312,14 +315,34 @@ def table(rows: Sequence[Any], before: Table | None = None, *, capturable: bool 
             )
         # the graph copies from here whenever it is replayed, so this memory is never written again
         pinned = _in_graphs(before.spares.pop().copy_(addresses))
-        return Table(pinned.to(device, non_blocking=True), before.chunks, sizes, [], captured=True)
-    pinned = addresses.pin_memory()  # PyTorch does not hand it out again before the copy from it has ended
+        return Table(pinned.to(device, non_blocking=True), addresses, before.chunks, sizes, [], captured=True)
     return Table(
-        pinned.to(device, non_blocking=True),
+        _sent(addresses, device),
+        addresses,
         before.chunks if before is not None else _chunks(sizes).pin_memory().to(device, non_blocking=True),
         sizes,
         list(torch.empty(SPARES, *addresses.shape, dtype=torch.int64, device="cpu", pin_memory=True)) if capturable else [],
     )
+
+
+def moved(before: Table, gradients: Sequence[int]) -> Table:
+    """The table of the same rows with gradients at other addresses; not while a CUDA graph is captured."""
+    addresses = before.on_host.clone()
+    addresses[:, GRAD.value] = torch.frombuffer(array("q", gradients), dtype=torch.int64)
+    _flag_whole(addresses.T)
+    return before._replace(addresses=_sent(addresses, before.chunks.device), on_host=addresses)
+
+
+def _sent(addresses: Tensor, device: torch.device) -> Tensor:
+    if device.type != "cuda":
+        return addresses
+    return addresses.pin_memory().to(device, non_blocking=True)  # PyTorch does not hand it out again before the copy has ended
+
+
+def _flag_whole(table: Tensor) -> None:
+    """Sets the lowest bit of FLAGS [COLUMNS, rows] where all tensors begin at multiples of 16 bytes, as 128-bit accesses need."""
+    table[FLAGS.value] &= ~1
+    table[FLAGS.value] |= (table[: STEP.value] % 16 == 0).all(0)
 
 
 def _addresses(rows: Sequence[Any], sizes: Sequence[int]) -> Tensor:
@@ -328,8 +351,9 @@ def _addresses(rows: Sequence[Any], sizes: Sequence[int]) -> Tensor:
         [0 if tensor is None else tensor.data_ptr() for tensor in column]
         for column in zip(*((row.param, row.grad, row.momentum, row.scale, row.compensation, row.step) for row in rows))
     ]
-    table = torch.tensor([*columns, sizes, [row.number << 1 for row in rows]], dtype=torch.int64, device="cpu")
-    table[FLAGS.value] |= (table[: STEP.value] % 16 == 0).all(0)
+    numbers = array("q", chain(*columns, sizes, [row.number << 1 for row in rows]))  # torch.tensor takes ten times as long for these
+    table = torch.frombuffer(numbers, dtype=torch.int64).view(COLUMNS.value, len(rows))
+    _flag_whole(table)
     return table.T.contiguous()
 
 
@@ -352,8 +376,9 @@ def _in_graphs(tensor: Tensor) -> Tensor:
 
 
 def step(
-    rows: Sequence[Any],
+    like: Any,
     table: Table,
+    written: Sequence[Tensor],
     *,
     lr: float | Tensor,
     betas: tuple[float, float],
@@ -367,8 +392,9 @@ def step(
     """Updates the rows in place.
 
     Args:
-        rows: of which `table` was made.
-        table: theirs.
+        like: one of the rows of which the table was made, for device and dtypes.
+        table: where the rows are.
+        written: their parameters and state.
         lr: a number, or 0-dim on the device.
         betas: b1 and b2.
         weight_decay: what lr multiplies.
@@ -378,9 +404,7 @@ def step(
         grad_factor: 0-dim float32, multiplies the gradients.
         found_inf: 0-dim float32; where it is not 0 nothing changes.
     """
-    if not rows:
-        return
-    param, grad, momentum = rows[0].param, rows[0].grad, rows[0].momentum
+    param, grad, momentum = like.param, like.grad, like.momentum
     if param.is_cuda and torch.cuda.is_current_stream_capturing():
         _in_graphs(table.chunks)
         if not table.captured:  # a captured one is memory of the graph itself
@@ -391,7 +415,7 @@ def step(
     with torch.cuda.device_of(param):
         moving = None
         if cautious:
-            moving = torch.zeros(len(rows), dtype=torch.int64, device=param.device)
+            moving = torch.zeros(len(table.sizes), dtype=torch.int64, device=param.device)
             _count_moving[grid](
                 table.addresses, table.chunks, grad_factor, found_inf, moving, beta1, 1.0 - beta1,
                 **gradient, num_warps=WARPS, enable_fp_fusion=True,
@@ -403,5 +427,4 @@ def step(
             P=_TYPES[param.dtype], ROUNDING=rounding if param.dtype != torch.float32 else "nearest",
             **gradient, num_warps=WARPS, enable_fp_fusion=True,
         )  # fmt: skip
-    written = [t for row in rows for t in (row.param, row.momentum, row.scale, row.compensation) if t is not None]
     torch.autograd.graph.increment_version(written)  # a backward pass that needs what was there is to say so

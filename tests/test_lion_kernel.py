@@ -1,5 +1,9 @@
 """What only the Triton kernel of the Lion step has to show; test_lion.py holds the rest, in the interpreter and on a GPU too."""
 
+import copy
+import weakref
+from contextlib import nullcontext
+
 import pytest
 import torch
 from torch import nn
@@ -199,27 +203,114 @@ def test_expanded_gradients_are_read_as_what_they_are():
 
 def test_a_table_is_made_again_only_when_an_address_has_changed(monkeypatch):
     made = []
-    table = kernel.table
-    monkeypatch.setattr(kernel, "table", lambda *a, **k: made.append(a) or table(*a, **k))
+    for name in ("table", "moved"):
+        function = getattr(kernel, name)
+        monkeypatch.setattr(kernel, name, lambda *a, name=name, function=function, **k: made.append(name) or function(*a, **k))
     params = parameters([(50,), (3000,)])
     optimizer = Lion(params, **SETTINGS)
     give_gradients(params)
     for _ in range(3):
         optimizer.step()
-    assert len(made) == 1
+    assert made == ["table"]
     chunks = next(iter(optimizer._tables.values())).table.chunks
     give_gradients(params)  # the old gradients still live: these lie elsewhere
     optimizer.step()
-    assert len(made) == 2
-    if not INTERPRETED:
-        assert next(iter(optimizer._tables.values())).table.chunks is chunks
+    optimizer.step()
+    assert made == ["table", "moved"]
     params[0].data = params[0].data.clone()
     optimizer.step()
-    assert len(made) == 3
+    assert made == ["table", "moved", "table"]
+    if not INTERPRETED:
+        assert next(iter(optimizer._tables.values())).table.chunks is chunks
+    gone = [weakref.ref(p.grad) for p in params]
     optimizer.zero_grad(set_to_none=True)
-    assert all(
-        not isinstance(x, torch.Tensor) or x.dtype in (torch.int64, torch.int32) for x in next(iter(optimizer._tables.values())).table
-    )
+    assert [ref() for ref in gone] == [None, None], "a gradient is kept"
+
+
+CHANGES = {
+    "nothing": lambda a, params: None,
+    "lr": lambda a, params: a.param_groups[0].update(lr=0.02),
+    "a tensor lr": lambda a, params: [group.update(lr=torch.tensor(0.02)) for group in a.param_groups],
+    "betas and decay": lambda a, params: a.param_groups[1].update(betas=(0.5, 0.6), weight_decay=0.3),
+    "cautious": lambda a, params: [group.update(cautious=True) for group in a.param_groups],
+    "maximize": lambda a, params: a.param_groups[0].update(maximize=True),
+    "clipping": lambda a, params: [group.update(max_grad_norm=0.5) for group in a.param_groups],
+    "clipping of one group": lambda a, params: a.param_groups[1].update(max_grad_norm=0.1),
+    "a loss scale": lambda a, params: setattr(a, "grad_scale", torch.full((), 4.0)),
+    "an overflow": lambda a, params: setattr(a, "found_inf", torch.ones(())),
+    "the backend": lambda a, params: kdfast.set_backend("torch"),
+    "foreach": lambda a, params: [group.update(foreach=False) for group in a.param_groups],
+    "a parameter's memory": lambda a, params: setattr(params[0], "data", params[0].data.clone()),
+    "a parameter's order": lambda a, params: setattr(params[2], "data", params[2].data.contiguous(memory_format=torch.channels_last)),
+    "a gradient's order": lambda a, params: setattr(params[2], "grad", params[2].grad.contiguous(memory_format=torch.channels_last)),
+    "a gradient's place": lambda a, params: setattr(params[1], "grad", torch.cat([torch.zeros(1), params[1].grad])[1:]),
+    "a gradient less": lambda a, params: setattr(params[0], "grad", None),
+    "a gradient more": lambda a, params: setattr(params[3], "grad", torch.randn(7)),
+    "a negated gradient": lambda a, params: setattr(params[1], "grad", torch._neg_view(params[1].grad)),
+    "momentum": lambda a, params: a.state[params[0]].update(exp_avg=torch.randn(50)),
+    "a momentum's memory": lambda a, params: setattr(a.state[params[0]]["exp_avg"], "data", torch.randn(50)),
+    "a parameter's state": lambda a, params: a.state.__setitem__(params[0], {}),
+    "all state": lambda a, params: a.state.clear(),
+    "another parameter": lambda a, params: a.param_groups[0]["params"].__setitem__(0, params[4]),
+    "a parameter less": lambda a, params: a.param_groups[0]["params"].__delitem__(1),
+    "a parameter more": lambda a, params: a.param_groups[0]["params"].append(params[4]),
+    "a group more": lambda a, params: a.add_param_group({"params": [params[4]], "lr": 0.1}),
+    "a group less": lambda a, params: a.param_groups.__delitem__(1),
+    "what was saved": lambda a, params: a.load_state_dict(copy.deepcopy(a.state_dict())),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_step_after_a_change_is_the_pytorch_forms(change):
+    """What a step remembers of the one before is right or not used."""
+    shapes = [(50,), (3000,), (4, 3, 2, 2), (7,), (11,)]  # the fourth has no gradient at first, the fifth is in no group
+    params = parameters(shapes)
+    theirs = twins(params)
+    a, b = (Lion([{"params": [x[0], x[1]]}, {"params": [x[2], x[3]]}], **SETTINGS) for x in (params, theirs))
+    used = [0, 1, 2, 4]
+    for step in range(5):
+        seed = torch.initial_seed() + step
+        for optimizer, own in ((a, params), (b, theirs)):
+            torch.manual_seed(seed)
+            for i in used:
+                if own[i].grad is not None or step == 0:
+                    own[i].grad = torch.randn_like(own[i])
+            if step == 2:
+                CHANGES[change](optimizer, own)
+            with kdfast.backend("torch" if optimizer is b else "auto") if change != "the backend" else nullcontext():
+                optimizer.step()
+        if change == "the backend" and step == 2:
+            kdfast.set_backend("auto")
+    assert_same(params, theirs, a, b)
+
+
+def test_a_parameter_that_has_shrunk_is_refused():
+    params = parameters([(50,), (3000,)])
+    optimizer = Lion(params)
+    give_gradients(params)
+    optimizer.step()
+    params[1].data = params[1].data[:50]  # at the same address
+    with pytest.raises(RuntimeError, match=r"the gradient of parameter 1 must have the parameter's shape \(50,\), got \(3000,\)"):
+        optimizer.step()
+
+
+def test_steps_that_are_the_same_but_for_values_are_not_sorted_anew(monkeypatch, launches):
+    from kdfast import optim
+
+    sorted_anew = []
+    monkeypatch.setattr(optim, "lion_step", lambda *a, **k: sorted_anew.append(a) or operator.lion_step(*a, **k))
+    params = parameters([(50,), (3000,), (9,)]) + parameters([(20,)], bf16)
+    optimizer = Lion([{"params": params[:1]}, {"params": params[1:], "lr": 0.1}])
+    for step in range(4):
+        give_gradients(params)
+        optimizer.param_groups[1]["lr"] *= 0.5
+        optimizer.step()
+        optimizer.zero_grad()
+        assert len(sorted_anew) == 2, step
+    assert len(launches) == 4 * 3
+    params[0].grad = torch.randn(50).to_sparse()
+    with pytest.raises(RuntimeError, match="must be dense"):
+        optimizer.step()
 
 
 def test_replaced_parameters_gradients_and_momenta_are_found():
@@ -251,7 +342,7 @@ def test_offsets_beyond_two_billion_elements(monkeypatch):
     table.addresses[0, kernel.SIZE.value] = (block + 1) * kernel.BLOCK - 3  # the last three are not its own
     table.chunks[0, 1] = block
     kernel.step(
-        [row], table, lr=0.5, betas=(0.9, 0.0), weight_decay=0.0, rounding="nearest",
+        row, table, [p, m], lr=0.5, betas=(0.9, 0.0), weight_decay=0.0, rounding="nearest",
         cautious=False, maximize=False, grad_factor=None, found_inf=None,
     )  # fmt: skip
     assert torch.equal(p[:-3], -0.5 * g[:-3].sign())

@@ -80,7 +80,7 @@ def lion_step(
     fused: bool | None = None,
     capturable: bool = False,
     tables: dict[Hashable, Any] | None = None,
-) -> None:
+) -> "list[Again] | None":
     """Updates parameters, momenta and compensations in place.
 
     Args:
@@ -94,9 +94,13 @@ def lion_step(
         capturable: a later step may be captured in a CUDA graph.
         tables: the caller's, to be handed over in every step: where the kernel found the tensors last time.
 
+    Returns:
+        How the next step may be taken where nothing but values has changed: the kernel's launches. None: by this function alone.
+
     Raises:
         RuntimeError: fused is True and there is no kernel for these tensors.
     """
+    ways: list[Again] | None = []
     for key, bucket in _buckets(rows).items():
         kernel = None
         if not torch.compiler.is_compiling() and (fused or (fused is None and foreach is None)):
@@ -108,9 +112,12 @@ def lion_step(
                     f"{param.device.type} (backend {backend.current()!r}); leave fused=None"
                 )
         if kernel is not None and all(type(t) in PLAIN for row in bucket for t in (row.param, row.grad, row.momentum)):
-            bucket = _kernel_step(kernel, bucket, options, grad_factor, found_inf, capturable, {} if tables is None else tables, key)
+            way, bucket = _kernel_step(kernel, bucket, options, grad_factor, found_inf, capturable, {} if tables is None else tables, key)
+            ways = None if ways is None or way is None else [*ways, way]
         if bucket:
             _torch_step(bucket, options, grad_factor, found_inf, foreach is not False)
+            ways = None
+    return ways
 
 
 def grad_norm(grads: list[Tensor]) -> Tensor:
@@ -155,8 +162,8 @@ def _kernel_step(
     capturable: bool,
     tables: dict[Hashable, Any],
     bucket: Hashable,
-) -> list[Row]:
-    """One bucket in one launch; returns the rows that the kernel cannot take."""
+) -> "tuple[Again | None, list[Row]]":
+    """One bucket in one launch; returns how it may be taken again, and the rows that the kernel cannot take."""
     device = rows[0].param.device
     key = bucket, rows[0].number, options.cautious, capturable
     kept: list[Any] = [[t.data_ptr() for t in map(column, rows) if t is not None] for column in _KEPT]
@@ -164,9 +171,7 @@ def _kernel_step(
     kept += [[row.compensation.stride() for row in rows if row.compensation is not None]]
     grads = [row.grad for row in rows]
     given: list[Any] = [[g.data_ptr() for g in grads], [g.stride() for g in grads], [g.is_neg() for g in grads]]
-    stream = None
-    if device.type == "cuda" and not torch.cuda.is_current_stream_capturing():  # a graph keeps its tables, and has a stream of its own
-        stream = torch.cuda.current_stream(device).cuda_stream
+    stream = _stream(device)
     known: _Known | None = tables.get(key)
     if known is not None and known.stream != stream and stream is not None:
         known = None  # a table's memory may be used again, by its own stream, as soon as it is freed
@@ -191,23 +196,41 @@ def _kernel_step(
         known = _Known(kept, [] if copied else given, fits, rest, table, stream)  # copies lie elsewhere in every step
         if table is None or not table.captured:  # a graph's own table is good within that graph alone
             tables[key] = known
+    again = None
     if taken:
-        lr = options.lr
-        if isinstance(lr, Tensor):
-            lr = lr.item() if _readable(lr) else lr.to(device)
-        kernel.step(
-            taken,
-            known.table,
-            lr=lr,
-            betas=(options.beta1, options.beta2),
-            weight_decay=options.weight_decay,
-            rounding=options.rounding,
-            cautious=options.cautious,
-            maximize=options.maximize,
-            grad_factor=None if grad_factor is None else grad_factor.to(device, torch.float32),
-            found_inf=None if found_inf is None else found_inf.to(device, torch.float32),
-        )
-    return [rows[i] for i in known.rest]
+        written = [t for row in taken for t in (row.param, row.momentum, row.scale, row.compensation) if t is not None]
+        _launch(kernel, taken[0], known.table, written, options, grad_factor, found_inf)
+        if known.given and not known.rest and not known.table.captured and all(map(_is_bare, rows)):
+            again = Again(kernel, rows, known.table)
+    return again, [rows[i] for i in known.rest]
+
+
+def _launch(
+    kernel: ModuleType,
+    like: Row,
+    table: Any,
+    written: list[Tensor],
+    options: Options,
+    grad_factor: Tensor | None,
+    found_inf: Tensor | None,
+) -> None:
+    device = like.param.device
+    lr = options.lr
+    if isinstance(lr, Tensor):
+        lr = lr.item() if _readable(lr) else lr.to(device)
+    kernel.step(
+        like,
+        table,
+        written,
+        lr=lr,
+        betas=(options.beta1, options.beta2),
+        weight_decay=options.weight_decay,
+        rounding=options.rounding,
+        cautious=options.cautious,
+        maximize=options.maximize,
+        grad_factor=None if grad_factor is None else grad_factor.to(device, torch.float32),
+        found_inf=None if found_inf is None else found_inf.to(device, torch.float32),
+    )
 
 
 def _check_shapes(row: Row) -> None:
@@ -257,6 +280,77 @@ def _is_dense(tensor: Tensor) -> bool:
             return False
         expected *= size
     return True
+
+
+class Again:
+    """A launch whose tensors may lie where they lay in an earlier step, or gradients elsewhere: then it needs hardly more than numbers.
+
+    To see that takes a microsecond a tensor, to sort them anew four: for a network of 300 that is more than a GPU's work. No gradient is
+    kept, so that zero_grad() frees them.
+    """
+
+    def __init__(self, kernel: ModuleType, rows: list[Row], table: Any) -> None:
+        self._kernel, self._table = kernel, table
+        self._params = [row.param for row in rows]
+        self._momenta = [row.momentum for row in rows]
+        grads = [row.grad for row in rows]
+        self._places, self._lay = _places(grads), self._lie(grads)
+
+    def holds(self) -> bool:
+        """Whether the launch would find all tensors, and as they were."""
+        grads: list[Any] = [param.grad for param in self._params]
+        try:
+            places, lie = _places(grads), self._lie(grads)
+        except (TypeError, RuntimeError):  # no gradient, or one without memory of its own: sparse
+            return False
+        if lie != self._lay:
+            return False
+        if places != self._places:
+            device = self._params[0].device
+            if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+                return False  # that takes a table which the graph fills
+            self._places, self._table = places, self._kernel.moved(self._table, places)
+        return True
+
+    def step(self, options: Options, grad_factor: Tensor | None, found_inf: Tensor | None) -> None:
+        """lion_step where it holds, with the options that the table was made for but for their numbers."""
+        param = self._params[0]
+        like = Row(param, param if param.grad is None else param.grad, self._momenta[0])
+        _launch(self._kernel, like, self._table, [*self._params, *self._momenta], options, grad_factor, found_inf)
+
+    def _lie(self, grads: list[Any]) -> list[Any]:
+        """All that a table depends on but where the gradients are."""
+        facts: list[Any] = [_places(self._params), _places(self._momenta)]
+        for fact, tensors in (
+            (Tensor.stride, self._params),
+            (Tensor.stride, self._momenta),
+            (Tensor.stride, grads),
+            (_DTYPE, self._params),
+            (_DTYPE, grads),
+            (_SHAPE, self._params),
+            (Tensor.is_neg, grads),
+        ):
+            facts.append(list(map(fact, tensors)))
+        return [*facts, _stream(self._params[0].device)]
+
+
+def _places(tensors: list[Tensor]) -> list[int]:
+    return list(map(Tensor.data_ptr, tensors))
+
+
+_DTYPE, _SHAPE = attrgetter("dtype"), attrgetter("shape")
+
+
+def _is_bare(row: Row) -> bool:
+    """Whether it has no more than parameter, gradient and momentum."""
+    return row.scale is row.compensation is row.step is row.whole is None
+
+
+def _stream(device: torch.device) -> int | None:
+    """Where launches go; None on a CPU, and while a graph is captured, which keeps its tables and has a stream of its own."""
+    if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
+        return None
+    return torch.cuda.current_stream(device).cuda_stream
 
 
 # ---- the PyTorch form ------------------------------------------------------------------------------------------------
