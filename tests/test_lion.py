@@ -216,11 +216,11 @@ def test_fuzz_any_sizes_strides_dtypes_and_options_follow_the_reference(data):
 
     params = [nn.Parameter(any_strides(torch.randn(shape).to(dtype))) for shape in shapes]
     optimizer = Lion(params, foreach=foreach, momentum_dtype=momentum_dtype, **options)
-    block, cut = data.draw(st.sampled_from([7, 100, 10**6])), data.draw(st.booleans())
+    block, small, few = (data.draw(st.sampled_from(choices)) for choices in ([7, 100, 10**6], [5, 10**6], [0, 3]))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ops_lion, "_block_size", lambda: block)
-        if cut:
-            patch.setattr(ops_lion, "_is_large", lambda row: row.param.numel() > 5)
+        patch.setattr(ops_lion, "_SMALL", small)
+        patch.setattr(ops_lion, "_FEW", few)
         for _ in range(2):
             before = [p.detach().clone() for p in params]
             for p in params:
@@ -301,7 +301,7 @@ def test_sign_of_zero_is_zero_and_subnormal_updates_count():
 # ---- parameters and gradients whose strides differ -------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("shape", [(3, 4, 5, 6), (64, 32, 5, 5)], ids=["joined", "cut"])
+@pytest.mark.parametrize("shape", [(3, 4, 5, 6), (64, 32, 5, 5)], ids=["small", "cut"])
 @pytest.mark.parametrize("rounding", ["nearest", "kahan"])
 def test_strides_that_differ_change_no_value(shape, rounding):
     dtype = torch.float32 if rounding == "nearest" else torch.bfloat16
@@ -1009,9 +1009,10 @@ def test_a_kernel_takes_the_step_where_the_backend_offers_one(monkeypatch):
             return types.SimpleNamespace(rows=rows, captured=False)
 
         @staticmethod
-        def step(rows, table, *, lr, grad_factor, found_inf, **options):
-            assert len(rows) == len(table.rows)
-            calls.append((len(rows), lr, grad_factor, found_inf))
+        def step(like, table, written, *, lr, grad_factor, found_inf, **options):
+            assert like is table.rows[0]
+            assert len(written) == 2 * len(table.rows)
+            calls.append((len(table.rows), lr, grad_factor, found_inf))
 
     monkeypatch.setattr(backend, "kernel", lambda name, *tensors: Kernel if name == "lion" else None)
     stepped(1)

@@ -227,6 +227,15 @@ def test_a_table_is_made_again_only_when_an_address_has_changed(monkeypatch):
     assert [ref() for ref in gone] == [None, None], "a gradient is kept"
 
 
+def turned(x):
+    """The same memory, its elements in the order of channels_last."""
+    return x.as_strided(x.shape, torch.empty_like(x, memory_format=torch.channels_last).stride())
+
+
+def momentum(optimizer, param):
+    return optimizer.state[param]["exp_avg"]
+
+
 CHANGES = {
     "nothing": lambda a, params: None,
     "lr": lambda a, params: a.param_groups[0].update(lr=0.02),
@@ -242,6 +251,9 @@ CHANGES = {
     "foreach": lambda a, params: [group.update(foreach=False) for group in a.param_groups],
     "a parameter's memory": lambda a, params: setattr(params[0], "data", params[0].data.clone()),
     "a parameter's order": lambda a, params: setattr(params[2], "data", params[2].data.contiguous(memory_format=torch.channels_last)),
+    "a parameter's order where it lies": lambda a, params: setattr(params[2], "data", turned(params[2].data)),
+    "a momentum's order where it lies": lambda a, params: setattr(momentum(a, params[2]), "data", turned(momentum(a, params[2]).data)),
+    "both orders where they lie": lambda a, params: [setattr(x, "data", turned(x.data)) for x in (params[2], momentum(a, params[2]))],
     "a gradient's order": lambda a, params: setattr(params[2], "grad", params[2].grad.contiguous(memory_format=torch.channels_last)),
     "a gradient's place": lambda a, params: setattr(params[1], "grad", torch.cat([torch.zeros(1), params[1].grad])[1:]),
     "a gradient less": lambda a, params: setattr(params[0], "grad", None),
@@ -292,6 +304,21 @@ def test_a_parameter_that_has_shrunk_is_refused():
     params[1].data = params[1].data[:50]  # at the same address
     with pytest.raises(RuntimeError, match=r"the gradient of parameter 1 must have the parameter's shape \(50,\), got \(3000,\)"):
         optimizer.step()
+
+
+def test_a_dtype_that_changes_in_place_is_seen():
+    p = nn.Parameter(torch.ones(50, dtype=bf16))
+    q = nn.Parameter(torch.ones(50, dtype=bf16).view(fp16))
+    optimizer = Lion([p], lr=0.5, momentum_dtype=fp32)
+    for x in (p, p, q):
+        if x is q:
+            p.data, p.grad = p.data.view(fp16), None
+            q.data.copy_(p.data)
+        p.grad = torch.ones_like(p)
+        optimizer.step()
+    q.grad = torch.ones_like(q)
+    Lion([q], lr=0.5, momentum_dtype=fp32).step()
+    assert bits_equal([p], [q])
 
 
 def test_steps_that_are_the_same_but_for_values_are_not_sorted_anew(monkeypatch, launches):
