@@ -321,6 +321,24 @@ def test_a_dtype_that_changes_in_place_is_seen():
     assert bits_equal([p], [q])
 
 
+def test_a_moved_table_is_the_one_that_would_be_made():
+    """With 128-bit accesses where all tensors begin at 16 bytes, and only there."""
+
+    def rows(shift):
+        grads = [torch.zeros(60)[shift : shift + 50], torch.zeros(3000)]
+        return [operator.Row(p, g, m, number=i) for i, (p, g, m) in enumerate(zip(params, grads, momenta))]
+
+    params, momenta = ([torch.zeros(50), torch.zeros(3000)] for _ in range(2))
+    tables = [(some := rows(shift), kernel.table(some)) for shift in (0, 1, 4)]
+    flags = [table.on_host[0, kernel.FLAGS.value].item() & 1 for _, table in tables]
+    assert flags == [1, 0, 1]
+    for _, before in tables:
+        for some, made in tables:
+            moved = kernel.moved(before, [row.grad.data_ptr() for row in some])
+            assert torch.equal(moved.on_host, made.on_host)
+            assert torch.equal(moved.addresses, made.addresses)
+
+
 def test_steps_that_are_the_same_but_for_values_are_not_sorted_anew(monkeypatch, launches):
     from kdfast import optim
 
@@ -334,6 +352,10 @@ def test_steps_that_are_the_same_but_for_values_are_not_sorted_anew(monkeypatch,
         optimizer.step()
         optimizer.zero_grad()
         assert len(sorted_anew) == 2, step
+    assert len(launches) == 4 * 3
+    give_gradients(params)
+    with kdfast.backend("torch"):
+        optimizer.step()
     assert len(launches) == 4 * 3
     params[0].grad = torch.randn(50).to_sparse()
     with pytest.raises(RuntimeError, match="must be dense"):
