@@ -321,6 +321,19 @@ def test_a_dtype_that_changes_in_place_is_seen():
     assert bits_equal([p], [q])
 
 
+def test_another_rounding_is_taken_up(launches):
+    params = parameters([(50,)], bf16)
+    optimizer = Lion(params, lr=0.01)
+    for rounding, key in (("nearest", "exp_avg"), ("kahan", "kahan_comp"), ("stochastic", "step")):
+        optimizer.param_groups[0]["rounding"] = rounding
+        give_gradients(params)
+        optimizer.step()
+        assert key in optimizer.state[params[0]]
+    optimizer.param_groups[0]["foreach"] = True
+    optimizer.step()
+    assert len(launches) == 3
+
+
 def test_a_moved_table_is_the_one_that_would_be_made():
     """With 128-bit accesses where all tensors begin at 16 bytes, and only there."""
 
