@@ -8,7 +8,7 @@ and a weight decay as many times above. The arithmetic, and how few passes over 
 
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from numbers import Real  # NumPy's numbers too
-from operator import is_, itemgetter
+from operator import itemgetter
 from typing import Any, NamedTuple, overload
 
 import torch
@@ -21,6 +21,7 @@ from kdfast.ops.lion import (
     PLAIN,
     ROUNDINGS,
     Again,
+    Found,
     Options,
     Row,
     decoded,
@@ -50,7 +51,7 @@ _FOREIGN = {"amsgrad": "Adam's or AdamW's", "dampening": "SGD's", "momentum_deca
 
 class Lion(Optimizer):
     """Lion, a drop-in for lion_pytorch.Lion: the same arguments, state (exp_avg) and, in float32, the same bits (save
-    the last one of a small tensor's momentum where its gradient is an expanded tensor).
+    the last one of a momentum whose gradient is an expanded tensor).
 
     One deviation of its values is deliberate: where a gradient or momentum is NaN the parameter becomes NaN. torch.sign maps NaN to 0,
     and the original would leave such a parameter unchanged for ever without a word.
@@ -249,14 +250,16 @@ class Lion(Optimizer):
         unscale = None if grad_scale is None else grad_scale.reshape(()).reciprocal()
         found_inf = None if found_inf is None else found_inf.reshape(())
         norm = self._grad_norm(unscale)
-        if (last := self._last) is not None and self._is_same_again(last):
-            for groups, ways in last.bundles:
-                for way in ways:
-                    way.step(_options(groups[0]), _product(unscale, _clip_factor(norm, groups[0]["max_grad_norm"])), found_inf)
+        if (found := self._same_again()) is not None:
+            for group, way, tensors in found:
+                way.step(tensors, _options(group), _product(unscale, _clip_factor(norm, group["max_grad_norm"])), found_inf)
             return loss
-        bundles: list[tuple[list[dict[str, Any]], list[Again]]] | None = []
-        for groups, rows in self._rows_of_equal_groups(found_inf):
-            group = groups[0]
+        ways: list[tuple[int, list[Again]]] | None = []
+        bundles = self._bundles()
+        for places, rows in zip(bundles, self._rows_of(bundles, found_inf)):
+            if not rows:
+                continue
+            group = self.param_groups[places[0]]
             again = lion_step(
                 rows,
                 _options(group),
@@ -267,57 +270,60 @@ class Lion(Optimizer):
                 capturable=group["capturable"],
                 tables=self._tables,
             )
-            bundles = None if bundles is None or again is None else [*bundles, (groups, again)]
-        self._last = None if bundles is None or torch.compiler.is_compiling() else self._step_of(bundles)
+            ways = None if ways is None or again is None else [*ways, (places[0], again)]
+        self._last = None
+        if ways is not None and not torch.compiler.is_compiling():
+            used = [param.grad is not None for group in self.param_groups for param in group["params"]]
+            self._last = _Step(backend.current(), self._shape(), bundles, used, ways)
         return loss
 
-    def _step_of(self, bundles: list[tuple[list[dict[str, Any]], list[Again]]]) -> "_Step":
-        """The step that was taken."""
+    def _same_again(self) -> list[tuple[dict[str, Any], Again, Found]] | None:
+        """What there is to launch where the kernel took the last step, and nothing but values and places of gradients has changed."""
+        last = self._last
+        if last is None or torch.compiler.is_compiling() or last.backend != backend.current() or last.shape != self._shape():
+            return None
+        if last.bundles != self._bundles():
+            return None
         params = [param for group in self.param_groups for param in group["params"]]
-        used = [self.state[param] for param in params if param.grad is not None]
-        return _Step(
-            [(group, list(group["params"]), _WAY(group)) for group in self.param_groups],
-            backend.current(),
-            list(self.state.values()),
-            used,
-            [state["exp_avg"] for state in used],
-            [param for param in params if param.grad is None],
-            bundles,
-        )
+        grads = [param.grad for param in params]
+        if [grad is not None for grad in grads] != last.used:
+            return None
+        momenta = [(self.state.get(param) or {}).get("exp_avg") for param in params]
+        found = []
+        for place, ways in last.ways:
+            for way in ways:
+                tensors = way.find(params, momenta, grads)
+                if tensors is None:
+                    return None
+                found.append((self.param_groups[place], way, tensors))
+        return found
 
-    def _is_same_again(self, last: "_Step") -> bool:
-        """Whether nothing but values, and places of gradients, has changed since the last step, which the kernel took."""
-        if torch.compiler.is_compiling() or last.backend != backend.current():
-            return False
-        if len(self.param_groups) != len(last.groups) or len(self.state) != len(last.states):
-            return False
-        for group, (known, params, way) in zip(self.param_groups, last.groups):
-            is_known = group is known and len(group["params"]) == len(params) and all(map(is_, group["params"], params))
-            if not is_known or _WAY(group) != way:
-                return False
-        for groups, _ in last.bundles:
-            if len(groups) > 1 and any(_settings(group, self.defaults) != _settings(groups[0], self.defaults) for group in groups):
-                return False
-        if not (all(map(is_, self.state.values(), last.states)) and all(map(is_, map(_MOMENTUM, last.used), last.momenta))):
-            return False
-        return all(param.grad is None for param in last.unused) and all(way.holds() for _, ways in last.bundles for way in ways)
+    def _shape(self) -> list[tuple[int, Any]]:
+        """Of each group, how many parameters it has, and the options that decide how they are stepped."""
+        return [(len(group["params"]), _WAY(group)) for group in self.param_groups]
 
-    def _rows_of_equal_groups(self, found_inf: Tensor | None) -> list[tuple[list[dict[str, Any]], list[Row]]]:
-        """Parameters with gradients; those of groups whose options are the same, together."""
-        first = 0
-        found: list[tuple[dict[str, Any], list[dict[str, Any]], list[Row]]] = []
-        for group in self.param_groups:
-            settings = _settings(group, self.defaults)
-            rows = self._rows(group, first, found_inf)
-            first += len(group["params"])
-            for others, groups, others_rows in found:
+    def _bundles(self) -> list[list[int]]:
+        """Groups whose options are the same, by their places."""
+        if len(self.param_groups) == 1:
+            return [[0]]
+        found: list[tuple[list[Any], list[int]]] = []
+        for place, group in enumerate(self.param_groups):
+            settings = [id(value) if isinstance(value, Tensor) else value for value in map(group.__getitem__, self.defaults)]
+            for others, places in found:
                 if others == settings:
-                    groups.append(group)
-                    others_rows.extend(rows)
+                    places.append(place)
                     break
             else:
-                found.append((settings, [group], rows))
-        return [(groups, rows) for _, groups, rows in found if rows]
+                found.append((settings, [place]))
+        return [places for _, places in found]
+
+    def _rows_of(self, bundles: list[list[int]], found_inf: Tensor | None) -> list[list[Row]]:
+        """Of each bundle, the parameters with gradients, numbered through all groups."""
+        rows, first = [], 0
+        for group in self.param_groups:
+            rows.append(self._rows(group, first, found_inf))
+            first += len(group["params"])
+        return [[row for place in places for row in rows[place]] for places in bundles]
 
     def _rows(self, group: dict[str, Any], first: int, found_inf: Tensor | None) -> list[Row]:
         """Parameters with gradients and their state, which is made when first needed."""
@@ -364,22 +370,14 @@ class Lion(Optimizer):
 class _Step(NamedTuple):
     """A step that the kernel took, for the next one to see whether it is the same but for values."""
 
-    groups: list[tuple[dict[str, Any], list[Tensor], tuple[Any, ...]]]  # each with its parameters, and what decides its way
     backend: str
-    states: list[dict[str, Any]]  # of all parameters
-    used: list[dict[str, Any]]  # of those that had a gradient, and
-    momenta: list[Tensor]  # what these held
-    unused: list[Tensor]  # parameters that had none
-    bundles: list[tuple[list[dict[str, Any]], list[Again]]]  # groups that were stepped together, and how they may be again
+    shape: list[tuple[int, Any]]
+    bundles: list[list[int]]
+    used: list[bool]  # of all parameters, whether there was a gradient
+    ways: list[tuple[int, list[Again]]]  # with the place of a group that has the bundle's options
 
 
 _WAY = itemgetter("cautious", "maximize", "capturable", "fused", "foreach", "rounding", "momentum_dtype")
-_MOMENTUM = itemgetter("exp_avg")
-
-
-def _settings(group: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
-    """A group's options, so that those of two can be compared."""
-    return {name: id(value) if isinstance(value, Tensor) else value for name, value in group.items() if name in defaults}
 
 
 def _options(group: dict[str, Any]) -> Options:

@@ -5,7 +5,7 @@ import io
 import itertools
 import pickle
 import types
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 
 import pytest
 import torch
@@ -50,7 +50,7 @@ def bits_equal(a, b):
     """Equal bytes, so that -0 is not 0 and a NaN equals itself."""
 
     def same(x, y):
-        raw = (t.detach().reshape(-1).view(torch.uint8) for t in (x, y))
+        raw = (t.detach().resolve_neg().reshape(-1).view(torch.uint8) for t in (x, y))
         return x.dtype == y.dtype and x.shape == y.shape and torch.equal(*raw)
 
     return len(a) == len(b) and all(map(same, a, b))
@@ -139,6 +139,20 @@ def test_parameters_that_share_memory_are_stepped_one_after_the_other(spans, siz
             give_gradients(params)
             optimizer.step()
         ends.append([memory, params[1].detach()])
+    assert bits_equal(*ends)
+
+
+def test_a_small_part_of_a_large_parameter_keeps_its_turn():
+    ends = []
+    for make in (Lion, peers().Lion):
+        memory = torch.linspace(-1, 1, 40_000)
+        params = [nn.Parameter(x) for x in (memory[:100], memory, torch.ones(3), torch.ones(4), torch.ones(5), torch.ones(6))]
+        optimizer = make(params, lr=0.3, weight_decay=0.1)
+        torch.manual_seed(0)
+        for _ in range(3):
+            give_gradients(params)
+            optimizer.step()
+        ends.append([memory, *(p.detach() for p in params[2:])])
     assert bits_equal(*ends)
 
 
@@ -1021,6 +1035,41 @@ def test_a_kernel_takes_the_step_where_the_backend_offers_one(monkeypatch):
     stepped(1, fused=False)
     stepped(1, foreach=True)
     assert len(calls) == 2
+
+
+def test_a_mode_of_pytorch_that_has_ended_leaves_nothing_behind():
+    def step():
+        p = nn.Parameter(torch.ones(50))
+        p.grad = torch.ones(50)
+        optimizer = Lion([p], lr=0.1, betas=(0.6180339, 0.7182818))  # that no other test has
+        return p, optimizer
+
+    p, optimizer = step()
+    with suppress(Exception), FakeTensorMode(allow_non_fake_inputs=True):
+        optimizer.step()
+    with suppress(Exception):
+        torch.func.functionalize(lambda x: (optimizer.step(), x)[1])(torch.ones(1))
+    p, optimizer = step()
+    optimizer.step()
+    assert torch.equal(p.detach(), torch.full((50,), 0.9))
+
+
+@pytest.mark.parametrize("size", [5, 40_000])
+def test_tensors_without_memory_of_their_own_are_stepped_by_their_operations(size):
+    """Of a subclass of Tensor that is made of others, only the operations are known to be right."""
+    from torch.testing._internal.two_tensor import TwoTensor
+
+    results = []
+    for wrap in (lambda x: x, lambda x: TwoTensor(x, x.clone())):
+        torch.manual_seed(0)
+        params = [nn.Parameter(wrap(torch.randn(size))) for _ in range(5)]
+        optimizer = Lion(params, **SETTINGS)
+        for _ in range(3):
+            for p in params:
+                p.grad = wrap(torch.randn(size))
+            optimizer.step()
+        results.append([getattr(p.detach(), "a", p.detach()) for p in params])
+    assert bits_equal(*results)
 
 
 def test_fused_without_a_kernel_says_so(monkeypatch):

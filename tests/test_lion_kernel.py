@@ -7,6 +7,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 from torch import nn
+from torch.testing._internal.two_tensor import TwoTensor
 
 import kdfast
 from kdfast.ops import lion as operator
@@ -222,9 +223,6 @@ def test_a_table_is_made_again_only_when_an_address_has_changed(monkeypatch):
     assert made == ["table", "moved", "table"]
     if not INTERPRETED:
         assert next(iter(optimizer._tables.values())).table.chunks is chunks
-    gone = [weakref.ref(p.grad) for p in params]
-    optimizer.zero_grad(set_to_none=True)
-    assert [ref() for ref in gone] == [None, None], "a gradient is kept"
 
 
 def turned(x):
@@ -261,6 +259,11 @@ CHANGES = {
     "a negated gradient": lambda a, params: setattr(params[1], "grad", torch._neg_view(params[1].grad)),
     "momentum": lambda a, params: a.state[params[0]].update(exp_avg=torch.randn(50)),
     "a momentum's memory": lambda a, params: setattr(a.state[params[0]]["exp_avg"], "data", torch.randn(50)),
+    "a parameter's sign": lambda a, params: setattr(params[1], "data", torch._neg_view(params[1].data)),
+    "an emptied state": lambda a, params: a.state[params[0]].clear(),
+    "a state without its momentum": lambda a, params: a.state[params[0]].__delitem__("exp_avg"),
+    "a state under another parameter": lambda a, params: a.state.update({params[4]: a.state.pop(params[0])}),
+    "a gradient of a subclass": lambda a, params: setattr(params[0], "grad", TwoTensor(params[0].grad, params[0].grad.clone())),
     "a parameter's state": lambda a, params: a.state.__setitem__(params[0], {}),
     "all state": lambda a, params: a.state.clear(),
     "another parameter": lambda a, params: a.param_groups[0]["params"].__setitem__(0, params[4]),
@@ -296,6 +299,49 @@ def test_a_step_after_a_change_is_the_pytorch_forms(change):
     assert_same(params, theirs, a, b)
 
 
+def test_groups_share_a_launch_while_their_options_are_the_same(launches):
+    params = parameters([(50,), (300,)])
+    optimizer = Lion([{"params": [p]} for p in params], lr=0.1)
+    counts = []
+    for lr in (0.1, 0.1, 0.2, 0.2, 0.1, 0.1):
+        optimizer.param_groups[1]["lr"] = lr
+        give_gradients(params)
+        launches.clear()
+        optimizer.step()
+        counts.append(len(launches))
+    assert counts == [1, 1, 2, 2, 1, 1]
+
+
+def test_no_tensor_is_kept_that_its_owner_drops():
+    params = parameters([(50,), (300,)])
+    optimizer = Lion(params)
+    for _ in range(2):
+        give_gradients(params)
+        optimizer.step()
+    state = optimizer.state[params[0]]
+    gone = [weakref.ref(x) for x in (params[1], state["exp_avg"], optimizer.state[params[1]]["exp_avg"], *(p.grad for p in params))]
+    optimizer.zero_grad()
+    state["exp_avg"] = state["exp_avg"].clone()
+    del optimizer.state[params[1]]
+    del optimizer.param_groups[0]["params"][1]
+    del params[1]
+    assert [ref() for ref in gone] == [None] * 5
+
+
+def test_a_gradient_or_momentum_that_has_shrunk_is_refused():
+    for change in (
+        lambda p, state: setattr(p.grad, "data", torch.ones(10)),
+        lambda p, state: setattr(state["exp_avg"], "data", torch.ones(10)),
+    ):
+        (p,) = parameters([(3000,)])
+        optimizer = Lion([p])
+        p.grad = torch.ones(3000)
+        optimizer.step()
+        change(p, optimizer.state[p])
+        with pytest.raises(RuntimeError, match=r"of parameter 0 must have the parameter's shape \(3000,\), got \(10,\)"):
+            optimizer.step()
+
+
 def test_a_parameter_that_has_shrunk_is_refused():
     params = parameters([(50,), (3000,)])
     optimizer = Lion(params)
@@ -306,19 +352,24 @@ def test_a_parameter_that_has_shrunk_is_refused():
         optimizer.step()
 
 
-def test_a_dtype_that_changes_in_place_is_seen():
+@pytest.mark.parametrize("of", ["a parameter", "a momentum"])
+def test_a_dtype_that_changes_in_place_is_seen(of):
     """16 bits are read as what they are now, though another parameter of the same launch is what it was."""
     results = []
     for name in ("auto", "torch"):
         torch.manual_seed(0)
         params = parameters([(9,), (50,)], bf16)
-        optimizer = Lion(params, lr=0.5, momentum_dtype=fp32)
+        optimizer = Lion(params, lr=0.5, momentum_dtype=fp32 if of == "a parameter" else bf16)
         with kdfast.backend(name):
             for step in range(3):
-                if step == 2:
+                give_gradients(params)
+                if step == 2 and of == "a parameter":
                     params[1].grad = None
                     params[1].data = params[1].data.view(fp16)
-                give_gradients(params)
+                    params[1].grad = torch.ones_like(params[1])
+                elif step == 2:
+                    momenta = optimizer.state[params[1]]["exp_avg"]
+                    momenta.data = momenta.data.view(fp16)
                 optimizer.step()
         results.append([*params, *state(optimizer)])
     assert bits_equal(*results)

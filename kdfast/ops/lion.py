@@ -111,7 +111,7 @@ def lion_step(
                     f"Lion: fused=True needs the Triton kernel, which does not run here for {param.dtype} parameters on "
                     f"{param.device.type} (backend {backend.current()!r}); leave fused=None"
                 )
-        if kernel is not None and all(type(t) in PLAIN for row in bucket for t in (row.param, row.grad, row.momentum)):
+        if kernel is not None and all(map(_has_own_memory, bucket)):
             way, bucket = _kernel_step(kernel, bucket, options, grad_factor, found_inf, capturable, {} if tables is None else tables, key)
             ways = None if ways is None or way is None else [*ways, way]
         if bucket:
@@ -169,8 +169,9 @@ def _kernel_step(
     kept: list[Any] = [[t.data_ptr() for t in map(column, rows) if t is not None] for column in _KEPT]
     kept += [[row.param.shape for row in rows], [row.param.stride() for row in rows], [row.momentum.stride() for row in rows]]
     kept += [[row.compensation.stride() for row in rows if row.compensation is not None]]
+    kept += [[row.param.is_neg() for row in rows], [row.momentum.shape for row in rows]]
     grads = [row.grad for row in rows]
-    given: list[Any] = [[g.data_ptr() for g in grads], [g.stride() for g in grads], [g.is_neg() for g in grads]]
+    given: list[Any] = [[g.data_ptr() for g in grads], [g.stride() for g in grads], [g.is_neg() for g in grads], [g.shape for g in grads]]
     stream = _stream(device)
     known: _Known | None = tables.get(key)
     if known is not None and known.stream != stream and stream is not None:
@@ -285,60 +286,61 @@ def _is_dense(tensor: Tensor) -> bool:
 class Again:
     """A launch whose tensors may lie where they lay in an earlier step, or gradients elsewhere: then it needs hardly more than numbers.
 
-    To see that takes a microsecond a tensor, to sort them anew four: for a network of 300 that is more than a GPU's work. No gradient is
-    kept, so that zero_grad() frees them.
+    To look takes half the time of sorting them anew, which for a network of 300 tensors is longer than a GPU's work. No tensor of the
+    caller's is kept: whoever drops a gradient or a momentum has its memory back.
     """
 
     def __init__(self, kernel: ModuleType, rows: list[Row], table: Any) -> None:
         self._kernel, self._table = kernel, table
-        self._params = [row.param for row in rows]
-        self._momenta = [row.momentum for row in rows]
+        self._numbers = [row.number for row in rows]
         grads = [row.grad for row in rows]
-        self._places, self._lay = _places(grads), self._lie(grads)
+        self._facts = _facts([row.param for row in rows], [row.momentum for row in rows], grads)
+        self._gradients = _addresses(grads)
 
-    def holds(self) -> bool:
-        """Whether the launch would find all tensors, and as they were."""
-        grads: list[Any] = [param.grad for param in self._params]
+    def find(self, params: list[Tensor], momenta: list[Tensor | None], grads: list[Tensor | None]) -> "Found | None":
+        """What is to be stepped of an optimizer's parameters, numbered as the rows were; None where it does not lie as it lay."""
+        own: list[list[Any]] = [[tensors[number] for number in self._numbers] for tensors in (params, momenta, grads)]
         try:
-            places, lie = _places(grads), self._lie(grads)
-        except (TypeError, RuntimeError):  # no gradient, or one without memory of its own: sparse
-            return False
-        if lie != self._lay:
-            return False
-        if places != self._places:
-            device = self._params[0].device
-            if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-                return False  # that takes a table which the graph fills
-            self._places, self._table = places, self._kernel.moved(self._table, places)
-        return True
+            gradients, facts = _addresses(own[2]), _facts(*own)
+        except (TypeError, RuntimeError):  # there is none, or it has no memory of its own: sparse
+            return None
+        if facts != self._facts:
+            return None
+        if gradients != self._gradients and own[0][0].is_cuda and torch.cuda.is_current_stream_capturing():
+            return None  # that takes a table which the graph fills
+        return Found(Row(own[0][0], own[2][0], own[1][0]), own[0] + own[1], gradients)
 
-    def step(self, options: Options, grad_factor: Tensor | None, found_inf: Tensor | None) -> None:
-        """lion_step where it holds, with the options that the table was made for but for their numbers."""
-        param = self._params[0]
-        like = Row(param, param if param.grad is None else param.grad, self._momenta[0])
-        _launch(self._kernel, like, self._table, [*self._params, *self._momenta], options, grad_factor, found_inf)
-
-    def _lie(self, grads: list[Any]) -> list[Any]:
-        """All that a table depends on but where the gradients are."""
-        facts: list[Any] = [_places(self._params), _places(self._momenta)]
-        for fact, tensors in (
-            (Tensor.stride, self._params),
-            (Tensor.stride, self._momenta),
-            (Tensor.stride, grads),
-            (_DTYPE, self._params),
-            (_DTYPE, grads),
-            (_SHAPE, self._params),
-            (Tensor.is_neg, grads),
-        ):
-            facts.append(list(map(fact, tensors)))
-        return [*facts, _stream(self._params[0].device)]
+    def step(self, found: "Found", options: Options, grad_factor: Tensor | None, found_inf: Tensor | None) -> None:
+        """lion_step of what find() found, with the options that the table was made for but for their numbers."""
+        if found.gradients != self._gradients:
+            self._table, self._gradients = self._kernel.moved(self._table, found.gradients), found.gradients
+        _launch(self._kernel, found.like, self._table, found.written, options, grad_factor, found_inf)
 
 
-def _places(tensors: list[Tensor]) -> list[int]:
+class Found(NamedTuple):
+    """What a launch has to be told of its tensors."""
+
+    like: Row  # one of them
+    written: list[Tensor]
+    gradients: list[int]  # addresses
+
+
+def _facts(params: list[Tensor], momenta: list[Tensor], grads: list[Tensor]) -> list[Any]:
+    """All that a launch's table and plan depend on, but where the gradients are."""
+    tensors = [*params, *momenta, *grads]
+    places = _addresses(params + momenta)
+    return [places, *[list(map(fact, tensors)) for fact in _OF_EACH], _stream(params[0].device)]
+
+
+_OF_EACH: list[Callable[[Tensor], Any]] = [type, attrgetter("dtype"), attrgetter("shape"), Tensor.stride, Tensor.is_neg]
+
+
+def _addresses(tensors: list[Tensor]) -> list[int]:
     return list(map(Tensor.data_ptr, tensors))
 
 
-_DTYPE, _SHAPE = attrgetter("dtype"), attrgetter("shape")
+def _has_own_memory(row: Row) -> bool:
+    return type(row.param) in PLAIN and type(row.grad) in PLAIN and type(row.momentum) in PLAIN
 
 
 def _is_bare(row: Row) -> bool:
@@ -372,7 +374,10 @@ def _torch_step(rows: list[Row], options: Options, grad_factor: Tensor | None, f
     if not foreach or (on_host and options.cautious):  # a cautious step needs a mean over each whole tensor
         alone: list[Row] = rows
     elif on_host:
-        alone = _walk(rows, options, grad_factor)
+        alone = [row for row in rows if not _has_own_memory(row)]
+        walked = [row for row in rows if _has_own_memory(row)] if alone else rows
+        if walked:
+            _walk(walked, options, grad_factor)
     else:
         alone, together = _apart(rows)
         if together:
@@ -381,20 +386,20 @@ def _torch_step(rows: list[Row], options: Options, grad_factor: Tensor | None, f
         _update([row], options, grad_factor, found_inf)
 
 
-def _walk(rows: list[Row], options: Options, grad_factor: Tensor | None) -> list[Row]:
-    """Steps a CPU's bucket in blocks that fit the cache; returns the rows that are to be stepped one after the other."""
-    factors = _factors(options, arithmetic(rows[0].param))
+def _walk(rows: list[Row], options: Options, grad_factor: Tensor | None) -> None:
+    """Steps a CPU's bucket in blocks that fit the cache."""
+    factors = _Factors.of(options, arithmetic(rows[0].param))
     plain = grad_factor is None and _is_exact(rows[0])  # as all of a bucket, or none
-    alone: list[Row] = []
     together: list[Row] = []
     if len(rows) > _FEW:
-        small = [row for row in rows if row.param.numel() <= _SMALL]
+        shared = _sharing_memory(rows)  # these keep their order
+        small = [i for i, row in enumerate(rows) if row.param.numel() <= _SMALL and i not in shared]
         if len(small) > _FEW:
-            alone, together = _apart(small)
-            rows = [row for row in rows if row.param.numel() > _SMALL]
+            together = [rows[i] for i in small]
+            rows = [rows[i] for i in sorted(set(range(len(rows))).difference(small))]
     size = _block_size()
     scratch: Tensor | None = None
-    if sum([row.param.numel() for row in rows]) > size:  # one piece of memory for all updates: the next block finds it in the cache
+    if plain and sum([row.param.numel() for row in rows]) > size:  # one piece of memory: the next block finds it in the cache
         scratch = torch.empty(size, dtype=factors.beta1.dtype, device="cpu")
     for row in rows:
         p, g, m = row.param, row.grad, row.momentum
@@ -411,7 +416,6 @@ def _walk(rows: list[Row], options: Options, grad_factor: Tensor | None) -> list
             _lion_together([row.param for row in batch], [row.grad for row in batch], [row.momentum for row in batch], factors)
         else:
             _update(batch, options, grad_factor, None, 0, factors)
-    return alone
 
 
 def _apart(rows: list[Row]) -> tuple[list[Row], list[Row]]:
@@ -531,19 +535,29 @@ class _Factors(NamedTuple):
     decay: Tensor | None
     negative_lr: float
 
+    @classmethod
+    def of(cls, options: Options, dtype: torch.dtype) -> "_Factors":
+        lr, beta1, beta2, weight_decay, _, maximize, _ = options
+        assert not isinstance(lr, Tensor)  # it has been read before
+        ascent = -1.0 if maximize else 1.0
+        decay = _factor(1.0 - lr * weight_decay, dtype) if weight_decay else None
+        return cls(_factor(beta1, dtype), ascent * (1.0 - beta1), _factor(beta2, dtype), ascent * (1.0 - beta2), decay, -lr)
 
-@functools.lru_cache(maxsize=16)
-def _factors(options: Options, dtype: torch.dtype) -> _Factors:
-    lr, beta1, beta2, weight_decay, _, maximize, _ = options
-    assert not isinstance(lr, Tensor)  # it has been read before
-    ascent = -1.0 if maximize else 1.0
-    decay = _factor(1.0 - lr * weight_decay, dtype) if weight_decay else None
-    return _Factors(_factor(beta1, dtype), ascent * (1.0 - beta1), _factor(beta2, dtype), ascent * (1.0 - beta2), decay, -lr)
+
+_made: dict[tuple[float, torch.dtype], Tensor] = {}
 
 
-@functools.lru_cache(maxsize=64)  # the betas stay, whatever the rate
 def _factor(value: float, dtype: torch.dtype) -> Tensor:
-    return torch.tensor(value, dtype=dtype, device="cpu")
+    """A number as a tensor, kept for the next step: the betas stay, whatever the rate."""
+    factor = _made.get((value, dtype))
+    if factor is None:
+        factor = torch.tensor(value, dtype=dtype, device="cpu")
+        # one that was made under a mode or a transform of PyTorch is good there alone
+        if type(factor) is Tensor and not torch._C._functorch.is_functorch_wrapped_tensor(factor) and not factor.is_inference():
+            if len(_made) >= 256:
+                _made.clear()
+            _made[value, dtype] = factor
+    return factor
 
 
 def _lion_block(p: Tensor, g: Tensor, m: Tensor, factors: _Factors, scratch: Tensor | None = None) -> None:
