@@ -331,6 +331,7 @@ def test_no_tensor_is_kept_that_its_owner_drops():
 def test_a_gradient_or_momentum_that_has_shrunk_is_refused():
     for change in (
         lambda p, state: setattr(p.grad, "data", torch.ones(10)),
+        lambda p, state: p.grad.resize_(10),
         lambda p, state: setattr(state["exp_avg"], "data", torch.ones(10)),
     ):
         (p,) = parameters([(3000,)])
