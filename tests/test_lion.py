@@ -1063,7 +1063,7 @@ def test_tensors_without_memory_of_their_own_are_stepped_by_their_operations(siz
     """Of a subclass of Tensor that is made of others, only the operations are known to be right."""
     from torch.testing._internal.two_tensor import TwoTensor
 
-    monkeypatch.setattr(ops_lion, "_block_size", lambda: 10_000)
+    monkeypatch.setattr(ops_lion, "_block_size", lambda: 20_000)
     results = []
     for wrap in (lambda x: x, lambda x: TwoTensor(x, 1 - x)):
         torch.manual_seed(0)
