@@ -271,10 +271,9 @@ class Lion(Optimizer):
                 tables=self._tables,
             )
             ways = None if ways is None or again is None else [*ways, (places[0], again)]
-        self._last = None
-        if ways is not None and not torch.compiler.is_compiling():
+        if not torch.compiler.is_compiling():  # PyTorch 2.11's compiler cannot set an optimizer's attribute
             used = [param.grad is not None for group in self.param_groups for param in group["params"]]
-            self._last = _Step(backend.current(), self._shape(), bundles, used, ways)
+            self._last = None if ways is None else _Step(backend.current(), self._shape(), bundles, used, ways)
         return loss
 
     def _same_again(self) -> list[tuple[dict[str, Any], Again, Found]] | None:
