@@ -272,8 +272,10 @@ class Lion(Optimizer):
             )
             ways = None if ways is None or again is None else [*ways, (places[0], again)]
         if not torch.compiler.is_compiling():  # PyTorch 2.11's compiler cannot set an optimizer's attribute
-            used = [param.grad is not None for group in self.param_groups for param in group["params"]]
-            self._last = None if ways is None else _Step(backend.current(), self._shape(), bundles, used, ways)
+            self._last = None
+            if ways is not None:
+                used = [param.grad is not None for group in self.param_groups for param in group["params"]]
+                self._last = _Step(backend.current(), self._shape(), bundles, used, ways)
         return loss
 
     def _same_again(self) -> list[tuple[dict[str, Any], Again, Found]] | None:
