@@ -251,8 +251,10 @@ class Lion(Optimizer):
         found_inf = None if found_inf is None else found_inf.reshape(())
         norm = self._grad_norm(unscale)
         if (found := self._same_again()) is not None:
-            for group, way, tensors in found:
-                way.step(tensors, _options(group), _product(unscale, _clip_factor(norm, group["max_grad_norm"])), found_inf)
+            for group, launches in found:
+                factor = _product(unscale, _clip_factor(norm, group["max_grad_norm"]))
+                for way, tensors in launches:
+                    way.step(tensors, _options(group), factor, found_inf)
             return loss
         ways: list[tuple[int, list[Again]]] | None = []
         bundles = self._bundles()
@@ -278,7 +280,7 @@ class Lion(Optimizer):
                 self._last = _Step(backend.current(), self._shape(), bundles, used, ways)
         return loss
 
-    def _same_again(self) -> list[tuple[dict[str, Any], Again, Found]] | None:
+    def _same_again(self) -> list[tuple[dict[str, Any], list[tuple[Again, Found]]]] | None:
         """What there is to launch where the kernel took the last step, and nothing but values and places of gradients has changed."""
         last = self._last
         if last is None or torch.compiler.is_compiling() or last.backend != backend.current() or last.shape != self._shape():
@@ -292,11 +294,13 @@ class Lion(Optimizer):
         momenta = [(self.state.get(param) or {}).get("exp_avg") for param in params]
         found = []
         for place, ways in last.ways:
+            launches = []
             for way in ways:
                 tensors = way.find(params, momenta, grads)
                 if tensors is None:
                     return None
-                found.append((self.param_groups[place], way, tensors))
+                launches.append((way, tensors))
+            found.append((self.param_groups[place], launches))
         return found
 
     def _shape(self) -> list[tuple[int, Any]]:

@@ -586,10 +586,7 @@ def _lion_together(ps: list[Tensor], gs: list[Tensor], ms: list[Tensor], factors
     torch._foreach_add_(updates, gs, alpha=factors.grad_in_update)
     torch._foreach_mul_(ms, factors.beta2)
     torch._foreach_add_(ms, gs, alpha=factors.grad_in_momentum)
-    if _may_have_nan(_flatten_dense_tensors(updates)):
-        updates = [_sign_or_nan(u) for u in updates]
-    else:
-        torch._foreach_sign_(updates)
+    updates = _signs(updates)
     if factors.decay is not None:
         torch._foreach_mul_(ps, factors.decay)
     torch._foreach_add_(ps, updates, alpha=factors.negative_lr)
@@ -597,7 +594,7 @@ def _lion_together(ps: list[Tensor], gs: list[Tensor], ms: list[Tensor], factors
 
 def _signs(xs: list[Tensor]) -> list[Tensor]:
     """sign(x) in place of x, and NaN where x is NaN."""
-    if _readable(xs[0]) and not any(map(_may_have_nan, xs)):
+    if _readable(xs[0]) and not _may_have_nan(_flatten_dense_tensors(xs)):
         torch._foreach_sign_(xs)
         return xs
     return [_sign_or_nan(x) for x in xs]
