@@ -18,7 +18,7 @@ from kdfast.optim import Lion
 
 OPTIONS = {"lr": 1e-2, "weight_decay": 0.1}  # a rate at which the step stands out from rounding
 PARAMETERS = {
-    "cpu": {"quick": ["16 MB", "LeNet-5"], "usual": ["ResNet-18", "256 MB"], "long": ["ResNet-101", "ViT-B/16"]},
+    "cpu": {"quick": ["16 MB", "LeNet-5"], "usual": ["1 MB", "ResNet-18", "256 MB"], "long": ["ResNet-101", "ViT-B/16"]},
     "cuda": {"quick": ["ResNet-18"], "usual": ["ResNet-101", "ViT-B/16", "1024 MB"]},
 }
 LENET = ((6, 1, 5, 5), (6,), (16, 6, 5, 5), (16,), (120, 400), (120,), (84, 120), (84,), (10, 84), (10,))  # calls, and hardly any work

@@ -1,12 +1,10 @@
 """What only the Triton kernel of the Lion step has to show; test_lion.py holds the rest, in the interpreter and on a GPU too."""
 
-import copy
 import weakref
 
 import pytest
 import torch
 from torch import nn
-from torch.testing._internal.two_tensor import TwoTensor
 
 import kdfast
 from kdfast.ops import lion as operator
@@ -224,79 +222,6 @@ def test_a_table_is_made_again_only_when_an_address_has_changed(monkeypatch):
         assert next(iter(optimizer._tables.values())).table.chunks is chunks
 
 
-def turned(x):
-    """The same memory, its elements in the order of channels_last."""
-    return x.as_strided(x.shape, torch.empty_like(x, memory_format=torch.channels_last).stride())
-
-
-def momentum(optimizer, param):
-    return optimizer.state[param]["exp_avg"]
-
-
-CHANGES = {
-    "nothing": lambda a, params: None,
-    "lr": lambda a, params: a.param_groups[0].update(lr=0.02),
-    "a tensor lr": lambda a, params: [group.update(lr=torch.tensor(0.02)) for group in a.param_groups],
-    "betas and decay": lambda a, params: a.param_groups[1].update(betas=(0.5, 0.6), weight_decay=0.3),
-    "cautious": lambda a, params: [group.update(cautious=True) for group in a.param_groups],
-    "maximize": lambda a, params: a.param_groups[0].update(maximize=True),
-    "clipping": lambda a, params: [group.update(max_grad_norm=0.5) for group in a.param_groups],
-    "clipping of one group": lambda a, params: a.param_groups[1].update(max_grad_norm=0.1),
-    "a loss scale": lambda a, params: setattr(a, "grad_scale", torch.full((), 4.0)),
-    "an overflow": lambda a, params: setattr(a, "found_inf", torch.ones(())),
-    "the backend": lambda a, params: None,  # for that one step
-    "foreach": lambda a, params: [group.update(foreach=False) for group in a.param_groups],
-    "a parameter's memory": lambda a, params: setattr(params[0], "data", params[0].data.clone()),
-    "a parameter's order": lambda a, params: setattr(params[2], "data", params[2].data.contiguous(memory_format=torch.channels_last)),
-    "a parameter's order where it lies": lambda a, params: setattr(params[2], "data", turned(params[2].data)),
-    "a momentum's order where it lies": lambda a, params: setattr(momentum(a, params[2]), "data", turned(momentum(a, params[2]).data)),
-    "both orders where they lie": lambda a, params: [setattr(x, "data", turned(x.data)) for x in (params[2], momentum(a, params[2]))],
-    "a gradient's order": lambda a, params: setattr(params[2], "grad", params[2].grad.contiguous(memory_format=torch.channels_last)),
-    "a gradient's place": lambda a, params: setattr(params[1], "grad", torch.cat([torch.zeros(1), params[1].grad])[1:]),
-    "a gradient less": lambda a, params: setattr(params[0], "grad", None),
-    "a gradient more": lambda a, params: setattr(params[3], "grad", torch.randn(7)),
-    "a negated gradient": lambda a, params: setattr(params[1], "grad", torch._neg_view(params[1].grad)),
-    "momentum": lambda a, params: a.state[params[0]].update(exp_avg=torch.randn(50)),
-    "a momentum's memory": lambda a, params: setattr(a.state[params[0]]["exp_avg"], "data", torch.randn(50)),
-    "a parameter's sign": lambda a, params: setattr(params[1], "data", torch._neg_view(params[1].data)),
-    "an emptied state": lambda a, params: a.state[params[0]].clear(),
-    "a state without its momentum": lambda a, params: a.state[params[0]].__delitem__("exp_avg"),
-    "a state under another parameter": lambda a, params: a.state.update({params[4]: a.state.pop(params[0])}),
-    "a gradient of a subclass": lambda a, params: setattr(params[0], "grad", TwoTensor(params[0].grad, params[0].grad.clone())),
-    "a parameter's state": lambda a, params: a.state.__setitem__(params[0], {}),
-    "all state": lambda a, params: a.state.clear(),
-    "another parameter": lambda a, params: a.param_groups[0]["params"].__setitem__(0, params[4]),
-    "a parameter less": lambda a, params: a.param_groups[0]["params"].__delitem__(1),
-    "a parameter more": lambda a, params: a.param_groups[0]["params"].append(params[4]),
-    "a group more": lambda a, params: a.add_param_group({"params": [params[4]], "lr": 0.1}),
-    "a group less": lambda a, params: a.param_groups.__delitem__(1),
-    "what was saved": lambda a, params: a.load_state_dict(copy.deepcopy(a.state_dict())),
-}
-
-
-@pytest.mark.parametrize("change", CHANGES)
-def test_a_step_after_a_change_is_the_pytorch_forms(change):
-    """What a step remembers of the one before is right or not used."""
-    shapes = [(50,), (3000,), (4, 3, 2, 2), (7,), (11,)]  # the fourth has no gradient at first, the fifth is in no group
-    params = parameters(shapes)
-    theirs = twins(params)
-    a, b = (Lion([{"params": [x[0], x[1]]}, {"params": [x[2], x[3]]}], **SETTINGS) for x in (params, theirs))
-    used = [0, 1, 2, 4]
-    for step in range(5):
-        seed = torch.initial_seed() + step
-        for optimizer, own in ((a, params), (b, theirs)):
-            torch.manual_seed(seed)
-            for i in used:
-                if own[i].grad is not None or step == 0:
-                    own[i].grad = torch.randn_like(own[i])
-            if step == 2:
-                CHANGES[change](optimizer, own)
-            in_pytorch = optimizer is b or (change == "the backend" and step == 2)
-            with kdfast.backend("torch" if in_pytorch else "auto"):
-                optimizer.step()
-    assert_same(params, theirs, a, b)
-
-
 def test_groups_share_a_launch_while_their_options_are_the_same(launches):
     params = parameters([(50,), (300,)])
     optimizer = Lion([{"params": [p]} for p in params], lr=0.1)
@@ -324,31 +249,6 @@ def test_no_tensor_is_kept_that_its_owner_drops():
     del optimizer.param_groups[0]["params"][1]
     del params[1]
     assert [ref() for ref in gone] == [None] * 5
-
-
-def test_a_gradient_or_momentum_that_has_shrunk_is_refused():
-    for change in (
-        lambda p, state: setattr(p.grad, "data", torch.ones(10)),
-        lambda p, state: p.grad.resize_(10),
-        lambda p, state: setattr(state["exp_avg"], "data", torch.ones(10)),
-    ):
-        (p,) = parameters([(3000,)])
-        optimizer = Lion([p])
-        p.grad = torch.ones(3000)
-        optimizer.step()
-        change(p, optimizer.state[p])
-        with pytest.raises(RuntimeError, match=r"of parameter 0 must have the parameter's shape \(3000,\), got \(10,\)"):
-            optimizer.step()
-
-
-def test_a_parameter_that_has_shrunk_is_refused():
-    params = parameters([(50,), (3000,)])
-    optimizer = Lion(params)
-    give_gradients(params)
-    optimizer.step()
-    params[1].data = params[1].data[:50]  # at the same address
-    with pytest.raises(RuntimeError, match=r"the gradient of parameter 1 must have the parameter's shape \(50,\), got \(3000,\)"):
-        optimizer.step()
 
 
 @pytest.mark.parametrize("of", ["a parameter", "a momentum"])
@@ -405,27 +305,16 @@ def test_a_moved_table_is_the_one_that_would_be_made():
             assert torch.equal(moved.addresses, made.addresses)
 
 
-def test_steps_that_are_the_same_but_for_values_are_not_sorted_anew(monkeypatch, launches):
-    from kdfast import optim
-
-    sorted_anew = []
-    monkeypatch.setattr(optim, "lion_step", lambda *a, **k: sorted_anew.append(a) or operator.lion_step(*a, **k))
+def test_a_remembered_launch_is_left_for_another_backend(launches):
     params = parameters([(50,), (3000,), (9,)]) + parameters([(20,)], bf16)
     optimizer = Lion([{"params": params[:1]}, {"params": params[1:], "lr": 0.1}])
-    for step in range(4):
+    for _ in range(4):
         give_gradients(params)
-        optimizer.param_groups[1]["lr"] *= 0.5
         optimizer.step()
-        optimizer.zero_grad()
-        assert len(sorted_anew) == 2, step
     assert len(launches) == 4 * 3
-    give_gradients(params)
     with kdfast.backend("torch"):
         optimizer.step()
     assert len(launches) == 4 * 3
-    params[0].grad = torch.randn(50).to_sparse()
-    with pytest.raises(RuntimeError, match="must be dense"):
-        optimizer.step()
 
 
 def test_replaced_parameters_gradients_and_momenta_are_found():

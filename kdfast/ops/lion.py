@@ -4,8 +4,9 @@
 
 Floor: five passes over memory (read p, g, m; write p, m), 20 bytes a float32 parameter. Seven elementwise operations in turn
 would make fifteen and more. So on the CPU the PyTorch form walks the parameters in blocks that fit the cache: large tensors
-are cut, small ones are taken together, and every operation after the first finds its block in the cache. Elsewhere, and under
-torch.compile (which fuses by itself), it is torch._foreach_* over whole lists.
+are cut, small ones are taken together, and every operation after the first finds its block in the cache. Of small tensors calls
+cost more than work, and the host's sorting more than either: a step like the last (Again) is not sorted, and copies them into
+one and back. Elsewhere, and under torch.compile (which fuses by itself), it is torch._foreach_* over whole lists.
 
 Rounding: round(b1 m), then one fused multiply-add with (1 - b1) g, as torch's mul and add(alpha=) do, in that order. Float32
 results are lion-pytorch's bit for bit, save that sign(NaN) is NaN: torch.sign maps NaN to 0, and a parameter whose gradient
@@ -22,7 +23,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
-from torch._utils import _flatten_dense_tensors
 
 from kdfast.ops import backend
 from kdfast.ops.precision import arithmetic
@@ -33,7 +33,7 @@ GROUP = 256  # elements of an 8-bit momentum that share a scale
 LEVELS = 127  # of its magnitude, above 0
 _SHARE = 131072  # elements of a block on a CPU that are a thread's
 _SMALL = 16384  # elements of a tensor whose work there is below that of its calls, and
-_FEW = 3  # of how many such each has calls of its own
+_FEW = 1  # of how many such each has calls of its own
 
 
 class Options(NamedTuple):
@@ -95,12 +95,13 @@ def lion_step(
         tables: the caller's, to be handed over in every step: where the kernel found the tensors last time.
 
     Returns:
-        How the next step may be taken where nothing but values has changed: the kernel's launches. None: by this function alone.
+        How the next step may be taken where nothing but values has changed. None: by this function alone.
 
     Raises:
         RuntimeError: fused is True and there is no kernel for these tensors.
     """
     ways: list[Again] | None = []
+    way: Again | None
     for key, bucket in _buckets(rows).items():
         kernel = None
         if not torch.compiler.is_compiling() and (fused or (fused is None and foreach is None)):
@@ -115,8 +116,8 @@ def lion_step(
             way, bucket = _kernel_step(kernel, bucket, options, grad_factor, found_inf, capturable, {} if tables is None else tables, key)
             ways = None if ways is None or way is None else [*ways, way]
         if bucket:
-            _torch_step(bucket, options, grad_factor, found_inf, foreach is not False)
-            ways = None
+            way = _torch_step(bucket, options, grad_factor, found_inf, foreach is not False)
+            ways = None if ways is None or way is None else [*ways, way]
     return ways
 
 
@@ -166,12 +167,8 @@ def _kernel_step(
     """One bucket in one launch; returns how it may be taken again, and the rows that the kernel cannot take."""
     device = rows[0].param.device
     key = bucket, rows[0].number, options.cautious, capturable
-    kept: list[Any] = [[t.data_ptr() for t in map(column, rows) if t is not None] for column in _KEPT]
-    kept += [[row.param.shape for row in rows], [row.param.stride() for row in rows], [row.momentum.stride() for row in rows]]
-    kept += [[row.compensation.stride() for row in rows if row.compensation is not None]]
-    kept += [[row.param.is_neg() for row in rows], [row.momentum.shape for row in rows]]
-    grads = [row.grad for row in rows]
-    given: list[Any] = [[g.data_ptr() for g in grads], [g.stride() for g in grads], [g.is_neg() for g in grads], [g.shape for g in grads]]
+    kept = _lie([t for column in _KEPT for t in map(column, rows) if t is not None])
+    given = _lie([row.grad for row in rows])
     stream = _stream(device)
     known: _Known | None = tables.get(key)
     if known is not None and known.stream != stream and stream is not None:
@@ -202,7 +199,7 @@ def _kernel_step(
         written = [t for row in taken for t in (row.param, row.momentum, row.scale, row.compensation) if t is not None]
         _launch(kernel, taken[0], known.table, written, options, grad_factor, found_inf)
         if known.given and not known.rest and not known.table.captured and all(map(_is_bare, rows)):
-            again = Again(kernel, rows, known.table)
+            again = _LaunchAgain(kernel, rows, known.table, stream)
     return again, [rows[i] for i in known.rest]
 
 
@@ -235,7 +232,7 @@ def _launch(
 
 
 def _check_shapes(row: Row) -> None:
-    """Raises where the kernel would walk beyond a tensor's end."""
+    """Raises where the kernel would walk beyond a tensor's end, and PyTorch would fail halfway or broadcast."""
     for name, tensor in (("the gradient", row.grad), ("exp_avg", row.momentum), ("kahan_comp", row.compensation)):
         if tensor is not None and tensor.shape != row.param.shape:
             shapes = f"{tuple(row.param.shape)}, got {tuple(tensor.shape)}"
@@ -243,10 +240,10 @@ def _check_shapes(row: Row) -> None:
 
 
 def _has_flat_view(row: Row) -> bool:
-    """Whether all but the gradient fill their memory without gaps, in the same order of dimensions."""
+    """Whether all but the gradient fill their memory without gaps, as they are, in the same order of dimensions."""
     order = _order(row.param)
-    kept = (row.momentum, row.compensation)
-    return _is_dense(row.param) and not row.param.is_neg() and all(t is None or _order(t) == order for t in kept)
+    kept = [t for t in (row.param, row.momentum, row.compensation) if t is not None]
+    return _is_dense(row.param) and not any(t.is_neg() for t in kept) and all(_order(t) == order for t in kept)
 
 
 def _in_order_of_params(rows: list[Row]) -> tuple[list[Row], bool]:
@@ -284,55 +281,94 @@ def _is_dense(tensor: Tensor) -> bool:
 
 
 class Again:
-    """A launch whose tensors may lie where they lay in an earlier step, or gradients elsewhere: then it needs hardly more than numbers.
+    """A bucket whose tensors lie where they lay in an earlier step (gradients may lie elsewhere), and so need not be sorted anew.
 
-    To look takes half the time of sorting them anew, which for a network of 300 tensors is longer than a GPU's work. No tensor of the
-    caller's is kept: whoever drops a gradient or a momentum has its memory back.
+    No tensor of the caller's is kept: whoever drops a gradient or a momentum has its memory back.
     """
 
-    def __init__(self, kernel: ModuleType, rows: list[Row], table: Any) -> None:
-        self._kernel, self._table = kernel, table
-        self._numbers = [row.number for row in rows]
-        grads = [row.grad for row in rows]
-        self._facts = _facts([row.param for row in rows], [row.momentum for row in rows], grads)
-        self._gradients = _addresses(grads)
+    launches = False  # the kernel, which must know all of how tensors lie
 
-    def find(self, params: list[Tensor], momenta: list[Tensor | None], grads: list[Tensor | None]) -> "Found | None":
-        """What is to be stepped of an optimizer's parameters, numbered as the rows were; None where it does not lie as it lay."""
-        own: list[list[Any]] = [[tensors[number] for number in self._numbers] for tensors in (params, momenta, grads)]
-        try:
-            gradients, facts = _addresses(own[2]), _facts(*own)
-        except (TypeError, RuntimeError):  # there is none, or it has no memory of its own: sparse
-            return None
-        if facts != self._facts:
-            return None
-        if gradients != self._gradients and own[0][0].is_cuda and torch.cuda.is_current_stream_capturing():
-            return None  # that takes a table which the graph fills
-        return Found(Row(own[0][0], own[2][0], own[1][0]), own[0] + own[1], gradients)
+    def __init__(self, rows: list[Row]) -> None:
+        self.numbers = [row.number for row in rows]  # in whose order the methods below are given the tensors
 
-    def step(self, found: "Found", options: Options, grad_factor: Tensor | None, found_inf: Tensor | None) -> None:
-        """lion_step of what find() found, with the options that the table was made for but for their numbers."""
-        if found.gradients != self._gradients:
-            self._table, self._gradients = self._kernel.moved(self._table, found.gradients), found.gradients
-        _launch(self._kernel, found.like, self._table, found.written, options, grad_factor, found_inf)
+    def holds(self, params: list[Tensor], momenta: list[Tensor], grads: list[Tensor]) -> bool:
+        """Whether the step may be taken here and now."""
+        return True
+
+    def settle(self, momenta: list[Tensor]) -> None:
+        """Makes preparations that pay after a few steps."""
+
+    def step(
+        self,
+        params: list[Tensor],
+        momenta: list[Tensor],
+        grads: list[Tensor],
+        options: Options,
+        grad_factor: Tensor | None,
+        found_inf: Tensor | None,
+    ) -> None:
+        """lion_step of these tensors, with the options of the earlier step but for their numbers."""
+        raise NotImplementedError
 
 
-class Found(NamedTuple):
-    """What a launch has to be told of its tensors."""
+class _LaunchAgain(Again):
+    """By the kernel, with the table of an earlier launch."""
 
-    like: Row  # one of them
-    written: list[Tensor]
-    gradients: list[int]  # addresses
+    launches = True
+
+    def __init__(self, kernel: ModuleType, rows: list[Row], table: Any, stream: int | None) -> None:
+        super().__init__(rows)
+        self._kernel, self._table, self._stream = kernel, table, stream
+        self._gradients = _addresses([row.grad for row in rows])
+
+    def holds(self, params: list[Tensor], momenta: list[Tensor], grads: list[Tensor]) -> bool:
+        device = params[0].device
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing() and _addresses(grads) != self._gradients:
+            return False  # that takes a table which the graph fills
+        return _stream(device) == self._stream
+
+    def step(
+        self,
+        params: list[Tensor],
+        momenta: list[Tensor],
+        grads: list[Tensor],
+        options: Options,
+        grad_factor: Tensor | None,
+        found_inf: Tensor | None,
+    ) -> None:
+        gradients = _addresses(grads)
+        if gradients != self._gradients:
+            self._table, self._gradients = self._kernel.moved(self._table, gradients), gradients
+        _launch(self._kernel, Row(params[0], grads[0], momenta[0]), self._table, params + momenta, options, grad_factor, found_inf)
 
 
-def _facts(params: list[Tensor], momenta: list[Tensor], grads: list[Tensor]) -> list[Any]:
-    """All that a launch's table and plan depend on, but where the gradients are."""
-    tensors = [*params, *momenta, *grads]
-    places = _addresses(params + momenta)
-    return [places, *[list(map(fact, tensors)) for fact in _OF_EACH], _stream(params[0].device)]
+def facts(params: list[Tensor], momenta: list[Any], grads: list[Tensor], launched: bool) -> list[Any] | None:
+    """All that Again depends on, to be compared; None: of momenta that are not there, or tensors that have no memory of their own."""
+    kept = params + momenta
+    tensors = kept + grads
+    try:
+        kinds = [list(map(type, kept)), list(map(_DTYPE, tensors))]
+        if launched:
+            return [*kinds, _lie(kept), *_layouts(grads)]
+        # a walk is right however tensors lie, if they are dense, not stored negated, and parameters share no memory
+        places, negated = _addresses(params), list(map(Tensor.is_neg, kept))
+        return [*kinds, places, negated, list(map(_SHAPE, tensors)), list(map(_LAYOUT, grads))]
+    except (AttributeError, TypeError, RuntimeError):
+        return None
 
 
-_OF_EACH: list[Callable[[Tensor], Any]] = [type, attrgetter("dtype"), attrgetter("shape"), Tensor.stride, Tensor.is_neg]
+def _lie(tensors: list[Tensor]) -> list[Any]:
+    """Where tensors lie, and how."""
+    return [_addresses(tensors), *_layouts(tensors)]
+
+
+def _layouts(tensors: list[Tensor]) -> list[Any]:
+    return [list(map(_SHAPE, tensors)), list(map(Tensor.stride, tensors)), list(map(Tensor.is_neg, tensors))]
+
+
+_DTYPE: Callable[[Tensor], torch.dtype] = attrgetter("dtype")
+_LAYOUT: Callable[[Tensor], torch.layout] = attrgetter("layout")
+_SHAPE: Callable[[Tensor], torch.Size] = attrgetter("shape")
 
 
 def _addresses(tensors: list[Tensor]) -> list[int]:
@@ -341,6 +377,11 @@ def _addresses(tensors: list[Tensor]) -> list[int]:
 
 def _has_own_memory(row: Row) -> bool:
     return type(row.param) in PLAIN and type(row.grad) in PLAIN and type(row.momentum) in PLAIN
+
+
+def _is_plain(row: Row) -> bool:
+    """Whether it can be stepped where it lies, by a call for many: these refuse tensors that are stored negated."""
+    return _has_own_memory(row) and not row.param.is_neg() and not row.momentum.is_neg()
 
 
 def _is_bare(row: Row) -> bool:
@@ -358,52 +399,79 @@ def _stream(device: torch.device) -> int | None:
 # ---- the PyTorch form ------------------------------------------------------------------------------------------------
 
 
-def _torch_step(rows: list[Row], options: Options, grad_factor: Tensor | None, found_inf: Tensor | None, foreach: bool) -> None:
-    """One bucket. On the CPU decisions are taken by reading values, elsewhere on the device."""
+def _torch_step(
+    rows: list[Row], options: Options, grad_factor: Tensor | None, found_inf: Tensor | None, foreach: bool
+) -> "_WalkAgain | None":
+    """One bucket; returns how it may be taken again. On the CPU decisions are taken by reading values, elsewhere on the device."""
     device = rows[0].param.device
     on_host = _readable(rows[0].param)
     if found_inf is not None and on_host:
         if found_inf.item():
-            return
+            return None
         found_inf = None
     found_inf = None if found_inf is None else found_inf.to(device)
     grad_factor = None if grad_factor is None else grad_factor.to(device)
     if isinstance(options.lr, Tensor):
         options = options._replace(lr=options.lr.item() if on_host or _readable(options.lr) else options.lr.to(device))
 
+    if not torch.compiler.is_compiling():
+        for row in rows:
+            _check_shapes(row)
+    again = None
     if not foreach or (on_host and options.cautious):  # a cautious step needs a mean over each whole tensor
         alone: list[Row] = rows
     elif on_host:
-        alone = [row for row in rows if not _has_own_memory(row)]
-        walked = [row for row in rows if _has_own_memory(row)] if alone else rows
+        apart = {i for i, row in enumerate(rows) if not _is_plain(row)}
+        apart |= _sharing_memory(rows) if apart else set()  # these keep their order
+        alone = [rows[i] for i in sorted(apart)]
+        walked = [row for i, row in enumerate(rows) if i not in apart] if apart else rows
         if walked:
-            _walk(walked, options, grad_factor)
+            large, batches = _by_size(walked)
+            factors = _Factors.of(options, arithmetic(rows[0].param))
+            in_order, in_batches = [walked[i] for i in large], [[walked[i] for i in batch] for batch in batches]
+            _walk(in_order, in_batches, options, factors, grad_factor)
+            if not alone and all(map(_is_bare, rows)):
+                again = _WalkAgain(rows, large, batches)
     else:
         alone, together = _apart(rows)
         if together:
             _update(together, options, grad_factor, found_inf)
     for row in alone:
         _update([row], options, grad_factor, found_inf)
+    return again
 
 
-def _walk(rows: list[Row], options: Options, grad_factor: Tensor | None) -> None:
-    """Steps a CPU's bucket in blocks that fit the cache."""
-    factors = _Factors.of(options, arithmetic(rows[0].param))
-    plain = grad_factor is None and _is_exact(rows[0])  # as all of a bucket, or none
-    together: list[Row] = []
-    if len(rows) > _FEW:
-        shared = _sharing_memory(rows)  # these keep their order
-        small = [i for i, row in enumerate(rows) if row.param.numel() <= _SMALL and i not in shared]
-        if len(small) > _FEW:
-            together = [rows[i] for i in small]
-            rows = [rows[i] for i in sorted(set(range(len(rows))).difference(small))]
+def _by_size(rows: list[Row]) -> tuple[list[int], list[list[int]]]:
+    """Of a CPU's bucket, the rows to be taken one after the other, and small ones by the batch, which is at most a block."""
+    all_of_them = list(range(len(rows)))
+    if len(rows) <= _FEW:
+        return all_of_them, []
+    shared = _sharing_memory(rows)  # these keep their order
+    small = [i for i, row in enumerate(rows) if row.param.numel() <= _SMALL and i not in shared]
+    if len(small) <= _FEW:
+        return all_of_them, []
+    batches: list[list[int]] = []
+    room = -1
+    for i in small:
+        if rows[i].param.numel() > room:
+            batches.append([])
+            room = _block_size()
+        batches[-1].append(i)
+        room -= rows[i].param.numel()
+    return sorted(set(all_of_them).difference(small)), batches
+
+
+def _walk(rows: list[Row], batches: list[list[Row]], options: Options, factors: "_Factors", grad_factor: Tensor | None) -> None:
+    """Steps rows on a CPU in blocks that fit the cache, and batches at once."""
+    like = rows[0] if rows else batches[0][0]
+    plain = grad_factor is None and _is_exact(like)  # as all of a bucket, or none
     size = _block_size()
     scratch: Tensor | None = None
     if plain and sum([row.param.numel() for row in rows]) > size:  # one piece of memory: the next block finds it in the cache
-        scratch = torch.empty(size, dtype=factors.beta1.dtype, device="cpu")
+        scratch = torch.empty(size, dtype=like.param.dtype, device="cpu")
     for row in rows:
         p, g, m = row.param, row.grad, row.momentum
-        if plain and p.numel() <= size and p.stride() == g.stride() == m.stride() and _is_dense(p):
+        if plain and (p.numel() <= _SMALL or (p.numel() <= size and p.stride() == g.stride() == m.stride() and _is_dense(p))):
             _lion_block(p, g, m, factors, scratch)  # as it is, without views
         elif plain and _has_flat_view(row):
             for p, g, m in zip(*_blocks(row)):
@@ -411,21 +479,102 @@ def _walk(rows: list[Row], options: Options, grad_factor: Tensor | None) -> None
         else:
             for block, offset in _cut(row):
                 _update([block], options, grad_factor, None, offset, factors)
-    for batch in _batches(together):
+    for batch in batches:
         if plain:
-            _lion_together([row.param for row in batch], [row.grad for row in batch], [row.momentum for row in batch], factors)
+            _lion([row.param for row in batch], [row.grad for row in batch], [row.momentum for row in batch], options, factors, [])
         else:
             _update(batch, options, grad_factor, None, 0, factors)
+
+
+class _WalkAgain(Again):
+    """By a walk on the CPU, small tensors copied together."""
+
+    def __init__(self, rows: list[Row], alone: list[int], batches: list[list[int]]) -> None:
+        super().__init__(rows)
+        self._alone, self._batches = alone, batches
+        self._exact = _is_exact(rows[0])
+        self._joined: list[_Joined] = []
+        self._factors: tuple[Options, _Factors] | None = None
+
+    def settle(self, momenta: list[Tensor]) -> None:
+        if not self._exact or not _is_lasting(torch.empty(0)):
+            return
+        elements = max([sum(momenta[i].numel() for i in batch) for batch in self._batches], default=0)
+        memory = [torch.empty(elements, dtype=momenta[0].dtype, device="cpu") for _ in range(3)]
+        self._joined = [_Joined(batch, [momenta[i] for i in batch], memory) for batch in self._batches]
+        self._batches = []
+
+    def step(
+        self,
+        params: list[Tensor],
+        momenta: list[Tensor],
+        grads: list[Tensor],
+        options: Options,
+        grad_factor: Tensor | None,
+        found_inf: Tensor | None,
+    ) -> None:
+        if found_inf is not None and found_inf.item():
+            return
+        if isinstance(options.lr, Tensor):
+            options = options._replace(lr=options.lr.item())
+        factors = self._factors_of(options, params[0])
+        grad_factor = None if grad_factor is None else grad_factor.cpu()
+        for joined in self._joined:
+            joined.step(params, momenta, grads, factors, grad_factor)
+        if self._alone or self._batches:
+            rows = [Row(params[i], grads[i], momenta[i]) for i in self._alone]
+            batches = [[Row(params[i], grads[i], momenta[i]) for i in batch] for batch in self._batches]
+            _walk(rows, batches, options, factors, grad_factor)
+
+    def _factors_of(self, options: Options, like: Tensor) -> "_Factors":
+        if self._factors is None or self._factors[0] != options:
+            factors = _Factors.of(options, arithmetic(like))
+            if not all(_is_lasting(factor) for factor in factors if isinstance(factor, Tensor)):
+                return factors
+            self._factors = options, factors
+        return self._factors[1]
+
+
+class _Joined:
+    """Small tensors of a CPU that are copied into one and back: then all calls but five see one tensor, and a copy is the cheapest call."""
+
+    def __init__(self, places: list[int], like: list[Tensor], memory: list[Tensor]) -> None:
+        self._places = places
+        elements = sum(t.numel() for t in like)
+        self._grad, self._momentum, self._update = (piece[:elements] for piece in memory)
+        self._grads, self._momenta, self._updates = (_views(piece, like) for piece in memory)
+
+    def step(
+        self, params: list[Tensor], momenta: list[Tensor], grads: list[Tensor], factors: "_Factors", grad_factor: Tensor | None
+    ) -> None:
+        """_lion_block of all at once."""
+        params, momenta, grads = ([column[i] for i in self._places] for column in (params, momenta, grads))
+        torch._foreach_copy_(self._grads, grads)
+        torch._foreach_copy_(self._momenta, momenta)
+        if grad_factor is not None:
+            self._grad.mul_(grad_factor.to(self._grad.dtype))
+        _advance(self._momentum, self._grad, factors, self._update)
+        torch._foreach_copy_(momenta, self._momenta)
+        if factors.decay is not None:
+            torch._foreach_mul_(params, factors.decay)
+        torch._foreach_add_(params, self._updates, alpha=-factors.lr)
+
+
+def _views(flat: Tensor, like: list[Tensor]) -> list[Tensor]:
+    """The beginning of a flat tensor as tensors of these shapes, in the order of dimensions of those that are dense."""
+    sizes = [t.numel() for t in like]
+    parts = flat[: sum(sizes)].split(sizes)
+    return [_laid_out(part, t) if _is_dense(t) else part.view(t.shape) for part, t in zip(parts, like)]
 
 
 def _apart(rows: list[Row]) -> tuple[list[Row], list[Row]]:
     """The rows to be stepped one after the other, and those that can be stepped at once."""
     if torch.compiler.is_compiling() or isinstance(rows[0].param if rows else None, FakeTensor):
         return [], rows
-    shared = _sharing_memory(rows)
-    if not shared:
+    apart = _sharing_memory(rows).union(i for i, row in enumerate(rows) if row.param.is_neg() or row.momentum.is_neg())
+    if not apart:
         return [], rows
-    return [rows[i] for i in sorted(shared)], [row for i, row in enumerate(rows) if i not in shared]
+    return [rows[i] for i in sorted(apart)], [row for i, row in enumerate(rows) if i not in apart]
 
 
 def _sharing_memory(rows: list[Row]) -> set[int]:
@@ -475,8 +624,8 @@ def _update(
     params, momenta = [row.param for row in rows], [row.momentum for row in rows]
     dtype = arithmetic(params[0])
     keep = found_inf is not None  # the old values are needed until it is known that they may go
-    ps = [p.to(dtype, copy=keep) for p in params]
-    ms = [decoded(row.momentum, row.scale) if row.scale is not None else row.momentum.to(dtype, copy=keep) for row in rows]
+    ps = [p.resolve_neg().to(dtype, copy=keep) for p in params]
+    ms = [decoded(row.momentum, row.scale) if row.scale is not None else row.momentum.resolve_neg().to(dtype, copy=keep) for row in rows]
     gs = [row.grad.to(dtype) for row in rows]
     if grad_factor is not None:
         gs = list(torch._foreach_mul(gs, grad_factor.to(dtype)))
@@ -486,10 +635,8 @@ def _update(
 
     if factors is not None and len(rows) == 1:
         _lion_block(ps[0], gs[0], ms[0], factors)
-    elif factors is not None:
-        _lion_together(ps, gs, ms, factors)
     else:
-        _lion(ps, gs, ms, options, [row.whole for row in rows])
+        _lion(ps, gs, ms, options, factors or _Factors.of(options), [row.whole for row in rows])
 
     noises = [None if row.step is None else _noise(row, offset) for row in rows]
     if rows[0].scale is not None:
@@ -506,42 +653,45 @@ def _update(
     _store(params, ps, found_inf)
 
 
-def _lion(ps: list[Tensor], gs: list[Tensor], ms: list[Tensor], options: Options, wholes: list[Any]) -> None:
+def _lion(ps: list[Tensor], gs: list[Tensor], ms: list[Tensor], options: Options, factors: "_Factors", wholes: list[Any]) -> None:
     """The formula of this file's docstring, in place on ps and ms; operation by operation what lion-pytorch computes."""
-    lr, beta1, beta2, weight_decay, cautious, maximize, _ = options
-    ascent = -1.0 if maximize else 1.0
-    updates = list(torch._foreach_mul(ms, beta1))
-    torch._foreach_add_(updates, gs, alpha=ascent * (1.0 - beta1))
+    updates = list(torch._foreach_mul(ms, factors.beta1))
+    torch._foreach_add_(updates, gs, alpha=factors.grad_in_update)
     updates = _signs(updates)
-    if cautious:
+    if options.cautious:
+        ascent = -1.0 if options.maximize else 1.0
         updates = [_aligned(u, ascent * g, whole) for u, g, whole in zip(updates, gs, wholes)]
-    if weight_decay:
-        torch._foreach_mul_(ps, 1.0 - lr * weight_decay)
-    if isinstance(lr, Tensor):
-        torch._foreach_sub_(ps, torch._foreach_mul(updates, lr))
+    if factors.decay is not None:
+        torch._foreach_mul_(ps, factors.decay)
+    if isinstance(factors.lr, Tensor):
+        torch._foreach_sub_(ps, torch._foreach_mul(updates, factors.lr))
     else:
-        torch._foreach_add_(ps, updates, alpha=-lr)
-    torch._foreach_mul_(ms, beta2)
-    torch._foreach_add_(ms, gs, alpha=ascent * (1.0 - beta2))
+        torch._foreach_add_(ps, updates, alpha=-factors.lr)
+    torch._foreach_mul_(ms, factors.beta2)
+    torch._foreach_add_(ms, gs, alpha=factors.grad_in_momentum)
 
 
 class _Factors(NamedTuple):
-    """What _lion_block multiplies by. Tensors, of no dimension: a call with a number makes one of it, and takes twice as long."""
+    """What the formula multiplies by."""
 
-    beta1: Tensor
+    beta1: float | Tensor
     grad_in_update: float
-    beta2: Tensor
+    beta2: float | Tensor
     grad_in_momentum: float
-    decay: Tensor | None
-    negative_lr: float
+    decay: float | Tensor | None
+    lr: Any  # a number, or a tensor that cannot be read
 
     @classmethod
-    def of(cls, options: Options, dtype: torch.dtype) -> "_Factors":
+    def of(cls, options: Options, dtype: torch.dtype | None = None) -> "_Factors":
+        """Numbers; with a dtype, for a CPU, tensors of no dimension: a call with a number makes one of it, and takes twice as long."""
         lr, beta1, beta2, weight_decay, _, maximize, _ = options
-        assert not isinstance(lr, Tensor)  # it has been read before
         ascent = -1.0 if maximize else 1.0
-        decay = _factor(1.0 - lr * weight_decay, dtype) if weight_decay else None
-        return cls(_factor(beta1, dtype), ascent * (1.0 - beta1), _factor(beta2, dtype), ascent * (1.0 - beta2), decay, -lr)
+        decay = 1.0 - lr * weight_decay if weight_decay else None
+        factors = cls(beta1, ascent * (1.0 - beta1), beta2, ascent * (1.0 - beta2), decay, lr)
+        if dtype is None:
+            return factors
+        made = _factor(decay, dtype) if isinstance(decay, float) else None
+        return factors._replace(beta1=_factor(beta1, dtype), beta2=_factor(beta2, dtype), decay=made)
 
 
 _made: dict[tuple[float, torch.dtype], Tensor] = {}
@@ -552,49 +702,40 @@ def _factor(value: float, dtype: torch.dtype) -> Tensor:
     factor = _made.get((value, dtype))
     if factor is None:
         factor = torch.tensor(value, dtype=dtype, device="cpu")
-        # one that was made under a mode or a transform of PyTorch is good there alone
-        if type(factor) is Tensor and not torch._C._functorch.is_functorch_wrapped_tensor(factor) and not factor.is_inference():
+        if _is_lasting(factor):
             if len(_made) >= 256:
                 _made.clear()
             _made[value, dtype] = factor
     return factor
 
 
+def _is_lasting(made: Tensor) -> bool:
+    """Whether a tensor just made may be kept: one that was made under a mode or a transform of PyTorch is good there alone."""
+    return type(made) is Tensor and not torch._C._functorch.is_functorch_wrapped_tensor(made) and not made.is_inference()
+
+
 def _lion_block(p: Tensor, g: Tensor, m: Tensor, factors: _Factors, scratch: Tensor | None = None) -> None:
     """_lion of one block that lies in a CPU's cache, where every call and read more would be felt.
 
-    p is dense where there is scratch, which is written to; a small block does better without.
+    A p that is not small is dense where there is scratch, which is written to; a small block does better without.
     """
-    if scratch is None or p.numel() <= _SMALL:
-        update = m.mul(factors.beta1)
-    else:
-        update = torch.mul(m, factors.beta1, out=scratch.as_strided(p.shape, p.stride()))
-    update.add_(g, alpha=factors.grad_in_update)
-    m.mul_(factors.beta2).add_(g, alpha=factors.grad_in_momentum)  # now: both are in the nearest cache
-    if _may_have_nan(update):
-        update = _sign_or_nan(update)
-    else:
-        update.sign_()
+    update = _advance(m, g, factors, None if scratch is None or p.numel() <= _SMALL else scratch.as_strided(p.shape, p.stride()))
     if factors.decay is not None:
         p.mul_(factors.decay)
-    p.add_(update, alpha=factors.negative_lr)
+    p.add_(update, alpha=-factors.lr)
 
 
-def _lion_together(ps: list[Tensor], gs: list[Tensor], ms: list[Tensor], factors: _Factors) -> None:
-    """_lion_block of many that lie in the cache together."""
-    updates = list(torch._foreach_mul(ms, factors.beta1))
-    torch._foreach_add_(updates, gs, alpha=factors.grad_in_update)
-    torch._foreach_mul_(ms, factors.beta2)
-    torch._foreach_add_(ms, gs, alpha=factors.grad_in_momentum)
-    updates = _signs(updates)
-    if factors.decay is not None:
-        torch._foreach_mul_(ps, factors.decay)
-    torch._foreach_add_(ps, updates, alpha=factors.negative_lr)
+def _advance(m: Tensor, g: Tensor, factors: _Factors, out: Tensor | None) -> Tensor:
+    """Takes the momentum to its next value; returns the sign by which the parameter is moved, in out if there is one."""
+    update = m.mul(factors.beta1) if out is None else torch.mul(m, factors.beta1, out=out)
+    update.add_(g, alpha=factors.grad_in_update)
+    m.mul_(factors.beta2).add_(g, alpha=factors.grad_in_momentum)  # now: both are in the nearest cache
+    return update.copy_(_sign_or_nan(update)) if _may_have_nan(update) else update.sign_()
 
 
 def _signs(xs: list[Tensor]) -> list[Tensor]:
     """sign(x) in place of x, and NaN where x is NaN."""
-    if _readable(xs[0]) and not _may_have_nan(_flatten_dense_tensors(xs)):
+    if _readable(xs[0]) and not any(map(_may_have_nan, xs)):
         torch._foreach_sign_(xs)
         return xs
     return [_sign_or_nan(x) for x in xs]
@@ -636,7 +777,10 @@ def _store(destinations: list[Tensor], values: list[Tensor], found_inf: Tensor |
         return  # computed in place
     if found_inf is not None:
         values = [torch.where(found_inf != 0, d, v.to(d.dtype)) for d, v in zip(destinations, values)]
-    torch._foreach_copy_(destinations, values)
+    if len(values) == 1:  # it may be stored negated
+        destinations[0].copy_(values[0])
+    else:
+        torch._foreach_copy_(destinations, values)
 
 
 # ---- blocks that fit the cache ---------------------------------------------------------------------------------------
@@ -692,20 +836,6 @@ def _flat(tensor: Tensor) -> Tensor:
 def _laid_out(flat: Tensor, like: Tensor) -> Tensor:
     """The elements that _flat(like) has, in like's shape."""
     return flat.view(like.shape) if like.is_contiguous() else flat.as_strided(like.shape, like.stride())
-
-
-def _batches(rows: list[Row]) -> Iterator[list[Row]]:
-    """Small rows in their order, together at most a block (or one row)."""
-    batch: list[Row] = []
-    room = _block_size()
-    for row in rows:
-        if batch and row.param.numel() > room:
-            yield batch
-            batch, room = [], _block_size()
-        batch.append(row)
-        room -= row.param.numel()
-    if batch:
-        yield batch
 
 
 # ---- random rounding -------------------------------------------------------------------------------------------------
