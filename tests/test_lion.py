@@ -720,11 +720,12 @@ def test_gradients_are_not_written():
     assert bits_equal(before, [p.grad for p in params])
 
 
-def test_sparse_gradients_are_refused_by_name():
-    p = nn.Parameter(torch.eye(3))
-    p.grad = torch.eye(3).to_sparse()
+@pytest.mark.parametrize("max_grad_norm", [None, 1.0])
+def test_sparse_gradients_are_refused_by_name(max_grad_norm):
+    p = nn.Parameter(torch.eye(3).bfloat16())
+    p.grad = torch.eye(3).bfloat16().to_sparse()
     with pytest.raises(RuntimeError, match="must be dense and real, got a sparse"):
-        Lion([p]).step()
+        Lion([p], max_grad_norm=max_grad_norm).step()
 
 
 def test_complex_gradients_are_refused_by_name():
@@ -1136,6 +1137,7 @@ CHANGES = {
     "a parameter more": lambda a, params: a.param_groups[0]["params"].append(params[4]),
     "a group more": lambda a, params: a.add_param_group({"params": [params[4]], "lr": 0.1}),
     "a group less": lambda a, params: a.param_groups.__delitem__(1),
+    "memory that is shared from now on": lambda a, params: setattr(params[0], "data", params[1].data[:50]),
     "a momentum's values": lambda a, params: momentum(a, params[0]).mul_(-1),
     "what was saved": lambda a, params: a.load_state_dict(copy.deepcopy(a.state_dict())),
 }
