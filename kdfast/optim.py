@@ -10,7 +10,7 @@ from collections.abc import Callable, Hashable, Iterable, Sequence
 from itertools import chain, compress
 from numbers import Real  # NumPy's numbers too
 from operator import attrgetter, itemgetter
-from typing import Any, NamedTuple, overload
+from typing import Any, overload
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ from kdfast.ops.lion import (
     PLAIN,
     ROUNDINGS,
     Again,
+    Columns,
     Options,
     Row,
     decoded,
@@ -250,16 +251,18 @@ class Lion(Optimizer):
         found_inf: Tensor | None = getattr(self, "found_inf", None)
         unscale = None if grad_scale is None else grad_scale.reshape(()).reciprocal()
         found_inf = None if found_inf is None else found_inf.reshape(())
-        norm = self._grad_norm(unscale)
         bundles, last = self._bundles(), self._last
         if last is not None and not torch.compiler.is_compiling() and (columns := last.find(self, bundles)) is not None:
+            norm = self._grad_norm(unscale)
             for place, way, places in last.ways:
                 group = self.param_groups[place]
                 factor = _product(unscale, _clip_factor(norm, group["max_grad_norm"]))
-                way.step(*columns.of(places), _options(group), factor, found_inf)
+                way.step(columns.of(places), _options(group), factor, found_inf)
             return loss
         ways: list[tuple[int, list[Again]]] | None = []
-        for places, rows in zip(bundles, self._rows_of(bundles, found_inf)):
+        rows_of_bundles = self._rows_of(bundles, found_inf)  # refuses gradients that have no norm
+        norm = self._grad_norm(unscale)
+        for places, rows in zip(bundles, rows_of_bundles):
             if not rows:
                 continue
             group = self.param_groups[places[0]]
@@ -309,7 +312,9 @@ class Lion(Optimizer):
             grad = param.grad
             if grad is None:
                 continue
-            _check_gradient(grad)
+            if grad.layout != torch.strided or grad.is_complex():
+                kind = "complex" if grad.is_complex() else f"sparse ({grad.layout})"
+                raise RuntimeError(f"Lion: gradients must be dense and real, got a {kind} one of shape {tuple(grad.shape)}")
             if capturable and param.device.type not in _CAPTURABLE and not torch.compiler.is_compiling():
                 raise RuntimeError(f"Lion: capturable=True needs parameters on {' or '.join(_CAPTURABLE)}, got one on {param.device.type}")
             state = self.state[param]
@@ -337,22 +342,8 @@ class Lion(Optimizer):
         grads = [param.grad for group in clipped for param in group["params"] if param.grad is not None]
         if not grads:
             return None
-        for grad in grads:
-            _check_gradient(grad)
         norm = grad_norm(grads)
         return norm if unscale is None else norm * unscale.to(norm.device)
-
-
-class _Columns(NamedTuple):
-    """Of all parameters with gradients."""
-
-    params: list[Tensor]
-    momenta: list[Any]  # None where there is none
-    grads: list[Tensor]
-
-    def of(self, places: list[int] | None) -> "_Columns":
-        """These places alone; None: all."""
-        return self if places is None else _Columns(*[[column[place] for place in places] for column in self])
 
 
 class _Step:
@@ -369,7 +360,7 @@ class _Step:
         self._is_settled = False
         self.ways: list[tuple[int, Again, list[int] | None]] = []  # with the place of a group, and those of the way's columns
         if before is not None and before._kind == self._kind:
-            self._facts = facts(*columns, self._launched)
+            self._facts = facts(columns, self._launched)
             numbers = [number for number, type_of_grad in enumerate(self._kind[0]) if type_of_grad is not type(None)]
             place_of = dict(zip(numbers, range(len(numbers))))
             for group, buckets in ways:
@@ -377,23 +368,23 @@ class _Step:
                     places = None if way.numbers == numbers else [place_of[number] for number in way.numbers]
                     self.ways.append((group, way, places))
 
-    def find(self, optimizer: Lion, bundles: list[list[int]]) -> _Columns | None:
+    def find(self, optimizer: Lion, bundles: list[list[int]]) -> Columns | None:
         """What is to be stepped in the ways of this step; None where these are not good any more."""
         if self._facts is None:
             return None
         kind, columns = _look(optimizer, bundles)
-        if kind != self._kind or facts(*columns, self._launched) != self._facts:
+        if kind != self._kind or facts(columns, self._launched) != self._facts:
             return None
-        if self._launched and not all(way.holds(*columns.of(places)) for _, way, places in self.ways):
+        if self._launched and not all(way.holds(columns.of(places)) for _, way, places in self.ways):
             return None
         if not self._is_settled:
             for _, way, places in self.ways:
-                way.settle(columns.of(places).momenta)
+                way.settle(columns.of(places))
             self._is_settled = True
         return columns
 
 
-def _look(optimizer: Lion, bundles: list[list[int]]) -> tuple[list[Any], _Columns]:
+def _look(optimizer: Lion, bundles: list[list[int]]) -> tuple[list[Any], Columns]:
     """What decides how an optimizer's parameters are stepped but for how they lie; and those with gradients, and what is theirs."""
     groups, state = optimizer.param_groups, optimizer.state
     params: list[Any] = groups[0]["params"] if len(groups) == 1 else list(chain.from_iterable(map(_PARAMS, groups)))
@@ -405,7 +396,7 @@ def _look(optimizer: Lion, bundles: list[list[int]]) -> tuple[list[Any], _Column
     momenta = [(state.get(param) or {}).get("exp_avg") for param in params]
     if len(groups) > 1:
         kind.append([len(group["params"]) for group in groups])
-    return kind, _Columns(params, momenta, grads)
+    return kind, Columns(params, momenta, grads)
 
 
 _PARAMS, _GRAD = itemgetter("params"), attrgetter("grad")
@@ -471,13 +462,6 @@ def _shard(row: Row) -> Row:
             shard = shard * param.device_mesh.size(dimension) + param.device_mesh.get_local_rank(dimension)
     local = {name: t.to_local() for name, t in row._replace(grad=grad)._asdict().items() if hasattr(t, "to_local")}
     return row._replace(**local, number=row.number + (shard << 16), whole=param)
-
-
-def _check_gradient(grad: Tensor) -> None:
-    """Raises RuntimeError for what cannot be a gradient here."""
-    if grad.layout != torch.strided or grad.is_complex():
-        kind = "complex" if grad.is_complex() else f"sparse ({grad.layout})"
-        raise RuntimeError(f"Lion: gradients must be dense and real, got a {kind} one of shape {tuple(grad.shape)}")
 
 
 def _clip_factor(norm: Tensor | None, max_norm: float | None) -> Tensor | None:

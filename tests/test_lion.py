@@ -1483,7 +1483,8 @@ def test_not_slower_than_the_original_and_never_more_memory(name, original, leas
     ours, theirs = (case(name, shapes(name)).step(variant) for variant in ("kdfast", original))
     for step in (ours, theirs):
         step.run()  # makes the momenta
-    for _ in range(2 if original == "eager" else 0):  # what the third step takes is kept
+    assert peak_memory(ours.run) <= peak_memory(theirs.run)
+    if (name, original) != ("LeNet-5", "lion-pytorch foreach"):  # what the third step takes is kept, and promised against eager alone
         assert peak_memory(ours.run) <= peak_memory(theirs.run)
     best = 0.0
     for _ in range(5):

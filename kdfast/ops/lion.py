@@ -280,6 +280,22 @@ def _is_dense(tensor: Tensor) -> bool:
     return True
 
 
+class Columns(NamedTuple):
+    """The tensors of many parameters that have no more than these."""
+
+    params: list[Tensor]
+    momenta: list[Any]  # None where there is none
+    grads: list[Tensor]
+
+    def of(self, places: list[int] | None) -> "Columns":
+        """These places alone; None: all."""
+        return self if places is None else Columns(*[[column[place] for place in places] for column in self])
+
+    def row(self, place: int) -> Row:
+        """One parameter."""
+        return Row(self.params[place], self.grads[place], self.momenta[place])
+
+
 class Again:
     """A bucket whose tensors lie where they lay in an earlier step (gradients may lie elsewhere), and so need not be sorted anew.
 
@@ -289,24 +305,16 @@ class Again:
     launches = False  # the kernel, which must know all of how tensors lie
 
     def __init__(self, rows: list[Row]) -> None:
-        self.numbers = [row.number for row in rows]  # in whose order the methods below are given the tensors
+        self.numbers = [row.number for row in rows]  # in whose order the methods below are given the columns
 
-    def holds(self, params: list[Tensor], momenta: list[Tensor], grads: list[Tensor]) -> bool:
+    def holds(self, columns: Columns) -> bool:
         """Whether the step may be taken here and now."""
         return True
 
-    def settle(self, momenta: list[Tensor]) -> None:
+    def settle(self, columns: Columns) -> None:
         """Makes preparations that pay after a few steps."""
 
-    def step(
-        self,
-        params: list[Tensor],
-        momenta: list[Tensor],
-        grads: list[Tensor],
-        options: Options,
-        grad_factor: Tensor | None,
-        found_inf: Tensor | None,
-    ) -> None:
+    def step(self, columns: Columns, options: Options, grad_factor: Tensor | None, found_inf: Tensor | None) -> None:
         """lion_step of these tensors, with the options of the earlier step but for their numbers."""
         raise NotImplementedError
 
@@ -321,29 +329,22 @@ class _LaunchAgain(Again):
         self._kernel, self._table, self._stream = kernel, table, stream
         self._gradients = _addresses([row.grad for row in rows])
 
-    def holds(self, params: list[Tensor], momenta: list[Tensor], grads: list[Tensor]) -> bool:
-        device = params[0].device
-        if device.type == "cuda" and torch.cuda.is_current_stream_capturing() and _addresses(grads) != self._gradients:
+    def holds(self, columns: Columns) -> bool:
+        device = columns.params[0].device
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing() and _addresses(columns.grads) != self._gradients:
             return False  # that takes a table which the graph fills
         return _stream(device) == self._stream
 
-    def step(
-        self,
-        params: list[Tensor],
-        momenta: list[Tensor],
-        grads: list[Tensor],
-        options: Options,
-        grad_factor: Tensor | None,
-        found_inf: Tensor | None,
-    ) -> None:
-        gradients = _addresses(grads)
+    def step(self, columns: Columns, options: Options, grad_factor: Tensor | None, found_inf: Tensor | None) -> None:
+        gradients = _addresses(columns.grads)
         if gradients != self._gradients:
             self._table, self._gradients = self._kernel.moved(self._table, gradients), gradients
-        _launch(self._kernel, Row(params[0], grads[0], momenta[0]), self._table, params + momenta, options, grad_factor, found_inf)
+        _launch(self._kernel, columns.row(0), self._table, columns.params + columns.momenta, options, grad_factor, found_inf)
 
 
-def facts(params: list[Tensor], momenta: list[Any], grads: list[Tensor], launched: bool) -> list[Any] | None:
+def facts(columns: Columns, launched: bool) -> list[Any] | None:
     """All that Again depends on, to be compared; None: of momenta that are not there, or tensors that have no memory of their own."""
+    params, momenta, grads = columns
     kept = params + momenta
     tensors = kept + grads
     try:
@@ -496,37 +497,31 @@ class _WalkAgain(Again):
         self._joined: list[_Joined] = []
         self._factors: tuple[Options, _Factors] | None = None
 
-    def settle(self, momenta: list[Tensor]) -> None:
+    def settle(self, columns: Columns) -> None:
         if not self._exact or not _is_lasting(torch.empty(0)):
             return
-        elements = max([sum(momenta[i].numel() for i in batch) for batch in self._batches], default=0)
-        memory = [torch.empty(elements, dtype=momenta[0].dtype, device="cpu") for _ in range(3)]
-        self._joined = [_Joined(batch, [momenta[i] for i in batch], memory) for batch in self._batches]
+        batches = [[columns.momenta[i] for i in batch] for batch in self._batches]
+        elements = max([sum(momentum.numel() for momentum in batch) for batch in batches], default=0)
+        memory = [torch.empty(elements, dtype=columns.momenta[0].dtype, device="cpu") for _ in range(3)]
+        self._joined = [_Joined(places, batch, memory) for places, batch in zip(self._batches, batches)]
         self._batches = []
 
-    def step(
-        self,
-        params: list[Tensor],
-        momenta: list[Tensor],
-        grads: list[Tensor],
-        options: Options,
-        grad_factor: Tensor | None,
-        found_inf: Tensor | None,
-    ) -> None:
+    def step(self, columns: Columns, options: Options, grad_factor: Tensor | None, found_inf: Tensor | None) -> None:
         if found_inf is not None and found_inf.item():
             return
         if isinstance(options.lr, Tensor):
             options = options._replace(lr=options.lr.item())
-        factors = self._factors_of(options, params[0])
+        factors = self._factors_of(options, columns.params[0])
         grad_factor = None if grad_factor is None else grad_factor.cpu()
         for joined in self._joined:
-            joined.step(params, momenta, grads, factors, grad_factor)
+            joined.step(columns, factors, grad_factor)
         if self._alone or self._batches:
-            rows = [Row(params[i], grads[i], momenta[i]) for i in self._alone]
-            batches = [[Row(params[i], grads[i], momenta[i]) for i in batch] for batch in self._batches]
+            rows = list(map(columns.row, self._alone))
+            batches = [list(map(columns.row, batch)) for batch in self._batches]
             _walk(rows, batches, options, factors, grad_factor)
 
     def _factors_of(self, options: Options, like: Tensor) -> "_Factors":
+        """Those of the step before where options have not changed, which is felt where all tensors are small."""
         if self._factors is None or self._factors[0] != options:
             factors = _Factors.of(options, arithmetic(like))
             if not all(_is_lasting(factor) for factor in factors if isinstance(factor, Tensor)):
@@ -544,11 +539,9 @@ class _Joined:
         self._grad, self._momentum, self._update = (piece[:elements] for piece in memory)
         self._grads, self._momenta, self._updates = (_views(piece, like) for piece in memory)
 
-    def step(
-        self, params: list[Tensor], momenta: list[Tensor], grads: list[Tensor], factors: "_Factors", grad_factor: Tensor | None
-    ) -> None:
+    def step(self, columns: Columns, factors: "_Factors", grad_factor: Tensor | None) -> None:
         """_lion_block of all at once."""
-        params, momenta, grads = ([column[i] for i in self._places] for column in (params, momenta, grads))
+        params, momenta, grads = columns.of(self._places)
         torch._foreach_copy_(self._grads, grads)
         torch._foreach_copy_(self._momenta, momenta)
         if grad_factor is not None:
