@@ -16,7 +16,7 @@ help:
 	@echo "make lint    ruff, its formatter and mypy"
 	@echo "make clean   remove environments, caches and runs"
 
-$(READY): setup.py pyproject.toml
+$(READY): setup.py pyproject.toml $(wildcard kernels/*.c)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q --upgrade pip
 	$(BIN)/python -m pip install -q $(TORCH) -e '.[dev]'
@@ -40,5 +40,5 @@ format: $(READY)
 	$(BIN)/ruff format
 
 clean:
-	rm -rf .venv .venv-* build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis runs
+	rm -rf .venv .venv-* build *.egg-info kernels/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis runs
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

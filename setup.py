@@ -1,12 +1,42 @@
-"""Build script: maps the top-level kernels/ and benchmarks/ folders into the kdfast package. Metadata is in pyproject.toml."""
+"""Build script: maps the top-level kernels/ and benchmarks/ folders into the kdfast package, and compiles what runs on CPUs.
 
-from setuptools import find_packages, setup
+Metadata is in pyproject.toml.
+"""
+
+from setuptools import Extension, find_packages, setup
+from setuptools.command.build_ext import build_ext
 
 FOLDERS = {"kdfast.kernels": "kernels", "kdfast.benchmarks": "benchmarks", "kdfast.benchmarks.results": "benchmarks/results"}
+THREADS = ["-fopenmp"]
+
+
+class Build(build_ext):
+    """Extensions without threads where the compiler knows no OpenMP, and none (they are optional) where there is no compiler."""
+
+    def build_extension(self, ext):
+        try:
+            super().build_extension(ext)
+        except Exception:  # what a compiler's failure raises depends on the version of setuptools
+            ext.extra_compile_args = [flag for flag in ext.extra_compile_args if flag not in THREADS]
+            ext.extra_link_args = []
+            super().build_extension(ext)
+
 
 setup(
     license="MIT",
     packages=find_packages(include=["kdfast", "kdfast.*"]) + list(FOLDERS),
     package_dir={"kdfast": "kdfast", **FOLDERS},
     package_data={"kdfast": ["py.typed"], "kdfast.report": ["*.html"], "kdfast.benchmarks.results": ["*.json"]},
+    ext_modules=[
+        Extension(
+            "kdfast.kernels._lion_cpu",
+            ["kernels/lion_cpu.c"],
+            # comparisons that may trap, and roots that set errno, keep compilers from vector instructions; fused are only those asked for
+            extra_compile_args=["-std=c11", "-O3", "-ffp-contract=off", "-fno-trapping-math", "-fno-math-errno", *THREADS],
+            extra_link_args=THREADS,
+            depends=["setup.py"],
+            optional=True,
+        )
+    ],
+    cmdclass={"build_ext": Build},
 )

@@ -18,7 +18,7 @@ from kdfast.optim import Lion
 
 OPTIONS = {"lr": 1e-2, "weight_decay": 0.1}  # a rate at which the step stands out from rounding
 PARAMETERS = {
-    "cpu": {"quick": ["16 MB", "LeNet-5"], "usual": ["1 MB", "ResNet-18", "256 MB"], "long": ["ResNet-101", "ViT-B/16"]},
+    "cpu": {"quick": ["16 MB", "LeNet-5"], "usual": ["4 KB", "1 MB", "ResNet-18", "256 MB"], "long": ["ResNet-101", "ViT-B/16"]},
     "cuda": {"quick": ["ResNet-18"], "usual": ["ResNet-101", "ViT-B/16", "1024 MB"]},
 }
 LENET = ((6, 1, 5, 5), (6,), (16, 6, 5, 5), (16,), (120, 400), (120,), (84, 120), (84,), (10, 84), (10,))  # calls, and hardly any work
@@ -33,11 +33,12 @@ def cases(device: torch.device, dtype: torch.dtype) -> Iterator[Case]:
 
 
 def shapes(name: str) -> list[torch.Size]:
-    """The parameter shapes of LeNet-5 or a torchvision network, or of one tensor that in float32 has so many MB."""
+    """The parameter shapes of LeNet-5 or a torchvision network, or of one tensor that in float32 has so many KB or MB."""
     if name == "LeNet-5":
         return [torch.Size(size) for size in LENET]
-    if name.endswith(" MB"):
-        return [torch.Size([int(name.removesuffix(" MB")) * 2**18])]
+    if name.endswith((" KB", " MB")):
+        number, unit = name.split()
+        return [torch.Size([int(number) * {"KB": 2**8, "MB": 2**18}[unit]])]
     with torch.device("meta"):
         return [p.shape for p in getattr(torchvision.models, NETWORKS[name])().parameters()]
 

@@ -30,6 +30,7 @@ from kdfast.ops.lion import (
     facts,
     grad_norm,
     is_sharded,
+    is_watched,
     lion_step,
     scales_of,
 )
@@ -74,9 +75,9 @@ class Lion(Optimizer):
         maximize: ascends.
         capturable: the step may be captured in a CUDA graph; parameters must be on a GPU. Take a step before the capture. A rate
             that is to change between replays must be a tensor on the GPU: a number is captured as it is.
-        fused: True: the Triton kernel, or an error where there is none (parameters whose memory has gaps take PyTorch all the
-            same). None: the kernel wherever it runs. False: PyTorch.
-        foreach: PyTorch form over many tensors at once (the default), or with False one after the other.
+        fused: True: a kernel, Triton's on a GPU and a compiled one on a CPU, or an error where there is none (parameters whose
+            memory has gaps take PyTorch all the same). None: a kernel wherever one runs. False: PyTorch.
+        foreach: many tensors at once (the default), with True without Triton; or with False one after the other, in PyTorch.
         rounding: of bfloat16 and float16 parameters. "nearest"; "stochastic": up or down so that the expectation is exact,
             the same way on all ranks; "kahan": what rounding loses is kept in a second tensor of the same dtype
             (state kahan_comp) and added next time.
@@ -91,9 +92,12 @@ class Lion(Optimizer):
         RuntimeError: in step(): sparse or complex gradients; fused=True without a kernel; capturable=True on a CPU.
         TypeError: in step(): momentum_dtype=torch.int8 with float64 or sharded (DTensor) parameters.
 
-    On a GPU parameters of one device, dtypes and hyper-parameters are stepped in one launch. A gradient whose dimensions lie
-    in another order than its parameter's (channels_last and contiguous) is copied first; parameters whose memory has gaps
-    take the PyTorch form. Sharded parameters (FSDP2's DTensors) are stepped shard by shard.
+    On a GPU parameters of one device, dtypes and hyper-parameters are stepped in one launch, and on a CPU those of float32 and
+    bfloat16 in one call of compiled code, which is made where kdfast is installed beside a C compiler. A gradient whose
+    dimensions lie in another order than its parameter's (channels_last and contiguous) is copied first; parameters whose
+    memory has gaps take the PyTorch form, and so do, on a CPU, cautious steps, other roundings than "nearest" and 8-bit
+    momenta; and everything under a mode that is to see PyTorch's operations. Sharded parameters (FSDP2's DTensors) are
+    stepped shard by shard.
 
     Checkpoints of lion_pytorch, google's, timm's and optimi's Lion load with load_state_dict.
     """
@@ -229,7 +233,6 @@ class Lion(Optimizer):
     @overload
     def step(self, closure: Callable[[], float]) -> float: ...
 
-    @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """One update of all parameters that have a gradient.
 
@@ -239,26 +242,41 @@ class Lion(Optimizer):
         Returns:
             The closure's loss, or None.
         """
-        if not all(param.is_cpu for group in self.param_groups for param in group["params"]):
-            self._accelerator_graph_capture_health_check()  # raises where a CUDA graph is captured without capturable=True
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-
         # GradScaler's, sums over devices: 0-dim or of one element
         grad_scale: Tensor | None = getattr(self, "grad_scale", None)
         found_inf: Tensor | None = getattr(self, "found_inf", None)
         unscale = None if grad_scale is None else grad_scale.reshape(()).reciprocal()
         found_inf = None if found_inf is None else found_inf.reshape(())
-        bundles, last = self._bundles(), self._last
-        if last is not None and not torch.compiler.is_compiling() and (columns := last.find(self, bundles)) is not None:
-            norm = self._grad_norm(unscale)
-            for place, way, places in last.ways:
-                group = self.param_groups[place]
-                factor = _product(unscale, _clip_factor(norm, group["max_grad_norm"]))
-                way.step(columns.of(places), _options(group), factor, found_inf)
-            return loss
+        if not self._step_again(unscale, found_inf):
+            self._step_anew(unscale, found_inf)
+        return loss
+
+    def _step_again(self, unscale: Tensor | None, found_inf: Tensor | None) -> bool:
+        """Takes the step in the ways of the last, if these are good still; whether they are."""
+        last = self._last
+        if last is None or is_watched():
+            return False
+        if not last.is_on_cpu:
+            self._accelerator_graph_capture_health_check()
+        columns = last.find(self, self._bundles())
+        if columns is None:
+            return False
+        norm = self._grad_norm(unscale)
+        for place, way, places in last.ways:
+            group = self.param_groups[place]
+            factor = _product(unscale, _clip_factor(norm, group["max_grad_norm"]))
+            way.step(columns.of(places), _options(group), factor, found_inf)
+        return True
+
+    @torch.no_grad()
+    def _step_anew(self, unscale: Tensor | None, found_inf: Tensor | None) -> None:
+        if not all(param.is_cpu for group in self.param_groups for param in group["params"]):
+            self._accelerator_graph_capture_health_check()  # raises where a CUDA graph is captured without capturable=True
+        bundles = self._bundles()
         ways: list[tuple[int, list[Again]]] | None = []
         rows_of_bundles = self._rows_of(bundles, found_inf)  # refuses gradients that have no norm
         norm = self._grad_norm(unscale)
@@ -279,7 +297,6 @@ class Lion(Optimizer):
             ways = None if ways is None or again is None else [*ways, (places[0], again)]
         if not torch.compiler.is_compiling():  # PyTorch 2.11's compiler cannot set an optimizer's attribute
             self._last = None if ways is None else _Step(self, bundles, ways, self._last)
-        return loss
 
     def _bundles(self) -> list[list[int]]:
         """Groups whose options are the same, by their places."""
@@ -342,7 +359,8 @@ class Lion(Optimizer):
         grads = [param.grad for group in clipped for param in group["params"] if param.grad is not None]
         if not grads:
             return None
-        norm = grad_norm(grads)
+        with torch.no_grad():
+            norm = grad_norm(grads)
         return norm if unscale is None else norm * unscale.to(norm.device)
 
 
@@ -350,17 +368,16 @@ class _Step:
     """A step after which the next may be the same but for values and the places of gradients: nothing is sorted then.
 
     Sorting takes twice the time of looking, for a network of 300 tensors longer than a GPU's work, for one of ten longer than a CPU's.
-    How tensors lie is kept from the second step of a kind on, and preparations are made in the third: kinds may alternate.
+    How tensors lie is kept from the second step of a kind on, since kinds may alternate.
     """
 
     def __init__(self, optimizer: Lion, bundles: list[list[int]], ways: list[tuple[int, list[Again]]], before: "_Step | None") -> None:
         self._kind, columns = _look(optimizer, bundles)
-        self._launched = any(way.launches for _, buckets in ways for way in buckets)
+        self.is_on_cpu = all(param.is_cpu for param in columns.params)
         self._facts: list[Any] | None = None
-        self._is_settled = False
         self.ways: list[tuple[int, Again, list[int] | None]] = []  # with the place of a group, and those of the way's columns
         if before is not None and before._kind == self._kind:
-            self._facts = facts(columns, self._launched)
+            self._facts = facts(columns)
             numbers = [number for number, type_of_grad in enumerate(self._kind[0]) if type_of_grad is not type(None)]
             place_of = dict(zip(numbers, range(len(numbers))))
             for group, buckets in ways:
@@ -373,15 +390,9 @@ class _Step:
         if self._facts is None:
             return None
         kind, columns = _look(optimizer, bundles)
-        if kind != self._kind or facts(columns, self._launched) != self._facts:
+        if kind != self._kind or facts(columns) != self._facts:
             return None
-        if self._launched and not all(way.holds(columns.of(places)) for _, way, places in self.ways):
-            return None
-        if not self._is_settled:
-            for _, way, places in self.ways:
-                way.settle(columns.of(places))
-            self._is_settled = True
-        return columns
+        return columns if all(way.holds(columns.of(places)) for _, way, places in self.ways) else None
 
 
 def _look(optimizer: Lion, bundles: list[list[int]]) -> tuple[list[Any], Columns]:

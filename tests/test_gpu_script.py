@@ -544,7 +544,7 @@ assert len(seen) == 8, seen
 
 def test_every_kernel_has_a_run_for_the_sanitizer_in_every_regime():
     pytest.importorskip("triton")
-    assert set(sanitize.KERNELS) == {path.stem for path in (ROOT / "kernels").glob("*.py")} - {"__init__"}
+    assert set(sanitize.KERNELS) == {path.stem for path in (ROOT / "kernels").glob("*.py")} - {"__init__", "lion_cpu"}
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     done = subprocess.run([sys.executable, "-c", INTERPRETED], capture_output=True, text=True, cwd=ROOT, env=environment)
     assert done.returncode == 0, done.stderr[-2000:]

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.testing._internal.two_tensor import TwoTensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import kdfast
 from kdfast import optim, reference
@@ -27,6 +28,17 @@ from tests.numeric import INTERPRETED, KERNELS, error
 SETTINGS = {"lr": 3e-4, "betas": (0.95, 0.98), "weight_decay": 0.1}
 INT8 = {"momentum_dtype": torch.int8}
 SHAPES = [(64, 3, 7, 7), (10, 512), (10,), (1,), (129, 257), (), (0, 3)]
+
+
+@pytest.fixture(autouse=True, params=["auto"] if INTERPRETED else ["auto", "torch"])
+def form(request):
+    """All tests run twice, by the kernel of this machine (Triton's interpreted, or C) and in PyTorch: one way each for all there is."""
+    with kdfast.backend(request.param):
+        yield request.param
+
+
+by_kernel = pytest.mark.parametrize("form", ["auto"], indirect=True)
+in_pytorch = pytest.mark.parametrize("form", ["torch"], indirect=True)
 
 
 def parameters(shapes=SHAPES, dtype=torch.float32):
@@ -1145,7 +1157,7 @@ CHANGES = {
 
 @pytest.mark.parametrize("blocks", ["small tensors", "large tensors"])
 @pytest.mark.parametrize("change", CHANGES)
-def test_a_step_after_a_change_is_one_that_remembers_nothing(change, blocks, monkeypatch):
+def test_a_step_after_a_change_is_one_that_remembers_nothing(change, blocks, form, monkeypatch):
     """What a step keeps of the one before is right or not used; tensor after tensor nothing is kept."""
     if blocks == "large tensors":
         monkeypatch.setattr(ops_lion, "_SMALL", 20)
@@ -1164,13 +1176,14 @@ def test_a_step_after_a_change_is_one_that_remembers_nothing(change, blocks, mon
                     own[i].grad = torch.randn_like(own[i])
             if step == 3:
                 CHANGES[change](optimizer, own)
-            in_pytorch = optimizer is b or (change == "the backend" and step == 3)
-            with kdfast.backend("torch" if in_pytorch else "auto"):
+            by_operations = optimizer is b or (change == "the backend" and step == 3)
+            with kdfast.backend("torch" if by_operations else form):
                 optimizer.step()
     assert bits_equal(params, theirs)
     assert bits_equal(*([t for s in optimizer.state.values() for t in s.values()] for optimizer in (a, b)))
 
 
+@by_kernel
 @pytest.mark.parametrize("places", [[0, 1, 2, 3], [0]], ids=["many", "one"])
 def test_steps_that_are_the_same_but_for_values_are_not_sorted_anew(places, monkeypatch):
     sorted_anew = []
@@ -1334,6 +1347,30 @@ def test_a_mode_of_pytorch_that_has_ended_leaves_nothing_behind(mode, steps):
     assert torch.allclose(params[0].detach(), torch.full((50,), 1 - 0.25 * lr - lr))
 
 
+@pytest.mark.parametrize("steps", [0, 4])
+def test_a_mode_that_is_to_see_operations_sees_them(steps):
+    """And in the step after it has ended those of a kernel are taken again."""
+    seen = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            seen.append(str(function))
+            return function(*args, **kwargs or {})
+
+    params, optimizer = stepped(steps)
+    theirs, other = stepped(steps)
+    give_gradients(params, theirs)
+    with Watch():
+        optimizer.step()
+    other.step()
+    assert any("sign" in name for name in seen)
+    give_gradients(params, theirs)
+    optimizer.step()
+    other.step()
+    assert bits_equal(params, theirs)
+    assert bits_equal(momenta(optimizer, params), momenta(other, theirs))
+
+
 @pytest.mark.parametrize("size", [5, 40_000])
 def test_tensors_without_memory_of_their_own_are_stepped_by_their_operations(size, monkeypatch):
     """Of a subclass of Tensor that is made of others, only the operations are known to be right."""
@@ -1351,10 +1388,17 @@ def test_tensors_without_memory_of_their_own_are_stepped_by_their_operations(siz
     assert bits_equal(*results)
 
 
-def test_fused_without_a_kernel_says_so(monkeypatch):
-    monkeypatch.setattr(backend, "kernel", lambda *_: None)
-    with pytest.raises(RuntimeError, match=r"fused=True needs the Triton kernel.*cpu"):
-        stepped(1, fused=True)
+@pytest.mark.parametrize(
+    ("dtype", "options"),
+    [(torch.float64, {}), (torch.bfloat16, {"rounding": "kahan"}), (torch.float16, {}), (torch.float32, {"cautious": True})],
+    ids=str,
+)
+def test_fused_without_a_kernel_says_so(dtype, options, form):
+    if KERNELS and dtype != torch.float64:
+        pytest.skip("Triton's kernel takes these")
+    expected = rf"fused=True needs the Triton kernel.*{dtype} parameters on cpu \(backend '{form}'\); leave fused=None"
+    with pytest.raises(RuntimeError, match=expected):
+        stepped(1, dtype=dtype, fused=True, **options)
 
 
 def test_state_follows_a_parameter_to_another_device():
@@ -1460,22 +1504,7 @@ def test_the_drop_ins_positions_and_defaults():
 # ---- speed and memory on a CPU ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.speed
-@pytest.mark.skipif(KERNELS, reason="the promise is about CPUs")
-@pytest.mark.parametrize(  # less than 1 for the machine's noise
-    ("name", "original", "least"),
-    [
-        ("ResNet-18", "eager", 0.95),
-        ("ResNet-18", "lion-pytorch foreach", 0.95),
-        ("64 MB", "eager", 0.95),
-        ("64 MB", "lion-pytorch foreach", 0.95),
-        ("16 MB", "eager", 0.9),
-        ("16 MB", "lion-pytorch foreach", 0.9),
-        ("LeNet-5", "eager", 1.1),
-        ("LeNet-5", "lion-pytorch foreach", 0.6),  # the look for NaNs and the original's roundings are calls that this one does not make
-    ],
-)
-def test_not_slower_than_the_original_and_never_more_memory(name, original, least):
+def assert_fast_and_small(name, original, least):
     from kdfast.benchmarks.lion import case, shapes
     from kdfast.benchmarks.timing import interleaved, peak_memory
 
@@ -1483,8 +1512,7 @@ def test_not_slower_than_the_original_and_never_more_memory(name, original, leas
     ours, theirs = (case(name, shapes(name)).step(variant) for variant in ("kdfast", original))
     for step in (ours, theirs):
         step.run()  # makes the momenta
-    assert peak_memory(ours.run) <= peak_memory(theirs.run)
-    if (name, original) != ("LeNet-5", "lion-pytorch foreach"):  # what the third step takes is kept, and promised against eager alone
+    for _ in range(2):  # how it lies is kept from the second step on
         assert peak_memory(ours.run) <= peak_memory(theirs.run)
     best = 0.0
     for _ in range(5):
@@ -1492,3 +1520,24 @@ def test_not_slower_than_the_original_and_never_more_memory(name, original, leas
         if best >= least:
             return
     pytest.fail(f"{best:.2f} of the speed of {original}")
+
+
+@pytest.mark.speed
+@pytest.mark.skipif(KERNELS, reason="the promise is about CPUs")
+@by_kernel
+@pytest.mark.parametrize(  # less than was measured, for the machine's noise
+    ("name", "eager", "foreach"),
+    [("ResNet-18", 2.0, 2.0), ("64 MB", 3.0, 3.0), ("16 MB", 2.0, 2.0), ("1 MB", 1.2, 1.1), ("LeNet-5", 2.0, 1.2), ("4 KB", 1.0, 0.95)],
+)
+def test_faster_than_the_original_and_never_more_memory(name, eager, foreach):
+    assert_fast_and_small(name, "eager", eager)
+    assert_fast_and_small(name, "lion-pytorch foreach", foreach)
+
+
+@pytest.mark.speed
+@pytest.mark.skipif(KERNELS, reason="the promise is about CPUs")
+@in_pytorch
+@pytest.mark.parametrize(("name", "least"), [("ResNet-18", 0.95), ("64 MB", 0.95), ("16 MB", 0.9)])
+@pytest.mark.parametrize("original", ["eager", "lion-pytorch foreach"])
+def test_not_slower_in_pytorch_and_never_more_memory(name, original, least):
+    assert_fast_and_small(name, original, least)

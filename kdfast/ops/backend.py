@@ -1,6 +1,6 @@
 """Which implementation an operator runs: its Triton kernel or PyTorch.
 
-    auto     the kernel for CUDA tensors (with TRITON_INTERPRET=1 for CPU tensors too), PyTorch otherwise
+    auto     the kernel for CUDA tensors (with TRITON_INTERPRET=1 for CPU tensors too), PyTorch otherwise; Lion has C for the CPU
     triton   the kernel, or one clear error where it cannot run
     torch    PyTorch always
 

@@ -2,11 +2,13 @@
 
     p <- p (1 - lr wd);   u = sign(b1 m + (1 - b1) g);   p <- p - lr u;   m <- b2 m + (1 - b2) g
 
-Floor: five passes over memory (read p, g, m; write p, m), 20 bytes a float32 parameter. Seven elementwise operations in turn
-would make fifteen and more. So on the CPU the PyTorch form walks the parameters in blocks that fit the cache: large tensors
-are cut, small ones are taken together, and every operation after the first finds its block in the cache. Of small tensors calls
-cost more than work, and the host's sorting more than either: a step like the last (Again) is not sorted, and copies them into
-one and back. Elsewhere, and under torch.compile (which fuses by itself), it is torch._foreach_* over whole lists.
+Floor: five passes over memory (read p, g, m; write p, m), 20 bytes a float32 parameter, which two kernels keep to: Triton's on a GPU,
+and on a CPU C that was compiled when kdfast was installed. Either takes all tensors at once. Of small ones the host's sorting costs
+more than the work: a step like the last (Again) is not sorted anew.
+
+In PyTorch seven elementwise operations in turn would make fifteen passes and more. So on a CPU the PyTorch form walks the parameters in
+blocks that fit the cache: large tensors are cut, small ones are taken together, and every operation after the first finds its block in
+the cache. Elsewhere, and under torch.compile (which fuses by itself), it is torch._foreach_* over whole lists.
 
 Rounding: round(b1 m), then one fused multiply-add with (1 - b1) g, as torch's mul and add(alpha=) do, in that order. Float32
 results are lion-pytorch's bit for bit, save that sign(NaN) is NaN: torch.sign maps NaN to 0, and a parameter whose gradient
@@ -24,6 +26,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
+from kdfast.kernels import lion_cpu
 from kdfast.ops import backend
 from kdfast.ops.precision import arithmetic
 
@@ -88,9 +91,9 @@ def lion_step(
         options: of all of them.
         grad_factor: 0-dim; gradients are multiplied by it first (clipping, 1 / loss scale). They are not written.
         found_inf: 0-dim; where it is not 0 nothing changes, decided on the device.
-        foreach: False: one tensor after the other. None or True: many at once.
-        fused: True: the Triton kernel or an error. False: PyTorch. None: the kernel where the backend offers it and
-            foreach is None. Under torch.compile it is PyTorch always: the compiler makes fused kernels of its own.
+        foreach: False: PyTorch, one tensor after the other. None or True: many at once.
+        fused: True: a kernel or an error. False: PyTorch. None: a kernel where there is one, but Triton's only if foreach is None.
+            Under torch.compile it is PyTorch always: the compiler makes fused kernels of its own.
         capturable: a later step may be captured in a CUDA graph.
         tables: the caller's, to be handed over in every step: where the kernel found the tensors last time.
 
@@ -103,22 +106,34 @@ def lion_step(
     ways: list[Again] | None = []
     way: Again | None
     for key, bucket in _buckets(rows).items():
-        kernel = None
-        if not torch.compiler.is_compiling() and (fused or (fused is None and foreach is None)):
-            kernel = backend.kernel("lion", bucket[0].param, bucket[0].grad, bucket[0].momentum)
-            if fused and kernel is None:
-                param = bucket[0].param
-                raise RuntimeError(
-                    f"Lion: fused=True needs the Triton kernel, which does not run here for {param.dtype} parameters on "
-                    f"{param.device.type} (backend {backend.current()!r}); leave fused=None"
-                )
+        kernel = _kernel(bucket[0], options, foreach, fused)
         if kernel is not None and all(map(_has_own_memory, bucket)):
             way, bucket = _kernel_step(kernel, bucket, options, grad_factor, found_inf, capturable, {} if tables is None else tables, key)
             ways = None if ways is None or way is None else [*ways, way]
         if bucket:
-            way = _torch_step(bucket, options, grad_factor, found_inf, foreach is not False)
-            ways = None if ways is None or way is None else [*ways, way]
+            _torch_step(bucket, options, grad_factor, found_inf, foreach is not False)
+            ways = None
     return ways
+
+
+def _kernel(like: Row, options: Options, foreach: bool | None, fused: bool | None) -> ModuleType | None:
+    """What steps rows like this one but for PyTorch's operations, if anything does."""
+    if fused is False or (foreach is False and not fused) or is_watched():
+        return None
+    kernel = backend.kernel("lion", like.param, like.grad, like.momentum) if fused or foreach is None else None
+    if kernel is None and backend.current() == "auto" and lion_cpu.takes(like, rounding=options.rounding, cautious=options.cautious):
+        kernel = lion_cpu
+    if fused and kernel is None:
+        raise RuntimeError(
+            f"Lion: fused=True needs the Triton kernel or, on a CPU, the compiled step, which do not run here for {like.param.dtype} "
+            f"parameters on {like.param.device.type} (backend {backend.current()!r}); leave fused=None"
+        )
+    return kernel
+
+
+def is_watched() -> bool:
+    """Whether something is to see every operation, or to put others in their place: the compiler, or a mode of PyTorch."""
+    return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
 
 
 def grad_norm(grads: list[Tensor]) -> Tensor:
@@ -140,7 +155,7 @@ def _buckets(rows: list[Row]) -> dict[Hashable, list[Row]]:
     return buckets
 
 
-# ---- the kernel ------------------------------------------------------------------------------------------------------
+# ---- the kernels -----------------------------------------------------------------------------------------------------
 
 
 class _Known(NamedTuple):
@@ -164,9 +179,9 @@ def _kernel_step(
     tables: dict[Hashable, Any],
     bucket: Hashable,
 ) -> "tuple[Again | None, list[Row]]":
-    """One bucket in one launch; returns how it may be taken again, and the rows that the kernel cannot take."""
+    """One bucket in one call; returns how it may be taken again, and the rows that the kernel cannot take."""
     device = rows[0].param.device
-    key = bucket, rows[0].number, options.cautious, capturable
+    key = kernel.__name__, bucket, rows[0].number, options.cautious, capturable
     kept = _lie([t for column in _KEPT for t in map(column, rows) if t is not None])
     given = _lie([row.grad for row in rows])
     stream = _stream(device)
@@ -199,7 +214,7 @@ def _kernel_step(
         written = [t for row in taken for t in (row.param, row.momentum, row.scale, row.compensation) if t is not None]
         _launch(kernel, taken[0], known.table, written, options, grad_factor, found_inf)
         if known.given and not known.rest and not known.table.captured and all(map(_is_bare, rows)):
-            again = _LaunchAgain(kernel, rows, known.table, stream)
+            again = Again(kernel, rows, known.table, stream)
     return again, [rows[i] for i in known.rest]
 
 
@@ -302,58 +317,34 @@ class Again:
     No tensor of the caller's is kept: whoever drops a gradient or a momentum has its memory back.
     """
 
-    launches = False  # the kernel, which must know all of how tensors lie
-
-    def __init__(self, rows: list[Row]) -> None:
-        self.numbers = [row.number for row in rows]  # in whose order the methods below are given the columns
-
-    def holds(self, columns: Columns) -> bool:
-        """Whether the step may be taken here and now."""
-        return True
-
-    def settle(self, columns: Columns) -> None:
-        """Makes preparations that pay after a few steps."""
-
-    def step(self, columns: Columns, options: Options, grad_factor: Tensor | None, found_inf: Tensor | None) -> None:
-        """lion_step of these tensors, with the options of the earlier step but for their numbers."""
-        raise NotImplementedError
-
-
-class _LaunchAgain(Again):
-    """By the kernel, with the table of an earlier launch."""
-
-    launches = True
-
     def __init__(self, kernel: ModuleType, rows: list[Row], table: Any, stream: int | None) -> None:
-        super().__init__(rows)
+        self.numbers = [row.number for row in rows]  # in whose order the methods below are given the columns
         self._kernel, self._table, self._stream = kernel, table, stream
         self._gradients = _addresses([row.grad for row in rows])
 
     def holds(self, columns: Columns) -> bool:
-        device = columns.params[0].device
-        if device.type == "cuda" and torch.cuda.is_current_stream_capturing() and _addresses(columns.grads) != self._gradients:
+        """Whether the step may be taken here and now."""
+        param = columns.params[0]
+        if not param.is_cuda:
+            return True
+        if torch.cuda.is_current_stream_capturing() and _addresses(columns.grads) != self._gradients:
             return False  # that takes a table which the graph fills
-        return _stream(device) == self._stream
+        return _stream(param.device) == self._stream
 
     def step(self, columns: Columns, options: Options, grad_factor: Tensor | None, found_inf: Tensor | None) -> None:
+        """lion_step of these tensors, with the options of the earlier step but for their numbers."""
         gradients = _addresses(columns.grads)
         if gradients != self._gradients:
             self._table, self._gradients = self._kernel.moved(self._table, gradients), gradients
         _launch(self._kernel, columns.row(0), self._table, columns.params + columns.momenta, options, grad_factor, found_inf)
 
 
-def facts(columns: Columns, launched: bool) -> list[Any] | None:
+def facts(columns: Columns) -> list[Any] | None:
     """All that Again depends on, to be compared; None: of momenta that are not there, or tensors that have no memory of their own."""
     params, momenta, grads = columns
     kept = params + momenta
-    tensors = kept + grads
     try:
-        kinds = [list(map(type, kept)), list(map(_DTYPE, tensors))]
-        if launched:
-            return [*kinds, _lie(kept), *_layouts(grads)]
-        # a walk is right however tensors lie, if they are dense, not stored negated, and parameters share no memory
-        places, negated = _addresses(params), list(map(Tensor.is_neg, kept))
-        return [*kinds, places, negated, list(map(_SHAPE, tensors)), list(map(_LAYOUT, grads))]
+        return [list(map(type, kept)), list(map(_DTYPE, kept + grads)), _lie(kept), _layouts(grads)]
     except (AttributeError, TypeError, RuntimeError):
         return None
 
@@ -368,7 +359,6 @@ def _layouts(tensors: list[Tensor]) -> list[Any]:
 
 
 _DTYPE: Callable[[Tensor], torch.dtype] = attrgetter("dtype")
-_LAYOUT: Callable[[Tensor], torch.layout] = attrgetter("layout")
 _SHAPE: Callable[[Tensor], torch.Size] = attrgetter("shape")
 
 
@@ -400,15 +390,13 @@ def _stream(device: torch.device) -> int | None:
 # ---- the PyTorch form ------------------------------------------------------------------------------------------------
 
 
-def _torch_step(
-    rows: list[Row], options: Options, grad_factor: Tensor | None, found_inf: Tensor | None, foreach: bool
-) -> "_WalkAgain | None":
-    """One bucket; returns how it may be taken again. On the CPU decisions are taken by reading values, elsewhere on the device."""
+def _torch_step(rows: list[Row], options: Options, grad_factor: Tensor | None, found_inf: Tensor | None, foreach: bool) -> None:
+    """One bucket. On the CPU decisions are taken by reading values, elsewhere on the device."""
     device = rows[0].param.device
     on_host = _readable(rows[0].param)
     if found_inf is not None and on_host:
         if found_inf.item():
-            return None
+            return
         found_inf = None
     found_inf = None if found_inf is None else found_inf.to(device)
     grad_factor = None if grad_factor is None else grad_factor.to(device)
@@ -418,7 +406,6 @@ def _torch_step(
     if not torch.compiler.is_compiling():
         for row in rows:
             _check_shapes(row)
-    again = None
     if not foreach or (on_host and options.cautious):  # a cautious step needs a mean over each whole tensor
         alone: list[Row] = rows
     elif on_host:
@@ -431,15 +418,12 @@ def _torch_step(
             factors = _Factors.of(options, arithmetic(rows[0].param))
             in_order, in_batches = [walked[i] for i in large], [[walked[i] for i in batch] for batch in batches]
             _walk(in_order, in_batches, options, factors, grad_factor)
-            if not alone and all(map(_is_bare, rows)):
-                again = _WalkAgain(rows, large, batches)
     else:
         alone, together = _apart(rows)
         if together:
             _update(together, options, grad_factor, found_inf)
     for row in alone:
         _update([row], options, grad_factor, found_inf)
-    return again
 
 
 def _by_size(rows: list[Row]) -> tuple[list[int], list[list[int]]]:
@@ -485,79 +469,6 @@ def _walk(rows: list[Row], batches: list[list[Row]], options: Options, factors: 
             _lion([row.param for row in batch], [row.grad for row in batch], [row.momentum for row in batch], options, factors, [])
         else:
             _update(batch, options, grad_factor, None, 0, factors)
-
-
-class _WalkAgain(Again):
-    """By a walk on the CPU, small tensors copied together."""
-
-    def __init__(self, rows: list[Row], alone: list[int], batches: list[list[int]]) -> None:
-        super().__init__(rows)
-        self._alone, self._batches = alone, batches
-        self._exact = _is_exact(rows[0])
-        self._joined: list[_Joined] = []
-        self._factors: tuple[Options, _Factors] | None = None
-
-    def settle(self, columns: Columns) -> None:
-        if not self._exact or not _is_lasting(torch.empty(0)):
-            return
-        batches = [[columns.momenta[i] for i in batch] for batch in self._batches]
-        elements = max([sum(momentum.numel() for momentum in batch) for batch in batches], default=0)
-        memory = [torch.empty(elements, dtype=columns.momenta[0].dtype, device="cpu") for _ in range(3)]
-        self._joined = [_Joined(places, batch, memory) for places, batch in zip(self._batches, batches)]
-        self._batches = []
-
-    def step(self, columns: Columns, options: Options, grad_factor: Tensor | None, found_inf: Tensor | None) -> None:
-        if found_inf is not None and found_inf.item():
-            return
-        if isinstance(options.lr, Tensor):
-            options = options._replace(lr=options.lr.item())
-        factors = self._factors_of(options, columns.params[0])
-        grad_factor = None if grad_factor is None else grad_factor.cpu()
-        for joined in self._joined:
-            joined.step(columns, factors, grad_factor)
-        if self._alone or self._batches:
-            rows = list(map(columns.row, self._alone))
-            batches = [list(map(columns.row, batch)) for batch in self._batches]
-            _walk(rows, batches, options, factors, grad_factor)
-
-    def _factors_of(self, options: Options, like: Tensor) -> "_Factors":
-        """Those of the step before where options have not changed, which is felt where all tensors are small."""
-        if self._factors is None or self._factors[0] != options:
-            factors = _Factors.of(options, arithmetic(like))
-            if not all(_is_lasting(factor) for factor in factors if isinstance(factor, Tensor)):
-                return factors
-            self._factors = options, factors
-        return self._factors[1]
-
-
-class _Joined:
-    """Small tensors of a CPU that are copied into one and back: then all calls but five see one tensor, and a copy is the cheapest call."""
-
-    def __init__(self, places: list[int], like: list[Tensor], memory: list[Tensor]) -> None:
-        self._places = places
-        elements = sum(t.numel() for t in like)
-        self._grad, self._momentum, self._update = (piece[:elements] for piece in memory)
-        self._grads, self._momenta, self._updates = (_views(piece, like) for piece in memory)
-
-    def step(self, columns: Columns, factors: "_Factors", grad_factor: Tensor | None) -> None:
-        """_lion_block of all at once."""
-        params, momenta, grads = columns.of(self._places)
-        torch._foreach_copy_(self._grads, grads)
-        torch._foreach_copy_(self._momenta, momenta)
-        if grad_factor is not None:
-            self._grad.mul_(grad_factor.to(self._grad.dtype))
-        _advance(self._momentum, self._grad, factors, self._update)
-        torch._foreach_copy_(momenta, self._momenta)
-        if factors.decay is not None:
-            torch._foreach_mul_(params, factors.decay)
-        torch._foreach_add_(params, self._updates, alpha=-factors.lr)
-
-
-def _views(flat: Tensor, like: list[Tensor]) -> list[Tensor]:
-    """The beginning of a flat tensor as tensors of these shapes, in the order of dimensions of those that are dense."""
-    sizes = [t.numel() for t in like]
-    parts = flat[: sum(sizes)].split(sizes)
-    return [_laid_out(part, t) if _is_dense(t) else part.view(t.shape) for part, t in zip(parts, like)]
 
 
 def _apart(rows: list[Row]) -> tuple[list[Row], list[Row]]:

@@ -1,0 +1,129 @@
+"""The Lion step of many tensors on a CPU in one call, compiled from lion_cpu.c where kdfast is installed beside a C compiler.
+
+    p <- p (1 - lr wd);   u = sign(b1 m + (1 - b1) g), sign(0) = 0;   p <- p - lr u;   m <- b2 m + (1 - b2) g
+
+Floor: five passes (read p, g, m; write p, m), 20 bytes a float32 parameter, and they are what is made: a vector of each tensor is loaded,
+stepped in registers and stored, where PyTorch's operations read and write the whole of them fifteen times and more. Threads are
+PyTorch's own (both use the OpenMP library that PyTorch has loaded), each with an equal part of all elements, wherever tensors end.
+
+Rounding is PyTorch's on processors with fused multiply-adds: round(b1 m), then one with g. Everything is float32 until it is stored.
+"""
+
+import ctypes
+import importlib.util
+import platform
+from array import array
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+class _Tensors(ctypes.Structure):
+    """struct tensors of lion_cpu.c."""
+
+    _fields_ = [
+        *[(name, ctypes.c_void_p) for name in ("params", "grads", "momenta", "sizes")],
+        *[(name, ctypes.c_int64) for name in ("count", "elements")],
+        *[(name, ctypes.c_int32) for name in ("param_is_bfloat16", "grad_is_bfloat16", "momentum_is_bfloat16")],
+    ]
+
+
+@cache
+def _function() -> Callable[..., None] | None:
+    """kdfast_lion of lion_cpu.c; None: it was not built, or is an older version's, or this processor cannot run it."""
+    library = importlib.util.find_spec(f"{__package__}._lion_cpu")
+    if library is None or library.origin is None:
+        return None
+    if platform.machine().lower() in ("x86_64", "amd64") and not torch.backends.cpu.get_cpu_capability().startswith("AVX"):
+        return None  # without fused multiply-adds PyTorch rounds twice, and so would not have the same bits
+    try:
+        function = ctypes.CDLL(library.origin).kdfast_lion
+    except (OSError, AttributeError):
+        return None
+    function.argtypes, function.restype = [ctypes.POINTER(_Tensors), ctypes.c_int] + [ctypes.c_float] * 7, None
+    return function
+
+
+def takes(like: Any, *, rounding: str, cautious: bool) -> bool:
+    """Whether rows (kdfast.ops.lion.Row) of this one's device and dtypes can be stepped here; with these options of step()."""
+    tensors = like.param, like.grad, like.momentum
+    rounds = rounding == "nearest" or like.param.dtype == torch.float32
+    return rounds and not cautious and all(t.is_cpu and t.dtype in DTYPES for t in tensors) and _function() is not None
+
+
+class Table:
+    """Where the tensors of a step lie: good as long as they lie there."""
+
+    captured = False  # by a CUDA graph
+
+    def __init__(self, params: "array[int]", grads: "array[int]", momenta: "array[int]", sizes: "array[int]", dtypes: list[bool]) -> None:
+        self.arrays = params, grads, momenta, sizes  # 64 bits each, which the struct points to
+        self.dtypes = dtypes
+        tensors = _Tensors(*[column.buffer_info()[0] for column in self.arrays], len(sizes), sum(sizes), *dtypes)
+        self.pointer = ctypes.pointer(tensors)
+
+
+def table(rows: Sequence[Any], before: Table | None = None, *, capturable: bool = False) -> Table:
+    """The table of these rows (kdfast.ops.lion.Row).
+
+    Args:
+        rows: of the same dtypes, in DTYPES, on the CPU; the tensors of a row fill memory without gaps, all in the same order of dimensions.
+        before: of no use here, and
+        capturable: neither.
+    """
+    columns = list(zip(*((row.param, row.grad, row.momentum) for row in rows)))
+    addresses = [array("q", map(Tensor.data_ptr, column)) for column in columns]
+    sizes = array("q", map(Tensor.numel, columns[0]))
+    return Table(*addresses, sizes, [column[0].dtype == torch.bfloat16 for column in columns])
+
+
+def moved(before: Table, gradients: Sequence[int]) -> Table:
+    """The table of the same rows with gradients at other addresses."""
+    params, _, momenta, sizes = before.arrays
+    return Table(params, array("q", gradients), momenta, sizes, before.dtypes)
+
+
+def step(
+    like: Any,
+    table: Table,
+    written: Sequence[Tensor],
+    *,
+    lr: float | Tensor,
+    betas: tuple[float, float],
+    weight_decay: float,
+    rounding: str,
+    cautious: bool,
+    maximize: bool,
+    grad_factor: Tensor | None,
+    found_inf: Tensor | None,
+) -> None:
+    """Updates the rows in place.
+
+    Args:
+        like: one of the rows of which the table was made.
+        table: where the rows are.
+        written: their parameters and momenta.
+        lr: a number, or a tensor of one element.
+        betas: b1 and b2.
+        weight_decay: what lr multiplies.
+        rounding: of stored bfloat16: "nearest".
+        cautious: no.
+        maximize: ascends.
+        grad_factor: one element, multiplies the gradients.
+        found_inf: one element; if it is not 0 nothing changes.
+    """
+    if found_inf is not None and found_inf.item():
+        return
+    function = _function()
+    assert function is not None
+    rate, (beta1, beta2), ascent = float(lr), betas, -1.0 if maximize else 1.0
+    factor = 1.0 if grad_factor is None else grad_factor.item()
+    decay = 1.0 - rate * weight_decay if weight_decay else 1.0
+    rest1, rest2 = ascent * (1.0 - beta1), ascent * (1.0 - beta2)
+    function(table.pointer, torch.get_num_threads(), factor, decay, rate, beta1, rest1, beta2, rest2)
+    torch.autograd.graph.increment_version(written)  # a backward pass that needs what was there is to say so
