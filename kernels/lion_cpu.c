@@ -82,7 +82,7 @@ struct tensors { /* _Tensors in lion_cpu.py */
     int32_t param_is_bfloat16, grad_is_bfloat16, momentum_is_bfloat16;
 };
 
-/* Elements [from, to) of all tensors one after the other. */
+/* Elements [from, to) of all tensors one after the other, as far as there are so many. */
 static void walk(step_of_range step, const struct tensors *t, int64_t from, int64_t to, struct factors f) {
     for (int64_t i = 0, first = 0; i < t->count && first < to; first += t->sizes[i], i++) {
         int64_t start = from > first ? from - first : 0;
@@ -98,13 +98,12 @@ void kdfast_lion(
 ) {
     step_of_range step = STEPS[t->param_is_bfloat16][t->grad_is_bfloat16][t->momentum_is_bfloat16];
     struct factors f = {grad, decay, rate, beta1, rest1, beta2, rest2};
-    int64_t elements = t->elements;
-    if (threads <= 1 || elements <= ALONE) {
-        walk(step, t, 0, elements, f);
+    if (threads <= 1 || t->elements <= ALONE) {
+        walk(step, t, 0, t->elements, f);
         return;
     }
-    int64_t share = ((elements + APART - 1) / APART + threads - 1) / threads * APART;
+    int64_t share = ((t->elements + APART - 1) / APART + threads - 1) / threads * APART;
 #pragma omp parallel for num_threads(threads) schedule(static, 1)
     for (int i = 0; i < threads; i++)
-        walk(step, t, i * share, (i + 1) * share < elements ? (i + 1) * share : elements, f);
+        walk(step, t, i * share, (i + 1) * share, f);
 }

@@ -12,6 +12,7 @@ import torch
 from kdfast.kernels import lion_cpu
 from torch import nn
 
+import kdfast
 from kdfast.ops.lion import Row
 from kdfast.optim import Lion
 from tests.numeric import INTERPRETED
@@ -129,6 +130,14 @@ def test_a_bfloat16_is_rounded_to_the_nearest_and_of_two_to_the_even():
     assert torch.equal(row.momentum, wide.to(BF16))
 
 
+@pytest.mark.parametrize("bits", [0x7FC00000, 0x7FFFFFFF, 0x7F800001, -1])
+def test_a_nan_of_any_bits_stays_one(bits):
+    row = Row(torch.zeros(1, dtype=BF16), torch.tensor([bits], dtype=torch.int32).view(FP32), torch.zeros(1, dtype=BF16))
+    step([row])
+    assert row.param.isnan()
+    assert row.momentum.isnan()
+
+
 def test_a_step_after_an_overflow_is_none():
     rows = rows_of([100])
     before, versions = copied(rows), [t._version for t in rows[0][:3]]
@@ -190,6 +199,33 @@ def test_what_is_taken():
     assert not lion_cpu.takes(row._replace(param=row.param.bfloat16()), rounding="kahan", cautious=False)
     for name, tensor in itertools.product(["param", "grad", "momentum"], [row.grad.double(), row.grad.half(), row.grad.to("meta")]):
         assert not lion_cpu.takes(row._replace(**{name: tensor}), rounding="nearest", cautious=False)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="Triton's interpreter takes the step first")
+@pytest.mark.parametrize(
+    ("name", "options", "is_taken"),
+    [
+        ("auto", {}, True),
+        ("auto", {"fused": True}, True),
+        ("auto", {"foreach": True}, True),
+        ("auto", {"fused": True, "foreach": False}, True),
+        ("auto", {"foreach": False}, False),
+        ("auto", {"fused": False}, False),
+        ("auto", {"fused": False, "foreach": True}, False),
+        ("torch", {}, False),
+        ("torch", {"foreach": True}, False),
+    ],
+    ids=str,
+)
+def test_who_takes_the_step(name, options, is_taken, monkeypatch):
+    taken = []
+    monkeypatch.setattr(lion_cpu, "step", lambda *args, **kwargs: taken.append(args))
+    param = nn.Parameter(torch.ones(3))
+    param.grad = torch.ones(3)
+    with kdfast.backend(name):
+        Lion([param], lr=0.1, **options).step()
+    assert len(taken) == is_taken
+    assert (param == 1).all() == is_taken  # or PyTorch has
 
 
 @pytest.fixture
