@@ -828,6 +828,20 @@ def test_clipping_within_the_step_equals_clip_grad_norm(max_norm):
     assert bits_equal(momenta(a, inside), momenta(b, before))
 
 
+def test_no_graph_is_made_of_gradients_that_require_grad(monkeypatch):
+    """As those of create_graph=True do."""
+    recorded = []
+    monkeypatch.setattr(optim, "grad_norm", lambda grads: recorded.append(torch.is_grad_enabled()) or ops_lion.grad_norm(grads))
+    p = nn.Parameter(torch.ones(4))
+    optimizer = Lion([p], lr=0.125, max_grad_norm=1.0)
+    for _ in range(5):
+        p.grad = torch.ones(4, requires_grad=True) * 2
+        optimizer.step()
+    assert recorded == [False] * 5
+    assert not optimizer.state[p]["exp_avg"].requires_grad
+    assert p.tolist() == [0.375] * 4
+
+
 def test_clipping_sees_unscaled_gradients_and_leaves_groups_without_it_alone():
     clipped, free = nn.Parameter(torch.zeros(4)), nn.Parameter(torch.zeros(4))
     optimizer = Lion([{"params": [clipped]}, {"params": [free], "max_grad_norm": None}], max_grad_norm=1.0, betas=(0.9, 0.0))
@@ -1100,6 +1114,16 @@ def test_a_kernel_takes_the_step_where_the_backend_offers_one(monkeypatch):
     assert len(calls) == 2
 
 
+def test_every_kernel_keeps_a_table_of_its_own():
+    """With Triton's interpreter foreach=True is another kernel's step."""
+    (params, optimizer), (theirs, other) = stepped(1), stepped(1)
+    for foreach in (None, True, None, True):
+        optimizer.param_groups[0]["foreach"] = foreach
+        optimizer.step()
+        other.step()
+    assert all(error(p.detach(), q.detach()) <= 1e-6 for p, q in zip(params, theirs) if p.numel())
+
+
 # ---- what a step keeps of the one before -----------------------------------------------------------------------------
 
 
@@ -1125,6 +1149,7 @@ CHANGES = {
     "an overflow": lambda a, params: setattr(a, "found_inf", torch.ones(())),
     "the backend": lambda a, params: None,  # for that one step
     "foreach": lambda a, params: [group.update(foreach=False) for group in a.param_groups],
+    "many at once but not by Triton": lambda a, params: [group.update(foreach=True) for group in a.param_groups],
     "a parameter's memory": lambda a, params: setattr(params[0], "data", params[0].data.clone()),
     "a parameter's order": lambda a, params: setattr(params[2], "data", params[2].data.contiguous(memory_format=torch.channels_last)),
     "a parameter's order where it lies": lambda a, params: setattr(params[2], "data", turned(params[2].data)),
@@ -1419,9 +1444,12 @@ def test_a_captured_graph_is_looked_for_unless_all_parameters_are_on_the_cpu(mon
     looks = []
     monkeypatch.setattr(Lion, "_accelerator_graph_capture_health_check", lambda optimizer: looks.append(optimizer))
     here, there = (nn.Parameter(torch.zeros(5, device=device)) for device in ("cpu", "meta"))
-    for params, expected in (([here], 0), ([here, there], 1)):
+    here.grad = torch.ones(5)
+    for params, steps, expected in (([here], 4, 0), ([here, there], 1, 1)):  # four, for those that are not sorted anew
         looks.clear()
-        Lion(params).step()
+        optimizer = Lion(params)
+        for _ in range(steps):
+            optimizer.step()
         assert len(looks) == expected
 
 
