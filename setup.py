@@ -31,8 +31,17 @@ setup(
         Extension(
             "kdfast.kernels._lion_cpu",
             ["kernels/lion_cpu.c"],
-            # comparisons that may trap, and roots that set errno, keep compilers from vector instructions; fused are only those asked for
-            extra_compile_args=["-std=c11", "-O3", "-ffp-contract=off", "-fno-trapping-math", "-fno-math-errno", *THREADS],
+            # NaNs are values, and fused only what is asked for; comparisons that may trap, and functions that set errno, keep compilers
+            # from vector instructions
+            extra_compile_args=[
+                "-std=c11",
+                "-O3",
+                "-fno-fast-math",
+                "-ffp-contract=off",
+                "-fno-trapping-math",
+                "-fno-math-errno",
+                *THREADS,
+            ],
             extra_link_args=THREADS,
             depends=["setup.py"],
             optional=True,

@@ -392,7 +392,7 @@ class _Step:
         kind, columns = _look(optimizer, bundles)
         if kind != self._kind or facts(columns) != self._facts:
             return None
-        return columns if all(way.holds(columns.of(places)) for _, way, places in self.ways) else None
+        return columns if all(way.follows(columns.of(places)) for _, way, places in self.ways) else None
 
 
 def _look(optimizer: Lion, bundles: list[list[int]]) -> tuple[list[Any], Columns]:

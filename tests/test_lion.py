@@ -1255,7 +1255,7 @@ def test_small_tensors_are_taken_together_up_to_a_block(block, monkeypatch):
     monkeypatch.setattr(ops_lion, "_block_size", lambda: block)
     monkeypatch.setattr(ops_lion, "_SMALL", 50)
     sizes = [3, 60, 4, 5, 0, 1, 50, 51, 2]
-    rows = [Row(p, p, p) for p in map(torch.zeros, sizes)]
+    rows = [Row(p, p, torch.zeros_like(p)) for p in map(torch.zeros, sizes)]
     large, batches = ops_lion._by_size(rows)
     assert large == [1, 7]
     assert [i for batch in batches for i in batch] == [0, 2, 3, 4, 5, 6, 8]
@@ -1330,10 +1330,17 @@ def fake_mode(step):
         step()
 
 
+def functional(transform):
+    """Within a transform of torch.func."""
+    return lambda step: transform(lambda x: (step(), x.sum())[1])(torch.ones(3))
+
+
 MODES = {
     "fake": fake_mode,
     "functionalize": lambda step: torch.func.functionalize(lambda x: (step(), x)[1])(torch.ones(1)),
     "inference": lambda step: torch.inference_mode()(step)(),
+    "grad": functional(torch.func.grad),
+    "vmap": functional(torch.vmap),
 }
 
 
@@ -1370,6 +1377,79 @@ def test_a_mode_of_pytorch_that_has_ended_leaves_nothing_behind(mode, steps):
     optimizer.step()
     lr = optimizer.param_groups[0]["lr"]
     assert torch.allclose(params[0].detach(), torch.full((50,), 1 - 0.25 * lr - lr))
+
+
+def gradient_and_value(f):
+    return lambda x: torch.func.grad(lambda y: (y.sum(), f(y)), has_aux=True)(x)[1]
+
+
+@pytest.mark.parametrize("transform", [torch.func.functionalize, gradient_and_value])
+@pytest.mark.parametrize("count", [1, 2])
+def test_parameters_within_a_transform_are_stepped(transform, count):
+    """Tensors there have no memory of their own."""
+
+    def stepped_within(x):
+        params = [x.detach().clone() for _ in range(count)]
+        optimizer = Lion(params, lr=0.125)
+        for _ in range(4):
+            for p in params:
+                p.grad = torch.ones(5, 7)
+            optimizer.step()
+        return tuple(params)
+
+    for p in transform(stepped_within)(torch.ones(5, 7)):
+        assert torch.equal(p, torch.full((5, 7), 0.5))
+
+
+@pytest.mark.parametrize("at", [0, 3, 4])
+def test_zeros_that_lie_nowhere_are_gradients_too(at):
+    """Autograd makes such, of sgn for instance, and their address is 0."""
+    params, theirs = parameters([(50,), (3000,)]), None
+    theirs = twins(params)
+    optimizers = Lion(params, **SETTINGS), Lion(theirs, foreach=False, **SETTINGS)
+    for step in range(6):
+        give_gradients(params, theirs)
+        if step == at:
+            for p in (params[0], theirs[0]):
+                p.grad = None
+                torch.sgn(p).sum().backward()
+                assert p.grad._is_zerotensor()
+        for optimizer in optimizers:
+            optimizer.step()
+    assert bits_equal(params, theirs)
+
+
+@pytest.mark.parametrize("shape", [(8, 1), (1000,), (33, 17)], ids=str)
+def test_gradients_that_are_one_number_have_lion_pytorchs_bits(shape, form):
+    """As the gradient of a sum is; PyTorch multiplies it first and rounds, in some of the elements."""
+    theirs = parameters([shape, (3,)])
+    ours = twins(theirs)
+    a, b = peers().Lion(theirs, **SETTINGS), Lion(ours, fused=True if form == "auto" else None, **SETTINGS)
+    for _ in range(6):
+        give_gradients(theirs, ours)
+        theirs[0].grad = ours[0].grad = torch.randn(1).expand(shape)
+        a.step()
+        b.step()
+    assert bits_equal(theirs, ours)
+    if not KERNELS:
+        assert bits_equal(momenta(a, theirs), momenta(b, ours))
+
+
+@pytest.mark.parametrize("size", [9, 70_000])
+def test_a_momentum_of_two_parameters_is_stepped_by_one_after_the_other(size):
+    ends = []
+    for foreach in (None, False):
+        torch.manual_seed(0)
+        params = parameters([(size,), (size,), (7,)])
+        optimizer = Lion(params, foreach=foreach, **SETTINGS)
+        shared = torch.zeros(size)
+        for p in params[:2]:
+            optimizer.state[p]["exp_avg"] = shared
+        for _ in range(4):
+            give_gradients(params)
+            optimizer.step()
+        ends.append([*params, shared])
+    assert bits_equal(*ends)
 
 
 @pytest.mark.parametrize("steps", [0, 4])

@@ -107,7 +107,9 @@ def lion_step(
     way: Again | None
     for key, bucket in _buckets(rows).items():
         kernel = _kernel(bucket[0], options, foreach, fused)
-        if kernel is not None and all(map(_has_own_memory, bucket)):
+        if kernel is lion_cpu and _is_expanded(bucket[0].grad):
+            kernel = None  # PyTorch rounds twice in some of the elements: to have its bits is to ask it
+        if kernel is not None and all(_has_own_memory(t) for row in bucket for t in row[:3]):
             way, bucket = _kernel_step(kernel, bucket, options, grad_factor, found_inf, capturable, {} if tables is None else tables, key)
             ways = None if ways is None or way is None else [*ways, way]
         if bucket:
@@ -132,8 +134,10 @@ def _kernel(like: Row, options: Options, foreach: bool | None, fused: bool | Non
 
 
 def is_watched() -> bool:
-    """Whether something is to see every operation, or to put others in their place: the compiler, or a mode of PyTorch."""
-    return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
+    """Whether the compiler, a TorchDispatchMode or a transform of torch.func sees operations, or puts others in their place."""
+    if torch.compiler.is_compiling():
+        return True
+    return torch._C._len_torch_dispatch_stack() > 0 or torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def grad_norm(grads: list[Tensor]) -> Tensor:
@@ -148,11 +152,16 @@ def grad_norm(grads: list[Tensor]) -> Tensor:
 
 
 def _buckets(rows: list[Row]) -> dict[Hashable, list[Row]]:
-    """Rows of one device and the same dtypes together."""
+    """Rows of one device and the same dtypes together, those apart whose gradient is the same numbers over and over."""
     buckets: dict[Hashable, list[Row]] = {}
     for row in rows:
-        buckets.setdefault((row.param.device, row.param.dtype, row.grad.dtype, row.momentum.dtype), []).append(row)
+        key = row.param.device, row.param.dtype, row.grad.dtype, row.momentum.dtype, _is_expanded(row.grad)
+        buckets.setdefault(key, []).append(row)
     return buckets
+
+
+def _is_expanded(grad: Tensor) -> bool:
+    return 0 in grad.stride() and not torch.compiler.is_compiling()
 
 
 # ---- the kernels -----------------------------------------------------------------------------------------------------
@@ -322,20 +331,20 @@ class Again:
         self._kernel, self._table, self._stream = kernel, table, stream
         self._gradients = _addresses([row.grad for row in rows])
 
-    def holds(self, columns: Columns) -> bool:
-        """Whether the step may be taken here and now."""
-        param = columns.params[0]
-        if not param.is_cuda:
-            return True
-        if torch.cuda.is_current_stream_capturing() and _addresses(columns.grads) != self._gradients:
-            return False  # that takes a table which the graph fills
-        return _stream(param.device) == self._stream
+    def follows(self, columns: Columns) -> bool:
+        """Whether the step may be taken here and now, with gradients where they are by now."""
+        param, gradients = columns.params[0], _addresses(columns.grads)
+        have_moved = gradients != self._gradients
+        if param.is_cuda and (_stream(param.device) != self._stream or (have_moved and torch.cuda.is_current_stream_capturing())):
+            return False  # a captured step takes a table which the graph fills
+        if have_moved:
+            if 0 in gradients and not all(map(_has_own_memory, columns.grads)):
+                return False
+            self._table, self._gradients = self._kernel.moved(self._table, gradients), gradients
+        return True
 
     def step(self, columns: Columns, options: Options, grad_factor: Tensor | None, found_inf: Tensor | None) -> None:
-        """lion_step of these tensors, with the options of the earlier step but for their numbers."""
-        gradients = _addresses(columns.grads)
-        if gradients != self._gradients:
-            self._table, self._gradients = self._kernel.moved(self._table, gradients), gradients
+        """lion_step of these tensors, after follows(), with the options of the earlier step but for their numbers."""
         _launch(self._kernel, columns.row(0), self._table, columns.params + columns.momenta, options, grad_factor, found_inf)
 
 
@@ -366,13 +375,23 @@ def _addresses(tensors: list[Tensor]) -> list[int]:
     return list(map(Tensor.data_ptr, tensors))
 
 
-def _has_own_memory(row: Row) -> bool:
-    return type(row.param) in PLAIN and type(row.grad) in PLAIN and type(row.momentum) in PLAIN
+def _address(tensor: Tensor) -> int:
+    """Where its first element lies; 0: nowhere, as of a subclass, in a transform of PyTorch, and of the zeros that autograd makes."""
+    if type(tensor) not in PLAIN:
+        return 0
+    try:
+        return tensor.data_ptr()
+    except RuntimeError:
+        return 0
+
+
+def _has_own_memory(tensor: Tensor) -> bool:
+    return type(tensor) in PLAIN and (_address(tensor) != 0 or tensor.numel() == 0)
 
 
 def _is_plain(row: Row) -> bool:
     """Whether it can be stepped where it lies, by a call for many: these refuse tensors that are stored negated."""
-    return _has_own_memory(row) and not row.param.is_neg() and not row.momentum.is_neg()
+    return all(map(_has_own_memory, row[:3])) and not row.param.is_neg() and not row.momentum.is_neg()
 
 
 def _is_bare(row: Row) -> bool:
@@ -482,9 +501,9 @@ def _apart(rows: list[Row]) -> tuple[list[Row], list[Row]]:
 
 
 def _sharing_memory(rows: list[Row]) -> set[int]:
-    """The rows whose parameter shares memory with another's: of weights tied by their .data, each counts as a step of its own."""
-    params = [row.param for row in rows]
-    spans = sorted((p.data_ptr(), p.data_ptr() + _extent(p), i) for i, p in enumerate(params) if type(p) in PLAIN)
+    """The rows whose parameter or momentum shares memory with another: of weights tied by their .data, each counts as a step of its own."""
+    written = [(_address(t), t, i) for i, row in enumerate(rows) for t in (row.param, row.momentum)]
+    spans = sorted((start, start + _extent(t), i) for start, t, i in written if start)
     shared: set[int] = set()
     reach, last = 0, -1  # how far the spans up to here go, and which one goes there
     for start, end, i in spans:
@@ -594,28 +613,8 @@ class _Factors(NamedTuple):
         factors = cls(beta1, ascent * (1.0 - beta1), beta2, ascent * (1.0 - beta2), decay, lr)
         if dtype is None:
             return factors
-        made = _factor(decay, dtype) if isinstance(decay, float) else None
-        return factors._replace(beta1=_factor(beta1, dtype), beta2=_factor(beta2, dtype), decay=made)
-
-
-_made: dict[tuple[float, torch.dtype], Tensor] = {}
-
-
-def _factor(value: float, dtype: torch.dtype) -> Tensor:
-    """A number as a tensor, kept for the next step: the betas stay, whatever the rate."""
-    factor = _made.get((value, dtype))
-    if factor is None:
-        factor = torch.tensor(value, dtype=dtype, device="cpu")
-        if _is_lasting(factor):
-            if len(_made) >= 256:
-                _made.clear()
-            _made[value, dtype] = factor
-    return factor
-
-
-def _is_lasting(made: Tensor) -> bool:
-    """Whether a tensor just made may be kept: one that was made under a mode or a transform of PyTorch is good there alone."""
-    return type(made) is Tensor and not torch._C._functorch.is_functorch_wrapped_tensor(made) and not made.is_inference()
+        made = functools.partial(torch.tensor, dtype=dtype, device="cpu")
+        return factors._replace(beta1=made(beta1), beta2=made(beta2), decay=None if decay is None else made(decay))
 
 
 def _lion_block(p: Tensor, g: Tensor, m: Tensor, factors: _Factors, scratch: Tensor | None = None) -> None:
