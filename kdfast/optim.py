@@ -53,8 +53,7 @@ _FOREIGN = {"amsgrad": "Adam's or AdamW's", "dampening": "SGD's", "momentum_deca
 
 
 class Lion(Optimizer):
-    """Lion, a drop-in for lion_pytorch.Lion: the same arguments, state (exp_avg) and, in float32, the same bits (save
-    the last one of a momentum whose gradient is an expanded tensor).
+    """Lion, a drop-in for lion_pytorch.Lion: the same arguments, state (exp_avg) and, in float32, the same bits.
 
     One deviation of its values is deliberate: where a gradient or momentum is NaN the parameter becomes NaN. torch.sign maps NaN to 0,
     and the original would leave such a parameter unchanged for ever without a word.

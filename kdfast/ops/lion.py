@@ -108,7 +108,7 @@ def lion_step(
     for key, bucket in _buckets(rows).items():
         kernel = _kernel(bucket[0], options, foreach, fused)
         if kernel is lion_cpu and _is_expanded(bucket[0].grad):
-            kernel = None  # PyTorch rounds twice in some of the elements: to have its bits is to ask it
+            kernel = None  # PyTorch rounds twice in some of the elements: to have its bits is to ask it, about the whole
         if kernel is not None and all(_has_own_memory(t) for row in bucket for t in row[:3]):
             way, bucket = _kernel_step(kernel, bucket, options, grad_factor, found_inf, capturable, {} if tables is None else tables, key)
             ways = None if ways is None or way is None else [*ways, way]
@@ -161,7 +161,7 @@ def _buckets(rows: list[Row]) -> dict[Hashable, list[Row]]:
 
 
 def _is_expanded(grad: Tensor) -> bool:
-    return 0 in grad.stride() and not torch.compiler.is_compiling()
+    return grad.is_cpu and not torch.compiler.is_compiling() and 0 in grad.stride()
 
 
 # ---- the kernels -----------------------------------------------------------------------------------------------------
@@ -428,7 +428,7 @@ def _torch_step(rows: list[Row], options: Options, grad_factor: Tensor | None, f
     if not foreach or (on_host and options.cautious):  # a cautious step needs a mean over each whole tensor
         alone: list[Row] = rows
     elif on_host:
-        apart = {i for i, row in enumerate(rows) if not _is_plain(row)}
+        apart = {i for i, row in enumerate(rows) if not _is_plain(row) or _is_expanded(row.grad)}
         apart |= _sharing_memory(rows) if apart else set()  # these keep their order
         alone = [rows[i] for i in sorted(apart)]
         walked = [row for i, row in enumerate(rows) if i not in apart] if apart else rows
