@@ -14,7 +14,7 @@
 #endif
 
 enum { ALONE = 32768 }; /* elements that one thread has stepped before others could begin */
-enum { APART = 32 };    /* elements of a cache line or more: no two threads write to the same */
+enum { APART = 32 };    /* a thread has a multiple of so many, a cache line's: two seldom write to the same line */
 
 struct factors {
     float grad, decay, rate, beta1, rest1, beta2, rest2;
