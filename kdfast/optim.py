@@ -250,18 +250,19 @@ class Lion(Optimizer):
         found_inf: Tensor | None = getattr(self, "found_inf", None)
         unscale = None if grad_scale is None else grad_scale.reshape(()).reciprocal()
         found_inf = None if found_inf is None else found_inf.reshape(())
-        if not self._step_again(unscale, found_inf):
-            self._step_anew(unscale, found_inf)
+        bundles = self._bundles()
+        if not self._step_again(bundles, unscale, found_inf):
+            self._step_anew(bundles, unscale, found_inf)
         return loss
 
-    def _step_again(self, unscale: Tensor | None, found_inf: Tensor | None) -> bool:
+    def _step_again(self, bundles: list[list[int]], unscale: Tensor | None, found_inf: Tensor | None) -> bool:
         """Takes the step in the ways of the last, if these are good still; whether they are."""
         last = self._last
         if last is None or is_watched():
             return False
         if not last.is_on_cpu:
             self._accelerator_graph_capture_health_check()
-        columns = last.find(self, self._bundles())
+        columns = last.find(self, bundles)
         if columns is None:
             return False
         norm = self._grad_norm(unscale)
@@ -272,10 +273,9 @@ class Lion(Optimizer):
         return True
 
     @torch.no_grad()
-    def _step_anew(self, unscale: Tensor | None, found_inf: Tensor | None) -> None:
+    def _step_anew(self, bundles: list[list[int]], unscale: Tensor | None, found_inf: Tensor | None) -> None:
         if not all(param.is_cpu for group in self.param_groups for param in group["params"]):
             self._accelerator_graph_capture_health_check()  # raises where a CUDA graph is captured without capturable=True
-        bundles = self._bundles()
         ways: list[tuple[int, list[Again]]] | None = []
         rows_of_bundles = self._rows_of(bundles, found_inf)  # refuses gradients that have no norm
         norm = self._grad_norm(unscale)
