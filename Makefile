@@ -4,17 +4,18 @@ VENV ?= .venv
 TORCH ?= torch torchvision
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-# tests of operators with kernels, which run once more where Triton interprets these on the CPU
-INTERPRETED := $(addprefix tests/test_,distill_kl.py distill_kl_kernel.py linear_kd.py supcon.py supcon_kernel.py crd.py nce_kernel.py \
-	lion.py lion_kernel.py feature_losses.py attention_map_kernel.py)
+PYTEST := $(BIN)/python -m pytest
 
-.PHONY: demo test lint format clean help
+.PHONY: demo test test-interpreted test-all check format clean help
 
 help:
-	@echo "make demo    install, and distil a student on handwritten digits (about two minutes after installation)"
-	@echo "make test    install, and run the tests, those of kernels in Triton's interpreter too"
-	@echo "make lint    ruff, its formatter and mypy"
-	@echo "make clean   remove environments, caches and runs"
+	@echo "make demo              distil a student on handwritten digits (about two minutes after installation)"
+	@echo "make test              the fast tests"
+	@echo "make test-interpreted  the kernels' tests again, in Triton's interpreter"
+	@echo "make test-all          both, then the long fuzz tests and the comparisons of speed"
+	@echo "make check             ruff and mypy"
+	@echo "make format            ruff's formatter and fixes"
+	@echo "make clean             remove environments, caches and runs"
 
 $(READY): setup.py pyproject.toml $(wildcard kernels/*.c)
 	$(PYTHON) -m venv $(VENV)
@@ -26,11 +27,18 @@ demo: $(READY)
 	$(BIN)/kdfast distill
 
 test: $(READY)
-	$(BIN)/python -m pytest -n 2 -m "not speed"
-	$(BIN)/python -m pytest -m speed
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 -m "not speed" $(INTERPRETED)
+	$(PYTEST) -n 2 -m "not slow and not speed"
+	@echo "make test-all adds: long fuzz tests, the kernels in Triton's interpreter, comparisons of speed"
 
-lint: $(READY)
+test-interpreted: $(READY)
+	TRITON_INTERPRET=1 $(PYTEST) -n 2 -m "kernels and not slow and not speed"
+
+test-all: $(READY)
+	$(PYTEST) -n 2 -m "not speed"
+	TRITON_INTERPRET=1 $(PYTEST) -n 2 -m "kernels and not speed"
+	$(PYTEST) -m speed
+
+check: $(READY)
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy

@@ -1,12 +1,11 @@
-"""Build script: maps the top-level kernels/ and benchmarks/ folders into the kdfast package, and compiles what runs on CPUs.
+"""Build script: packages, and the C that runs on CPUs. Metadata is in pyproject.toml.
 
-Metadata is in pyproject.toml.
+kdfast/kernels and kdfast/benchmarks are symbolic links to the top-level folders, so nothing is mapped here.
 """
 
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
-FOLDERS = {"kdfast.kernels": "kernels", "kdfast.benchmarks": "benchmarks", "kdfast.benchmarks.results": "benchmarks/results"}
 THREADS = ["-fopenmp"]
 
 
@@ -24,9 +23,8 @@ class Build(build_ext):
 
 setup(
     license="MIT",
-    packages=find_packages(include=["kdfast", "kdfast.*"]) + list(FOLDERS),
-    package_dir={"kdfast": "kdfast", **FOLDERS},
-    package_data={"kdfast": ["py.typed"], "kdfast.report": ["*.html"], "kdfast.benchmarks.results": ["*.json"]},
+    packages=find_packages(include=["kdfast", "kdfast.*"]),
+    package_data={"kdfast": ["py.typed"], "kdfast.report": ["*.html"]},
     ext_modules=[
         Extension(
             "kdfast.kernels._lion_cpu",

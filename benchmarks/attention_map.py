@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from kdfast.benchmarks.harness import Case, loss_variants
-from kdfast.benchmarks.timing import CPU
 from torch import Tensor
 
 from kdfast import reference
+from kdfast.benchmarks.harness import Case, loss_variants
+from kdfast.benchmarks.timing import CPU
 from kdfast.functional import attention_transfer_loss
 
 MAPS = {

@@ -22,7 +22,6 @@ from unittest import mock
 import torch
 import triton
 import tyro
-from kdfast.kernels import attention_map, distill_kl, lion, nce, supcon
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -33,9 +32,10 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from kdfast import files, machine
-from kdfast.ops.distill_kl_torch import Options
-from kdfast.ops.lion import Row, scales_of
-from kdfast.ops.supcon import Setting
+from kdfast.kernels import attention_map, distill_kl, lion, nce, supcon
+from kdfast.ops.distill_kl.eager import Options
+from kdfast.ops.lion.op import Row, scales_of
+from kdfast.ops.supcon.op import Setting
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),

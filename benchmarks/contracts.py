@@ -11,10 +11,10 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
-from kdfast.benchmarks.timing import launches
 from torch import Tensor, nn
 
 from kdfast import functional
+from kdfast.benchmarks.timing import launches
 from kdfast.optim import Lion
 
 LAUNCHES = 2  # of logit distillation with C <= 1000, forward and backward together

@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from kdfast.benchmarks.harness import TIERS, Case, Variant, loss_step, loss_variants
-from kdfast.benchmarks.timing import CPU
 from torch import Tensor
 
 from kdfast import reference
+from kdfast.benchmarks.harness import TIERS, Case, Variant, loss_step, loss_variants
+from kdfast.benchmarks.timing import CPU
 from kdfast.functional import kd_loss
 
 LOSSES: dict[str, dict[str, Any]] = {

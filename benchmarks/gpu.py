@@ -32,24 +32,24 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+
+from kdfast import files, machine
 from kdfast.benchmarks import operators
 from kdfast.benchmarks.contracts import CONTRACTS, NotAvailable
 
-from kdfast import files, machine
-
 ROOT = Path(__file__).parents[1]
 TESTS = (
-    "test_distill_kl",
-    "test_distill_kl_kernel",
-    "test_linear_kd",
-    "test_supcon",
-    "test_supcon_kernel",
-    "test_crd",
-    "test_nce_kernel",
-    "test_lion",
-    "test_lion_kernel",
-    "test_feature_losses",
-    "test_attention_map_kernel",
+    "ops/test_distill_kl",
+    "ops/test_distill_kl_kernel",
+    "ops/test_linear_kd",
+    "ops/test_supcon",
+    "ops/test_supcon_kernel",
+    "losses/test_crd",
+    "ops/test_nce_kernel",
+    "ops/test_lion",
+    "ops/test_lion_kernel",
+    "losses/test_feature_losses",
+    "ops/test_attention_map_kernel",
 )
 SANITIZERS = ("memcheck", "racecheck", "initcheck", "synccheck")
 GRACE = 15.0  # seconds between asking a process to stop and stopping it: pytest writes its results meanwhile

@@ -24,8 +24,9 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import torch
-from kdfast.benchmarks import timing
 from torch import Tensor
+
+from kdfast.benchmarks import timing
 
 OURS, EAGER, COMPILED, AUTOTUNED = "kdfast", "eager", "torch.compile", "torch.compile max-autotune"
 TIERS = ("quick", "usual", "long")

@@ -17,12 +17,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from kdfast.benchmarks.timing import in_turn, peak_memory, speedup, write_json
 from torch import Tensor
 
 from kdfast import reference
+from kdfast.benchmarks.timing import in_turn, peak_memory, speedup, write_json
 from kdfast.functional import kd_loss, linear_kd_loss
-from kdfast.ops.linear_kd import Layer, default_rows
+from kdfast.ops.distill_kl.linear import Layer, default_rows
 
 # N, D, C, dtype
 CASES = {

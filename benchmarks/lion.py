@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 import torchvision
-from kdfast.benchmarks.harness import COMPILED, EAGER, OURS, Case, Step, Variant
-from kdfast.benchmarks.timing import CPU
 from torch import Tensor
 
 from kdfast import reference
+from kdfast.benchmarks.harness import COMPILED, EAGER, OURS, Case, Step, Variant
+from kdfast.benchmarks.timing import CPU
 from kdfast.optim import Lion
 
 OPTIONS = {"lr": 1e-2, "weight_decay": 0.1}  # a rate at which the step stands out from rounding

@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from kdfast.benchmarks.timing import write_json
 
 from kdfast import models
+from kdfast.benchmarks.timing import write_json
 from kdfast.data import ImageData, load, make_loaders
 from kdfast.optim import Lion
 

@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from kdfast.benchmarks.harness import Case, loss_variants
-from kdfast.benchmarks.timing import CPU
 from torch import Tensor
 
 from kdfast import reference
+from kdfast.benchmarks.harness import Case, loss_variants
+from kdfast.benchmarks.timing import CPU
 from kdfast.functional import crd_loss
 
 TEMPERATURE = 0.07

@@ -6,10 +6,10 @@ from importlib import metadata
 from typing import Any
 
 import torch
-from kdfast.benchmarks import attention_map, distill_kl, lion, nce, supcon
-from kdfast.benchmarks.harness import TIERS, Case
 
 from kdfast import machine
+from kdfast.benchmarks import attention_map, distill_kl, lion, nce, supcon
+from kdfast.benchmarks.harness import TIERS, Case
 
 OPERATORS = {
     "kd_loss": distill_kl.cases,

@@ -15,10 +15,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from kdfast import files
 from kdfast.benchmarks.harness import COMPILED, EAGER, OURS
 from kdfast.benchmarks.timing import RESULTS
-
-from kdfast import files
 from kdfast.machine import described
 from kdfast.report.comparison import markdown
 

@@ -19,10 +19,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from kdfast.benchmarks.timing import write_json
 from torch import nn
 from torch.utils.data import DataLoader
 from torchvision import datasets, models, transforms
+
+from kdfast.benchmarks.timing import write_json
 
 STATISTICS = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
 

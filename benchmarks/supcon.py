@@ -16,12 +16,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from kdfast.benchmarks.harness import EAGER, OURS, Case, Step, Variant, loss_step, loss_variants
-from kdfast.benchmarks.timing import CPU, peak_memory, write_json
 from torch import Tensor
 
 import kdfast
 from kdfast import reference
+from kdfast.benchmarks.harness import EAGER, OURS, Case, Step, Variant, loss_step, loss_variants
+from kdfast.benchmarks.timing import CPU, peak_memory, write_json
 from kdfast.losses import SupConLoss
 
 SIZES = {

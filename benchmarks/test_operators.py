@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from kdfast.benchmarks.harness import OURS, Case, measure
 
 

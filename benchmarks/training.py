@@ -22,13 +22,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from kdfast.benchmarks import distill_kl, supcon, timing
 from rich import box
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
 from kdfast import files, machine, recipes
+from kdfast.benchmarks import distill_kl, supcon, timing
 from kdfast.data import Batch, ImageData, Split, make_loaders
 from kdfast.engine import Stage, Training, World, join
 from kdfast.engine.schedule import make_optimizer

@@ -11,8 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kdfast import reference
-from kdfast.ops import attention_map, distill_kl, linear_kd, nce, supcon
+from kdfast.ops import attention_map, nce
+from kdfast.ops.distill_kl import linear as linear_kd
+from kdfast.ops.distill_kl import op as distill_kl
 from kdfast.ops.precision import at_least_float32
+from kdfast.ops.supcon import op as supcon
 
 # ---- logit distillation ----------------------------------------------------------------------------------------------
 

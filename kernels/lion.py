@@ -290,7 +290,7 @@ class Table(NamedTuple):
 
 
 def table(rows: Sequence[Any], before: Table | None = None, *, capturable: bool = False) -> Table:
-    """The table of these rows (kdfast.ops.lion.Row).
+    """The table of these rows (kdfast.ops.lion.op.Row).
 
     Args:
         rows: of one device and the same dtypes; the tensors of a row fill memory without gaps, all in the same order of dimensions.

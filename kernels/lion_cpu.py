@@ -50,7 +50,7 @@ def _function() -> Callable[..., None] | None:
 
 
 def takes(like: Any, *, rounding: str, cautious: bool) -> bool:
-    """Whether rows (kdfast.ops.lion.Row) of this one's device and dtypes can be stepped here; with these options of step()."""
+    """Whether rows (kdfast.ops.lion.op.Row) of this one's device and dtypes can be stepped here; with these options of step()."""
     tensors = like.param, like.grad, like.momentum
     rounds = rounding == "nearest" or like.param.dtype == torch.float32
     return rounds and not cautious and all(t.is_cpu and t.dtype in DTYPES for t in tensors) and _function() is not None
@@ -69,7 +69,7 @@ class Table:
 
 
 def table(rows: Sequence[Any], before: Table | None = None, *, capturable: bool = False) -> Table:
-    """The table of these rows (kdfast.ops.lion.Row).
+    """The table of these rows (kdfast.ops.lion.op.Row).
 
     Args:
         rows: of the same dtypes, in DTYPES, on the CPU; the tensors of a row fill memory without gaps, all in the same order of dimensions.

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from kdfast.benchmarks import report
 
 from kdfast import cli, models, recipes
+from kdfast.benchmarks import report
 from kdfast.commands import bench, config, data
 from kdfast.engine import Training
 

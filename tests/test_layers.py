@@ -15,6 +15,7 @@ LAYERS = [
     ["kdfast.ops"],
     ["kdfast.functional", "kdfast.optim"],
     ["kdfast.losses", "kdfast.models", "kdfast.data"],
+    ["kdfast.runs"],
     ["kdfast.engine", "kdfast.report"],
     ["kdfast.recipes", "kdfast.benchmarks"],
     ["kdfast.commands"],
@@ -33,7 +34,9 @@ def module_name(path: Path) -> str:
 
 
 def files() -> list[Path]:
-    return sorted(p for folder in ("kdfast", "kernels", "benchmarks") for p in (ROOT / folder).rglob("*.py"))
+    links = (ROOT / "kdfast" / "kernels", ROOT / "kdfast" / "benchmarks")
+    found = [p for folder in ("kdfast", "kernels", "benchmarks") for p in (ROOT / folder).rglob("*.py")]
+    return sorted(p for p in found if not any(p.is_relative_to(link) for link in links))
 
 
 def imported(path: Path) -> set[str]:

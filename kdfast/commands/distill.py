@@ -12,8 +12,6 @@ from rich.table import Table
 from torch import nn
 
 from kdfast import files, recipes, report
-from kdfast.commands import artifact
-from kdfast.commands.artifact import Preparation, Renormalized
 from kdfast.commands.config import Distill, parse_options
 from kdfast.commands.session import Session, environment, load_data, loader_maker, preparation, session
 from kdfast.data import ImageData, Loaders
@@ -27,6 +25,8 @@ from kdfast.recipes.recipe import Extended, Setup, Stages, Trained, each, keepin
 from kdfast.recipes.supervised import alone
 from kdfast.recipes.supervised import teacher as supervised_teacher
 from kdfast.report.comparison import percent
+from kdfast.runs import artifact
+from kdfast.runs.artifact import Preparation, Renormalized
 
 
 @dataclass(frozen=True)

@@ -11,12 +11,13 @@ from rich.console import Console
 from rich.table import Table
 
 from kdfast import files
-from kdfast.commands import artifact, config
+from kdfast.commands import config
 from kdfast.commands.config import FLAT, DataOptions, unsaid
 from kdfast.commands.session import load_data
 from kdfast.data import make_loaders
 from kdfast.engine import Evaluation, evaluate, join
 from kdfast.models import parameter_count
+from kdfast.runs import artifact
 
 MATRIX_CLASSES = 25  # more do not fit a terminal
 RUNS = unsaid("the run's")

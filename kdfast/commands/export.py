@@ -15,9 +15,9 @@ from rich.console import Console
 from torch import Tensor
 
 from kdfast import files
-from kdfast.commands import artifact
-from kdfast.commands.artifact import Classifier
 from kdfast.models import build, load_weights, save_weights
+from kdfast.runs import artifact
+from kdfast.runs.artifact import Classifier
 
 AGREEMENT = 1e-3  # largest difference of logits that export accepts, of the largest logit
 

@@ -10,10 +10,10 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from kdfast.commands import artifact
 from kdfast.data import DataError, evaluation_transform
 from kdfast.data.images import decode
 from kdfast.engine import join
+from kdfast.runs import artifact
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
 

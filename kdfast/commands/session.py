@@ -15,14 +15,14 @@ from rich.console import Console as RichConsole
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from kdfast import files, machine
-from kdfast.commands import artifact
 from kdfast.commands import config as configuration
-from kdfast.commands.artifact import Preparation
 from kdfast.commands.config import DataOptions, RunOptions
 from kdfast.data import DataError, ImageData, Loaders, hide_labels, load, make_loaders, usable
 from kdfast.engine import Console, Interrupted, Options, Run, Training, World, catching, join, locked
 from kdfast.engine.interrupt import StopRequest
 from kdfast.engine.logs import Log, logs
+from kdfast.runs import artifact
+from kdfast.runs.artifact import Preparation
 
 PLAIN_EVERY = 10.0  # seconds between lines of progress where there is no terminal
 SECONDS_EVERY = 10.0  # seconds between writings of how long a run has taken: what kill -9 forgets at most, after an epoch's end

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from kdfast import files, report
-from kdfast.commands import artifact
 from kdfast.commands.config import Teach, parse_options
 from kdfast.commands.session import environment, load_data, loader_maker, preparation, session
 from kdfast.engine import evaluate
@@ -14,6 +13,7 @@ from kdfast.engine.random_state import derive
 from kdfast.models import ModelSpec, create, parameter_count
 from kdfast.recipes.recipe import each, keeping_the_last, seeded
 from kdfast.recipes.supervised import supervised
+from kdfast.runs import artifact
 
 
 def teach(config: Teach) -> Path:

@@ -1,0 +1,153 @@
+"""Modules for feature maps: attention transfer, hints, self-distillation."""
+
+from collections.abc import Sequence
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kdfast import functional
+from kdfast.losses.checks import check_not_swapped
+from kdfast.ops import checks
+from kdfast.ops.precision import at_least_float32
+
+
+class AttentionTransferLoss(nn.Module):
+    """Attention transfer ("Paying More Attention to Attention", ICLR 2017): see functional.attention_transfer_loss.
+
+    Args:
+        p: power of the activations, > 0. RepDistiller weighs the loss for p=2 by 1000.
+    """
+
+    def __init__(self, p: float = 2) -> None:
+        super().__init__()
+        if not checks.number("AttentionTransferLoss: p", p) > 0:
+            raise ValueError(f"AttentionTransferLoss: p must be positive, got {p}")
+        self.p = p
+
+    def forward(self, student_maps: Tensor | Sequence[Tensor], teacher_maps: Tensor | Sequence[Tensor]) -> Tensor:
+        """The loss of feature maps [B, C, H, W], one a stage, of student and teacher; 0-dim.
+
+        Raises:
+            ValueError, TypeError: as functional.attention_transfer_loss; or the teacher requires grad and the student does not.
+        """
+        students = [student_maps] if isinstance(student_maps, Tensor) else student_maps
+        teachers = [teacher_maps] if isinstance(teacher_maps, Tensor) else teacher_maps
+        for student, teacher in zip(students, teachers):
+            check_not_swapped(student, teacher)
+        return functional.attention_transfer_loss(students, teachers, p=self.p)
+
+    def extra_repr(self) -> str:
+        """What print(module) shows."""
+        return f"p={self.p}"
+
+
+class HintLoss(nn.Module):
+    """FitNets' hint (ICLR 2015): the mean squared difference of a regressed student feature map and the teacher's.
+
+    The regressor (convolution, batch norm, ReLU) is RepDistiller's and is trained with the student: hand its parameters to the
+    optimizer. Half or twice the teacher's size asks for a convolution of stride 2, 3x3 or transposed 4x4; any other student
+    size from the teacher's upwards for an unpadded convolution that shrinks it: 1x1 where the sizes are equal.
+
+    Args:
+        student_shape, teacher_shape: (C, H, W).
+        regressor: False compares the maps as they are; shapes must be equal.
+
+    Raises:
+        ValueError: no such regressor fits the sizes, or regressor=False and the shapes differ.
+    """
+
+    def __init__(self, student_shape: tuple[int, int, int], teacher_shape: tuple[int, int, int], *, regressor: bool = True) -> None:
+        super().__init__()
+        if not all(isinstance(shape, Sequence) and len(shape) == 3 for shape in (student_shape, teacher_shape)):
+            raise ValueError(f"HintLoss: shapes must be (C, H, W), got {student_shape} and {teacher_shape}")
+        self.regressor: nn.Module
+        if regressor:
+            channels = teacher_shape[0]
+            convolution = _resizing_convolution(tuple(student_shape), tuple(teacher_shape))
+            self.regressor = nn.Sequential(convolution, nn.BatchNorm2d(channels), nn.ReLU(inplace=True))
+        elif tuple(student_shape) != tuple(teacher_shape):
+            raise ValueError(
+                f"HintLoss: without a regressor teacher_shape must be student_shape {tuple(student_shape)}, got {tuple(teacher_shape)}"
+            )
+        else:
+            self.regressor = nn.Identity()
+
+    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
+        """The loss of student and teacher features [B, C, H, W], of the shapes given; 0-dim.
+
+        Raises:
+            ValueError: shapes differ after the regressor, or the teacher requires grad and the student does not.
+        """
+        check_not_swapped(student, teacher)
+        return functional.hint_loss(self.regressor(student), teacher)
+
+
+def _resizing_convolution(student_shape: tuple[int, ...], teacher_shape: tuple[int, ...]) -> nn.Module:
+    """A convolution from (C, H, W) to (C', H', W')."""
+    (c, h, w), (channels, height, width) = student_shape, teacher_shape
+    if (h, w) == (2 * height, 2 * width):
+        return nn.Conv2d(c, channels, 3, stride=2, padding=1)
+    if (2 * h, 2 * w) == (height, width):
+        return nn.ConvTranspose2d(c, channels, 4, stride=2, padding=1)
+    if h >= height and w >= width:
+        return nn.Conv2d(c, channels, (1 + h - height, 1 + w - width))
+    raise ValueError(f"HintLoss: student maps must be half the teacher's size {height}x{width}, or at least as large, got {h}x{w}")
+
+
+class SelfDistillationLoss(nn.Module):
+    """Self-distillation of an early feature map from a late one of the same network, beside cross-entropy.
+
+    alpha * MSE(bilinear(student_intermediate -> teacher's size), conv1x1(teacher_intermediate)) + (1 - alpha) * CE
+
+    The 1x1 convolution takes the teacher's channels to the student's. The tutorial that this follows leaves it at its random
+    initialization: hand the module's parameters to the optimizer, or do not.
+
+    Args:
+        alpha: weight of the feature term, in [0, 1].
+        student_channels, teacher_channels: of the two feature maps.
+        detach_teacher: keeps the feature term's gradient out of the late layers (the tutorial lets it through).
+
+    Raises:
+        ValueError: alpha is outside [0, 1].
+    """
+
+    def __init__(
+        self, alpha: float = 0.5, student_channels: int = 128, teacher_channels: int = 512, *, detach_teacher: bool = False
+    ) -> None:
+        super().__init__()
+        if not 0 <= alpha <= 1:
+            raise ValueError(f"SelfDistillationLoss: alpha must be in [0, 1], got {alpha}")
+        self.alpha = alpha
+        self.detach_teacher = detach_teacher
+        self.projection = nn.Conv2d(teacher_channels, student_channels, kernel_size=1)
+
+    def forward(self, student_logits: Tensor, labels: Tensor, student_intermediate: Tensor, teacher_intermediate: Tensor) -> Tensor:
+        """The loss of logits [B, K], labels [B], early features [B, C_s, H, W] and late features [B, C_t, H', W']; 0-dim.
+
+        Raises:
+            ValueError: the feature maps' channels are not those given to the constructor.
+        """
+        features = self.feature_term(student_intermediate, teacher_intermediate)
+        return self.alpha * features + (1 - self.alpha) * F.cross_entropy(at_least_float32(student_logits), labels)
+
+    def feature_term(self, student_intermediate: Tensor, teacher_intermediate: Tensor) -> Tensor:
+        """The first term without its weight, for loops that report the terms apart.
+
+        Raises:
+            ValueError: the feature maps' channels are not those given to the constructor.
+        """
+        for name, features, channels in (
+            ("student_intermediate", student_intermediate, self.projection.out_channels),
+            ("teacher_intermediate", teacher_intermediate, self.projection.in_channels),
+        ):
+            if features.ndim != 4 or features.shape[1] != channels:
+                raise ValueError(f"SelfDistillationLoss: {name} must be [B, {channels}, H, W], got shape {tuple(features.shape)}")
+        teacher = teacher_intermediate.detach() if self.detach_teacher else teacher_intermediate
+        teacher = self.projection(teacher.to(self.projection.weight.dtype))
+        student = student_intermediate.to(teacher.dtype)
+        student = F.interpolate(student, size=teacher.shape[2:], mode="bilinear", align_corners=False)
+        return functional.hint_loss(student, teacher)
+
+    def extra_repr(self) -> str:
+        """What print(module) shows beside the convolution."""
+        return f"alpha={self.alpha}, detach_teacher={self.detach_teacher}"

@@ -1,0 +1,5 @@
+"""Optimizers."""
+
+from kdfast.optim.lion import Lion
+
+__all__ = ["Lion"]

@@ -1,0 +1,215 @@
+"""kdfast bench train: its step is the engine's, its peer computes the same losses, and its numbers hold together."""
+
+import json
+import sys
+import time
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+
+from kdfast import optim
+from kdfast.benchmarks import training
+from kdfast.benchmarks.training import PARTS, Clock, Step, Train, measure, plain_loss
+from kdfast.data import Batch
+from kdfast.engine import Options, World
+from kdfast.engine.interrupt import StopRequest
+from kdfast.engine.loop import StageLoop
+from kdfast.models import create
+
+CPU = torch.device("cpu")
+SMALL = Train(student="resnet8", teacher="resnet14", classes=7, image_size=16, batch_size=6, seconds=0.2, device="cpu").on(CPU)
+RECIPES = ["kd", "lskd", "conkd"]
+
+
+def step(options: Train, *, plain: bool = False) -> tuple[Step, Batch]:
+    """The same weights and batch at every call."""
+    torch.manual_seed(3)
+    images = torch.randn(6, 3, 16, 16).contiguous(memory_format=torch.channels_last)
+    batch = Batch(images, torch.arange(6) % 3, torch.arange(6))
+    return Step(options, create("resnet14", 7), batch, plain=plain), batch
+
+
+def weights(made: Step) -> list[torch.Tensor]:
+    return [p.detach().clone() for p in made.stage.parameters()]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_step_is_the_engines_bit_for_bit(recipe, precision):
+    options = replace(SMALL, recipe=recipe, precision=precision)
+    ours, _ = step(options)
+    theirs, batch = step(options)
+    loop = StageLoop(theirs.stage, World(0, 1, CPU), Options(precision=precision), StopRequest())
+    before = weights(ours)
+    for _ in range(2):
+        ours()
+        loop._step(batch)
+    assert all(torch.equal(a, b) for a, b in zip(weights(ours), weights(theirs)))
+    assert not any(torch.equal(a, b) for a, b in zip(weights(ours), before)), "a weight did not move"
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_the_peer_computes_the_recipes_loss(recipe):
+    options = replace(SMALL, recipe=recipe)
+    made, batch = step(options)
+    results = []
+    for loss in (made.stage.loss, plain_loss(options)):
+        outputs = {name: value.detach().requires_grad_(value.requires_grad) for name, value in made.stage.forward(batch).items()}
+        terms = loss(outputs, batch)
+        sum(terms.values()).backward()
+        results.append([sum(terms.values()).detach(), *(x.grad for x in outputs.values() if x.requires_grad)])
+    assert ("supcon" in terms) == (recipe == "conkd")
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+
+
+def test_both_sides_start_from_the_same_weights_and_only_the_peer_lacks_kdfast():
+    pytest.importorskip("lion_pytorch")
+    ours, theirs = step(SMALL)[0], step(SMALL, plain=True)[0]
+    assert all(torch.equal(a, b) for a, b in zip(weights(ours), weights(theirs)))
+    assert isinstance(ours.optimizer, optim.Lion)
+    assert type(theirs.optimizer).__module__ == "lion_pytorch.foreach"
+    assert not any(p.grad is not None for p in theirs.stage.parameters())
+    for optimizer in ("adamw", "sgd"):
+        sides = [step(replace(SMALL, optimizer=optimizer), plain=plain)[0].optimizer for plain in (False, True)]
+        assert type(sides[0]) is type(sides[1])
+
+
+def test_without_lion_pytorch_the_peer_is_adamw(monkeypatch):
+    monkeypatch.setitem(sys.modules, "lion_pytorch", None)
+    monkeypatch.setattr(training.importlib.util, "find_spec", lambda name: None)
+    assert type(step(SMALL, plain=True)[0].optimizer) is torch.optim.AdamW
+
+
+def test_parts_cover_the_step():
+    made, _ = step(replace(SMALL, image_size=32))
+    made()
+    made.clock.take()
+    seconds = []
+    for _ in range(10):
+        start = time.perf_counter()
+        made()
+        seconds.append(time.perf_counter() - start)
+    steps = made.clock.take()
+    assert [tuple(parts) for parts in steps] == [PARTS] * 10
+    assert all(ms > 0 for parts in steps for ms in parts.values())
+    for parts, whole in zip(steps, seconds):
+        assert sum(parts.values()) <= 1e3 * whole
+    covered = sorted(sum(parts.values()) / (1e3 * whole) for parts, whole in zip(steps, seconds))
+    assert covered[5] > 0.97, "time passes between the marks"
+
+
+def test_a_part_is_timed_where_it_happens(monkeypatch):
+    """A slow teacher, loss or optimizer shows in its own part and in no other."""
+    made, _ = step(SMALL)
+    made()
+    teacher, loss, update = made.stage.frozen[0].model.forward, made._loss, made.optimizer.step
+
+    def slow(function):
+        return lambda *arguments: (time.sleep(0.5), function(*arguments))[1]
+
+    for part in ("teacher", "losses", "optimizer"):
+        with monkeypatch.context() as patch:
+            patch.setattr(made.stage.frozen[0].model, "forward", slow(teacher) if part == "teacher" else teacher)
+            patch.setattr(made, "_loss", slow(loss) if part == "losses" else loss)
+            patch.setattr(made.optimizer, "step", slow(update) if part == "optimizer" else update)
+            made.clock.take()
+            made()
+            (parts,) = made.clock.take()
+            assert [name for name in PARTS if parts[name] > 500] == [part]
+
+
+def test_marks_on_a_gpu_are_events(monkeypatch):
+    clock_ms = iter(range(100))
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            self.at = next(clock_ms)
+
+        def elapsed_time(self, later):
+            return float(later.at - self.at)
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    clock = Clock(torch.device("cuda"))
+    for part in ("start", "teacher", "losses", "start", "teacher", "losses"):
+        clock.mark(part)
+    assert clock.take() == [{"teacher": 1.0, "losses": 1.0}] * 2
+    assert clock.take() == []
+
+
+def test_numbers_hold_together():
+    result = measure(replace(SMALL, seconds=0.5), World(0, 1, CPU))
+    assert result["steps"] >= training.ROUNDS
+    assert result["speedup"] > 0
+    for side in (result["kdfast"], result["plain"]):
+        assert side["images_per_s"] == pytest.approx(1e3 * 6 / side["step_ms"], rel=1e-3)
+        assert sum(side["parts_ms"].values()) == pytest.approx(side["step_ms"], rel=1e-3)
+        share = (side["parts_ms"]["losses"] + side["parts_ms"]["optimizer"]) / side["step_ms"]
+        assert side["losses_and_optimizer"] == pytest.approx(share, rel=1e-3)
+
+
+def test_what_is_usual_leaves_out_the_steps_that_were_disturbed():
+    calm = dict.fromkeys(PARTS, 1.0)
+    disturbed = calm | {"backward": 50.0}
+    assert training.usual([calm, disturbed, calm, calm, calm | {"teacher": 0.1}]) == calm
+    assert training.usual([disturbed]) == disturbed
+
+
+def test_compiled_it_computes_the_same(monkeypatch):
+    torch._dynamo.reset()
+    graphs = []
+
+    def backend(module, inputs):
+        graphs.append(sum(node.op.startswith("call") for node in module.graph.nodes))
+        return module
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+    plain, _ = step(SMALL)
+    compiled, _ = step(replace(SMALL, compile="on"))
+    for made in (plain, compiled):
+        made()
+        assert tuple(made.clock.take()[0]) == PARTS
+    assert sum(operations > 0 for operations in graphs) == 2, "teacher and student, each one graph; the clock's marks lie between"
+    for a, b in zip(weights(plain), weights(compiled)):
+        assert torch.equal(a, b)
+
+
+def test_it_prints_a_table_and_writes_json_on_request(tmp_path, capsys):
+    result = training.run(replace(SMALL, out=tmp_path / "x.json"))
+    printed = capsys.readouterr().out
+    for part in (*PARTS, "images/s", "losses and optimizer"):
+        assert part in printed
+    written = json.loads((tmp_path / "x.json").read_text())
+    assert written["cases"] == [result]
+    assert written["machine"]["torch"] == torch.__version__
+    assert (result["teacher"], result["batch_size"], result["precision"], result["device"]) == ("resnet14", 6, "fp32", "cpu")
+
+
+def test_defaults_suit_the_device():
+    on_cpu, on_gpu = Train().on(CPU), Train().on(torch.device("cuda", 0))
+    assert (on_cpu.teacher, on_cpu.image_size, on_cpu.batch_size, on_cpu.precision, on_cpu.compile) == ("resnet34", 64, 32, "fp32", "off")
+    assert (on_gpu.teacher, on_gpu.image_size, on_gpu.batch_size, on_gpu.precision, on_gpu.compile) == ("resnet101", 224, 256, "bf16", "on")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"classes": 1}, "classes must be at least 2, got 1"),
+        ({"batch_size": 1}, "batch_size must be at least 2, got 1"),
+        ({"image_size": 0}, "image_size must be at least 1"),
+        ({"seconds": 0.0}, "seconds must be positive"),
+    ],
+)
+def test_bad_options_are_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        Train(**options)
+
+
+def test_an_unknown_network_is_named():
+    with pytest.raises(ValueError, match="there is no network 'resnet19'"):
+        training.run(replace(SMALL, student="resnet19"))

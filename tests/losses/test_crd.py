@@ -1,0 +1,696 @@
+"""Contrastive representation distillation: the operator against its reference in float64, and the module against RepDistiller's values."""
+
+import math
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import kdfast
+from kdfast import losses, reference
+from kdfast.functional import crd_loss
+from kdfast.losses import CRDLoss
+from kdfast.losses import crd as crd_module
+from kdfast.ops import nce
+from tests.numeric import ALLOWANCE, DEVICE, FLOAT32_ERROR, INTERPRETED, KERNELS, error, value_and_gradients
+from tests.processes import in_processes
+
+# (B, n, K, D)
+SHAPES = [(1, 9, 4, 3), (3, 7, 2, 10), (5, 33, 7, 7), (4, 500, 64, 32), (2, 50, 129, 100), (7, 300, 1000, 33), (3, 1001, 257, 128)]
+SHAPES += [(2, 9, 40, 300), (2, 5, 0, 4)]
+torch_form = pytest.mark.skipif(KERNELS, reason="about the PyTorch form, and the kernel runs here")
+
+
+def unit(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return F.normalize(torch.randn(shape), dim=-1).to(dtype)
+
+
+def problem(
+    B: int, n: int, K: int, D: int, dtype: torch.dtype = torch.float32, bank_dtype: torch.dtype | None = None
+) -> tuple[Tensor, ...]:
+    return unit(B, D, dtype=dtype), unit(n, D, dtype=bank_dtype or dtype), torch.randint(n, (B, 1 + K))
+
+
+def compare(anchors: Tensor, bank: Tensor, indices: Tensor, temperature: float = 0.07) -> None:
+    """Value and gradient within contract 1; zero and permuted gradients are not."""
+    upstream, dtype = torch.tensor(-1.5), anchors.dtype
+    Z = nce.normalizer(anchors, bank, indices, temperature)
+
+    def original(dtype: torch.dtype) -> list[Tensor]:
+        fixed = {"bank": bank.to(dtype), "indices": indices, "Z": Z.to(dtype), "temperature": temperature}
+        return value_and_gradients(lambda v: reference.crd_loss(v, **fixed), [anchors.to(dtype)], upstream)
+
+    exact, eager = original(torch.float64), original(dtype)
+    ours = value_and_gradients(lambda v: nce.nce_loss(v, bank, indices, Z, temperature), [anchors], upstream)
+    assert ours[0].dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert ours[1].dtype == dtype
+    for got, peer, want in zip(ours, eager, exact):
+        least = FLOAT32_ERROR if dtype == torch.float32 else 1e-12 if dtype == torch.float64 else 0.0
+        allowed = max(least, error(peer, want)) + ALLOWANCE[dtype]
+        assert error(got, want) <= allowed
+        assert error(torch.zeros_like(got), want) > allowed, "the check would let a zero pass"
+        if want.ndim and len(want) > 1:
+            assert error(got.roll(1, 0), want) > allowed, "the check would let a permuted one pass"
+
+
+# ---- the operator: section 5's contracts -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_value_and_gradient_match_float64(shape: tuple[int, int, int, int]) -> None:
+    compare(*problem(*shape))
+
+
+@pytest.mark.parametrize("bank_dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_every_pair_of_dtypes_matches_float64(dtype: torch.dtype, bank_dtype: torch.dtype) -> None:
+    compare(*problem(3, 200, 130, 33, dtype, bank_dtype), temperature=0.2)
+    compare(*problem(2, 60, 70, 64, dtype, bank_dtype), temperature=0.3)
+
+
+def test_float64_runs_in_pytorch() -> None:
+    compare(*problem(4, 90, 33, 20, torch.float64))
+    anchors, bank, indices = problem(4, 90, 33, 20)
+    assert nce.nce_loss(anchors, bank.double(), indices, torch.tensor(90.0), 0.07).dtype == torch.float64
+    with kdfast.backend("triton"), pytest.raises(RuntimeError, match="triton"):
+        nce.nce_loss(anchors.double(), bank, indices, torch.tensor(90.0), 0.07)
+
+
+@pytest.mark.parametrize("dense", [0, 1000], ids=["gathered", "whole bank"])
+@pytest.mark.parametrize("chunk", [1, 50, 1000])
+def test_chunks_of_any_width_add_up(chunk: int, dense: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nce, "CHUNK", chunk)
+    monkeypatch.setattr(nce, "DENSE", dense)
+    with kdfast.backend("torch"):
+        compare(*problem(3, 50, 41, 8))
+        compare(*problem(3, 50, 41, 8, torch.float64))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_normalizer_is_the_mean_score_times_n(dtype: torch.dtype) -> None:
+    anchors, bank, indices = problem(5, 300, 333, 40, dtype)
+    scores = (torch.einsum("bkd,bd->bk", bank.double()[indices], anchors.double()) / 0.07).exp()
+    assert error(nce.normalizer(anchors, bank, indices, 0.07), 300 * scores.mean()) < FLOAT32_ERROR
+    for known, kept in ((5.0, True), (-1.0, False), (0.0, False), (math.nan, False), (math.inf, False)):
+        Z = torch.tensor(known)
+        got = nce.normalizer(anchors, bank, indices, 0.07, Z)
+        assert got.data_ptr() != Z.data_ptr()
+        assert torch.equal(got, Z) if kept else error(got, 300 * scores.mean()) < FLOAT32_ERROR
+    assert nce.normalizer(anchors[:0], bank, indices[:0], 0.07).isnan()
+
+
+def test_no_exponential_overflows() -> None:
+    """Where float32 scores are infinite, and where the noise is far below or above them."""
+    anchors, bank, indices = problem(4, 30, 50, 16)
+    for length in (0.0, 1e-3, 30.0, 1e3):
+        for Z in (1e-20, 1.0, 1e20):
+            v, x = (length * anchors), bank
+            exact = value_and_gradients(
+                lambda y: reference.crd_loss(y, x.double(), indices, Z=torch.tensor(Z).double(), temperature=2.0), [v.double()]  # noqa: B023
+            )  # fmt: skip
+            ours = value_and_gradients(lambda y: nce.nce_loss(y, x, indices, torch.tensor(Z), 2.0), [v])  # noqa: B023
+            assert all(error(a, b) < 1e-5 + 1e-7 * length for a, b in zip(ours, exact) if b.isfinite().all())
+            assert all(x.isfinite().all() for x in ours)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_nan_and_infinity_are_not_hidden(bad: float) -> None:
+    anchors, bank, indices = problem(4, 30, 50, 9)
+    Z = torch.tensor(20.0)
+    anchors[2, 1] = bad
+    value, gradient = value_and_gradients(lambda v: nce.nce_loss(v, bank, indices, Z, 0.07), [anchors])
+    assert not value.isfinite()
+    assert gradient.isfinite().all(1).tolist() == [True, True, False, True]
+    indices = indices.clamp(max=28)
+    anchors, used, unused = unit(4, 9), indices[0, 3], 29
+    poisoned = bank.clone()
+    poisoned[unused] = bad
+    clean = value_and_gradients(lambda v: nce.nce_loss(v, bank, indices, Z, 0.07), [anchors])
+    assert all(
+        torch.equal(a, b) for a, b in zip(value_and_gradients(lambda v: nce.nce_loss(v, poisoned, indices, Z, 0.07), [anchors]), clean)
+    )
+    poisoned[used, 0] = bad
+    value, gradient = value_and_gradients(lambda v: nce.nce_loss(v, poisoned, indices, Z, 0.07), [anchors])
+    assert not value.isfinite()
+    assert not gradient[0].isfinite().all()
+    assert nce.nce_loss(unit(4, 9), bank, indices, torch.tensor(-3.0), 0.07).isnan(), "a constant that is no score's"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_anchors_of_any_strides(dtype: torch.dtype) -> None:
+    wide, (_, bank, indices) = unit(5, 32, dtype=dtype), problem(5, 20, 7, 16, dtype)
+    Z = torch.tensor(20.0)
+    for anchors in (
+        wide[:, ::2],
+        wide[:, :16],
+        wide[:, 3:19],
+        wide.t()[:16].t(),
+        wide[:1, :16].expand(5, 16),
+        torch._neg_view(-wide)[:, 16:],
+    ):
+        copied = anchors.resolve_neg().contiguous()
+        assert torch.equal(nce.nce_loss(anchors, bank, indices, Z, 0.5), nce.nce_loss(copied, bank, indices, Z, 0.5))
+        assert torch.equal(nce.normalizer(anchors, bank, indices, 0.5), nce.normalizer(copied, bank, indices, 0.5))
+
+
+def test_padding_never_leaks_and_inputs_are_not_written() -> None:
+    """Strided rows, and poison between them."""
+    for dtype in (torch.float32, torch.bfloat16):
+        wide, wide_bank = torch.full((5, 40), math.nan, dtype=dtype), torch.full((70, 41), math.nan, dtype=dtype)
+        anchors, bank = wide[:, 3:24], wide_bank[:, 5:26]
+        anchors.copy_(unit(5, 21))
+        bank.copy_(unit(70, 21))
+        indices = torch.randint(70, (45, 5)).t()[:, :45]
+        before = [x.clone() for x in (wide, wide_bank, indices)]
+        compare(anchors, bank, indices, 0.3)
+        assert all(torch.equal(a.nan_to_num(7), b.nan_to_num(7)) for a, b in zip((wide, wide_bank, indices), before))
+    turned = unit(21, 70).t()
+    compare(unit(5, 21), turned, torch.randint(70, (5, 30)), 0.3)
+
+
+def test_no_anchors_at_all() -> None:
+    anchors = torch.zeros(0, 8, requires_grad=True)
+    value = nce.nce_loss(anchors, unit(5, 8), torch.zeros(0, 3, dtype=torch.int64), torch.tensor(1.0), 0.07)
+    value.backward()
+    assert value == 0
+    assert anchors.grad is not None
+    assert anchors.grad.shape == (0, 8)
+
+
+def test_bitwise_reproducible_and_backward_twice() -> None:
+    anchors, bank, indices = problem(6, 400, 700, 64)
+    anchors.requires_grad_()
+    runs = []
+    for _ in range(3):
+        Z = nce.normalizer(anchors, bank, indices, 0.07)
+        value = nce.nce_loss(anchors, bank, indices, Z, 0.07)
+        first = torch.autograd.grad(value, anchors, retain_graph=True)[0]
+        second = torch.autograd.grad(value, anchors, torch.tensor(2.0))[0]
+        assert torch.equal(2 * first, second)
+        runs.append((value, first, Z))
+    assert all(torch.equal(a, b) for run in runs for a, b in zip(run, runs[0]))
+
+
+def test_the_bank_may_be_overwritten_before_backward() -> None:
+    anchors, bank, indices = problem(3, 40, 30, 8)
+    want = value_and_gradients(lambda v: nce.nce_loss(v, bank, indices, torch.tensor(9.0), 0.07), [anchors])[1]
+    leaf = anchors.clone().requires_grad_()
+    value = nce.nce_loss(leaf, bank, indices, torch.tensor(9.0), 0.07)
+    bank.zero_()
+    value.backward()
+    assert leaf.grad is not None
+    assert torch.equal(leaf.grad, want)
+
+
+def test_a_float16_gradient_waits_for_its_factor() -> None:
+    """Of a large batch's mean it is below float16's least number, until a GradScaler's factor lifts it."""
+    anchors, bank, indices = problem(400, 30, 4, 16, torch.float16)
+    factor, Z = torch.tensor(2.0**14), torch.tensor(1e9)
+    got = value_and_gradients(lambda v: nce.nce_loss(v, bank, indices, Z, 1.0) * 1e-4, [anchors], factor)[1]
+    want = value_and_gradients(
+        lambda v: reference.crd_loss(v, bank.double(), indices, Z=Z, temperature=1.0) * 1e-4, [anchors.double()], factor
+    )
+    assert error(got, want[1]) < 2e-3
+
+
+def test_create_graph_raises_one_sentence() -> None:
+    anchors, bank, indices = problem(3, 40, 30, 8)
+    value = nce.nce_loss(anchors.requires_grad_(), bank, indices, torch.tensor(9.0), 0.07)
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(value, anchors, create_graph=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_compiles_without_graph_break_to_the_same_bits(dtype: torch.dtype) -> None:
+    student, bank, indices = problem(5, 60, 70, 16, dtype)
+    teacher, other = unit(5, 16), unit(60, 16)
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda s, t: crd_loss(s, t, other, bank, indices), fullgraph=True, backend="aot_eager")
+    eager = value_and_gradients(lambda s, t: crd_loss(s, t, other, bank, indices), [student, teacher], torch.tensor(0.3))
+    for a, b in zip(value_and_gradients(compiled, [student, teacher], torch.tensor(0.3)), eager):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("with_gradient", [True, False])
+def test_registered_operators_pass_opcheck(with_gradient: bool) -> None:
+    anchors, bank, indices = problem(3, 20, 11, 8)
+    torch.library.opcheck(nce._loss_op, (anchors, bank, indices, torch.tensor(3.0), 0.07, with_gradient))
+    torch.library.opcheck(nce._normalizer_op, (anchors, bank, indices, torch.tensor(-1.0), 0.07))
+
+
+def test_nothing_waits_for_the_device() -> None:
+    """Tensors without values: whoever reads one raises."""
+    loss = CRDLoss(6, 5, 40, labels=torch.arange(40) % 4, feat_dim=8, nce_k=30).to("meta")
+    with kdfast.backend("torch"), torch.device("meta"):
+        value = loss(torch.zeros(7, 6), torch.zeros(7, 5), torch.zeros(7, dtype=torch.int64))
+        value.backward()
+    assert loss.embed_s.linear.weight.grad.shape == (8, 6)
+
+
+def test_autocast_leaves_the_arithmetic_alone() -> None:
+    anchors, bank, indices = problem(4, 80, 90, 16)
+    Z = torch.tensor(50.0)
+    plain = value_and_gradients(lambda v: nce.nce_loss(v, bank, indices, Z, 0.07), [anchors])
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = value_and_gradients(lambda v: nce.nce_loss(v, bank, indices, Z, 0.07), [anchors])
+    assert all(torch.equal(a, b) for a, b in zip(plain, inside))
+
+
+LIMITED = """
+import resource, torch
+torch.set_num_threads(1)
+from kdfast.functional import crd_loss
+
+pytestmark = pytest.mark.kernels
+B, K, D, n = 64, 16384, 128, 20000
+rows = lambda count: torch.nn.functional.normalize(torch.randn(count, D), dim=1)
+student, teacher, banks = rows(B).requires_grad_(), rows(B).requires_grad_(), [rows(n), rows(n)]
+indices = torch.randint(n, (B, 1 + K))
+crd_loss(student, teacher, *banks, indices[:, :300]).backward()  # loads what is loaded lazily
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + 2**26, -1))
+crd_loss(student, teacher, *banks, indices).backward()
+try:
+    torch.empty(B, 1 + K, D // 4)
+except RuntimeError:
+    print("a quarter of the rows would not fit", bool(student.grad.isfinite().all()))
+"""
+
+
+@torch_form
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="address-space limits are Linux's here")
+def test_the_gathered_rows_are_never_whole() -> None:
+    """Forward and backward in 64 MB, where the gathered rows of one direction are 537 MB."""
+    done = subprocess.run([sys.executable, "-c", LIMITED], capture_output=True, text=True, timeout=250, check=False)
+    assert done.stdout.strip() == "a quarter of the rows would not fit True", done.stderr[-2000:]
+
+
+@torch_form
+@pytest.mark.parametrize(("dense", "chunks"), [(0, 1.2), (1000, 5.5)], ids=["gathered", "whole bank"])
+def test_memory_is_a_few_chunks(dense: int, chunks: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The gathered rows; or products, scores, and what becomes of these."""
+    timing = pytest.importorskip("kdfast.benchmarks.timing")
+    monkeypatch.setattr(nce, "DENSE", dense)
+    monkeypatch.setattr(nce, "CHUNK", 2**18)
+    peaks = []
+    for K in (4096, 16384):
+        anchors, bank, indices = problem(64, 3000, K, 128)
+        anchors.requires_grad_()
+
+        def step(anchors: Tensor = anchors, bank: Tensor = bank, indices: Tensor = indices) -> None:
+            nce.nce_loss(anchors, bank, indices, torch.tensor(5.0), 0.07).backward()
+
+        step()
+        peaks.append(timing.peak_memory(step))
+    assert peaks[0] < chunks * 4 * nce.CHUNK
+    assert peaks[1] < 1.05 * peaks[0], "it grows with K"
+
+
+@torch_form
+@pytest.mark.speed
+@pytest.mark.parametrize("shape", [(32, 2048, 20_000), (32, 2048, 10_000)], ids=["gathered", "whole bank"])
+def test_not_slower_than_the_original(shape: tuple[int, int, int]) -> None:
+    timing = pytest.importorskip("kdfast.benchmarks.timing")
+    bench = pytest.importorskip("kdfast.benchmarks.nce")
+    case = bench.case(*shape)
+    steps = [case.step(variant).run for variant in ("kdfast", "eager")]
+    best = 0.0
+    for _ in range(3):
+        best = max(best, timing.interleaved(*steps, pairs=20)["speedup"])
+        if best >= 0.95:
+            return
+    pytest.fail(f"{best:.2f} of eager's speed")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"anchors": torch.ones(4)}, r"anchors must be \[B, D\], got shape \(4,\)"),
+        ({"anchors": torch.ones(4, 6, dtype=torch.int64)}, "anchors must be floating"),
+        ({"bank": torch.ones(9, 5)}, r"bank must be \[n, 6\]"),
+        ({"bank": torch.ones(0, 6)}, "at least one row"),
+        ({"bank": torch.ones(9, 6, dtype=torch.int64)}, "bank must be floating"),
+        ({"bank": torch.ones(9, 6, requires_grad=True)}, "bank must not require grad"),
+        ({"bank": torch.ones(9, 6, device="meta")}, "bank must be on the anchors' device"),
+        ({"indices": torch.zeros(4, 0, dtype=torch.int64)}, r"indices must be \[4, 1 \+ K\]"),
+        ({"indices": torch.zeros(3, 5, dtype=torch.int64)}, r"indices must be \[4, 1 \+ K\]"),
+        ({"indices": torch.zeros(4, 5, dtype=torch.int32)}, "indices must be int64, got torch.int32"),
+        ({"indices": torch.full((4, 5), 9)}, r"indices must be in \[0, 9\), rows of the bank, got 9"),
+        ({"indices": torch.full((4, 5), -1)}, r"indices must be in \[0, 9\), rows of the bank, got -1"),
+        ({"Z": torch.ones(1)}, "Z must be 0-dim"),
+        ({"Z": torch.tensor(1)}, "Z must be floating"),
+        ({"temperature": 0.0}, "temperature must be positive, got 0.0"),
+        ({"temperature": math.nan}, "temperature must be positive, got nan"),
+    ],
+)
+def test_bad_input_is_named(arguments: dict[str, Any], message: str) -> None:
+    if DEVICE != "cpu" and "in [0" in message.replace("\\", ""):
+        pytest.skip("reading indices would wait for the device")
+    usual = {
+        "anchors": torch.ones(4, 6), "bank": torch.ones(9, 6), "indices": torch.zeros(4, 5, dtype=torch.int64),
+        "Z": torch.tensor(1.0), "temperature": 0.07,
+    }  # fmt: skip
+    with pytest.raises((ValueError, TypeError), match=message):
+        nce.nce_loss(**{**usual, **arguments})
+
+
+# ---- the original ----------------------------------------------------------------------------------------------------
+
+
+class AsItIs(crd_module._Embedding):
+    """Features that are embeddings already."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_three_steps_of_the_original(oracles: Any, dtype: torch.dtype) -> None:
+    def stored(name: str) -> Tensor:
+        value = torch.tensor(oracles[f"crd/{name}"])
+        return value.to(dtype) if value.is_floating_point() else value
+
+    n, D = stored("memory_v1").shape
+    loss = CRDLoss(D, D, n, feat_dim=D, nce_t=oracles["crd/temperature"].item(), nce_m=oracles["crd/momentum"].item()).to(dtype)
+    loss.embed_s, loss.embed_t = AsItIs(D, D), AsItIs(D, D)
+    loss.memory_v1.copy_(stored("memory_v1"))
+    loss.memory_v2.copy_(stored("memory_v2"))
+    allowed = 1e-12 if dtype == torch.float64 else FLOAT32_ERROR
+    for step in range(3):
+        f_s, f_t, idx, contrast_idx = (stored(f"step{step}/{name}") for name in ("f_s", "f_t", "idx", "contrast_idx"))
+        ours = value_and_gradients(lambda s, t: loss(s, t, idx, contrast_idx), [f_s, f_t])  # noqa: B023
+        for got, name in zip(ours, ("loss", "grad_s", "grad_t")):
+            want = torch.tensor(oracles[f"crd/step{step}/{name}"])
+            assert error(got, want) < allowed, name
+            assert not want.ndim or min(error(got.roll(1, 0), want), error(0 * got, want)) > 0.5
+    for name in ("memory_v1", "memory_v2", "Z_v1", "Z_v2"):
+        key = f"crd/{name}_after" if name.startswith("memory") else f"crd/{name}"
+        assert error(getattr(loss, name), torch.tensor(oracles[key])) < allowed, name
+
+
+def test_the_operator_is_the_originals_formula(oracles: Any) -> None:
+    s = {name: torch.tensor(oracles[f"crd/step0/{name}"]) for name in ("f_s", "f_t", "contrast_idx", "loss")}
+    banks = [torch.tensor(oracles[f"crd/memory_{v}"]).double() for v in ("v1", "v2")]
+    with_reference = sum(
+        reference.crd_loss(s[f].double(), bank, s["contrast_idx"]) for f, bank in (("f_s", banks[1]), ("f_t", banks[0]))
+    )  # fmt: skip
+    assert error(with_reference, s["loss"]) < 1e-12
+    assert error(crd_loss(s["f_s"].double(), s["f_t"].double(), *banks, s["contrast_idx"]), s["loss"]) < 1e-12
+
+
+# ---- the module ------------------------------------------------------------------------------------------------------
+
+
+def module(seed: int = 0, n: int = 40, labels: Tensor | None = None, **options: Any) -> CRDLoss:
+    torch.manual_seed(seed)
+    return CRDLoss(6, 5, n, labels=labels, **({"feat_dim": 8, "nce_k": 30} | options))
+
+
+def batches(count: int, n: int = 40, B: int = 7, K: int = 30, seed: int = 1) -> list[tuple[Tensor, ...]]:
+    torch.manual_seed(seed)
+    made = []
+    for _ in range(count):
+        idx = torch.randint(n, (B,))
+        made.append((torch.randn(B, 6), torch.randn(B, 5), idx, torch.cat([idx[:, None], torch.randint(n, (B, K))], 1)))
+    return made
+
+
+def test_the_modules_formula_and_its_update() -> None:
+    """Written out in float64, an image being in the batch three times."""
+    loss = module(nce_m=0.3)
+    f_s, f_t, idx, contrast_idx = batches(1)[0]
+    idx[2] = idx[5] = idx[0]
+    contrast_idx[:, 0] = idx
+    exact = {name: value.double() for name, value in loss.state_dict().items()}
+
+    def embedded(f: Tensor, which: str) -> Tensor:
+        return F.normalize(f.double() @ exact[f"embed_{which}.linear.weight"].T + exact[f"embed_{which}.linear.bias"], dim=1)
+
+    for which in ("s", "t"):
+        exact[f"embed_{which}.linear.weight"].requires_grad_()
+    v_s, v_t = embedded(f_s, "s"), embedded(f_t, "t")
+    want = reference.crd_loss(v_s, exact["memory_v2"], contrast_idx) + reference.crd_loss(v_t, exact["memory_v1"], contrast_idx)
+    want.backward()
+    value = loss(f_s, f_t, idx, contrast_idx)
+    value.backward()
+    assert error(value, want) < FLOAT32_ERROR
+    for which, embed in (("s", loss.embed_s), ("t", loss.embed_t)):
+        assert error(embed.linear.weight.grad, exact[f"embed_{which}.linear.weight"].grad) < FLOAT32_ERROR
+    for v, name in ((v_s, "memory_v1"), (v_t, "memory_v2")):
+        rows = F.normalize(0.3 * exact[name][idx] + 0.7 * v.detach(), dim=1)
+        for i, row in zip(idx.tolist(), rows):  # the last one stays
+            exact[name][i] = row
+        assert error(getattr(loss, name), exact[name]) < FLOAT32_ERROR
+
+
+def test_initial_banks_and_names() -> None:
+    loss = CRDLoss(6, 5, 1000)
+    assert list(loss.state_dict()) == [
+        "memory_v1", "memory_v2", "Z_v1", "Z_v2", *(f"embed_{w}.linear.{p}" for w in "st" for p in ("weight", "bias"))
+    ]  # fmt: skip
+    assert loss.memory_v1.shape == (1000, 128)
+    bound = 1 / math.sqrt(128 / 3)
+    assert 0.99 * bound < loss.memory_v1.max() <= bound
+    assert -bound <= loss.memory_v2.min() < -0.99 * bound
+    assert not torch.equal(loss.memory_v1, loss.memory_v2)
+    assert (loss.nce_k, loss.nce_t, loss.nce_m) == (16384, 0.07, 0.5)
+    assert "nce_k=16384" in repr(loss)
+
+
+def chi_squared_is_plausible(counts: Tensor) -> bool:
+    expected = counts.double().mean()
+    degrees = counts.numel() - 1
+    return (((counts - expected) ** 2 / expected).sum() - degrees).abs() < 6 * math.sqrt(2 * degrees)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.uint8], ids=str)
+def test_negatives_are_uniform_over_other_classes(dtype: torch.dtype) -> None:
+    labels = torch.tensor([7] * 3 + [2] * 11 + [9] * 16 + [4]).to(dtype)[torch.randperm(31)]
+    loss = CRDLoss(2, 2, 31, labels=labels, nce_k=20_000)
+    drawn = loss._negatives(torch.arange(31))
+    assert drawn.shape == (31, 20_000)
+    for i in range(31):
+        others = (labels != labels[i]).nonzero()[:, 0]
+        counts = drawn[i].bincount(minlength=31)
+        assert counts.sum() == counts[others].sum()
+        assert chi_squared_is_plausible(counts[others])
+    assert not torch.equal(drawn[0], loss._negatives(torch.arange(31))[0])
+
+
+def test_negatives_are_uniform_over_other_images() -> None:
+    drawn = CRDLoss(2, 2, 31, nce_k=20_000)._negatives(torch.arange(31))
+    for i in range(31):
+        counts = drawn[i].bincount(minlength=31)
+        assert counts[i] == 0
+        assert chi_squared_is_plausible(counts[torch.arange(31) != i])
+
+
+def test_draws_are_the_positive_and_its_negatives(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    original = losses.functional.crd_loss
+    monkeypatch.setattr(losses.functional, "crd_loss", lambda *a, **o: seen.append(a[4]) or original(*a, **o))
+    labels = torch.arange(40) % 3
+    f_s, f_t, idx, _ = batches(1)[0]
+    module(labels=labels)(f_s, f_t, idx)
+    assert torch.equal(seen[0][:, 0], idx)
+    assert (labels[seen[0][:, 1:]] != labels[idx][:, None]).all()
+
+
+def test_constants_are_set_once_and_frozen() -> None:
+    loss, (first, second) = module(), batches(2)
+    loss.eval()
+    before = {name: value.clone() for name, value in loss.state_dict().items()}
+    values = [loss(*first), loss(*first)]
+    assert torch.equal(*values)
+    assert all(torch.equal(value, before[name]) for name, value in loss.state_dict().items()), "eval mode changes nothing"
+    loss.train()
+    assert torch.equal(loss(*first), values[0])
+    v_s = loss.embed_s(first[0]).detach().double()
+    scores = (torch.einsum("bkd,bd->bk", before["memory_v2"].double()[first[3]], v_s) / 0.07).exp()
+    assert error(loss.Z_v1, 40 * scores.mean()) < FLOAT32_ERROR
+    settled = loss.Z_v1.clone(), loss.Z_v2.clone()
+    assert settled[0] != settled[1]
+    loss(*second)
+    assert torch.equal(loss.Z_v1, settled[0])
+    assert torch.equal(loss.Z_v2, settled[1])
+    loss.eval()
+    bank = loss.memory_v1.clone()
+    loss(*first)
+    assert torch.equal(loss.memory_v1, bank)
+
+
+def test_an_embedding_that_overflowed_leaves_its_row_alone() -> None:
+    """So that a step which a GradScaler skips has no consequences."""
+    crd, index = module(), torch.arange(6)
+    student, teacher = torch.randn(6, 6), torch.randn(6, 5)
+    crd(student, teacher, index)
+    before = crd.memory_v1.clone(), crd.memory_v2.clone()
+    student[2] = math.inf
+    crd(student, teacher, index)
+    changed = [(bank != old).any(1) for bank, old in zip((crd.memory_v1, crd.memory_v2), before)]
+    assert changed[0].nonzero().flatten().tolist() == [0, 1, 3, 4, 5]
+    assert changed[1].nonzero().flatten().tolist() == [0, 1, 2, 3, 4, 5]
+    assert crd(torch.randn(6, 6), teacher, index).isfinite()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_constants_of_a_16_bit_module_stay_float32(dtype: torch.dtype) -> None:
+    crd = CRDLoss(6, 5, 50_000, nce_k=64).to(dtype)
+    features = torch.randn(4, 6).to(dtype), torch.randn(4, 5).to(dtype), torch.arange(4)
+    assert crd(*features).isfinite()
+    assert crd(*features).isfinite()
+    assert crd.memory_v1.dtype == dtype
+    assert (crd.Z_v1.dtype, crd.double().Z_v1.dtype) == (torch.float32, torch.float64)
+    assert crd.Z_v1 > torch.finfo(torch.float16).max, "the case misses what it is about"
+
+
+def test_a_first_batch_that_overflowed_sets_nothing() -> None:
+    loss, ((f_s, f_t, idx, contrast_idx), good) = module(), batches(2)
+    assert not loss(f_s * math.nan, f_t, idx, contrast_idx).isfinite()
+    loss.memory_v1.copy_(module().memory_v1)
+    loss.memory_v2.copy_(module().memory_v2)
+    assert loss(*good).isfinite()
+    assert nce.is_settled(loss.Z_v1)
+
+
+@pytest.mark.parametrize("drawn", [False, True])
+def test_a_checkpoint_resumes_with_the_same_numbers(drawn: bool) -> None:
+    labels, steps = torch.arange(40) % 3, batches(5)
+    steps = [step[:3] for step in steps] if drawn else steps
+    loss = module(labels=labels)
+    for step in steps[:3]:
+        loss(*step)
+    state, random = {name: value.clone() for name, value in loss.state_dict().items()}, torch.get_rng_state()
+    want = [loss(*step) for step in steps[3:]]
+    other = module(seed=5, labels=labels)
+    other.load_state_dict(state)
+    torch.set_rng_state(random)
+    assert all(torch.equal(other(*step), value) for step, value in zip(steps[3:], want))
+    assert all(torch.equal(value, loss.state_dict()[name]) for name, value in other.state_dict().items())
+
+
+def test_the_module_compiles_to_the_same_bits() -> None:
+    steps, eager, compiled = batches(3), module(), module()
+    torch._dynamo.reset()
+    step = torch.compile(compiled, fullgraph=True, backend="aot_eager")
+    for batch in steps:
+        a, b = eager(*batch), step(*batch)
+        assert torch.equal(a, b)
+        for value in (a, b):
+            value.backward()
+    assert torch.equal(eager.embed_t.linear.weight.grad, compiled.embed_t.linear.weight.grad)
+    assert all(torch.equal(value, eager.state_dict()[name]) for name, value in compiled.state_dict().items())
+    labelled = torch.compile(module(labels=torch.arange(40) % 3), fullgraph=True, backend="aot_eager")
+    assert labelled(*steps[0][:3]).isfinite()
+
+
+def test_features_of_any_dtype_and_under_autocast() -> None:
+    f_s, f_t, idx, contrast_idx = batches(1)[0]
+    want = module()(f_s, f_t, idx, contrast_idx)
+    assert error(module()(f_s.bfloat16(), f_t.bfloat16(), idx, contrast_idx), want) < 0.05
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = module()(f_s, f_t, idx, contrast_idx)
+    assert inside.dtype == torch.float32
+    assert error(inside, want) < 0.05
+    maps = module()(f_s.view(7, 3, 2, 1), f_t, idx, contrast_idx)
+    assert torch.equal(maps, want)
+    bfloat16 = module().bfloat16()
+    assert error(bfloat16(f_s, f_t, idx, contrast_idx), want) < 0.05
+    assert bfloat16.memory_v1.dtype == torch.bfloat16
+
+
+def test_more_negatives_than_images() -> None:
+    loss = module(n=3, labels=torch.tensor([0, 1, 1]), nce_k=500)
+    assert loss(torch.randn(2, 6), torch.randn(2, 5), torch.tensor([0, 2])).isfinite()
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: CRDLoss(6, 5, 1), "n_data must be at least 2"),
+        (lambda: CRDLoss(6, 5, 9, nce_k=0), "nce_k must be positive"),
+        (lambda: CRDLoss(6, 5, 9, nce_t=0.0), "nce_t must be positive"),
+        (lambda: CRDLoss(6, 5, 9, nce_m=1.5), r"nce_m must be in \[0, 1\]"),
+        (lambda: CRDLoss(6, 5, 9, labels=torch.zeros(8, dtype=torch.int64)), r"labels must be \[9\] integers"),
+        (lambda: CRDLoss(6, 5, 9, labels=[0] * 9), "labels must be a tensor, got list"),
+        (lambda: CRDLoss(6, 5, 9, labels=torch.zeros(9)), r"labels must be \[9\] integers"),
+        (lambda: CRDLoss(6, 5, 9, labels=torch.zeros(9, dtype=torch.int64)), "at least two classes"),
+        (lambda: module()(torch.ones(4, 7), torch.ones(4, 5), torch.arange(4)), r"f_s must be \[4, 6\]"),
+        (lambda: module()(torch.ones(4, 6), torch.ones(3, 5), torch.arange(4)), r"f_t must be \[4, 5\]"),
+        (lambda: module()(torch.ones(4, 6), torch.ones(4, 5), torch.arange(4).int()), "idx must be int64"),
+        (lambda: module()(torch.ones(4, 6), torch.ones(4, 5), torch.arange(3)), r"idx must be \[4\]"),
+        (lambda: module()(torch.ones(4, 6), torch.ones(4, 5), torch.arange(4) + 37), r"idx must be in \[0, 40\), got 40"),
+        (lambda: module()(torch.ones(4, 6), torch.ones(4, 5, requires_grad=True), torch.arange(4)), "swapped"),
+    ],
+)
+def test_the_module_names_bad_input(call: Any, message: str) -> None:
+    with pytest.raises((ValueError, TypeError), match=message):
+        call()
+
+
+# ---- processes -------------------------------------------------------------------------------------------------------
+
+WORLD, STEPS = 2, 3
+
+
+def one_rank(rank: int, world: int) -> dict[str, Any]:
+    """Its share of the joined batches: losses, gradients summed over steps, and the state."""
+    loss = module()
+    values = []
+    for f_s, f_t, idx, contrast_idx in batches(STEPS, B=12):
+        mine = slice(rank * 12 // world, (rank + 1) * 12 // world)
+        value = loss(f_s[mine], f_t[mine], idx[mine], contrast_idx[mine])
+        value.backward()
+        values.append(value.detach())
+    return {"values": torch.stack(values), "gradient": loss.embed_s.linear.weight.grad, "state": dict(loss.state_dict())}
+
+
+@pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()), reason="this PyTorch has no gloo")
+@pytest.mark.skipif(DEVICE != "cpu", reason="the processes talk through gloo, on the CPU")
+@pytest.mark.skipif(INTERPRETED, reason="processes are as many, and the kernel is tested alone")
+def test_processes_keep_equal_banks_and_do_what_one_does(tmp_path: Path) -> None:
+    ranks, alone = in_processes(one_rank, WORLD, tmp_path), one_rank(0, 1)
+    for name, value in ranks[0]["state"].items():
+        assert torch.equal(value, ranks[1]["state"][name]), name
+        assert error(value, alone["state"][name]) < FLOAT32_ERROR, name
+    for name in ("values", "gradient"):
+        mean = torch.stack([rank[name] for rank in ranks]).mean(0)
+        assert error(mean, alone[name]) < FLOAT32_ERROR, name
+    assert error(ranks[0]["values"], ranks[1]["values"]) > 1e-3, "each has its own part"
+    fresh = module().state_dict()
+    assert not torch.equal(alone["state"]["memory_v1"], fresh["memory_v1"])
+
+
+def test_a_group_of_one_is_none() -> None:
+    batch = batches(1)[0]
+    want = module()(*batch)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        assert torch.equal(module()(*batch), want)
+    finally:
+        dist.destroy_process_group()
+
+
+@torch_form
+def test_it_trains() -> None:
+    """Embeddings learn to find an image's row among others."""
+    torch.manual_seed(0)
+    images, labels = torch.randn(60, 10), torch.arange(60) % 6
+    loss = CRDLoss(10, 10, 60, labels=labels, feat_dim=16, nce_k=64)
+    student = nn.Linear(10, 10)
+    optimizer = torch.optim.SGD([*student.parameters(), *loss.parameters()], lr=0.05, momentum=0.9)
+    values = []
+    for step in range(60):
+        idx = torch.arange(step * 20, step * 20 + 20) % 60
+        value = loss(student(images[idx]), images[idx] * 2, idx)
+        optimizer.zero_grad()
+        value.backward()
+        optimizer.step()
+        values.append(value.item())
+    assert sum(values[-6:]) < 0.75 * sum(values[3:9])

@@ -1,0 +1,212 @@
+"""What only the Triton kernel of kd_loss has to show; test_distill_kl.py holds the rest, in the interpreter and on a GPU too."""
+
+import math
+
+import pytest
+import torch
+
+from kdfast import reference
+from kdfast.functional import kd_loss
+from tests.numeric import DEVICE, FLOAT32_ERROR, INTERPRETED, KERNELS, error, value_and_gradients
+from tests.ops.test_distill_kl import agree, logits
+
+pytestmark = [pytest.mark.kernels, pytest.mark.skipif(not KERNELS, reason="the kernel needs a GPU or TRITON_INTERPRET=1")]
+if KERNELS:
+    from kdfast.kernels import distill_kl as kernel
+
+
+@pytest.mark.parametrize("C", [2, 3, 17, 128, 1000, 1024, 1025, 4096, 4100, 8192, 8193, 20000])
+@pytest.mark.parametrize("divergence", ["forward", "reverse", "js"])
+@pytest.mark.parametrize("K", [1, 3])
+def test_every_plan_matches_float64(C, divergence, K):
+    """All gradients, so that each row is walked as often as it can be; N rows leave the last program a part of its rows."""
+    N = min(65, 2 * kernel.plan(C, heavy=True).rows + 1)
+    labels = torch.randint(C, (N,)).masked_fill(torch.arange(N) == 1, -100)
+    for standardize in (False, True):
+        agree(
+            [logits(N, C) for _ in range(1 + K)],
+            labels=labels,
+            temperature=3.0,
+            standardize=standardize,
+            divergence=divergence,
+            ce_weight=0.5,
+            label_smoothing=0.1,
+            teacher_weights=[0.5 + k for k in range(K)],
+            floor=1e-5 if C == 2 else 0.0,
+        )
+
+
+@pytest.mark.parametrize("C", [10, 1000, 9000])
+@pytest.mark.parametrize("standardize", [False, True])
+def test_the_students_gradient_alone_matches_float64(C, standardize):
+    """The way of most training steps, in which a long row is walked less often."""
+    student, teacher, labels = logits(7, C), logits(7, C), torch.randint(C, (7,))
+    for options in ({}, {"ce_weight": 0.5}):
+        got, want = (
+            value_and_gradients(lambda s: f(s, t, labels, standardize=standardize, **options), [x])  # noqa: B023
+            for f, x, t in ((kd_loss, student, teacher), (reference.kd_loss, student.double(), teacher.double()))
+        )
+        assert max(error(a, b) for a, b in zip(got, want)) <= FLOAT32_ERROR
+        assert error(torch.zeros_like(got[1]), want[1]) > 0.5
+        assert error(got[1].roll(1, -1), want[1]) > FLOAT32_ERROR
+
+
+@pytest.mark.parametrize("C", [10, 9000])
+def test_a_label_out_of_range_makes_its_row_nan(C):
+    student, teacher, labels = logits(5, C), logits(5, C), torch.tensor([0, C, -100, -1, C - 1])
+    for options in ({"ce_weight": 0.5}, {}):
+        value, gradient, of_teacher = value_and_gradients(
+            lambda s, t: kd_loss(s, t, labels, reduction="none", **options),  # noqa: B023
+            [student, teacher],
+        )
+        assert value.isnan().tolist() == [False, True, False, True, False]
+        for g in (gradient, of_teacher):
+            assert g.isnan().all(1).tolist() == g.isnan().any(1).tolist() == [False, True, False, True, False]
+    assert kd_loss(student, teacher, labels, ce_weight=0.5).isnan()
+
+
+@pytest.mark.parametrize("C", [10, 9000])
+def test_rows_may_lie_further_apart_than_32_bits_count(C):
+    # virtual memory only: what lies between the rows is never touched
+    if DEVICE == "cpu":
+        stride = 2**31 + 64
+        student, teacher = (torch.empty(stride + C, dtype=torch.float16).as_strided((2, C), (stride, 1)) for _ in range(2))
+    else:
+        wide = 2**31 + 64
+        student, teacher = (torch.empty(wide + C, dtype=torch.float16, device=DEVICE).as_strided((2, C), (wide, 1)) for _ in range(2))
+    for x in (student, teacher):
+        x.copy_(logits(2, C))
+    got = kd_loss(student, teacher, reduction="none")
+    assert error(got, reference.kd_loss(student.double(), teacher.double(), reduction="none")) <= FLOAT32_ERROR
+
+
+def test_a_launch_goes_to_the_device_of_its_tensors(monkeypatch):
+    guarded = []
+    guard = torch.cuda.device_of
+
+    def stand_in(x):
+        guarded.append(x)
+        return guard(x)
+
+    monkeypatch.setattr(torch.cuda, "device_of", stand_in)
+    student = logits(3, 9).requires_grad_()
+    kd_loss(student, logits(3, 9)).backward()
+    assert len(guarded) == 2, "one for the launch forward, one for the launch backward"
+    assert guarded[0] is not guarded[1]
+
+
+class Launches(list):
+    """Counts the kernels launched."""
+
+    def watch(self, monkeypatch, *names):
+        for name in names:
+            monkeypatch.setattr(kernel, name, self.counted(getattr(kernel, name), name))
+        return self
+
+    def counted(self, function, name):
+        outer = self
+
+        class Watched:
+            def __getitem__(self, grid):
+                outer.append(name)
+                return function[grid]
+
+        return Watched()
+
+
+@pytest.mark.parametrize("C", [10, 1000, 9000])
+def test_forward_and_backward_are_one_launch_each(C, monkeypatch):
+    launches = Launches().watch(monkeypatch, "_resident", "_looped", "_rescale")
+    student, labels = logits(70, C).requires_grad_(), torch.randint(C, (70,))
+    kd_loss(student, logits(70, C), labels, standardize=True, ce_weight=0.1).backward()
+    assert launches == ["_looped" if C == 9000 else "_resident", "_rescale"]
+
+
+def test_the_mean_does_not_depend_on_who_finishes_last():
+    """Losses of programs add up in the order of rows; the counter is left as it was found."""
+    student, teacher, labels = logits(5000, 10), logits(5000, 10), torch.randint(10, (5000,))
+    first = kd_loss(student, teacher, labels, ce_weight=1.0)
+    assert all(torch.equal(first, kd_loss(student, teacher, labels, ce_weight=1.0)) for _ in range(3))
+    rows = kd_loss(student.double(), teacher.double(), labels, ce_weight=1.0, reduction="none")
+    assert error(first, rows.mean()) <= 1e-6
+
+
+@pytest.mark.parametrize("count", [0, 1, 7])
+def test_the_mean_is_over_the_rows_that_count(count):
+    student, teacher = logits(70, 10), logits(70, 10)
+    labels = torch.full((70,), -100)
+    labels[:count] = torch.randint(10, (count,))
+    options = {"labels": labels, "ce_weight": 0.5, "temperature": 2.0}
+    got = value_and_gradients(lambda s, t: kd_loss(s, t, **options), [student, teacher], torch.tensor(1.5))
+    want = value_and_gradients(lambda s, t: reference.kd_loss(s, t, **options), [student.double(), teacher.double()], torch.tensor(1.5))
+    assert all(error(a, b) <= FLOAT32_ERROR for a, b in zip(got, want))
+
+
+@pytest.mark.parametrize("C", [10, 1000, 9000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_rescale(C, dtype):
+    x = logits(5, C, dtype=dtype)
+    for upstream in (torch.tensor(1.0), torch.tensor(-2.0), torch.tensor([1.0, 0.5, -1.0, 4.0, 0.0])):
+        for remaining in (None, torch.tensor(1.0), torch.tensor(2.0)):
+            got = x.clone()
+            kernel.rescale([got], upstream, remaining)
+            want = x.double() * (upstream[:, None] if upstream.dim() else upstream) * (1 if remaining is None else remaining)
+            assert torch.equal(got.double(), want), "powers of two lose nothing"
+
+
+def test_rows_are_copied_only_where_they_cannot_be_read_as_wide_as_others():
+    """So that a row's sums run in one order, wherever the row lies."""
+
+    def copied(C, dtype=torch.float32, stride=None, offset=0):
+        x = torch.empty(4 * (stride or C) + 64, dtype=dtype)[offset:].as_strided((4, C), (stride or C, 1))
+        return kernel._rows(x).data_ptr() != x.data_ptr()
+
+    assert [kernel._vector(C) for C in (1000, 100, 10, 1001)] == [8, 4, 2, 1]
+    assert not copied(1000)
+    assert not copied(1000, torch.bfloat16, stride=1008)
+    assert not copied(1001, stride=1003, offset=1)
+    assert copied(1000, stride=1004)
+    assert copied(1000, offset=1)
+    assert copied(10, offset=10), "the second row of ten"
+
+
+@pytest.mark.parametrize("default", [torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("C", [10, 2000])
+def test_the_default_dtype_changes_nothing(default, C):
+    student, teacher, labels = logits(7, C), logits(7, C), torch.randint(C, (7,))
+    labels[2] = -100
+    plain = value_and_gradients(lambda s: kd_loss(s, teacher, labels, ce_weight=0.5), [student])
+    torch.set_default_dtype(default)
+    try:
+        assert all(
+            torch.equal(a, b) for a, b in zip(value_and_gradients(lambda s: kd_loss(s, teacher, labels, ce_weight=0.5), [student]), plain)
+        )
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_a_graph_gets_a_counter_of_its_own():
+    first, second = (kernel._arrivals(torch.device(DEVICE), in_graph=True) for _ in range(2))
+    assert first.data_ptr() != second.data_ptr()
+    assert first.item() == second.item() == 0
+
+
+def test_padding_never_leaks():
+    """Rows of C = 5 and 8200 in tiles of 8 and more: what lies beyond a row is poison."""
+    for C in (5, 1001, 8200):
+        wide = torch.full((3, C + 24), math.nan)
+        wide[:, 8 : C + 8] = logits(3, C)
+        student, teacher = wide[:, 8 : C + 8], logits(3, C)
+        assert kd_loss(student, teacher, standardize=True, reduction="none").isfinite().all()
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="KDFAST_BACKEND=torch is the same everywhere else")
+def test_the_backend_can_still_be_chosen():
+    import kdfast
+
+    student, teacher = logits(3, 9), logits(3, 9)
+    with kdfast.backend("torch"):
+        plain = kd_loss(student, teacher)
+    assert error(kd_loss(student, teacher), plain.double()) < FLOAT32_ERROR
+    with pytest.raises(RuntimeError, match="needs float32, bfloat16 or float16"), kdfast.backend("triton"):
+        kd_loss(student.double(), teacher)

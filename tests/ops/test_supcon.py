@@ -1,0 +1,540 @@
+"""supcon_loss against the originals and against its reference in float64: the contracts of every operator."""
+
+import itertools
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from kdfast import reference
+from kdfast.functional import supcon_loss
+from kdfast.ops.supcon import op as operator
+from tests.numeric import ALLOWANCE, FLOAT32_ERROR, INTERPRETED, KERNELS, error, value_and_gradients
+
+# [B, D], [B, V, D] and more; beyond TILE = 512 rows the tiled form runs, up to there the matrix form
+SHAPES = [(3, 7), (257, 8), (65, 512), (20, 2, 10), (9, 3, 4, 5), (513, 10), (257, 2, 128), (600, 128), (40, 2048)]
+MANY, QUEUED = 600, 520
+if INTERPRETED:  # which takes its time for every tile; its tiles have 64 rows
+    SHAPES = [(3, 7), (65, 8), (33, 300), (20, 2, 10), (9, 3, 4, 5), (67, 2, 128)]
+    MANY, QUEUED = 140, 70
+torch_form = pytest.mark.skipif(KERNELS, reason="about the PyTorch form, and the kernel runs here")
+VARIANTS: dict[str, dict[str, Any]] = {
+    "supcon": {"base_temperature": 0.1},
+    "simclr": {"labels": False},
+    "one": {"contrast_mode": "one"},
+    "readme": {"self_positive": True, "normalize": True},
+    "notebook": {"duplicates": 2},
+    "triple": {"duplicates": 3, "reduction": "sum", "self_positive": True},
+    "mask": {"mask": True, "reduction": "none"},
+    "mask, one": {"mask": True, "contrast_mode": "one"},
+    "queue": {"contrast": 31, "normalize": True},
+    "labelled queue": {"contrast": QUEUED, "contrast_labels": True, "reduction": "none"},
+    "mask, queue": {"mask": True, "contrast": 5, "contrast_mode": "one", "reduction": "sum"},
+}
+
+
+def unit(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return F.normalize(torch.randn(shape), dim=-1).to(dtype)
+
+
+def problem(shape: tuple[int, ...], variant: dict[str, Any], dtype: torch.dtype, **more: Any) -> tuple[Callable, list[Tensor]]:
+    """call(function, *inputs) for one variant, and its inputs: features and maybe a queue."""
+    options = dict(variant) | more
+    if len(shape) > 2:
+        options.pop("duplicates", None)
+    B, D = shape[0], math.prod(shape[2:]) if len(shape) > 2 else shape[1]
+    inputs = [unit(*shape, dtype=dtype) if len(shape) < 4 else torch.randn(shape).div(3).to(dtype)]
+    labels = torch.randint(0, 5, (B,)) if options.pop("labels", True) and "mask" not in options else None
+    if options.pop("mask", False):
+        options["mask"] = torch.rand(B, B) * (torch.rand(B, B) < 0.3)
+    queued = options.pop("contrast", 0)
+    if queued:
+        inputs.append(unit(queued, D, dtype=dtype))
+    if options.pop("contrast_labels", False):
+        options["contrast_labels"] = torch.randint(0, 6, (queued,))
+
+    def call(function: Callable, features: Tensor, contrast: Tensor | None = None) -> Tensor:
+        return function(features, labels, contrast=contrast, **options)
+
+    return call, inputs
+
+
+def compare(call: Callable, inputs: list[Tensor]) -> None:
+    """Value and every gradient within contract 1; zero and permuted gradients are not."""
+    shape = call(supcon_loss, *inputs).shape
+    upstream = torch.randn(shape) if shape else None
+    exact = value_and_gradients(lambda *x: call(reference.supcon_loss, *x), [x.double() for x in inputs], upstream)
+    eager = value_and_gradients(lambda *x: call(reference.supcon_loss, *x), inputs, upstream)
+    ours = value_and_gradients(lambda *x: call(supcon_loss, *x), inputs, upstream)
+    for got, peer, want in zip(ours, eager, exact):
+        assert got.shape == want.shape
+        if want.abs().max() < 1e-12:
+            assert got.abs().max() < 1e-5
+            continue
+        dtype = inputs[0].dtype
+        rounding = 2**-21 / want.abs().max().item()  # a loss near 0 is log(1 + x): 1 + x rounds
+        least = max(FLOAT32_ERROR, rounding) if dtype in (torch.float32, torch.float64) else 0.0
+        allowed = max(least, error(peer, want)) + ALLOWANCE[dtype]
+        assert error(got, want) <= allowed
+        assert error(torch.zeros_like(got), want) > allowed, "the check would let a zero pass"
+        if want.ndim and len(want) > 3:
+            assert error(got.roll(1, 0), want) > allowed, "the check would let a permuted one pass"
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_value_and_gradient_match_float64(shape: tuple[int, ...], variant: str) -> None:
+    compare(*problem(shape, VARIANTS[variant], torch.float32))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("shape", [(33, 2, 16), (MANY - 80, 16)], ids=str)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_other_dtypes_match_float64(shape: tuple[int, ...], variant: str, dtype: torch.dtype) -> None:
+    call, inputs = problem(shape, VARIANTS[variant], dtype, temperature=0.2)
+    compare(call, inputs)
+    value, *gradients = value_and_gradients(lambda *x: call(supcon_loss, *x), inputs)
+    assert value.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert all(gradient.dtype == dtype for gradient in gradients)
+
+
+def test_the_originals(oracles: Any) -> None:
+    cases = {name.split("/")[0] for name in oracles.files if name.startswith(("supcon_", "simclr_", "supcontrastive_seed_"))}
+    assert len(cases) == 10
+    for case, dtype in itertools.product(sorted(cases), (torch.float64, torch.float32)):
+        stored = {name.split("/")[1]: oracles[name] for name in oracles.files if name.startswith(case + "/")}
+        seed = case.startswith("supcontrastive_seed_")
+        features = torch.tensor(stored["features"]).to(dtype).requires_grad_()
+        loss = supcon_loss(
+            features,
+            torch.tensor(stored["labels"]) if "labels" in stored else None,
+            temperature=stored["temperature"].item(),
+            base_temperature=None if seed else stored["base_temperature"].item() if "base_temperature" in stored else 0.07,
+            contrast_mode=str(stored.get("contrast_mode", "all")),
+            self_positive=seed,
+            normalize=seed,
+        )
+        loss.backward()
+        assert features.grad is not None
+        allowed = 1e-12 if dtype == torch.float64 else FLOAT32_ERROR
+        assert error(loss, torch.tensor(stored["loss"])) < allowed, case
+        assert error(features.grad, torch.tensor(stored["grad"])) < allowed, case
+
+
+@settings(max_examples=1600, deadline=None, derandomize=not os.environ.get("KDFAST_FRESH_SEEDS"))
+@given(
+    B=st.integers(1, 40),
+    V=st.integers(0, 4),
+    D=st.integers(1, 20),
+    classes=st.integers(1, 12),
+    temperature=st.floats(0.004, 5),
+    positives=st.sampled_from(["labels", "mask", "simclr"]),
+    contrast_mode=st.sampled_from(["all", "one"]),
+    reduction=st.sampled_from(["mean", "sum", "none"]),
+    duplicates=st.integers(1, 3),
+    self_positive=st.booleans(),
+    normalize=st.booleans(),
+    queue=st.integers(0, 30),
+    labelled_queue=st.booleans(),
+    tile=st.sampled_from([512, 8, 13]),
+    seed=st.integers(0, 10**6),
+)
+def test_any_combination_matches_the_reference(**case: Any) -> None:
+    torch.manual_seed(case["seed"])
+    B, V, D, queue = case["B"], case["V"], case["D"], case["queue"]
+    options = {name: case[name] for name in ("temperature", "contrast_mode", "reduction", "self_positive", "normalize")}
+    options["duplicates"] = 1 if V else case["duplicates"]
+    labels = torch.randint(0, case["classes"], (B,)) if case["positives"] == "labels" else None
+    if case["positives"] == "mask":
+        options["mask"] = torch.randint(0, 3, (B, B))
+    inputs = [torch.randn((B, V, D) if V else (B, D), dtype=torch.float64)]
+    if queue:
+        inputs.append(torch.randn(queue, D, dtype=torch.float64))
+        if labels is not None and case["labelled_queue"]:
+            options["contrast_labels"] = torch.randint(0, case["classes"], (queue,))
+
+    def call(function: Callable) -> Callable:
+        return lambda features, contrast=None: function(features, labels, contrast=contrast, **options)
+
+    shape = call(supcon_loss)(*inputs).shape
+    upstream = torch.rand(shape, dtype=torch.float64) + 0.5
+    exact = value_and_gradients(call(reference.supcon_loss), inputs, upstream)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(operator, "TILE", case["tile"])
+        ours = value_and_gradients(call(supcon_loss), inputs, upstream)
+    scale = 1 / case["temperature"] * inputs[0].square().sum(-1).max().item()  # terms of this size cancel
+    for got, want in zip(ours, exact):
+        assert (got - want).abs().max() <= 1e-11 * max(scale, want.abs().max().item())
+
+
+@pytest.mark.parametrize("B", [20, 300])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("contrast_mode", ["all", "one"])
+def test_duplicates_are_equal_views(B: int, reduction: str, contrast_mode: str) -> None:
+    features, labels = unit(B, 16, dtype=torch.float64), torch.randint(0, 4, (B,))
+    options: dict[str, Any] = {"reduction": reduction, "contrast_mode": contrast_mode}
+    once = value_and_gradients(lambda x: supcon_loss(x, labels, duplicates=2, **options), [features])
+    twice = value_and_gradients(lambda x: supcon_loss(torch.stack([x, x], 1), labels, **options), [features])
+    for a, b in zip(once, twice):
+        assert error(a, b) < 1e-12
+
+
+@pytest.mark.parametrize("tile", [512, 7])
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize("self_positive", [False, True])
+@pytest.mark.parametrize("named", [16, 21, 30])  # of 30 other rows, 16 of which count k times
+def test_copied_rows_count_like_the_anchors(tile: int, normalize: bool, self_positive: bool, named: int) -> None:
+    """Other rows that count k times equal k times the rows."""
+    k, N, M, copied = 3, 25, 30, 16
+    setting = operator.Setting(0.3, 1.5, k, self_positive, normalize, copied)
+    inputs = [torch.randn(N, 6, dtype=torch.float64), torch.randn(M, 6, dtype=torch.float64)]
+    names = torch.randint(0, 4, (N + named,))
+    many = torch.cat([torch.arange(copied).repeat(k), torch.arange(copied, M)])
+    many_names = torch.cat([names[:N], names[N:].index_select(0, many[many < named])])
+
+    def repeated(anchors: Tensor, others: Tensor) -> Tensor:
+        return operator._SupCon.apply(anchors, others[many], many_names, None, setting._replace(copied=0))
+
+    upstream = torch.randn(N)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(operator, "TILE", tile)
+        once = value_and_gradients(lambda *x: operator._SupCon.apply(*x, names, None, setting), inputs, upstream)
+        expected = value_and_gradients(repeated, inputs, upstream)
+    for got, want in zip(once, expected):
+        assert error(got, want) < 1e-12
+        assert error(torch.zeros_like(got), want) > 1e-3
+
+
+@pytest.mark.parametrize("B", [30, MANY])
+@pytest.mark.parametrize("length", [1.0, 30.0])
+def test_small_temperatures_and_long_rows_do_not_underflow(B: int, length: float) -> None:
+    features, labels = length * unit(B, 32), torch.arange(B) // 3
+    S = features @ features.T / 0.005
+    original = (S - S.amax(1, keepdim=True)).exp().masked_fill(torch.eye(B, dtype=torch.bool), 0).sum(1).log()
+    assert not original.isfinite().all(), "the maximum over the diagonal was meant to underflow here"
+    compare(lambda f, x: f(x, labels, temperature=0.005), [features])
+    value, gradient = value_and_gradients(lambda x: supcon_loss(x, labels, temperature=0.005), [features])
+    assert value.isfinite()
+    assert gradient.isfinite().all()
+    assert gradient.any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("B", [40, MANY])
+def test_huge_and_tiny_rows_normalize(B: int, dtype: torch.dtype) -> None:
+    """Squares of the rows, products of two of them and the length itself leave the range of the arithmetic; contrast rows too."""
+    features, contrast, labels = torch.randn(B, 16).clamp(-4, 4), torch.randn(9, 16).clamp(-4, 4), torch.arange(B) % 4
+    sizes = torch.tensor([1e-25, 0.0, 1e-11, 1.0, 1e12, 1e16, 1e20, 1e30, 3e36, 8e37])
+    features[: 2 * len(sizes)] *= sizes.repeat(2)[:, None]
+    contrast *= sizes[1:, None]
+    features, contrast = features.to(dtype), contrast.to(dtype)
+    if dtype == torch.float64:
+        features[4:10], contrast[3:] = 1e269 * features[4:10], 1e269 * contrast[3:]
+    tops = [x.double().abs().amax(1, keepdim=True) for x in (features, contrast)]
+    exact = [x.double() / torch.where(top > 1e-12, top, 1) for x, top in zip((features, contrast), tops)]
+
+    def call(features: Tensor, contrast: Tensor) -> Tensor:
+        return supcon_loss(features, labels, contrast=contrast, normalize=True)
+
+    want = value_and_gradients(lambda f, g: reference.supcon_loss(f, labels, contrast=g, normalize=True), exact)
+    got = value_and_gradients(call, [features, contrast])
+    assert error(got[0], want[0]) < FLOAT32_ERROR
+    for top, gradient, exact_gradient in zip(tops, got[1:], want[1:]):
+        moved = ((top > 1e-12) & (top < 1e35)).squeeze(1)  # of a longer row the gradient is no normal number
+        assert error((gradient * top)[moved], exact_gradient[moved]) < (1e-2 if dtype == torch.bfloat16 else FLOAT32_ERROR)
+        assert gradient.isfinite().all()
+
+
+@pytest.mark.parametrize("B", [40, MANY])
+def test_an_anchor_alone_in_its_class_adds_nothing_and_counts_in_the_mean(B: int) -> None:
+    features = unit(B, 16, dtype=torch.float64)
+    labels = torch.randint(0, 4, (B,))
+    labels[7] = 99
+    each = supcon_loss(features, labels, reduction="none")
+    assert each.shape == (B, 1)
+    assert each[7] == 0
+    assert (each > 0).sum() == B - 1
+    assert torch.allclose(supcon_loss(features, labels), each.sum() / B)
+    assert not value_and_gradients(lambda x: supcon_loss(x, torch.arange(B)), [features])[1].any()
+    compare(lambda f, x: f(x, labels), [features])
+
+
+@pytest.mark.parametrize("B", [40, MANY])
+def test_a_long_row_among_short_ones_keeps_its_small_positives(B: int) -> None:
+    """The long row's product with itself would drown its positives' in float32: it must never enter the sum."""
+    features = unit(B, 16)
+    features[0] *= 1e4
+    compare(lambda f, x: f(x, torch.arange(B) // 4, reduction="none", temperature=1.0), [features])
+
+
+@pytest.mark.parametrize("B", [8, MANY])
+def test_identical_rows(B: int) -> None:
+    features = unit(1, 16).expand(B, 16)
+    value = supcon_loss(features, torch.zeros(B, dtype=torch.int64))
+    assert value.item() == pytest.approx(math.log(B - 1), rel=1e-5)
+    compare(lambda f, x: f(x, torch.arange(B) % 2), [features.clone()])
+
+
+def test_one_row_and_no_row_give_zero() -> None:
+    for shape in ((1, 5), (1, 1, 5), (0, 5), (0, 2, 5)):
+        for self_positive in (False, True):
+            value, gradient = value_and_gradients(
+                lambda x, p=self_positive: supcon_loss(x, torch.zeros(len(x)), self_positive=p), [torch.randn(shape)]
+            )
+            assert value == 0
+            assert not gradient.any()
+    compare(lambda f, x: f(x), [torch.randn(1, 2, 5)])
+    compare(lambda f, x, q: f(x, contrast=q, self_positive=True), [torch.randn(1, 5), torch.randn(3, 5)])
+
+
+def test_masks_as_the_original_takes_them() -> None:
+    features = unit(12, 2, 8, dtype=torch.float64)
+    labels = torch.randint(0, 3, (12,))
+    same = labels[:, None] == labels
+    expected = supcon_loss(features, labels)
+    for mask in (same, same.int(), same.float(), same.to(torch.bfloat16), same.to_sparse().to_dense()):
+        assert torch.allclose(supcon_loss(features, mask=mask), expected)
+    soft = torch.rand(12, 12) - 0.2  # asymmetric, negative weights, rows that sum to less than 1e-6
+    soft[3] = -1
+    for tile in (512, 5):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(operator, "TILE", tile)
+            compare(lambda f, x: f(x, mask=soft, reduction="none"), [features])
+
+
+@pytest.mark.parametrize(
+    "labels", [torch.tensor([0.5, -1, 0.5, 7]), torch.tensor([True, False, True, True]), torch.tensor([[3], [1], [3], [1]])]
+)
+def test_labels_of_any_dtype_and_shape(labels: Tensor) -> None:
+    compare(lambda f, x: f(x, labels), [unit(4, 2, 6)])
+
+
+@pytest.mark.parametrize("B", [40, MANY])
+def test_rows_may_be_strided_and_are_not_written(B: int) -> None:
+    wide = torch.randn(B, 50)
+    labels = torch.randint(0, 4, (B,))
+    for features in (wide[:, 3:35], torch.randn(32, B).t(), wide[::2, ::3]):
+        names, before = labels[: len(features)], features.clone()
+        compare(lambda f, x, names=names: f(x, names, temperature=4.0), [features])
+        assert torch.equal(features, before)
+    views = torch.randn(2, B, 32).transpose(0, 1)
+    compare(lambda f, x: f(x, labels, temperature=4.0), [views])
+
+
+@pytest.mark.parametrize("B", [9, MANY])
+def test_masks_of_any_strides(B: int) -> None:
+    features = unit(B, 2, 16)
+    weights = torch.rand(B, 2 * B)
+    for mask in (
+        torch.ones(1, 1).expand(B, B),
+        weights[:, ::2],
+        weights[:, :B].t(),
+        (weights < 0.3)[:, ::2],
+        torch._neg_view(-weights)[:, :B],
+    ):
+        copied = mask.resolve_neg().contiguous()
+        assert torch.equal(supcon_loss(features, mask=mask), supcon_loss(features, mask=copied))
+
+
+@pytest.mark.parametrize("B", [4, MANY])
+def test_labels_may_be_filled_anew_before_backward(B: int) -> None:
+    features, labels = unit(B, 6).requires_grad_(), torch.arange(B) % 2
+    (want,) = torch.autograd.grad(supcon_loss(features, labels), features)
+    loss = supcon_loss(features, labels)
+    labels.zero_()
+    assert torch.equal(torch.autograd.grad(loss, features)[0], want)
+
+
+@pytest.mark.parametrize("tile", [512, 7])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_nan_and_infinity_are_not_hidden(tile: int, bad: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(operator, "TILE", tile)
+    features, labels = torch.randn(40, 6), torch.randint(0, 3, (40,))
+    features[2, 1] = bad
+    value, gradient = value_and_gradients(lambda x: supcon_loss(x, labels), [features])
+    assert not value.isfinite()
+    assert not gradient.isfinite().all()
+    if bad != bad:
+        assert supcon_loss(features, labels, reduction="none").isnan().all()  # it is in every denominator
+        assert reference.supcon_loss(features, labels, reduction="none").isnan().all()
+
+
+@pytest.mark.parametrize("B", [100, MANY])
+def test_bitwise_reproducible_and_backward_twice(B: int) -> None:
+    features, labels = unit(B, 2, 32).requires_grad_(), torch.randint(0, 9, (B,))
+    runs = []
+    for _ in range(3):
+        value = supcon_loss(features, labels)
+        first = torch.autograd.grad(value, features, retain_graph=True)[0]
+        second = torch.autograd.grad(value, features)[0]
+        assert torch.equal(first, second)
+        runs.append((value, first))
+    assert all(torch.equal(value, runs[0][0]) and torch.equal(gradient, runs[0][1]) for value, gradient in runs)
+
+
+def test_create_graph_raises_one_sentence() -> None:
+    features = unit(6, 2, 8).requires_grad_()
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(supcon_loss(features), features, create_graph=True)
+
+
+@pytest.mark.parametrize("B", [20, MANY])
+@pytest.mark.parametrize("variant", ["supcon", "one", "mask", "labelled queue", "readme"])
+def test_compiles_without_graph_break_to_the_same_bits(B: int, variant: str) -> None:
+    call, inputs = problem((B, 2, 16), VARIANTS[variant], torch.float32)
+    upstream = torch.rand(call(supcon_loss, *inputs).shape)
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda *x: call(supcon_loss, *x), fullgraph=True, backend="aot_eager")
+    eager = value_and_gradients(lambda *x: call(supcon_loss, *x), inputs, upstream)
+    for a, b in zip(value_and_gradients(compiled, inputs, upstream), eager):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("B", [12, MANY])
+@pytest.mark.parametrize("masked", [False, True])
+def test_registered_operators_pass_opcheck(B: int, masked: bool) -> None:
+    anchors, others = unit(B, 8), unit(5, 8)
+    names = torch.arange(B) if masked else torch.randint(0, 3, (B + 2,))
+    mask = torch.rand(B, B) if masked else None
+    setting = (0.1, 1.5, 2, False, True, 0 if masked else 2)
+    losses, kept = operator._forward_op(anchors, others, names, mask, *setting)
+    for for_others in (False, True):
+        arguments = (torch.rand_like(losses), anchors, others, names, mask, kept, for_others, *setting)
+        torch.library.opcheck(operator._backward_op, arguments)
+    torch.library.opcheck(operator._forward_op, (anchors, others, names, mask, *setting))
+
+
+def test_autocast_leaves_the_arithmetic_alone() -> None:
+    for B in (40, 300):
+        features, labels = unit(B, 2, 32), torch.randint(0, 4, (B,))
+        for options in ({"labels": labels}, {"mask": torch.rand(B, B)}):
+            plain = value_and_gradients(lambda x, o=options: supcon_loss(x, **o), [features])
+            with torch.autocast("cpu", torch.bfloat16):
+                inside = value_and_gradients(lambda x, o=options: supcon_loss(x, **o), [features])
+            assert all(torch.equal(a, b) for a, b in zip(plain, inside))
+
+
+def test_only_what_requires_grad_gets_one() -> None:
+    for B in (10, MANY):
+        features, queue = unit(B, 8), unit(30, 8).requires_grad_()
+        supcon_loss(features, contrast=queue).backward()
+        assert queue.grad is not None
+        assert features.grad is None
+        assert not supcon_loss(features).requires_grad
+
+
+def test_backward_runs_where_forward_ran(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kernel module takes the place of the PyTorch form by its name alone, and its backward runs outside the block too."""
+    calls = []
+
+    class Module:
+        @staticmethod
+        def forward(*arguments: Any) -> Any:
+            calls.append("forward")
+            return operator.tiled_forward(*arguments)
+
+        @staticmethod
+        def backward(*arguments: Any) -> Any:
+            calls.append("backward")
+            return operator.tiled_backward(*arguments)
+
+    features, labels = unit(20, 2, 8), torch.randint(0, 3, (20,))
+    plain = value_and_gradients(lambda x: supcon_loss(x, labels), [features])
+    leaf = features.clone().requires_grad_()
+    with monkeypatch.context() as patch:
+        patch.setattr(operator, "kernel", lambda *_: Module)
+        value = supcon_loss(leaf, labels)
+    value.backward()
+    assert calls == ["forward", "backward"]
+    assert leaf.grad is not None
+    assert error(value, plain[0]) < FLOAT32_ERROR
+    assert error(leaf.grad, plain[1]) < FLOAT32_ERROR
+
+
+LIMITED = """
+import resource, torch
+torch.set_num_threads(1)
+from kdfast.functional import supcon_loss
+
+pytestmark = pytest.mark.kernels
+N, D = {N}, 128
+features = torch.nn.functional.normalize(torch.randn(N // 2, 2, D), dim=2).requires_grad_()
+labels = torch.randint(0, 10, (N // 2,))
+supcon_loss(features[:400], labels[:400]).backward()  # loads what is loaded lazily
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + {more}, -1))
+supcon_loss(features, labels).backward()
+try:
+    torch.empty(N, N)
+except RuntimeError:
+    print("one matrix would not fit", bool(features.grad.isfinite().all()))
+"""
+
+
+@torch_form
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="address-space limits are Linux's here")
+@pytest.mark.parametrize("N", [8192, pytest.param(32768, marks=pytest.mark.slow)])
+def test_memory_is_linear_in_rows(N: int) -> None:
+    """Forward and backward in the memory of 16 copies of the features, where one N x N matrix does not fit."""
+    more = 16 * N * 128 * 4
+    script = LIMITED.format(N=N, more=more)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=250, check=False)
+    assert done.stdout.strip() == "one matrix would not fit True", done.stderr[-2000:]
+
+
+@torch_form
+@pytest.mark.speed
+@pytest.mark.parametrize("N", [256, 1024])
+def test_not_slower_than_the_original(N: int) -> None:
+    timing = pytest.importorskip("kdfast.benchmarks.timing")
+    bench = pytest.importorskip("kdfast.benchmarks.supcon")
+    ours, theirs = (bench.case(N, 128).step(variant) for variant in ("kdfast", "eager"))
+    assert error(ours.results()[1], theirs.results()[1]) < 1e-4
+    best = 0.0
+    for _ in range(3):
+        best = max(best, timing.interleaved(ours.run, theirs.run, pairs=20)["speedup"])
+        if best >= 0.95:
+            return
+    pytest.fail(f"N = {N}: {best:.2f} of eager's speed")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"features": torch.ones(3)}, r"features must be \[B, V, D\] or \[B, D\]"),
+        ({"features": torch.tensor(1.0)}, r"features must be \[B, V, D\] or \[B, D\]"),
+        ({"features": torch.ones(3, 2, dtype=torch.int64)}, "features must be floating, got torch.int64"),
+        ({"labels": torch.zeros(5)}, "labels must hold one label for each of the 4 samples"),
+        ({"labels": torch.zeros(4), "mask": torch.ones(4, 4)}, "labels or mask, got both"),
+        ({"mask": torch.ones(4, 5)}, r"mask must be \[4, 4\], got shape \(4, 5\)"),
+        ({"mask": torch.ones(4, 4, requires_grad=True)}, "mask must be .* not require grad"),
+        ({"mask": torch.ones(4, 4, dtype=torch.complex64)}, "mask must be bool, int or floating"),
+        ({"temperature": 0.0}, "temperature must be positive, got 0.0"),
+        ({"temperature": float("nan")}, "temperature must be positive, got nan"),
+        ({"temperature": torch.ones((), requires_grad=True)}, "temperature must be a number.*requires grad"),
+        ({"features": [1.0]}, "features must be a tensor, got list"),
+        ({"features": torch.ones(4, 0, 6)}, r"features must be \[B, V, D\].*got shape \(4, 0, 6\)"),
+        ({"labels": [0, 1, 0, 1]}, "labels must be a tensor, got list"),
+        ({"base_temperature": -1.0}, "base_temperature must be positive"),
+        ({"contrast_mode": "both"}, "contrast_mode must be 'all' or 'one', got 'both'"),
+        ({"reduction": "max"}, "reduction must be"),
+        ({"duplicates": 0}, "duplicates must be a positive integer"),
+        ({"duplicates": 2, "features": torch.ones(4, 2, 3)}, r"needs features \[B, D\]"),
+        ({"contrast": torch.ones(3, 7)}, r"contrast must be \[M, 6\]"),
+        ({"contrast": torch.ones(3, 6, dtype=torch.int32)}, "contrast must be floating"),
+        ({"contrast_labels": torch.zeros(3), "labels": torch.zeros(4)}, "contrast_labels need labels and contrast"),
+        ({"contrast": torch.ones(3, 6), "contrast_labels": torch.zeros(2), "labels": torch.zeros(4)}, "contrast_labels must hold"),
+    ],
+)
+def test_bad_input_is_named(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises((ValueError, TypeError), match=message):
+        supcon_loss(**{"features": torch.ones(4, 6), **arguments})

@@ -1,0 +1,289 @@
+"""What only the Triton kernels of supcon_loss have to show; test_supcon.py holds the rest, in the interpreter and on a GPU too."""
+
+import os
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from kdfast import reference
+from kdfast.functional import supcon_loss
+from kdfast.ops.supcon import op as operator
+from tests.numeric import DEVICE, FLOAT32_ERROR, KERNELS, error, value_and_gradients
+from tests.ops.test_supcon import compare, unit
+
+pytestmark = [pytest.mark.kernels, pytest.mark.skipif(not KERNELS, reason="the kernels need a GPU or TRITON_INTERPRET=1")]
+if KERNELS:
+    from kdfast.kernels import supcon as kernel
+
+
+@pytest.fixture
+def large_tiles(monkeypatch):
+    """Plans, and the bound read from the device, that are otherwise for thousands of rows."""
+    monkeypatch.setattr(kernel, "MANY", 1)
+
+
+@pytest.mark.parametrize("D", [8, 10, 64, 100, 128, 256, 300])
+@pytest.mark.parametrize("masked", [False, True])
+def test_every_width_matches_float64(D, masked):
+    labels, mask = torch.randint(0, 4, (75,)), torch.rand(75, 75)
+    compare(lambda f, x: f(x, mask=mask) if masked else f(x, labels), [unit(75, D)])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("temperature", [0.2, 0.01])
+@pytest.mark.parametrize("N", [129, 200])
+def test_large_tiles_match_float64(N, temperature, dtype, large_tiles):
+    """A temperature at which the bound is taken, and one at which the maximum is kept up; the last tile is not full."""
+    labels = torch.randint(0, 4, (N,))
+    compare(lambda f, x: f(x, labels, temperature=temperature), [unit(N, 40, dtype=dtype)])
+
+
+@pytest.mark.parametrize("temperature", [0.2, 0.01])
+def test_both_ways_to_the_exponential_agree(temperature, monkeypatch):
+    features, labels = unit(140, 24), torch.randint(0, 4, (140,))
+    kept_up = value_and_gradients(lambda x: supcon_loss(x, labels, temperature=temperature), [features])
+    monkeypatch.setattr(kernel, "MANY", 1)
+    bounded = value_and_gradients(lambda x: supcon_loss(x, labels, temperature=temperature), [features])
+    assert all(error(a, b.double()) < FLOAT32_ERROR for a, b in zip(kept_up, bounded))
+
+
+@pytest.mark.parametrize("direct", [True, False])
+@pytest.mark.parametrize("self_positive", [True, False])
+@pytest.mark.parametrize("normalize", [True, False])
+def test_rows_of_other_processes_count_as_often_as_at_home(normalize, self_positive, direct):
+    anchors, others = unit(70, 12) * 1.5, unit(40, 12)
+    names = torch.randint(0, 5, (70 + 35,))  # the last five are nobody's positives
+    setting = operator.Setting(0.3 if direct else 0.01, 1.7, 3, self_positive, normalize, copied=30)
+    upstream = torch.rand(70)
+    got, kept = kernel.forward(anchors, others, names, None, setting)
+    gradients = kernel.backward(upstream, anchors, others, names, None, kept, setting, True)
+    exact = [x.double() for x in (anchors, others)]
+    want, kept = operator.tiled_forward(*exact, names, None, setting)
+    exact_gradients = operator.tiled_backward(upstream.double(), *exact, names, None, kept, setting, True)
+    assert error(got, want) < FLOAT32_ERROR
+    for a, b in zip(gradients, exact_gradients):
+        assert error(a, b) < FLOAT32_ERROR
+        assert error(a.roll(1, 0), b) > 0.1
+    unlike = operator.tiled_forward(*exact, names, None, setting._replace(copied=0))[0]
+    assert error(got, unlike) > 1e-4, "the copies would not be missed"
+
+
+@pytest.mark.parametrize("N", [10, 70, 128])
+@pytest.mark.parametrize("labelled", [False, True])
+def test_products_of_contrast_rows_may_overflow(N, labelled, large_tiles):
+    """They are no part of the loss, but in tiles that hold anchors as well."""
+    features, contrast, labels = 1e-20 * torch.randn(N, 8), 1e20 * torch.randn(150, 8), torch.arange(N) % 3
+    options = {"temperature": 1.0, "contrast_labels": torch.arange(150) % 3 if labelled else None}
+    exact, ours = (
+        value_and_gradients(lambda x, y: f(x, labels, contrast=y, **options), inputs)  # noqa: B023
+        for f, inputs in ((reference.supcon_loss, [features.double(), contrast.double()]), (supcon_loss, [features, contrast]))
+    )
+    for got, want in zip(ours, exact):
+        assert error(got, want) < FLOAT32_ERROR
+        assert not got.ndim or error(got.roll(1, 0), want) > FLOAT32_ERROR
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        torch.tensor([7, 2**40, 7, -5, 2**40 + 2**32, 2**40]),
+        torch.tensor([0.5, -1.0, 0.5, 2.0, 0.25, -1.0]),
+        torch.tensor([float("nan"), 1.0, float("nan"), 2.0, 3.0, 1.0]),
+    ],
+    ids=["long", "floating", "nan"],
+)
+def test_names_are_shortened_exactly(names):
+    short = kernel._short(names, None)
+    assert short.dtype == torch.int32
+    equal = (names[:, None] == names) | torch.eye(6, dtype=torch.bool)
+    assert torch.equal(short[:, None] == short, equal)
+
+
+def test_many_different_names_are_told_apart():
+    names = torch.randperm(300).repeat(2) * 2**33
+    short = kernel._short(names, None)
+    assert torch.equal(short[:300], torch.arange(300, dtype=torch.int32))
+    assert torch.equal(short[300:], short[:300])
+
+
+def test_float16_keeps_small_gradients():
+    features, labels = unit(200, 16, dtype=torch.float16), torch.randint(0, 3, (200,))
+    upstream = torch.tensor(2.0**-3)  # shares of some 1e-6, which float16 holds to two bits
+    exact = value_and_gradients(lambda x: reference.supcon_loss(x, labels), [features.double()], upstream)[1]
+    assert error(value_and_gradients(lambda x: supcon_loss(x, labels), [features], upstream)[1], exact) < 2e-3
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+def test_rows_may_lie_further_apart_than_32_bits_count(normalize):
+    # virtual memory only: what lies between the rows is never touched
+    stride, labels = 2**31 + 64, torch.tensor([0, 0, 1])
+    features = torch.empty(2 * stride + 16, dtype=torch.float16, device=DEVICE).as_strided((3, 16), (stride, 1))
+    features.copy_(torch.randn(3, 16))
+    got = supcon_loss(features, labels, temperature=5.0, normalize=normalize, reduction="none")
+    want = reference.supcon_loss(features.double(), labels, temperature=5.0, normalize=normalize, reduction="none")
+    assert error(got, want) < FLOAT32_ERROR
+
+
+def test_a_launch_goes_to_the_device_of_its_tensors(monkeypatch):
+    guarded = []
+    guard = torch.cuda.device_of
+    monkeypatch.setattr(torch.cuda, "device_of", lambda x: guarded.append(x) or guard(x))
+    features = unit(9, 8).requires_grad_()
+    supcon_loss(features, torch.arange(9) % 2, normalize=True).backward()
+    # names, lengths, walk, losses; then lengths, shares, walk, gradient
+    assert len(guarded) == 8
+    assert all(x.device == features.device for x in guarded)
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize(("dtype", "allowed"), [(torch.float32, FLOAT32_ERROR), (torch.bfloat16, 1e-2), (torch.float16, 2e-3)], ids=str)
+def test_a_scaled_loss_over_a_small_denominator(dtype, allowed, normalize, large_tiles):
+    """A GradScaler's factor, and an anchor that is opposite to all others at nearly the lowest temperature that needs no maximum."""
+    features = torch.full((3, 1024), 1 / 32)
+    features[1:] *= -1
+    features[1, 1] *= -1
+    features[2, 2] *= -1
+    features, labels, upstream = features.to(dtype), torch.tensor([0, 0, 1]), torch.tensor([[32768.0], [0.0], [0.0]])
+    options = {"temperature": 0.0251, "normalize": normalize, "reduction": "none"}
+    exact, ours = (
+        value_and_gradients(lambda x: f(x, labels, **options), [x], upstream)  # noqa: B023
+        for f, x in ((reference.supcon_loss, features.double()), (supcon_loss, features))
+    )
+    assert error(ours[0], exact[0]) < FLOAT32_ERROR
+    assert error(ours[1], exact[1]) < allowed
+    assert error(ours[1].roll(1, 0), exact[1]) > allowed
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_float16_shares_out_of_range(masked):
+    """A length of 0, which G is divided by; weights that a sum of 1e-5 divides: neither may leave float16's range."""
+    features, labels = 100 * torch.randn(130, 16).half(), torch.randint(0, 3, (130,))
+    mask = 1e-5 * (labels[:, None] == labels) if masked else None
+    features[7] = 0
+    options = {"mask": mask} if masked else {"labels": labels}
+    features = features[:7] if masked else features
+    options = {"mask": mask[:7, :7]} if masked else options
+    exact, ours = (
+        value_and_gradients(lambda x: f(x, temperature=0.2, normalize=True, **options), [x], torch.tensor(50.0))  # noqa: B023
+        for f, x in ((reference.supcon_loss, features.double()), (supcon_loss, features))
+    )
+    rest = torch.arange(len(features)) != 7  # a row of length 0 has a gradient beyond float16
+    assert error(ours[1][rest], exact[1][rest]) < 2e-3
+
+
+@pytest.mark.parametrize(
+    "labels", [torch.tensor([0, 1, 1, 0, 2], dtype=torch.int32), torch.tensor([0.5, 1, 1, 0.5, 2])], ids=["int32", "float"]
+)
+def test_an_operator_returns_nothing_that_it_was_given(labels):
+    compiled = torch.compile(lambda x: supcon_loss(x, labels), fullgraph=True, backend="aot_eager")
+    features = unit(5, 8)
+    for a, b in zip(value_and_gradients(compiled, [features]), value_and_gradients(lambda x: supcon_loss(x, labels), [features])):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("B", [100, 46341])
+def test_compiled_graphs_expect_the_names_that_come(B):
+    """The square of 46,341 is the first beyond 2^31."""
+    setting = operator.Setting(0.07, 1.0, 1, False, False)
+    with FakeTensorMode():
+        inputs = torch.empty(4, 8), torch.empty(0, 8), torch.arange(4), torch.empty(B, B, dtype=torch.bool)
+        expected = torch.ops.kdfast.supcon_forward(*inputs, *setting)[1][-1]
+    assert expected.dtype == kernel._short(torch.arange(4), torch.empty(1, dtype=torch.bool).expand(B, B)).dtype
+
+
+@pytest.mark.parametrize("B", [20, 520])
+def test_a_compiled_backward_runs_where_forward_ran(B):
+    import kdfast
+
+    features, labels = unit(B, 8).requires_grad_(), torch.arange(B) % 3
+    compiled = torch.compile(lambda x: supcon_loss(x, labels), fullgraph=True, backend="aot_eager")
+    with kdfast.backend("torch"):
+        plain = torch.autograd.grad(supcon_loss(features, labels), features)[0]
+        value = compiled(features)
+    assert torch.equal(torch.autograd.grad(value, features)[0], plain)
+
+
+def test_precision_may_be_said_in_the_newer_way(monkeypatch):
+    def raising():
+        raise RuntimeError("PyTorch is checking the matmul precision without a specific backend name")
+
+    features, labels = unit(20, 8, dtype=torch.bfloat16), torch.arange(20) % 3
+    before = supcon_loss(features, labels)
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", raising)
+    assert torch.equal(supcon_loss(features, labels), before)
+    assert kernel._is_highest() == (torch.backends.cuda.matmul.fp32_precision != "tf32")
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+def test_no_features_at_all(normalize):
+    assert error(supcon_loss(torch.zeros(6, 0), torch.arange(6) % 2, normalize=normalize), torch.tensor(5.0).log()) < 1e-6
+
+
+def test_an_infinite_feature_is_not_hidden_by_its_length():
+    features = torch.randn(40, 8)
+    features[2, 1] = torch.inf
+    assert supcon_loss(features, torch.arange(40) % 3, normalize=True, reduction="none").isnan().all()
+
+
+def test_a_row_may_be_zero_or_huge():
+    features, labels = torch.randn(20, 16), torch.arange(20) % 3
+    features[3], features[4] = 0, 1e25  # whose square overflows
+    want = reference.supcon_loss(features.double(), labels, normalize=True, reduction="none")
+    assert error(supcon_loss(features, labels, normalize=True, reduction="none"), want) < FLOAT32_ERROR
+
+
+@settings(max_examples=400, deadline=None, derandomize=bool(os.environ.get("CI")), database=None)
+@given(
+    B=st.integers(1, 40),
+    V=st.integers(0, 3),
+    D=st.integers(8, 40),
+    classes=st.integers(1, 12),
+    temperature=st.floats(0.01, 5),
+    positives=st.sampled_from(["labels", "mask", "simclr"]),
+    contrast_mode=st.sampled_from(["all", "one"]),
+    duplicates=st.integers(1, 3),
+    self_positive=st.booleans(),
+    normalize=st.booleans(),
+    queue=st.integers(0, 30),
+    labelled_queue=st.booleans(),
+    many=st.sampled_from([1, 4096]),
+    dtype=st.sampled_from([torch.float32, torch.float32, torch.bfloat16, torch.float16]),
+    seed=st.integers(0, 10**6),
+)
+def test_fuzz(**case: Any) -> None:
+    torch.manual_seed(case["seed"])
+    B, V, D, queue = case["B"], case["V"], case["D"], case["queue"]
+    options = {name: case[name] for name in ("temperature", "contrast_mode", "self_positive", "normalize")}
+    options["duplicates"] = 1 if V else case["duplicates"]
+    labels = torch.randint(0, case["classes"], (B,)) if case["positives"] == "labels" else None
+    if case["positives"] == "mask":
+        options["mask"] = torch.randint(0, 3, (B, B))
+    inputs = [torch.randn((B, V, D) if V else (B, D)).to(case["dtype"])]
+    if queue:
+        inputs.append(torch.randn(queue, D).to(case["dtype"]))
+        if labels is not None and case["labelled_queue"]:
+            options["contrast_labels"] = torch.randint(0, case["classes"], (queue,))
+
+    def call(function):
+        return lambda features, contrast=None: function(features, labels, contrast=contrast, **options)
+
+    exact = value_and_gradients(call(reference.supcon_loss), [x.double() for x in inputs])
+    # eager in float32 also for 16-bit rows: their products are exact there, and what remains is the gradient's own rounding
+    eager = value_and_gradients(call(reference.supcon_loss), [x.float() for x in inputs])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kernel, "MANY", case["many"])
+        ours = value_and_gradients(call(supcon_loss), inputs)
+    largest = max((x.double().square().sum(-1).max().item() for x in inputs), default=1.0)
+    scale = 1.0 if options["normalize"] else largest
+    rounding = {torch.float32: 0.0, torch.bfloat16: 2**-7, torch.float16: 2**-10}[case["dtype"]]
+    for index, (got, peer, want) in enumerate(zip(ours, eager, exact)):
+        size = want.abs().max().item() if want.numel() else 0.0
+        cancelling = 1e-6 * scale / options["temperature"] * (scale**0.5 / options["temperature"] if index else 1.0)
+        allowed = 3 * (peer - want).abs().max().item() if want.numel() else 0.0
+        allowed = max(1e-5 * size, allowed, cancelling / 4) + (rounding * size + 2**-24 if index else 0.0)
+        assert got.shape == want.shape
+        assert not got.numel() or (got - want).abs().max() <= allowed

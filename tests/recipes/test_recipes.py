@@ -1,0 +1,574 @@
+"""Every recipe's loss against its formula written out in float64, its stages in their order, and what it refuses."""
+
+import json
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from kdfast import recipes
+from kdfast.data import make_loaders
+from kdfast.engine import Options, Run, Training
+from kdfast.engine.distributed import World
+from kdfast.engine.stage import means
+from kdfast.models import ModelSpec, create
+from kdfast.recipes import at, conkd, crd, dih, fitnets, kd, mhkd, plus, remembered, self_distillation, takd, tofd
+from kdfast.recipes.features import fingerprint
+from kdfast.recipes.recipe import Setup, Trained
+from tests.engine.test_engine import loaders, noise
+
+TRAINING = Training(epochs=5, batch_size=16, lr=0.1, schedule="constant")
+STAGES = ("layer1", "layer2", "layer3")
+
+
+def setup(student="resnet8", teacher="resnet14", **changes):
+    made = Setup(
+        data=noise(),
+        training=TRAINING,
+        teacher_training=TRAINING,
+        student_spec=ModelSpec(student, 3),
+        teacher_spec=ModelSpec(teacher, 3),
+        student_pretrained=False,
+        teacher_pretrained=False,
+        labels_hidden=False,
+        seed=0,
+        make_loaders=lambda training, augment, all_labels, seed: loaders(training),
+        say=lambda line: None,
+    )
+    return replace(made, **changes)
+
+
+def network(name="resnet14", seed=0):
+    torch.manual_seed(seed)
+    return create(name, 3)
+
+
+def batch_of(stage):
+    batch = next(iter(stage.data.train))
+    return batch._replace(images=batch.images.double())
+
+
+def in_double(stage):
+    """The stage with all its modules in float64 and evaluation mode, so that the same batch gives the same numbers twice."""
+    for module in (*stage.train, *stage.frozen, *stage.memory):
+        module.double().eval()
+    return stage
+
+
+def seen(model, images, paths=STAGES):
+    """Logits, and what the modules at `paths` put out, then what the classifier reads."""
+    kept = {}
+    handles = [model.get_submodule(path).register_forward_hook(lambda m, i, o, path=path: kept.update({path: o})) for path in paths]
+    handles.append(model.linear.register_forward_pre_hook(lambda m, i: kept.update({"features": i[0]})))
+    logits = model(images)
+    for handle in handles:
+        handle.remove()
+    return logits, *(kept[path] for path in (*paths, "features"))
+
+
+def ce(logits, labels):
+    return -logits.log_softmax(1).gather(1, labels[:, None]).mean()
+
+
+def kl(student, teacher, T):
+    """T^2 KL(teacher || student), mean over the batch."""
+    p = (teacher / T).softmax(1)
+    return T * T * (p * (p.log() - (student / T).log_softmax(1))).sum(1).mean()
+
+
+def total(stage, batch):
+    """The stage's loss, and the gradient of its trained parameters."""
+    terms = means(stage.loss(stage.forward(batch), batch), len(batch.labels))
+    loss = torch.stack([term.value.double() for term in terms.values()]).sum()
+    return loss, gradients(loss, stage)
+
+
+def gradients(loss, stage):
+    parameters = [p for module in stage.train for p in module.parameters()]
+    found = torch.autograd.grad(loss, parameters, allow_unused=True)
+    return torch.cat([(torch.zeros_like(p) if g is None else g).flatten() for p, g in zip(parameters, found)])
+
+
+def assert_same(stage, batch, expected):
+    """Value and gradient, and that a gradient of zeros or turned round would not pass."""
+    loss, gradient = total(stage, batch)
+    true = gradients(expected, stage)
+    assert loss.item() == pytest.approx(expected.item(), rel=2e-6)
+    scale = true.abs().max()
+    assert scale > 0
+    assert (gradient - true).abs().max() <= 2e-5 * scale
+    assert (gradient.flip(0) - true).abs().max() > 1e-2 * scale
+
+
+def finished(generator, metrics=()):
+    """What a generator returns once its stages are done."""
+    result = None
+    while True:
+        try:
+            stage = generator.send(result)
+        except StopIteration as end:
+            return end.value
+        outputs = stage.forward(next(iter(stage.data.val)))
+        result = SimpleNamespace(metrics={f"val/top1/{name.removeprefix('logits/')}": 0.5 for name in outputs})
+
+
+# ---- attention transfer ----------------------------------------------------------------------------------------------
+
+
+def attention(features):
+    energy = features.pow(2).mean(1).flatten(1)
+    return energy / energy.norm(dim=1, keepdim=True)
+
+
+@pytest.mark.parametrize("kd_weight", [0.0, 0.7])
+def test_at(kd_weight):
+    teacher = network()
+    stage = in_double(next(at.distil(setup(), at.Settings(kd_weight=kd_weight), teacher)))
+    batch, (student,) = batch_of(stage), stage.train
+    logits, *ours = seen(student, batch.images)
+    target, *theirs = seen(teacher, batch.images)
+    maps = sum((attention(s) - attention(t)).pow(2).mean() for s, t in zip(ours[:3], theirs[:3]))
+    assert_same(stage, batch, ce(logits, batch.labels) + 1000 * maps + kd_weight * kl(logits, target, 4.0))
+
+
+# ---- contrastive representation distillation -------------------------------------------------------------------------
+
+
+def contrasted(v, bank, indices, Z, temperature):
+    """CRD's equation, row by row: the image's own row against rows of other classes."""
+    n, K = len(bank), indices.shape[1] - 1
+    total = v.new_zeros(())
+    for row, numbers in zip(v, indices):
+        scores = (bank[numbers] @ row / temperature).exp() / Z
+        positive, negative, noise = scores[0], scores[1:], K / n
+        total = total - (positive / (positive + noise + 1e-7)).log() - (noise / (negative + noise + 1e-7)).log().sum()
+    return total / len(v)
+
+
+@pytest.mark.parametrize("kd_weight", [0.0, 0.9])
+def test_crd(kd_weight):
+    teacher = network()
+    settings = crd.Settings(kd_weight=kd_weight, negatives=7, contrast_weight=0.6, contrast_temperature=0.2, embedding=5)
+    stage = in_double(next(crd.distil(setup(), settings, teacher)))
+    batch, student, (contrast,) = batch_of(stage), stage.train[0], stage.memory
+    assert stage.couples_rows
+    learned = {id(parameter) for module in (student, contrast) for parameter in module.parameters()}
+    assert {id(parameter) for parameter in stage.parameters()} == learned
+    assert stage.loss(stage.forward(batch), batch).keys() == ({"ce+kd"} if kd_weight else {"ce"}), "validation has no contrast"
+    contrast.train()
+    logits, *_, features = seen(student, batch.images)
+    target, *_, theirs = seen(teacher, batch.images)
+    v_s, v_t = (
+        F.normalize(embed.linear(f.detach() if f is theirs else f), dim=1)
+        for embed, f in ((contrast.embed_s, features), (contrast.embed_t, theirs))
+    )
+
+    torch.manual_seed(3)
+    indices = torch.cat([batch.index[:, None], contrast._negatives(batch.index)], 1)
+    labels = noise().train.labels
+    assert (labels[indices[:, 1:]] != labels[batch.index][:, None]).all(), "a negative of the image's own class"
+    banks = contrast.memory_v1.clone(), contrast.memory_v2.clone()
+    constants = [((bank[indices] @ v[:, :, None]) / 0.2).exp().mean().detach() * 80 for v, bank in ((v_s, banks[1]), (v_t, banks[0]))]
+    expected = ce(logits, batch.labels) + kd_weight * kl(logits, target, 4.0)
+    for v, bank, Z in ((v_s, banks[1], constants[0]), (v_t, banks[0], constants[1])):
+        expected = expected + 0.6 * contrasted(v, bank, indices, Z, 0.2)
+
+    torch.manual_seed(3)
+    assert_same(stage, batch, expected)
+    assert torch.allclose(torch.stack([contrast.Z_v1, contrast.Z_v2]), torch.stack(constants))
+    rows = F.normalize(0.5 * banks[0][batch.index] + 0.5 * v_s.detach(), dim=1)
+    assert torch.allclose(contrast.memory_v1[batch.index], rows), "the student's bank follows the student"
+    others = torch.ones(80, dtype=torch.bool)
+    others[batch.index] = False
+    assert torch.equal(contrast.memory_v1[others], banks[0][others])
+
+
+def test_crd_takes_a_teacher_whose_head_has_layers():
+    teacher = create("resnet14", 3, head="mlp").eval()
+    stage = next(crd.distil(setup(), crd.Settings(negatives=7), teacher))
+    stage.modes(training=True)
+    batch = next(iter(stage.data.train))
+    assert stage.loss(stage.forward(batch), batch)["contrast"].isfinite()
+    assert stage.memory[0].embed_t.linear.in_features == 128, "what its last layer reads"
+
+
+def test_crds_hidden_labels_are_classes_of_their_own():
+    data = noise()
+    labels = torch.where(torch.arange(80) % 4 > 0, -100, data.train.labels)
+    hidden = replace(data, train=replace(data.train, labels=labels))
+    made = setup(data=hidden, labels_hidden=True, make_loaders=lambda training, *_: make_loaders(hidden, batch_size=16))
+    stage = next(crd.distil(made, crd.Settings(negatives=500), network()))
+    (contrast,) = stage.memory
+    own = torch.arange(80)
+    drawn = contrast._negatives(own)
+    assert (drawn != own[:, None]).all()
+    shown = labels >= 0
+    alike = shown[drawn] & shown[:, None] & (labels[drawn] == labels[:, None])
+    assert not alike.any()
+    assert set(drawn[1].tolist()) == set(range(80)) - {1}, "an image without a label has all others for negatives"
+
+
+# ---- FitNets ---------------------------------------------------------------------------------------------------------
+
+
+def test_fitnets_hint_then_logits():
+    teacher = network()
+    stages = fitnets.distil(setup(), fitnets.Settings(hint_epochs=2), teacher)
+    stage = in_double(next(stages))
+    assert (stage.name, stage.training.epochs, stage.partial, stage.best) == ("hint", 2, True, "val/hint")
+    batch, (student, hint) = batch_of(stage), stage.train
+    expected = (hint.regressor(seen(student, batch.images)[2]) - seen(teacher, batch.images)[2]).pow(2).mean()
+    assert_same(stage, batch, expected)
+    stage = in_double(stages.send(None))
+    assert stage.name == "distil"
+    assert stage.train == (student,)
+    logits = student(batch.images)
+    assert_same(stage, batch, 0.1 * ce(logits, batch.labels) + 0.9 * kl(logits, teacher(batch.images), 4.0))
+
+
+def test_fitnets_joint():
+    teacher = network()
+    settings = fitnets.Settings(procedure="joint", hint_weight=100.0, ce_weight=1.0, kd_weight=0.0)
+    stage = in_double(next(fitnets.distil(setup(), settings, teacher)))
+    batch, (student, hint) = batch_of(stage), stage.train
+    logits, _, middle, *_ = seen(student, batch.images)
+    expected = ce(logits, batch.labels) + 100 * (hint.regressor(middle) - seen(teacher, batch.images)[2]).pow(2).mean()
+    assert_same(stage, batch, expected)
+
+
+def test_fitnets_without_a_regressor():
+    named = {"student_hint": "layer1", "teacher_hint": "layer1"}
+    teacher = network()
+    stage = in_double(next(fitnets.distil(setup(), fitnets.Settings(regressor=False, **named), teacher)))
+    assert stage.training.epochs == 1  # a fifth
+    batch, (student, _) = batch_of(stage), stage.train
+    assert_same(stage, batch, (seen(student, batch.images)[1] - seen(teacher, batch.images)[1]).pow(2).mean())
+    with pytest.raises(ValueError, match="without a regressor teacher_shape must be student_shape"):
+        next(fitnets.distil(setup(), fitnets.Settings(regressor=False, student_hint="layer1", teacher_hint="layer2"), network()))
+
+
+# ---- teacher assistants ----------------------------------------------------------------------------------------------
+
+
+def test_takd_hops_along_the_chain():
+    teacher = network("resnet20")
+    stages = takd.distil(setup(teacher="resnet20"), takd.Settings(assistants=("resnet14", "resnet8")), teacher)
+    chain, before = [], teacher
+    for stage in stages:
+        assert stage.frozen == (before,)
+        chain.append((stage.name, sum(p.numel() for p in stage.train[0].parameters())))
+        before = stage.train[0]
+        in_double(stage)
+        batch = batch_of(stage)
+        logits = stage.train[0](batch.images)
+        assert_same(stage, batch, 0.1 * ce(logits, batch.labels) + 0.9 * kl(logits, stage.frozen[0](batch.images), 4.0))
+    sizes = [sum(p.numel() for p in network(name).parameters()) for name in ("resnet14", "resnet8", "resnet8")]
+    assert chain == [*zip(("assistant1", "assistant2", "distil"), sizes)]
+
+
+def test_takd_finds_an_assistant_midway():
+    assert takd.midway(ModelSpec("resnet8", 100), 1_736_564) == "resnet32"
+    assert takd.midway(ModelSpec("resnet20", 10), 855_770) == "resnet32"
+    with pytest.raises(ValueError, match=r"assistants must be named: there is none of resnet8's family between 78,042 and 80,000"):
+        takd.midway(ModelSpec("resnet8", 10), 80_000)
+
+
+# ---- intermediate classifiers ----------------------------------------------------------------------------------------
+
+
+def headed(settings, teacher=None, **changes):
+    return finished(dih.train_heads(setup(**changes), settings, Trained(teacher or network(), ModelSpec("resnet14", 3)))).model
+
+
+def test_dih_trains_its_heads_on_the_sum_of_their_cross_entropies():
+    teacher = network()
+    stage = in_double(next(dih.train_heads(setup(), dih.Settings(), Trained(teacher, ModelSpec("resnet14", 3)))))
+    batch, (heads,) = batch_of(stage), stage.train
+    assert stage.frozen == (teacher,)
+    assert [head[1].in_features for head in heads] == [16 * 64, 32 * 16, 64 * 4]
+    _, *maps, _ = seen(teacher, batch.images)
+    assert_same(stage, batch, sum(ce(F.linear(m.flatten(1), h[1].weight, h[1].bias), batch.labels) for m, h in zip(maps, heads)))
+
+
+@pytest.mark.parametrize("alpha", [(0.1,), (0.3, 0.0, 0.2, 0.6)], ids=str)
+def test_dih_student_follows_all_classifiers(alpha):
+    settings = dih.Settings(alpha=alpha)
+    teacher = headed(settings)
+    stage = in_double(next(dih.distil(setup(), settings, teacher)))
+    batch, (student,) = batch_of(stage), stage.train
+    target, *maps, _ = seen(teacher.model, batch.images)
+    opinions = [target, *(head(m) for head, m in zip(teacher.heads, maps))]
+    logits = student(batch.images)
+    weights = alpha * 4 if len(alpha) == 1 else alpha
+    expected = sum((1 - a) * ce(logits, batch.labels) + a * kl(logits, t, 5.0) for a, t in zip(weights, opinions) if a)
+    assert_same(stage, batch, expected)
+
+
+def test_dih_uses_heads_of_a_run_again(tmp_path):
+    from kdfast.models import save_weights
+
+    teacher, settings = network(), dih.Settings(heads=tmp_path)
+    made = headed(dih.Settings(), teacher)
+    stage = next(dih.train_heads(setup(), dih.Settings(), Trained(teacher, ModelSpec("resnet14", 3))))
+    assert stage.metadata["teacher"] == fingerprint(teacher)
+    path = tmp_path / "stages" / dih.HEADS / "best.safetensors"
+    with pytest.raises(ValueError, match="holds none: it is no run of recipe dih"):
+        headed(settings, teacher)
+    save_weights(nn.ModuleList([made.heads]), path, stage.metadata)
+    again = headed(settings, teacher)
+    assert all(torch.equal(a, b) for a, b in zip(made.heads.state_dict().values(), again.heads.state_dict().values()))
+    with pytest.raises(ValueError, match="are another teacher's"):
+        headed(settings, network(seed=1))
+    with pytest.raises(ValueError, match="are of other stages"):
+        headed(replace(settings, teacher_stages=("layer1",)), teacher)
+    with pytest.raises(ValueError, match="heads are of one teacher: name it with --teacher"):
+        next(dih.train_heads(setup(), settings, None))
+
+
+# ---- multi-head ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("pull", [False, True])
+def test_mhkd(pull):
+    teacher = network()
+    settings = mhkd.Settings(pull_teacher_heads=pull)
+    stage = in_double(next(mhkd.distil(setup(), settings, teacher)))
+    batch, (student, ours, theirs) = batch_of(stage), stage.train
+    logits, *student_maps = seen(student, batch.images)
+    target, *teacher_maps = seen(teacher, batch.images)
+    assert len(ours) == len(theirs) == 2
+
+    def distillation(s, t):
+        return 0.9 * ce(s, batch.labels) + 0.1 * kl(s, t, 4.0)
+
+    expected = distillation(logits, target)
+    for j in range(2):
+        s, t = ours[j](student_maps[j]), theirs[j](teacher_maps[j])
+        expected = expected + ce(t, batch.labels) + 0.5 * distillation(s, t if pull else t.detach())
+    assert_same(stage, batch, expected)
+
+
+def test_mhkd_with_the_originals_padding_needs_room():
+    with pytest.raises(ValueError, match="head_padding 0 needs maps of at least 5 x 5 pixels, and layer2 puts out 4 x 4"):
+        next(mhkd.distil(setup(), mhkd.Settings(head_padding=0), network()))
+
+
+# ---- task-oriented features ------------------------------------------------------------------------------------------
+
+
+def test_tofd():
+    given, spec = network(), ModelSpec("resnet14", 3)
+    heads = in_double(next(tofd.train_heads(setup(), tofd.Settings(), Trained(given, spec))))
+    batch = batch_of(heads)
+    _, first, second, *_ = seen(given, batch.images)
+    chain = heads.train[0]
+    assert_same(heads, batch, sum(ce(head(m)[1], batch.labels) for head, m in zip(chain, (first, second))))
+    assert [len(head.convolutions) for head in chain] == [2, 1]
+
+    teacher = finished(tofd.train_heads(setup(), tofd.Settings(), Trained(network(), spec))).model
+    stage = in_double(next(tofd.distil(setup(), tofd.Settings(), teacher)))
+    batch, (student, ours, oriented) = batch_of(stage), stage.train
+    stage.data.train.set_epoch(2)  # the third
+
+    def opinions(model, heads):
+        logits, first, second, _, last = seen(model, batch.images)
+        pairs = [head(m) for head, m in zip(heads, (first, second))]
+        return [*(f for f, _ in pairs), last], [*(z for _, z in pairs), logits]
+
+    (features, logits), (their_features, their_logits) = opinions(student, ours), opinions(teacher.model, teacher.heads)
+    T, expected = 1 + 3 / 250 * 3, 0.0
+    for W, f, g, s, t in zip(oriented.maps, features, their_features, logits, their_logits):
+        soft = -((t / T).softmax(1) * (s / T).log_softmax(1)).sum(1).mean()
+        expected = expected + 0.05 * (f @ W.weight.T - g.detach()).pow(2).sum().sqrt() + ce(s, batch.labels) + soft
+        for A in (W.weight @ W.weight.T, W.weight.T @ W.weight):
+            expected = expected + 0.03 * (A - torch.eye(len(A))).pow(2).sum().sqrt()
+    assert_same(stage, batch, expected)
+
+
+# ---- further terms ---------------------------------------------------------------------------------------------------
+
+
+def test_a_student_without_a_linear_layer_takes_terms_that_read_its_logits():
+    student = nn.Sequential(nn.Conv2d(3, 3, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    stages = kd.follow("distil", setup(), kd.Settings(), student, ModelSpec("resnet8", 3), network().eval())
+    stage = next(plus.plus(stages, [plus.Term.parse("lskd")], network().eval(), labels_hidden=False))
+    batch = next(iter(stage.data.train))
+    assert stage.loss(stage.forward(batch), batch).keys() == {"ce+kd", "plus lskd"}
+
+
+def test_a_teacher_that_the_recipe_has_asked_is_not_asked_again():
+    class Asked(nn.Module):
+        def forward(self, images):
+            raise AssertionError("asked twice")
+
+    teacher = finished(dih.train_heads(setup(), dih.Settings(), Trained(network(), ModelSpec("resnet14", 3)))).model
+    stage = next(plus.plus(dih.distil(setup(), dih.Settings(), teacher), [plus.Term.parse("kd")], Asked(), labels_hidden=False))
+    stage.modes(training=False)
+    batch = next(iter(stage.data.val))
+    outputs = stage.forward(batch)
+    assert torch.equal(outputs["plus teacher"], teacher.model(batch.images))
+    assert stage.loss(outputs, batch).keys() == {"ce+kd", "plus kd"}
+
+
+# ---- a teacher that has answered already -----------------------------------------------------------------------------
+
+
+def trained(folder, recipe, settings, teacher, augment):
+    """The metrics of a training with these images, and how many images the teacher saw in it."""
+    made = setup(make_loaders=lambda training, *_: make_loaders(noise(), batch_size=training.batch_size, train_transform=augment))
+    seen = []
+    asked = getattr(teacher, "model", teacher)
+    handle = asked.register_forward_hook(lambda module, images, logits: seen.append(len(images[0])))
+    folder.mkdir()
+    torch.manual_seed(0)
+    Run(folder, World(0, 1, torch.device("cpu")), Options()).complete(recipe.distil(made, settings, teacher))
+    handle.remove()
+    return [json.loads(line)["val/loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()], sum(seen)
+
+
+@pytest.mark.parametrize("recipe", [kd, conkd, dih], ids=lambda module: module.RECIPE.name)
+def test_a_teacher_is_asked_once_of_images_that_stay_the_same(recipe, tmp_path, monkeypatch):
+    settings = recipe.Settings()
+    teacher = headed(settings) if recipe is dih else network().eval()
+    losses, images = trained(tmp_path / "remembered", recipe, settings, teacher, "none")
+    assert images == 80 + 18, "each training and validation image once"
+    assert trained(tmp_path / "again", recipe, settings, teacher, "none")[0] == losses
+    assert trained(tmp_path / "augmented", recipe, settings, teacher, "digits")[1] == 5 * 80 + 18, "what changes is asked every time"
+    monkeypatch.setattr(remembered, "LARGEST", 0)
+    every, images = trained(tmp_path / "every time", recipe, settings, teacher, "none")
+    assert images == 5 * (80 + 18) + 2 * min(16, 18), "too many to keep; a first batch of each split showed it"
+    assert losses == pytest.approx(every, rel=1e-4)
+
+
+# ---- what they refuse ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("recipe", "options", "message"),
+    [
+        ("at", {"attention_weight": -1.0}, "attention_weight must not be negative, got -1.0"),
+        ("at", {"temperature": 0.0}, "temperature must be positive, got 0.0"),
+        ("crd", {"contrast_weight": -1.0}, "contrast_weight must not be negative, got -1.0"),
+        ("crd", {"negatives": 0}, "negatives must be at least 1, got 0"),
+        ("crd", {"embedding": 0}, "embedding must be at least 1, got 0"),
+        ("crd", {"contrast_temperature": 0.0}, "contrast_temperature must be positive, got 0.0"),
+        ("crd", {"bank_momentum": 1.5}, "bank_momentum must be from 0 to 1, got 1.5"),
+        ("fitnets", {"hint_epochs": 0}, "hint_epochs must be at least 1, got 0"),
+        ("fitnets", {"hint_weight": -1.0}, "hint_weight must not be negative"),
+        ("dih", {"alpha": (0.1, 1.5)}, "alpha must be from 0 to 1, one for all or one a classifier, got 0.1, 1.5"),
+        ("dih", {"alpha": ()}, "alpha must be from 0 to 1, one for all or one a classifier, got none"),
+        ("dih", {"temperature": -1.0}, "temperature must be positive, got -1.0"),
+        ("mhkd", {"alpha": 2.0}, "alpha must be from 0 to 1, got 2.0"),
+        ("mhkd", {"head_weight": -0.5}, "head_weight and head_padding must not be negative"),
+        ("tofd", {"temperature": 0.0}, "temperature must be positive"),
+        ("tofd", {"feature_weight": -1.0}, "feature_weight must not be negative"),
+    ],
+)
+def test_settings_out_of_range_are_named(recipe, options, message):
+    with pytest.raises(ValueError, match=message):
+        recipes.get(recipe).settings(**options)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (
+            lambda: at.distil(setup(), at.Settings(student_stages=("layer9",)), network()),
+            "no module 'layer9'; the nearest names are",
+        ),
+        (lambda: at.distil(setup(), at.Settings(student_stages=("layer1",)), network()), r"equally many stages, got 1 \(layer1\) and 3"),
+        (
+            lambda: at.distil(setup(), at.Settings(student_stages=("linear",)), network()),
+            r"linear must put out a feature map .*, got \[B, 3\]",
+        ),
+        (lambda: fitnets.distil(setup(), fitnets.Settings(teacher_hint="layer"), network()), "no module 'layer'; the nearest names are"),
+        (lambda: at.distil(setup(), at.Settings(), nn.Sequential(nn.Flatten(), nn.Linear(192, 3))), "teacher_stages must be named"),
+        (lambda: dih.distil(setup(), dih.Settings(alpha=(0.0,)), headed(dih.Settings())), "alpha must be above 0 for one classifier"),
+        (lambda: dih.train_heads(setup(), dih.Settings(alpha=(0.1, 0.2)), Trained(network(), ModelSpec("resnet14", 3))), "1 value or 4"),
+    ],
+)
+def test_stages_that_do_not_match_are_named(make, message):
+    with pytest.raises(ValueError, match=message):
+        next(make())
+
+
+@pytest.mark.parametrize(("size", "name"), [(64, "resnet8"), (224, "resnet18"), (32, "vgg11_cifar"), (32, "wrn_16_2")])
+def test_feature_recipes_fit_other_sizes_and_families(size, name):
+    """Heads and taps follow from a dummy image: no training here, only one batch through forward and loss."""
+    made = setup(name, name)
+    made = replace(made, data=replace(made.data, image_size=size))
+    images, labels = torch.randn(2, 3, size, size), torch.tensor([0, 2])
+    batch = next(iter(made.make_loaders(TRAINING, None, False, 0).train))._replace(images=images, labels=labels, index=labels)
+    torch.manual_seed(0)
+    teacher = create(name, 3).eval()
+    stages = [
+        next(at.distil(made, at.Settings(), teacher)),
+        next(fitnets.distil(made, fitnets.Settings(), teacher)),
+        next(mhkd.distil(made, mhkd.Settings(), teacher)),
+        next(crd.distil(made, crd.Settings(negatives=8), teacher)),
+        next(dih.train_heads(made, dih.Settings(), Trained(teacher, made.teacher_spec))),
+        next(tofd.train_heads(made, tofd.Settings(), Trained(teacher, made.teacher_spec))),
+    ]
+    for stage in stages:
+        stage.modes(training=True)
+        terms = means(stage.loss(stage.forward(batch), batch), 2)
+        assert all(term.value.isfinite() for term in terms.values())
+
+
+def test_terms_say_over_how_many_labels_they_are_means(monkeypatch):
+    """And where no label is hidden nothing is counted, which under torchrun all processes would have to wait for."""
+
+    def counted(value):
+        return pytest.fail("counted")
+
+    monkeypatch.setattr("kdfast.recipes.recipe.mean_over_processes", counted)
+    settings = mhkd.Settings()
+    for hidden in (False, True):
+        if hidden:
+            monkeypatch.undo()
+        made = setup(labels_hidden=hidden)
+        teacher = tofd.Opinions(network(), (), "teacher_stages", 8, 3)
+        for stage in (
+            next(mhkd.distil(made, settings, network())),
+            next(tofd.distil(made, tofd.Settings(), teacher)),
+            next(kd.distil(made, kd.Settings(kd_weight=0.0), network())),
+            next(kd.distil(made, kd.Settings(), network())),
+            next(self_distillation.distil(made, self_distillation.Settings(), None)),
+        ):
+            batch = next(iter(stage.data.train))
+            if hidden:
+                labels = torch.where(torch.arange(16) < 5, batch.labels, -100)
+                batch = batch._replace(labels=labels)
+            terms = means(stage.loss(stage.forward(batch), batch), 16)
+            labelled = [name for name in terms if "ce" in name or name.startswith("teacher")]
+            assert labelled
+            assert {name: int(term.rows) for name, term in terms.items()} == {
+                name: 5 if hidden and name in labelled else 16 for name in terms
+            }
+
+
+def test_a_recipe_is_called_what_a_folder_can_be_and_has_a_default():
+    made = recipes.get("kd")
+    with pytest.raises(ValueError, match=r"name must be letters, digits and _.*got 'a/b'"):
+        replace(made, name="a/b")
+    with pytest.raises(ValueError, match="Recipe kd: presets must have one called default, got none"):
+        replace(made, presets={})
+
+
+@pytest.mark.parametrize("recipe", [kd, conkd, crd], ids=lambda module: module.RECIPE.name)
+def test_a_forward_pass_is_one_graph(recipe):
+    """What torch.compile makes of a stage's forward pass, before and after the teacher was asked."""
+    torch._dynamo.reset()
+    stage = next(recipe.distil(setup(), recipe.Settings(), network().eval()))
+    stage.modes(training=True)
+    batch = next(iter(stage.data.train))
+    forward = torch.compile(stage.forward, backend="eager", fullgraph=True)
+    for _ in range(2):
+        outputs = forward(batch)
+        assert outputs.keys() == stage.forward(batch).keys()
+        assert outputs["logits"].requires_grad
+        assert not outputs["teacher"].requires_grad
+        stage.prepare()
