@@ -1,13 +1,53 @@
-"""Objects of the user's own by name: "package.module:object"."""
+"""Imports at run time: optional packages, and objects that a user names as "package.module:object"."""
 
 import importlib
+import importlib.util
 import os
 import sys
+from collections.abc import Iterable
+from types import ModuleType
 from typing import Any
 
 
-def named(name: str) -> Any:
-    """The object that "package.module:object" names; the current folder is importable, and `__main__` is the script or notebook that runs.
+class MissingPackage(ImportError):
+    """A package of one of kdfast's extras is not installed; the text says what needs it and how to install it."""
+
+    def __init__(self, module: str, *, extra: str, what: str):
+        super().__init__(f"{what} needs {module}: pip install 'kdfast[{extra}]'", name=module)
+
+
+def require(module: str, *, extra: str, what: str) -> ModuleType:
+    """Imports a module of an optional package.
+
+    Args:
+        module: full name, "nvidia.dali.fn".
+        extra: the extra of kdfast that installs it, "dali".
+        what: the part of kdfast that needs it, as the subject of a sentence: "The dali loader".
+
+    Raises:
+        ImportError: it cannot be imported; the text is one sentence with the command that installs it.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise MissingPackage(module, extra=extra, what=what) from error
+
+
+def check_installed(modules: Iterable[str], *, extra: str, what: str) -> None:
+    """Checks that top-level modules are there, without importing them.
+
+    Raises:
+        ImportError: one is missing; see `require`.
+    """
+    for module in modules:
+        if importlib.util.find_spec(module) is None:
+            raise MissingPackage(module, extra=extra, what=what)
+
+
+def import_object(name: str) -> Any:
+    """Returns the object that "package.module:object" names.
+
+    The current folder is importable, and `__main__` is the script or notebook that runs.
 
     Raises:
         ValueError: there is no such module, or no such object in it; the text is the import's own.

@@ -141,7 +141,7 @@ def _check_options(name: str, make: Callable[..., Any], options: Mapping[str, Op
 
 def _user_function(name: str) -> Callable[..., Any]:
     try:
-        function = imports.named(name)
+        function = imports.import_object(name)
     except ValueError as error:
         raise ValueError(f"create: {name!r} must name an importable package.module:function: {error}") from error
     if not callable(function):

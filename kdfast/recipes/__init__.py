@@ -34,7 +34,7 @@ def get(name: str) -> Recipe:
 
 def _of_the_users(name: str) -> Recipe:
     try:
-        recipe = imports.named(name)
+        recipe = imports.import_object(name)
     except ValueError as error:
         raise ValueError(f"recipe {name!r} must name an importable package.module:RECIPE: {error}") from error
     if not isinstance(recipe, Recipe):
