@@ -91,7 +91,7 @@ def test_the_check_sees_an_upward_import(tmp_path: Path):
 
 
 def run(code: str) -> str:
-    return subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, cwd=ROOT.parent).stdout
+    return subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, cwd=ROOT).stdout
 
 
 def test_import_kdfast_needs_neither_triton_nor_torchvision():
