@@ -17,6 +17,16 @@ from kdfast.ops.distill_kl import op as distill_kl
 from kdfast.ops.precision import at_least_float32
 from kdfast.ops.supcon import op as supcon
 
+__all__ = [
+    "attention_transfer_loss",
+    "crd_loss",
+    "hint_loss",
+    "kd_loss",
+    "linear_kd_loss",
+    "soft_cross_entropy",
+    "supcon_loss",
+]
+
 # ---- logit distillation ----------------------------------------------------------------------------------------------
 
 

@@ -11,6 +11,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+__all__ = [
+    "attention_transfer_loss",
+    "crd_loss",
+    "kd_loss",
+    "linear_kd_loss",
+    "lion_step",
+    "soft_cross_entropy",
+    "supcon_loss",
+]
+
 # ---- logit distillation ----------------------------------------------------------------------------------------------
 
 

@@ -1,0 +1,150 @@
+"""Every public function and class of kdfast has an example in its docstring, and the example runs."""
+
+import doctest
+import importlib
+from pathlib import Path
+
+import pytest
+import torch
+
+MODULES = ["kdfast", *(f"kdfast.{name}" for name in ("functional losses optim models data engine recipes reference").split())]
+
+# has no example yet; this set only shrinks
+WITHOUT_EXAMPLE: set[str] = {
+    "kdfast.backend",
+    "kdfast.data.Batch",
+    "kdfast.data.Checked",
+    "kdfast.data.DaliLoader",
+    "kdfast.data.DataError",
+    "kdfast.data.ImageData",
+    "kdfast.data.Loader",
+    "kdfast.data.Loaders",
+    "kdfast.data.Normalize",
+    "kdfast.data.ResidentLoader",
+    "kdfast.data.Split",
+    "kdfast.data.TorchvisionLoader",
+    "kdfast.data.Transform",
+    "kdfast.data.check",
+    "kdfast.data.evaluation_names",
+    "kdfast.data.evaluation_transform",
+    "kdfast.data.hide_labels",
+    "kdfast.data.load",
+    "kdfast.data.make_loaders",
+    "kdfast.data.names",
+    "kdfast.data.training_names",
+    "kdfast.data.training_transform",
+    "kdfast.data.usable",
+    "kdfast.engine.Console",
+    "kdfast.engine.Evaluation",
+    "kdfast.engine.Interrupted",
+    "kdfast.engine.Mean",
+    "kdfast.engine.NonFiniteLoss",
+    "kdfast.engine.Options",
+    "kdfast.engine.Run",
+    "kdfast.engine.Stage",
+    "kdfast.engine.StageResult",
+    "kdfast.engine.Training",
+    "kdfast.engine.World",
+    "kdfast.engine.catching",
+    "kdfast.engine.evaluate",
+    "kdfast.engine.join",
+    "kdfast.engine.locked",
+    "kdfast.functional.attention_transfer_loss",
+    "kdfast.functional.crd_loss",
+    "kdfast.functional.hint_loss",
+    "kdfast.functional.kd_loss",
+    "kdfast.functional.linear_kd_loss",
+    "kdfast.functional.soft_cross_entropy",
+    "kdfast.functional.supcon_loss",
+    "kdfast.losses.AttentionTransferLoss",
+    "kdfast.losses.CRDLoss",
+    "kdfast.losses.ConKDLoss",
+    "kdfast.losses.HintLoss",
+    "kdfast.losses.KDLoss",
+    "kdfast.losses.LogitStandardizationLoss",
+    "kdfast.losses.SelfDistillationLoss",
+    "kdfast.losses.SupConLoss",
+    "kdfast.losses.SupContrastiveLoss",
+    "kdfast.losses.TOFDLoss",
+    "kdfast.models.ModelSpec",
+    "kdfast.models.Taps",
+    "kdfast.models.build",
+    "kdfast.models.classifier_head",
+    "kdfast.models.conv_head",
+    "kdfast.models.create",
+    "kdfast.models.feature_size",
+    "kdfast.models.find_head",
+    "kdfast.models.flatten_head",
+    "kdfast.models.load_weights",
+    "kdfast.models.names",
+    "kdfast.models.parameter_count",
+    "kdfast.models.projection_head",
+    "kdfast.models.read_weights",
+    "kdfast.models.recognize",
+    "kdfast.models.replace_head",
+    "kdfast.models.save_weights",
+    "kdfast.models.separable_head",
+    "kdfast.models.tap_shapes",
+    "kdfast.optim.Lion",
+    "kdfast.recipes.Preset",
+    "kdfast.recipes.Recipe",
+    "kdfast.recipes.Setup",
+    "kdfast.recipes.get",
+    "kdfast.recipes.names",
+    "kdfast.reference.attention_transfer_loss",
+    "kdfast.reference.crd_loss",
+    "kdfast.reference.kd_loss",
+    "kdfast.reference.linear_kd_loss",
+    "kdfast.reference.lion_step",
+    "kdfast.reference.soft_cross_entropy",
+    "kdfast.reference.supcon_loss",
+    "kdfast.set_backend",
+}
+
+
+def find_public_objects() -> dict[str, object]:
+    """Functions and classes of kdfast that a public module's `__all__` names, by "module.name"."""
+    found = {}
+    for name in MODULES:
+        module = importlib.import_module(name)
+        for public in module.__all__:
+            value = getattr(module, public)
+            if callable(value) and getattr(value, "__module__", "").startswith("kdfast"):
+                found[f"{name}.{public}"] = value
+    return found
+
+
+OBJECTS = find_public_objects()
+
+
+def find_example(name: str) -> doctest.DocTest:
+    """The doctest lines of an object's own docstring; names of its module and kdfast are known to them."""
+    value = OBJECTS[name]
+    scope = {"kdfast": importlib.import_module("kdfast"), "torch": torch}
+    return doctest.DocTestParser().get_doctest(value.__doc__ or "", scope, name, None, None)
+
+
+@pytest.mark.parametrize("name", sorted(OBJECTS.keys() - WITHOUT_EXAMPLE))
+def test_the_example_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    example = find_example(name)
+    assert example.examples, f"{name}'s docstring has no example"
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    printed: list[str] = []
+    flags = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
+    failures, _ = doctest.DocTestRunner(optionflags=flags, verbose=False).run(example, out=printed.append)
+    assert not failures, "".join(printed)
+    assert not list(tmp_path.iterdir()), "the example leaves files"
+
+
+def test_the_list_of_missing_examples_is_current():
+    assert OBJECTS.keys() >= WITHOUT_EXAMPLE, "a listed name is no longer public"
+    done = {name for name in WITHOUT_EXAMPLE if find_example(name).examples}
+    assert not done, f"has an example now, so take it off WITHOUT_EXAMPLE: {', '.join(sorted(done))}"
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_a_public_module_lists_its_names(name: str):
+    module = importlib.import_module(name)
+    assert sorted(module.__all__) == sorted(set(module.__all__))
+    assert module.__doc__
