@@ -3,6 +3,7 @@
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -22,13 +23,13 @@ def _round_as_a_gpu() -> None:
 
     cast, fma = InterpreterBuilder.cast_impl, InterpreterBuilder.create_fma
 
-    def rounded_cast(self, src, dst_type):
+    def rounded_cast(self: Any, src: Any, dst_type: Any) -> Any:
         if src.dtype.scalar == tl.float32 and dst_type.scalar == tl.bfloat16:
             data = torch.from_numpy(src.data.copy()).bfloat16().view(torch.uint16).numpy()
             return TensorHandle(data, dst_type.scalar)
         return cast(self, src, dst_type)
 
-    def fused(self, x, y, z):
+    def fused(self: Any, x: Any, y: Any, z: Any) -> Any:
         if z.dtype.scalar != tl.float32:
             return fma(self, x, y, z)
         with np.errstate(all="ignore"):
@@ -63,14 +64,11 @@ def real_data() -> Path:
 
 
 @pytest.fixture(scope="session")
-def oracles():
-    """Values and gradients of the original implementations in float64, by name. Skips where they are absent."""
+def oracles() -> Any:
+    """Values and gradients of the original implementations in float64, by name; tests/make_oracles.py made them."""
     import numpy as np
 
-    path = Path(os.environ.get("KDFAST_ORACLES", Path(__file__).parents[2] / "shared" / "oracles" / "losses.npz"))
-    if not path.is_file():
-        pytest.skip(f"no oracles: {path} is not a file; set KDFAST_ORACLES")
-    return np.load(path)
+    return np.load(Path(__file__).with_name("oracles.npz"))
 
 
 @pytest.fixture(autouse=True)

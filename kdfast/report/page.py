@@ -109,7 +109,7 @@ def paired_difference(alone: Sequence[float], distilled: Sequence[float], confid
     Raises:
         ValueError: the lengths differ, there are fewer than two seeds, or confidence is not between 0 and 1.
     """
-    from scipy.special import stdtrit  # type: ignore[import-untyped]
+    from scipy.special import stdtrit
 
     n = len(alone)
     if len(distilled) != n or n < 2:

@@ -61,7 +61,7 @@ def test_supcon_takes_labels_or_a_mask_or_neither() -> None:
         SupConLoss(contrast_mode="two")(features, labels)
 
 
-@pytest.mark.parametrize("case", ["supcon_b64_v2_d128_k10_tau0.07_all", "supcon_b24_v3_d32_k4_tau0.5_one", "simclr_b20_v2_d32"])
+@pytest.mark.parametrize("case", ["supcon_b64_v2_d32_k10_tau0.07_all", "supcon_b24_v3_d32_k4_tau0.5_one", "simclr_b20_v2_d32"])
 def test_supcon_of_the_original(oracles: Any, case: str) -> None:
     features = torch.tensor(oracles[f"{case}/features"]).requires_grad_()
     labels = None if case.startswith("simclr") else torch.tensor(oracles[f"{case}/labels"])
@@ -73,7 +73,7 @@ def test_supcon_of_the_original(oracles: Any, case: str) -> None:
     assert error(features.grad, torch.tensor(oracles[f"{case}/grad"])) < FLOAT32_ERROR
 
 
-@pytest.mark.parametrize("case", ["supcontrastive_seed_n16_d10_k10", "supcontrastive_seed_n128_d128_k100"])
+@pytest.mark.parametrize("case", ["supcontrastive_seed_n16_d10_k10", "supcontrastive_seed_n128_d32_k100"])
 def test_supcontrastive_of_the_original(oracles: Any, case: str) -> None:
     features = torch.tensor(oracles[f"{case}/features"]).requires_grad_()
     value = SupContrastiveLoss(oracles[f"{case}/temperature"].item())(features, torch.tensor(oracles[f"{case}/labels"]))

@@ -29,7 +29,7 @@ def reference_loss(p=2):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("case", ["at_n4_16x8_64x8", "at_n3_32x16_32x8", "at_n2_8x7_24x14"])
+@pytest.mark.parametrize("case", ["at_n4_16x8_64x8", "at_n1_32x16_32x8", "at_n2_8x7_24x14"])
 def test_original_values_and_gradients(oracles, case, layout):
     student, teacher = (torch.tensor(oracles[f"{case}/{name}"]).to(memory_format=LAYOUTS[layout]) for name in ("student", "teacher"))
     loss, gradient, _ = value_and_gradients(functional.attention_transfer_loss, [student.double(), teacher.double()])
