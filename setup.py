@@ -23,7 +23,7 @@ class Build(build_ext):
 
 setup(
     license="MIT",
-    packages=find_packages(include=["kdfast", "kdfast.*"]),
+    packages=find_packages(include=["kdfast", "kdfast.*"], exclude=["kdfast.benchmarks.maintain*", "kdfast.benchmarks.tests*"]),
     package_data={"kdfast": ["py.typed"], "kdfast.report": ["*.html"]},
     ext_modules=[
         Extension(

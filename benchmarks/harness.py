@@ -98,7 +98,7 @@ class Case:
     tier: Literal["quick", "usual", "long"] = "usual"
 
     def __repr__(self) -> str:
-        return f"{self.operator} {self.name} {_name(self.dtype)}"
+        return f"{self.operator} {self.name} {dtype_name(self.dtype)}"
 
     def step(self, variant: str) -> Step:
         """One variant, ready to run."""
@@ -211,7 +211,7 @@ def measure(case: Case, *, only: Collection[str] | None = None, rounds: int = 20
         "operator": case.operator,
         "case": case.name,
         "shape": case.shape,
-        "dtype": _name(case.dtype),
+        "dtype": dtype_name(case.dtype),
         "device": device.type,
         "bytes": case.bytes,
         "operations": case.operations,
@@ -275,5 +275,6 @@ def _short(x: float) -> float:
     return float(f"{x:.4g}")
 
 
-def _name(dtype: torch.dtype) -> str:
+def dtype_name(dtype: torch.dtype) -> str:
+    """torch.float32 -> "float32"."""
     return str(dtype).removeprefix("torch.")

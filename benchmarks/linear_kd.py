@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kdfast import reference
-from kdfast.benchmarks.timing import in_turn, peak_memory, speedup, write_json
+from kdfast.benchmarks.timing import in_turn, peak_memory, speedup
 from kdfast.functional import kd_loss, linear_kd_loss
 from kdfast.ops.distill_kl.linear import Layer, default_rows
 
@@ -131,7 +131,9 @@ def main() -> None:
             for name in case["milliseconds"]
         )
         print(f"{N:6d} x {D:<5d}x {C:<7d}{case['dtype']:9s}{variants}   {case['speedup_over_eager']:.2f}x eager", flush=True)
-    print(write_json(f"{arguments.device}-linear_kd", cases))
+    from kdfast.benchmarks.maintain import write_results
+
+    print(write_results(f"{arguments.device}-linear_kd", cases))
 
 
 if __name__ == "__main__":

@@ -1,8 +1,6 @@
-"""Tables and figures from measured JSON: kdfast bench report
+"""Tables and figures from measured JSON: kdfast bench report FILE...
 
-The documents' tables stand between markers, <!-- table: DEVICE --> (every case of every operator) or <!-- table: DEVICE-KIND --> (kind:
-summary, training, loaders, momenta, compare_GRID), and <!-- end -->. DEVICE is what the names of files in benchmarks/results begin with:
-"cpu" for cpu-lion.json. Cases in which a peer wins are there like the others.
+Cases in which a peer wins are there like the others.
 """
 
 import hashlib
@@ -17,17 +15,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from kdfast import files
 from kdfast.benchmarks.harness import COMPILED, EAGER, OURS
-from kdfast.benchmarks.timing import RESULTS
 from kdfast.machine import described
-from kdfast.report.comparison import markdown
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-ROOT = Path(__file__).parents[1]
-PAGES = (ROOT / "README.md", *(ROOT / "docs" / name for name in ("performance.md", "loaders.md", "comparison.md")))
-FIGURES = ROOT / "docs" / "figures"
 FAMILIES = ("kd_loss", "linear_kd_loss", "supcon_loss", "Lion", "attention_transfer_loss", "crd_loss")  # in this order
 COLOURS = {OURS: "#00795c", EAGER: "#b0305c", COMPILED: "#3d6fc4"}
 NAMES = {OURS: "kdfast", EAGER: "eager PyTorch", COMPILED: "its torch.compile"}
@@ -68,23 +61,6 @@ def read(path: Path) -> Results:
         raise ValueError(f"{path} must hold results of `kdfast bench kernels` or `pytest benchmarks`, and it holds none")
     packages = ", ".join(f"{name} {version}" for name, version in machine.get("packages", {}).items())
     return Results(described(machine, date), packages, cases)
-
-
-def committed(device: str) -> list[Results]:
-    """What benchmarks/results holds of a device."""
-    found = []
-    for path in sorted(RESULTS.glob(f"{device}-*.json")):
-        try:
-            found.append(read(path))
-        except ValueError:  # loaders, training
-            continue
-    return found
-
-
-def devices() -> list[str]:
-    """What there are committed results of."""
-    names = {path.name.partition("-")[0] for path in RESULTS.glob("*-*.json")}
-    return sorted(name for name in names if committed(name))
 
 
 def _of_linear_kd(case: dict[str, Any]) -> dict[str, Any]:
@@ -146,67 +122,6 @@ def _operator_table(cases: list[dict[str, Any]]) -> str:
     if why := unmeasured(cases):
         lines += ["", f"Not measured: {'; '.join(why)}."]
     return "\n".join(lines)
-
-
-def training(device: str) -> str:
-    """Images/s of whole training loops."""
-    result = json.loads((RESULTS / f"{device}-self_distillation.json").read_text())
-    lines = ["| loop | images/s | over the tutorial's |", "|---|---:|---:|"]
-    lines += [f"| {c['variant']} | {c['images_per_s']:.1f} | {c['speedup']:.2f} |" for c in result["cases"]]
-    return "\n".join([*lines, "", f"{described(result['machine'], result['date'])}."])
-
-
-def loaders(device: str) -> str:
-    """Images/s of every loader, a row a data set, loader and number of workers."""
-    result = json.loads((RESULTS / f"{device}-loaders.json").read_text())
-    waiting = any("waiting_share" in c for c in result["cases"])
-    columns = ["images", "pixels", "loader", "workers", "images/s", "PyTorch's, images/s", "speed-up", *(["waiting"] if waiting else [])]
-    lines = [f"| {' | '.join(columns)} |", f"|---|---:|---|{'---:|' * (len(columns) - 3)}"]
-    for c in result["cases"]:
-        peer = f"{c['peer_images_per_s']:,.0f} ({c['peer_workers']} workers)"
-        cells = [c["name"], str(c["image_size"]), c["loader"], str(c["workers"]), f"{c['images_per_s']:,.0f}", peer, f"{c['speedup']:.2f}"]
-        cells += [format(c["waiting_share"], ".1%")] if waiting else []
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join([*lines, "", f"{described(result['machine'], result['date'])}."])
-
-
-def momenta(device: str) -> str:
-    """Accuracy with narrow momenta, a row a data set and dtype."""
-    lines = ["| images | momentum | bytes | test accuracy, % | from float32, points |", "|---|---|---:|---:|---:|"]
-    measured = []
-    for path in sorted(RESULTS.glob(f"{device}-lion_momentum_*.json")):
-        result = json.loads(path.read_text())
-        measured.append(f"{result['cases'][0]['dataset']}: {described(result['machine'], result['date'])}")
-        for c in result["cases"]:
-            accuracy, runs = statistics.mean(c["accuracy"]), len(c["accuracy"])
-            against = "" if c["momentum"] == "float32" else f"{c['difference']:+.2f} ± {c['standard_error']:.2f}"
-            images = f"{c['dataset']}, {c['epochs']} epochs, {runs} seeds"
-            lines.append(f"| {images} | {c['momentum']} | {c['momentum_bytes']:,} | {accuracy:.2f} | {against} |")
-    return "\n".join([*lines, "", *(f"- {line}." for line in measured)])
-
-
-def comparison(device: str, grid: str) -> str:
-    """The table of `kdfast compare`, whose comparison.json is results/<device>-compare_<grid>.json."""
-    return markdown(json.loads((RESULTS / f"{device}-compare_{grid}.json").read_text())).strip()
-
-
-def filled(text: str) -> str:
-    """The text of a page with its tables between their markers."""
-
-    def made(marker: re.Match[str]) -> str:
-        device, kind = marker["device"], marker["kind"]
-        if kind in (None, "summary"):
-            content = {None: table, "summary": summary}[kind](committed(device))
-        elif marker["grid"]:
-            content = comparison(device, marker["grid"])
-        else:
-            content = {"training": training, "loaders": loaders, "momenta": momenta}[kind](device)
-        return f"<!-- table: {marker['name']} -->\n{content}\n<!-- end -->"
-
-    pattern = (
-        r"<!-- table: (?P<name>(?P<device>\w+)(-(?P<kind>summary|training|loaders|momenta|compare_(?P<grid>\w+)))?) -->\n.*?<!-- end -->"
-    )
-    return re.sub(pattern, made, text, flags=re.DOTALL)
 
 
 def _cases(results: Sequence[Results]) -> list[dict[str, Any]]:
@@ -408,24 +323,6 @@ def _svg(figure: "Figure", identifier: str) -> str:
 
 
 # ---- writing ---------------------------------------------------------------------------------------------------------
-
-
-def write_documents() -> list[Path]:
-    """Makes the tables and figures of README.md and docs/ again from the committed results; returns what was written.
-
-    Raises:
-        ValueError: this is an installation, and no checkout.
-    """
-    if not all(page.exists() for page in PAGES):
-        raise ValueError(f"the documents are made in a checkout of kdfast, and {ROOT} is none: name the JSON files to report on")
-    for page in PAGES:
-        files.write_text(page, filled(page.read_text()))
-    written = [*PAGES]
-    for device in devices():
-        for name, svg in figures(committed(device)).items():
-            written.append(FIGURES / f"{device}-{name}.svg")
-            files.write_text(written[-1], svg)
-    return written
 
 
 def write_report(paths: Sequence[Path], folder: Path) -> Path:

@@ -1,16 +1,9 @@
-"""Supervised contrastive loss, forward and backward, for the harness; and at a size where one N x N matrix is larger than the memory.
+"""Supervised contrastive loss, forward and backward.
 
 Two views of N / 2 samples, 10 classes, unit rows, tau = 0.07. A training step counts 6 N^2 D operations in the N x N form (2 forward,
 4 backward); rates are of those, whatever a variant really computes.
-
-    python -m kdfast.benchmarks.supcon [--N 131072 ...] [--dtypes float32 bfloat16]
-
-makes one step of each size, which takes minutes on a CPU, and writes benchmarks/results/cpu-supcon_once.json.
 """
 
-import argparse
-import os
-import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -20,8 +13,8 @@ from torch import Tensor
 
 import kdfast
 from kdfast import reference
-from kdfast.benchmarks.harness import EAGER, OURS, Case, Step, Variant, loss_step, loss_variants
-from kdfast.benchmarks.timing import CPU, peak_memory, write_json
+from kdfast.benchmarks.harness import Case, Variant, loss_step, loss_variants
+from kdfast.benchmarks.timing import CPU
 from kdfast.losses import SupConLoss
 
 SIZES = {
@@ -38,7 +31,6 @@ SIZES = {
 }
 TEMPERATURE = 0.07
 LARGEST_MATRIX = 8192  # beyond this N, an N x N matrix in float64 is too much to check against
-MATRICES = 7  # N x N and float32, that the original has at once
 
 
 def cases(device: torch.device, dtype: torch.dtype) -> Iterator[Case]:
@@ -106,56 +98,3 @@ def _metric_learning() -> Callable[..., Tensor]:
         return peer(torch.cat(features.unbind(1)), labels.repeat(features.shape[1]))
 
     return loss
-
-
-# ---- once ------------------------------------------------------------------------------------------------------------
-
-
-def once(N: int, D: int, dtype: torch.dtype) -> dict[str, Any]:
-    """One training step on the CPU, ours and the original where it fits: its seconds, and most bytes live at once beyond the inputs.
-
-    Seconds of the processor, of all threads, leave out what else the machine does: there is no second step to compare with.
-    The tests hold the same code to the reference at sizes that the reference can run.
-    """
-    measured: dict[str, Any] = {"N": N, "D": D, "dtype": str(dtype).removeprefix("torch."), "operations": 6 * N**2 * D}
-    needs, there = MATRICES * 4 * N**2, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    for name in (OURS, EAGER):
-        if name == EAGER and needs > there:  # the allocation might succeed, and the process be killed
-            measured[name] = {"skipped": f"out of memory: needs {needs / 1e9:.0f} GB, the machine has {there / 1e9:.0f} GB"}
-        else:
-            _one(case(1024, D, dtype).step(name))  # warms up
-            measured[name] = _one(case(N, D, dtype).step(name))
-    return measured
-
-
-def _one(step: Step) -> dict[str, float]:
-    times: list[tuple[float, float]] = []
-
-    def run() -> None:
-        start = time.perf_counter(), time.process_time()
-        results = step.run()
-        times.append((time.perf_counter() - start[0], time.process_time() - start[1]))
-        if not all(x.isfinite().all() for x in results):
-            raise AssertionError("value or gradient is not finite")
-
-    memory = peak_memory(run)
-    return {"seconds": round(times[0][0], 2), "processor_seconds": round(times[0][1], 2), "memory": memory}
-
-
-def main() -> None:
-    """Prints a line a size and writes benchmarks/results/cpu-supcon_once.json."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--N", type=int, nargs="+", default=[131072])
-    parser.add_argument("--D", type=int, default=128)
-    parser.add_argument("--dtypes", nargs="+", choices=["float32", "bfloat16"], default=["float32", "bfloat16"])
-    options = parser.parse_args()
-    cases = []
-    for N in options.N:
-        for dtype in options.dtypes:
-            cases.append(once(N, options.D, getattr(torch, dtype)))
-            print(cases[-1], flush=True)
-    print(write_json("cpu-supcon_once", cases))
-
-
-if __name__ == "__main__":
-    main()

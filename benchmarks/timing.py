@@ -1,6 +1,5 @@
 """Timing that survives a noisy machine: callables in turn, in one process, compared round by round; what a device alone takes; memory."""
 
-import json
 import math
 import os
 import statistics
@@ -8,15 +7,11 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import accumulate
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch.autograd import DeviceType
 
-from kdfast import machine
-
-RESULTS = Path(__file__).parent / "results"
 CPU = torch.device("cpu")
 
 # ---- as the caller sees it -------------------------------------------------------------------------------------------
@@ -213,13 +208,3 @@ def peak_memory(function: Callable[[], Any], device: torch.device = CPU) -> int:
         function()
     events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
     return max(accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())), default=0)
-
-
-# ---- results ---------------------------------------------------------------------------------------------------------
-
-
-def write_json(name: str, cases: list[dict[str, Any]]) -> Path:
-    """Writes benchmarks/results/<name>.json: the machine, the date and one entry a case."""
-    path = RESULTS / f"{name}.json"
-    path.write_text(json.dumps({"machine": machine.facts(), "date": time.strftime("%Y-%m-%d"), "cases": cases}, indent=1) + "\n")
-    return path

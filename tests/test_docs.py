@@ -12,11 +12,12 @@ import torch
 
 from kdfast import cli, models, recipes
 from kdfast.benchmarks import report
+from kdfast.benchmarks.maintain import documents
 from kdfast.commands import bench, config, data
 from kdfast.engine import Training
 
 ROOT = Path(__file__).parents[1]
-OTHERS_OPTIONS = {"--nproc-per-node", "--benchmark-json", "--quick", "--long"}  # torchrun's, pytest's, of benchmarks/conftest.py
+OTHERS_OPTIONS = {"--nproc-per-node", "--benchmark-json", "--quick", "--long"}  # torchrun's, pytest's, of benchmarks/tests/conftest.py
 
 
 def blocks(name: str) -> list[str]:
@@ -128,16 +129,16 @@ def test_every_preset_makes_a_configuration_with_known_networks():
 
 
 def test_the_figures_in_the_documents_come_from_the_committed_results():
-    for page in report.PAGES:
+    for page in documents.PAGES:
         text = page.read_text()
         assert "\n|---" in text.partition("<!-- table")[2], f"{page.name} has no table"
-        assert report.filled(text) == text, f"{page.name}: run kdfast bench report"
+        assert documents.filled(text) == text, f"{page.name}: run kdfast bench report"
     shown = re.findall(r"!\[[^]]*\]\(figures/(.+?)\)", (ROOT / "docs" / "performance.md").read_text())
-    assert set(shown) == {path.name for path in report.FIGURES.iterdir()}
-    for device in report.devices():
-        results = report.committed(device)
+    assert set(shown) == {path.name for path in documents.FIGURES.iterdir()}
+    for device in documents.devices():
+        results = documents.committed(device)
         for name in report.figures(results):
-            drawn = (report.FIGURES / f"{device}-{name}.svg").read_text()
+            drawn = (documents.FIGURES / f"{device}-{name}.svg").read_text()
             assert report.digest(results) in drawn, f"{device}-{name}.svg is of other results: run kdfast bench report"
 
 

@@ -123,7 +123,13 @@ def make_report(options: Report) -> list[Path]:
     """
     if options.results:
         files.check_writable(options.out, "--out", folder=True)
-    written = [report.write_report(options.results, options.out)] if options.results else report.write_documents()
+        written = [report.write_report(options.results, options.out)]
+    else:
+        try:
+            from kdfast.benchmarks.maintain import documents
+        except ModuleNotFoundError:
+            raise ValueError("bench report without files needs a clone of kdfast, whose documents it writes: name JSON files") from None
+        written = documents.write_documents()
     for path in written:
         print(path)
     return written

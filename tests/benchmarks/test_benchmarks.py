@@ -14,8 +14,9 @@ import pytest
 import torch
 
 from kdfast import cli
-from kdfast.benchmarks import attention_map, distill_kl, harness, lion, operators, report, supcon, timing
+from kdfast.benchmarks import attention_map, distill_kl, harness, lion, maintain, operators, report, supcon, timing
 from kdfast.benchmarks.harness import COMPILED, EAGER, OURS, Variant, loss_step, measure
+from kdfast.benchmarks.maintain import documents, supcon_once
 
 ROOT = Path(__file__).parents[2]
 SMALL = [
@@ -72,10 +73,10 @@ def test_ours_and_the_originals_compute_the_same(case):
 
 
 def test_one_step_of_a_size_that_the_original_has_no_memory_for(tmp_path, monkeypatch):
-    monkeypatch.setattr(timing, "RESULTS", tmp_path)
-    monkeypatch.setattr(sys, "argv", ["supcon", "--N", "64", "2048", "--D", "8", "--dtypes", "bfloat16"])
-    monkeypatch.setattr(supcon.os, "sysconf", lambda name: {"SC_PAGE_SIZE": 2**10, "SC_PHYS_PAGES": 7 * 2**14 - 1}[name])
-    supcon.main()
+    monkeypatch.setattr(maintain, "RESULTS", tmp_path)
+    monkeypatch.setattr(sys, "argv", ["supcon_once", "--N", "64", "2048", "--D", "8", "--dtypes", "bfloat16"])
+    monkeypatch.setattr(supcon_once.os, "sysconf", lambda name: {"SC_PAGE_SIZE": 2**10, "SC_PHYS_PAGES": 7 * 2**14 - 1}[name])
+    supcon_once.main()
     small, large = json.loads((tmp_path / "cpu-supcon_once.json").read_text())["cases"]
     assert all(small[name]["seconds"] >= 0 and small[name]["memory"] > 0 for name in (OURS, EAGER))
     assert 0 < large[OURS]["memory"] < 4 * 2048**2
@@ -380,11 +381,11 @@ def test_a_file_without_results_is_one_sentence(tmp_path, content, capsys):
 
 def test_markers_are_filled_and_nothing_else():
     text = "a <!-- end -->\n<!-- table: cpu-summary -->\nold\n<!-- end -->\nb <!-- table: cpu -->\nold\n<!-- end -->"
-    made = report.filled(text)
+    made = documents.filled(text)
     assert "old" not in made
     assert made.startswith("a <!-- end -->\n<!-- table: cpu-summary -->\n| operator |")
     assert made.count("<!-- end -->") == 3
-    assert report.filled(made) == made
+    assert documents.filled(made) == made
 
 
 # ---- commands --------------------------------------------------------------------------------------------------------

@@ -16,8 +16,8 @@ triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402
 
 from kdfast.benchmarks import codegen  # noqa: E402
+from kdfast.benchmarks.maintain.traffic import counted_traffic  # noqa: E402
 from kdfast.benchmarks.timing import peak_memory  # noqa: E402
-from kdfast.benchmarks.traffic import counted_traffic  # noqa: E402
 from kdfast.kernels import attention_map, distill_kl, nce, supcon  # noqa: E402
 from kdfast.ops.supcon.op import Setting  # noqa: E402
 

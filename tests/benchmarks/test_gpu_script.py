@@ -14,9 +14,10 @@ import torch
 from torch.autograd import DeviceType
 
 from kdfast import functional, machine
-from kdfast.benchmarks import contracts, gpu, report, sanitize, timing
-from kdfast.benchmarks.contracts import Broken, NotAvailable, Work, verdict
-from kdfast.benchmarks.gpu import Ended, Step, execute, read_sanitizer
+from kdfast.benchmarks import report, timing
+from kdfast.benchmarks.maintain import contracts, gpu, sanitize
+from kdfast.benchmarks.maintain.contracts import Broken, NotAvailable, Work, verdict
+from kdfast.benchmarks.maintain.gpu import Ended, Step, execute, read_sanitizer
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).parents[2]
@@ -185,7 +186,7 @@ def test_every_step_runs_something_that_exists(tmp_path, monkeypatch):
         assert command[0] in (sys.executable, str(tmp_path / "compute-sanitizer"))
         for module in (command[i + 1] for i, word in enumerate(command) if word == "-m" and i < 8):
             if module.startswith("kdfast."):
-                assert (ROOT / "benchmarks" / f"{module.rpartition('.')[2]}.py").is_file(), module
+                assert (ROOT / "benchmarks" / "maintain" / f"{module.rpartition('.')[2]}.py").is_file(), module
     for name in gpu.TESTS:
         assert (ROOT / "tests" / f"{name}.py").is_file(), name
 
@@ -516,7 +517,7 @@ def test_more_than_two_launches_or_none_break_the_promise():
 
 def test_a_contract_is_one_process_and_one_line_of_json():
     done = subprocess.run(
-        [sys.executable, "-m", "kdfast.benchmarks.contracts", "other_device"], capture_output=True, text=True, check=True, cwd=ROOT
+        [sys.executable, "-m", "kdfast.benchmarks.maintain.contracts", "other_device"], capture_output=True, text=True, check=True, cwd=ROOT
     )
     assert gpu.read_contract(Path(), Ended(0, done.stdout))["status"] == "not available"
 
@@ -526,7 +527,7 @@ def test_a_contract_is_one_process_and_one_line_of_json():
 INTERPRETED = """
 import warnings
 warnings.simplefilter("ignore")
-from kdfast.benchmarks import sanitize
+from kdfast.benchmarks.maintain import sanitize
 from kdfast.kernels import distill_kl
 plan, seen = distill_kl.plan, set()
 

@@ -534,7 +534,7 @@ def test_steps_are_bitwise_reproducible(options):
     ids=str,
 )
 def test_bytes_moved_are_those_of_five_passes(dtype, options, passes):
-    from kdfast.benchmarks.traffic import counted_traffic
+    from kdfast.benchmarks.maintain.traffic import counted_traffic
 
     N = 2 * 2048 * 8 + 100
     params = parameters([(N,)], dtype)

@@ -1,6 +1,6 @@
 """A small run of every Triton kernel in every regime, for compute-sanitizer to watch:
 
-    PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck python -m kdfast.benchmarks.sanitize
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck python -m kdfast.benchmarks.maintain.sanitize
 
 Without PyTorch's cache of memory every tensor is an allocation of its own, so that a read beyond its end is seen. Sizes are odd, rows
 few; what is computed is the tests' business. TRITON_INTERPRET=1 runs it on the CPU.

@@ -1,6 +1,6 @@
 """Training throughput of self-distillation against the tutorial's own loop, on the same images and cores.
 
-    python -m kdfast.benchmarks.self_distillation --data-dir D
+    python -m kdfast.benchmarks.maintain.self_distillation --data-dir D
 
 The tutorial's loop is transcribed from its description: torchvision's ImageFolder and transforms on PIL images, a ResNet-18 with hooks
 on layer2[1] and layer4[1], SGD, batch 32, 224 px, float32, `loss.item()` every step. Ours is `kdfast distill --recipe self_distillation
@@ -23,7 +23,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 from torchvision import datasets, models, transforms
 
-from kdfast.benchmarks.timing import write_json
+from kdfast.benchmarks.maintain import write_results
 
 STATISTICS = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
 
@@ -76,7 +76,7 @@ def ours(folder: Path, workers: int, precision: str) -> float:
 
 
 def main() -> None:
-    """Runs the comparison and writes benchmarks/results/cpu-self_distillation.json."""
+    """Runs the comparison and writes results/cpu-self_distillation.json."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--data-dir", type=Path, required=True, help="an image folder with train/ and val/")
     parser.add_argument("--images", type=int, default=320, help="training images an epoch")
@@ -107,7 +107,7 @@ def main() -> None:
         }
         for name, measured in rates.items()
     ]
-    write_json("cpu-self_distillation", cases)
+    write_results("cpu-self_distillation", cases)
 
 
 if __name__ == "__main__":

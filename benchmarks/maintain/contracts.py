@@ -1,7 +1,7 @@
-"""Promises of the losses and of Lion that only a GPU can show, one function a promise: python -m kdfast.benchmarks.contracts NAME
+"""Promises of the losses and of Lion that only a GPU can show, one function a promise: python -m kdfast.benchmarks.maintain.contracts NAME
 
 Prints one line of JSON, {"status", "why" or what was seen}, and leaves with status 1 where the promise is broken. A process keeps to
-one promise, since a kernel that goes wrong takes its whole process along. kdfast.benchmarks.gpu runs them all.
+one promise, since a kernel that goes wrong takes its whole process along. kdfast.benchmarks.maintain.gpu runs them all.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""All that a GPU is needed for, on one card and in minutes: python -m kdfast.benchmarks.gpu --out FILE [--minutes 9]
+"""All that a GPU is needed for, on one card and in minutes: python -m kdfast.benchmarks.maintain.gpu --out FILE [--minutes 9]
 
     contract/...    promises that only a device can show (contracts.py)
     tests           the operators' tests on the device
@@ -35,9 +35,9 @@ import torch
 
 from kdfast import files, machine
 from kdfast.benchmarks import operators
-from kdfast.benchmarks.contracts import CONTRACTS, NotAvailable
+from kdfast.benchmarks.maintain import ROOT
+from kdfast.benchmarks.maintain.contracts import CONTRACTS, NotAvailable
 
-ROOT = Path(__file__).parents[1]
 TESTS = (
     "ops/test_distill_kl",
     "ops/test_distill_kl_kernel",
@@ -269,9 +269,12 @@ def steps() -> list[Step]:
     # every tensor an allocation of its own, or a read beyond its end would land in a neighbour
     apart = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     return [
-        *(Step(f"contract/{name}", 45, _python("-m", "kdfast.benchmarks.contracts", name), read_contract, least=8) for name in CONTRACTS),
+        *(
+            Step(f"contract/{name}", 45, _python("-m", "kdfast.benchmarks.maintain.contracts", name), read_contract, least=8)
+            for name in CONTRACTS
+        ),
         Step("tests", 180, _tests, read_tests, least=100, environment={"KDFAST_TEST_DEVICE": "cuda"}),
-        Step("sanitize", 60, _python("-m", "kdfast.benchmarks.sanitize"), read_plain),  # compiles what the tools then watch
+        Step("sanitize", 60, _python("-m", "kdfast.benchmarks.maintain.sanitize"), read_plain),  # compiles what the tools then watch
         *(Step(tool, 45, _sanitizer(tool), read_sanitizer, environment=apart) for tool in SANITIZERS),
         Step("loaders", 60, _loaders, read_loaders, least=45),
         Step("training", 60, _training("off"), read_training, least=40),
@@ -322,7 +325,7 @@ def _sanitizer(tool: str) -> Callable[[Path, float], Sequence[str]]:
         options = ["--tool", tool, "--launch-timeout", "60", "--target-processes", "application-only"]  # PyTorch is slow to import
         if tool == "memcheck":
             options += ["--report-api-errors", "no"]  # libraries try calls out and see them fail
-        return [program, *options, sys.executable, "-m", "kdfast.benchmarks.sanitize"]
+        return [program, *options, sys.executable, "-m", "kdfast.benchmarks.maintain.sanitize"]
 
     return command
 
@@ -334,9 +337,9 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=9.0, help="for all steps together")
     options = parser.parse_args()
     if not torch.cuda.is_available():
-        sys.exit("kdfast.benchmarks.gpu: this PyTorch sees no CUDA GPU, and all that is measured here needs one")
+        sys.exit("kdfast.benchmarks.maintain.gpu: this PyTorch sees no CUDA GPU, and all that is measured here needs one")
     if not (ROOT / "tests").is_dir():
-        sys.exit("kdfast.benchmarks.gpu: the tests are not installed with kdfast: install a checkout with pip install -e .")
+        sys.exit("kdfast.benchmarks.maintain.gpu: the tests are not installed with kdfast: install a checkout with pip install -e .")
     good = run(steps(), options.out, 60 * options.minutes)
     print(f"{'all is well' if good else 'something failed'}: {options.out}")
     sys.exit(not good)

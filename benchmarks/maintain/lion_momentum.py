@@ -1,4 +1,4 @@
-"""What Lion's momentum may cost in accuracy at 8 and 16 bits: python -m kdfast.benchmarks.lion_momentum [--dataset digits|cifar10]
+"""What Lion's momentum may cost in accuracy at 8 and 16 bits: python -m kdfast.benchmarks.maintain.lion_momentum [--dataset digits|cifar10]
 
 A ResNet-8 is trained from the same seeds with float32, bfloat16 and 8-bit momenta; nothing else differs. `accuracy` is on the test
 images after the last epoch, in percent, one for each seed; `difference` is its mean over seeds from float32's, with the standard error
@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from kdfast import models
-from kdfast.benchmarks.timing import write_json
+from kdfast.benchmarks.maintain import write_results
 from kdfast.data import ImageData, load, make_loaders
 from kdfast.optim import Lion
 
@@ -69,7 +69,7 @@ def main() -> None:
         error = statistics.stdev(differences) / math.sqrt(len(differences)) if len(differences) > 1 else math.nan
         case |= {"dataset": options.dataset, "epochs": options.epochs, "accuracy": accuracies[name]}
         case |= {"difference": statistics.mean(differences), "standard_error": error}
-    print(write_json(f"cpu-lion_momentum_{options.dataset}", list(cases.values())))
+    print(write_results(f"cpu-lion_momentum_{options.dataset}", list(cases.values())))
 
 
 if __name__ == "__main__":

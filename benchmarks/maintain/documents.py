@@ -1,0 +1,109 @@
+"""The tables and figures of README.md and docs/, from the committed results: kdfast bench report
+
+A table stands between <!-- table: DEVICE --> (every case of every operator) or <!-- table: DEVICE-KIND --> (kind: summary, training,
+loaders, momenta, compare_GRID), and <!-- end -->. DEVICE is how the names of files in results/ begin: "cpu" for cpu-lion.json.
+"""
+
+import json
+import re
+import statistics
+from pathlib import Path
+
+from kdfast import files
+from kdfast.benchmarks.maintain import RESULTS, ROOT
+from kdfast.benchmarks.report import Results, figures, read, summary, table
+from kdfast.machine import described
+from kdfast.report.comparison import markdown
+
+PAGES = (ROOT / "README.md", *(ROOT / "docs" / name for name in ("performance.md", "loaders.md", "comparison.md")))
+FIGURES = ROOT / "docs" / "figures"
+
+
+def committed(device: str) -> list[Results]:
+    """What benchmarks/results holds of a device."""
+    found = []
+    for path in sorted(RESULTS.glob(f"{device}-*.json")):
+        try:
+            found.append(read(path))
+        except ValueError:  # loaders, training
+            continue
+    return found
+
+
+def devices() -> list[str]:
+    """What there are committed results of."""
+    names = {path.name.partition("-")[0] for path in RESULTS.glob("*-*.json")}
+    return sorted(name for name in names if committed(name))
+
+
+def training(device: str) -> str:
+    """Images/s of whole training loops."""
+    result = json.loads((RESULTS / f"{device}-self_distillation.json").read_text())
+    lines = ["| loop | images/s | over the tutorial's |", "|---|---:|---:|"]
+    lines += [f"| {c['variant']} | {c['images_per_s']:.1f} | {c['speedup']:.2f} |" for c in result["cases"]]
+    return "\n".join([*lines, "", f"{described(result['machine'], result['date'])}."])
+
+
+def loaders(device: str) -> str:
+    """Images/s of every loader, a row a data set, loader and number of workers."""
+    result = json.loads((RESULTS / f"{device}-loaders.json").read_text())
+    waiting = any("waiting_share" in c for c in result["cases"])
+    columns = ["images", "pixels", "loader", "workers", "images/s", "PyTorch's, images/s", "speed-up", *(["waiting"] if waiting else [])]
+    lines = [f"| {' | '.join(columns)} |", f"|---|---:|---|{'---:|' * (len(columns) - 3)}"]
+    for c in result["cases"]:
+        peer = f"{c['peer_images_per_s']:,.0f} ({c['peer_workers']} workers)"
+        cells = [c["name"], str(c["image_size"]), c["loader"], str(c["workers"]), f"{c['images_per_s']:,.0f}", peer, f"{c['speedup']:.2f}"]
+        cells += [format(c["waiting_share"], ".1%")] if waiting else []
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join([*lines, "", f"{described(result['machine'], result['date'])}."])
+
+
+def momenta(device: str) -> str:
+    """Accuracy with narrow momenta, a row a data set and dtype."""
+    lines = ["| images | momentum | bytes | test accuracy, % | from float32, points |", "|---|---|---:|---:|---:|"]
+    measured = []
+    for path in sorted(RESULTS.glob(f"{device}-lion_momentum_*.json")):
+        result = json.loads(path.read_text())
+        measured.append(f"{result['cases'][0]['dataset']}: {described(result['machine'], result['date'])}")
+        for c in result["cases"]:
+            accuracy, runs = statistics.mean(c["accuracy"]), len(c["accuracy"])
+            against = "" if c["momentum"] == "float32" else f"{c['difference']:+.2f} ± {c['standard_error']:.2f}"
+            images = f"{c['dataset']}, {c['epochs']} epochs, {runs} seeds"
+            lines.append(f"| {images} | {c['momentum']} | {c['momentum_bytes']:,} | {accuracy:.2f} | {against} |")
+    return "\n".join([*lines, "", *(f"- {line}." for line in measured)])
+
+
+def comparison(device: str, grid: str) -> str:
+    """The table of `kdfast compare`, whose comparison.json is results/<device>-compare_<grid>.json."""
+    return markdown(json.loads((RESULTS / f"{device}-compare_{grid}.json").read_text())).strip()
+
+
+def filled(text: str) -> str:
+    """The text of a page with its tables between their markers."""
+
+    def made(marker: re.Match[str]) -> str:
+        device, kind = marker["device"], marker["kind"]
+        if kind in (None, "summary"):
+            content = {None: table, "summary": summary}[kind](committed(device))
+        elif marker["grid"]:
+            content = comparison(device, marker["grid"])
+        else:
+            content = {"training": training, "loaders": loaders, "momenta": momenta}[kind](device)
+        return f"<!-- table: {marker['name']} -->\n{content}\n<!-- end -->"
+
+    pattern = (
+        r"<!-- table: (?P<name>(?P<device>\w+)(-(?P<kind>summary|training|loaders|momenta|compare_(?P<grid>\w+)))?) -->\n.*?<!-- end -->"
+    )
+    return re.sub(pattern, made, text, flags=re.DOTALL)
+
+
+def write_documents() -> list[Path]:
+    """Writes the tables and figures of README.md and docs/ from the committed results; returns the paths."""
+    for page in PAGES:
+        files.write_text(page, filled(page.read_text()))
+    written = [*PAGES]
+    for device in devices():
+        for name, svg in figures(committed(device)).items():
+            written.append(FIGURES / f"{device}-{name}.svg")
+            files.write_text(written[-1], svg)
+    return written
