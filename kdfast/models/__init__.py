@@ -1,9 +1,9 @@
 """Networks by name, their heads, taps into their features, and weights on disk.
 
     zoo         ModelSpec, build, create, names                     the papers' networks, torchvision's, the user's own
-    heads       find_head, feature_size, replace_head, ...          the last layer, and what may stand in its place
+    heads       find_head, feature_size, replace_head, ...          the last layer, and its replacements
     auxiliary   flatten_head, conv_head, separable_head             classifiers in the middle of a network
-    taps        Taps, tap_shapes                                    what the modules named by path compute
+    taps        Taps, tap_shapes                                    the tensors that pass modules named by path
     weights     read_weights, load_weights, save_weights, recognize strict, by name, never executing a pickle's code
 
 torchvision is imported when one of its networks is asked for, not before.

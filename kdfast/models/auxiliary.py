@@ -10,9 +10,11 @@ from itertools import pairwise
 
 from torch import Tensor, nn
 
+from kdfast.models.blocks import average_pool, conv_bn
+
 
 def flatten_head(shape: Sequence[int], num_classes: int) -> nn.Module:
-    """One linear layer over all of a feature map.
+    """One linear layer over all of a feature map (DIH).
 
     Args:
         shape: (channels, height, width).
@@ -20,13 +22,18 @@ def flatten_head(shape: Sequence[int], num_classes: int) -> nn.Module:
 
     Returns:
         A module, [B, *shape] -> [B, num_classes].
+
+    Example:
+        >>> head = kdfast.models.flatten_head((64, 8, 8), num_classes=10)
+        >>> head(torch.randn(2, 64, 8, 8)).shape
+        torch.Size([2, 10])
     """
     channels, height, width = shape
     return nn.Sequential(nn.Flatten(), nn.Linear(channels * height * width, num_classes))
 
 
 def conv_head(channels: int, num_classes: int, *, width: int = 256, padding: int = 1) -> nn.Module:
-    """Conv3x3 - BatchNorm - ReLU, twice; global average pool; Linear - ReLU - Linear.
+    """Conv3x3 - BatchNorm - ReLU, twice; global average pool; Linear - ReLU - Linear (MHKD).
 
     Args:
         channels: of the feature map.
@@ -36,6 +43,11 @@ def conv_head(channels: int, num_classes: int, *, width: int = 256, padding: int
 
     Returns:
         A module, [B, channels, H, W] -> [B, num_classes].
+
+    Example:
+        >>> head = kdfast.models.conv_head(64, num_classes=10, width=32)
+        >>> head(torch.randn(2, 64, 8, 8)).shape
+        torch.Size([2, 10])
     """
     return nn.Sequential(
         *(nn.Conv2d(channels, width, 3, padding=padding, bias=False), nn.BatchNorm2d(width), nn.ReLU(inplace=True)),
@@ -51,17 +63,16 @@ class SeparableHead(nn.Module):
     def __init__(self, channels: Sequence[int], num_classes: int) -> None:
         super().__init__()
         self.convolutions = nn.Sequential(*(_separable(narrow, wide) for narrow, wide in pairwise(channels)))
-        self.pool = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
         self.classifier = nn.Linear(channels[-1], num_classes)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """[B, channels[0], H, W] -> features [B, channels[-1]] and logits [B, num_classes]."""
-        features = self.pool(self.convolutions(x))
+        features = average_pool(self.convolutions(x))
         return features, self.classifier(features)
 
 
 def separable_head(channels: Sequence[int], num_classes: int) -> SeparableHead:
-    """A classifier that goes on where a stage ends: for every stage that follows, a separable convolution of stride 2.
+    """A classifier that goes on where a stage ends: a separable convolution of stride 2 for every stage that follows (TOFD).
 
     Args:
         channels: of the feature map, then of every stage that follows.
@@ -69,6 +80,12 @@ def separable_head(channels: Sequence[int], num_classes: int) -> SeparableHead:
 
     Returns:
         A module, [B, channels[0], H, W] -> features [B, channels[-1]] and logits [B, num_classes].
+
+    Example:
+        >>> head = kdfast.models.separable_head([16, 32, 64], num_classes=10)
+        >>> features, logits = head(torch.randn(2, 16, 32, 32))
+        >>> features.shape, logits.shape
+        (torch.Size([2, 64]), torch.Size([2, 10]))
     """
     return SeparableHead(channels, num_classes)
 
@@ -77,7 +94,7 @@ def _separable(narrow: int, wide: int) -> nn.Module:
     """Depthwise 3x3 of stride 2, pointwise, BatchNorm, ReLU; depthwise 3x3, pointwise to the width, BatchNorm, ReLU."""
     return nn.Sequential(
         nn.Conv2d(narrow, narrow, 3, stride=2, padding=1, groups=narrow, bias=False),
-        *(nn.Conv2d(narrow, narrow, 1, bias=False), nn.BatchNorm2d(narrow), nn.ReLU(inplace=True)),
+        *(*conv_bn(narrow, narrow, 1), nn.ReLU(inplace=True)),
         nn.Conv2d(narrow, narrow, 3, padding=1, groups=narrow, bias=False),
-        *(nn.Conv2d(narrow, wide, 1, bias=False), nn.BatchNorm2d(wide), nn.ReLU(inplace=True)),
+        *(*conv_bn(narrow, wide, 1), nn.ReLU(inplace=True)),
     )

@@ -5,21 +5,21 @@
     resnet18_cifar, resnet34_cifar, ImageNet's four stages behind a 3x3 convolution of stride 1 without max-pooling
     resnet50_cifar
 
-Where a block changes the shape, the shortcut is a strided 1x1 convolution with BatchNorm ("conv"), or the paper's option A
-("A"): every other pixel, missing channels filled with zeros, no parameters.
+Where a block changes the shape, the shortcut is a strided 1x1 convolution with BatchNorm ("conv"), or the paper's option A ("A"): every
+other pixel, missing channels filled with zeros, no parameters.
 
-Modules are named as in the widespread CIFAR weights (conv1, bn1, layer1.0.conv1, ..., linear), so that those load by name.
-No ReLU works in place: the output of every module can be tapped.
+Modules are named as in the widespread CIFAR weights (conv1, bn1, layer1.0.conv1, ..., linear), so these load by name. No ReLU works in
+place, so the output of every module can be tapped.
 """
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Literal
+from typing import Literal, get_args
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kdfast.models.initialization import initialize
+from kdfast.models.blocks import average_pool, conv_bn, initialize
 
 Shortcut = Literal["conv", "A"]
 
@@ -38,15 +38,12 @@ class ZeroPadShortcut(nn.Module):
         return F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, self.before, self.after))
 
 
-def _shortcut(kind: Shortcut, in_channels: int, out_channels: int, stride: int) -> nn.Module:
+def _make_shortcut(kind: Shortcut, in_channels: int, out_channels: int, stride: int) -> nn.Module:
     if stride == 1 and in_channels == out_channels:
         return nn.Identity()
     if kind == "A":
         return ZeroPadShortcut(in_channels, out_channels, stride)
-    return nn.Sequential(
-        nn.Conv2d(in_channels, out_channels, 1, stride=stride, bias=False),
-        nn.BatchNorm2d(out_channels),
-    )
+    return nn.Sequential(*conv_bn(in_channels, out_channels, 1, stride=stride))
 
 
 class BasicBlock(nn.Module):
@@ -56,11 +53,9 @@ class BasicBlock(nn.Module):
 
     def __init__(self, in_channels: int, width: int, stride: int, shortcut: Shortcut):
         super().__init__()
-        self.conv1 = nn.Conv2d(in_channels, width, 3, stride=stride, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(width)
-        self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False)
-        self.bn2 = nn.BatchNorm2d(width)
-        self.shortcut = _shortcut(shortcut, in_channels, width, stride)
+        self.conv1, self.bn1 = conv_bn(in_channels, width, stride=stride)
+        self.conv2, self.bn2 = conv_bn(width, width)
+        self.shortcut = _make_shortcut(shortcut, in_channels, width, stride)
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, in_channels, H, W] -> [B, width, H / stride, W / stride]."""
@@ -76,13 +71,10 @@ class Bottleneck(nn.Module):
 
     def __init__(self, in_channels: int, width: int, stride: int, shortcut: Shortcut):
         super().__init__()
-        self.conv1 = nn.Conv2d(in_channels, width, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(width)
-        self.conv2 = nn.Conv2d(width, width, 3, stride=stride, padding=1, bias=False)
-        self.bn2 = nn.BatchNorm2d(width)
-        self.conv3 = nn.Conv2d(width, 4 * width, 1, bias=False)
-        self.bn3 = nn.BatchNorm2d(4 * width)
-        self.shortcut = _shortcut(shortcut, in_channels, 4 * width, stride)
+        self.conv1, self.bn1 = conv_bn(in_channels, width, 1)
+        self.conv2, self.bn2 = conv_bn(width, width, stride=stride)
+        self.conv3, self.bn3 = conv_bn(width, 4 * width, 1)
+        self.shortcut = _make_shortcut(shortcut, in_channels, 4 * width, stride)
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, in_channels, H, W] -> [B, 4 width, H / stride, W / stride]."""
@@ -108,7 +100,7 @@ class ResNet(nn.Module):
         ValueError: another shortcut.
     """
 
-    # what RepDistiller and DIH call the same layers
+    # the same layers as RepDistiller and DIH name them
     synonyms = (("downsample.", "shortcut."), ("fc.", "linear."))
 
     def __init__(
@@ -123,11 +115,10 @@ class ResNet(nn.Module):
         in_channels: int = 3,
     ):
         super().__init__()
-        if shortcut not in ("conv", "A"):
+        if shortcut not in get_args(Shortcut):
             raise ValueError(f"ResNet: shortcut must be 'conv' or 'A', got {shortcut!r}")
         self.stages = tuple(f"layer{number}" for number in range(1, len(depths) + 1))
-        self.conv1 = nn.Conv2d(in_channels, stem, 3, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(stem)
+        self.conv1, self.bn1 = conv_bn(in_channels, stem)
         channels = stem
         for stage, depth, width in zip(self.stages, depths, widths):
             blocks = nn.Sequential()
@@ -144,29 +135,15 @@ class ResNet(nn.Module):
         x = F.relu(self.bn1(self.conv1(x)))
         for stage in self.stages:
             x = getattr(self, stage)(x)
-        return self.linear(F.adaptive_avg_pool2d(x, 1).flatten(1))
+        return self.linear(average_pool(x))
 
 
-def _small(depth: int, stem: int, widths: Sequence[int], num_classes: int, *, shortcut: Shortcut = "conv", in_channels: int = 3) -> ResNet:
-    blocks = (depth - 2) // 6
-    return ResNet(BasicBlock, [blocks] * 3, stem, widths, num_classes, shortcut=shortcut, in_channels=in_channels)
-
-
-def _large(
-    block: type[BasicBlock] | type[Bottleneck],
-    depths: Sequence[int],
-    num_classes: int,
-    *,
-    shortcut: Shortcut = "conv",
-    in_channels: int = 3,
-) -> ResNet:
-    return ResNet(block, depths, 64, (64, 128, 256, 512), num_classes, shortcut=shortcut, in_channels=in_channels)
-
+_WIDTHS = (64, 128, 256, 512)
 
 NETWORKS: dict[str, Callable[..., nn.Module]] = {
-    **{f"resnet{depth}": partial(_small, depth, 16, (16, 32, 64)) for depth in (8, 14, 20, 32, 44, 56, 110)},
-    **{f"resnet{depth}x4": partial(_small, depth, 32, (64, 128, 256)) for depth in (8, 32)},
-    "resnet18_cifar": partial(_large, BasicBlock, (2, 2, 2, 2)),
-    "resnet34_cifar": partial(_large, BasicBlock, (3, 4, 6, 3)),
-    "resnet50_cifar": partial(_large, Bottleneck, (3, 4, 6, 3)),
+    **{f"resnet{depth}": partial(ResNet, BasicBlock, [(depth - 2) // 6] * 3, 16, (16, 32, 64)) for depth in (8, 14, 20, 32, 44, 56, 110)},
+    **{f"resnet{depth}x4": partial(ResNet, BasicBlock, [(depth - 2) // 6] * 3, 32, (64, 128, 256)) for depth in (8, 32)},
+    "resnet18_cifar": partial(ResNet, BasicBlock, (2, 2, 2, 2), 64, _WIDTHS),
+    "resnet34_cifar": partial(ResNet, BasicBlock, (3, 4, 6, 3), 64, _WIDTHS),
+    "resnet50_cifar": partial(ResNet, Bottleneck, (3, 4, 6, 3), 64, _WIDTHS),
 }

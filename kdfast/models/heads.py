@@ -1,19 +1,22 @@
-"""The last layer of a network: finding it, measuring what it reads, and what may stand in its place.
+"""The last layer of a network: finding it, measuring its input, and the modules that may replace it.
 
     linear    the network's own linear classifier
     mlp       Linear - BatchNorm - ReLU - Dropout - Linear, as ConKD-Lion puts on its frozen encoder
     none      nothing: the network returns its features
 
-and ConKD-Lion's projection to the unit sphere, Linear - ReLU - Linear - L2 norm, on which its contrastive loss is taken.
+The projection to the unit sphere, Linear - ReLU - Linear - L2 norm, is the one on which ConKD-Lion takes its contrastive loss.
 """
+
+from typing import Literal, get_args
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-NAMES = ("linear", "mlp", "none")
-# what networks call their classifier, looked for in this order before the last linear layer of all
+Head = Literal["linear", "mlp", "none"]
+NAMES: tuple[str, ...] = get_args(Head)
+# usual names of the classifier, tried in this order before the last linear layer of the whole network
 _USUAL_NAMES = ("fc", "linear", "classifier", "head", "heads")
-# where a model's head was put by replace_head: (path, features), kept in the model, so that copies know it too
+# attribute for the place that replace_head() used: (path, features); it is part of the model, so copies have it too
 _PLACE = "_kdfast_head_place"
 
 
@@ -40,6 +43,10 @@ def classifier_head(features: int, num_classes: int, *, hidden: int = 128, dropo
 
     Returns:
         A module, [B, features] -> logits [B, num_classes].
+
+    Example:
+        >>> kdfast.models.classifier_head(64, num_classes=10)(torch.randn(2, 64)).shape
+        torch.Size([2, 10])
     """
     return nn.Sequential(
         nn.Linear(features, hidden),
@@ -60,6 +67,11 @@ def projection_head(features: int, out: int = 128, *, hidden: int | None = None)
 
     Returns:
         A module, [B, features] -> [B, out], rows of length 1.
+
+    Example:
+        >>> z = kdfast.models.projection_head(64)(torch.randn(2, 64))
+        >>> z.shape, z.norm(dim=1).allclose(torch.ones(2))
+        (torch.Size([2, 128]), True)
     """
     return ProjectionHead(features, out, features if hidden is None else hidden)
 
@@ -71,32 +83,42 @@ def find_head(model: nn.Module) -> tuple[str, nn.Linear]:
         model: any network.
 
     Returns:
-        The module path and the layer; of a head with several linear layers the last one.
+        The module path and the layer; in a head with several linear layers, the last one.
 
     Raises:
         ValueError: the model has no linear layer, or `replace_head` took the only one away.
+
+    Example:
+        >>> model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 3))
+        >>> kdfast.models.find_head(model)
+        ('1', Linear(in_features=12, out_features=3, bias=True))
     """
-    path, head, _ = _slot(model)
-    linears = _linears(head, path)
+    path, head, _ = _locate_head(model)
+    linears = _list_linears(head, path)
     if not linears:
         raise ValueError(f"find_head: {type(model).__name__} has no linear classifier: its head {path!r} is a {type(head).__name__}")
     return linears[-1]
 
 
 def feature_size(model: nn.Module) -> int:
-    """How many numbers the model's head reads for an image; after `replace_head` still those that the first one read.
+    """How many numbers the model's head reads for an image; `replace_head` does not change it.
 
     Args:
-        model: any network with a linear classifier, or whose head was replaced here.
+        model: any network with a linear classifier, or whose head was replaced by `replace_head`.
 
     Raises:
-        ValueError: there is none.
+        ValueError: the model has no head.
+
+    Example:
+        >>> model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 3))
+        >>> kdfast.models.feature_size(model)
+        12
     """
-    return _slot(model)[2]
+    return _locate_head(model)[2]
 
 
 def replace_head(model: nn.Module, module: nn.Module) -> nn.Module:
-    """Puts `module` in the place of the model's head, and remembers the place: any module there can be replaced again.
+    """Puts `module` in the place of the model's head, and remembers the place, so any module there can be replaced again.
 
     Args:
         model: changed in place.
@@ -107,15 +129,21 @@ def replace_head(model: nn.Module, module: nn.Module) -> nn.Module:
 
     Raises:
         ValueError: the model has no head.
+
+    Example:
+        >>> model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 3))
+        >>> encoder = kdfast.models.replace_head(model, torch.nn.Identity())
+        >>> encoder(torch.randn(2, 3, 2, 2)).shape
+        torch.Size([2, 12])
     """
-    path, _, features = _slot(model)
+    path, _, features = _locate_head(model)
     parent, _, name = path.rpartition(".")
     setattr(model.get_submodule(parent), name, module)
     model.__dict__[_PLACE] = path, features
     return model
 
 
-def set_head(model: nn.Module, head: str, num_classes: int) -> nn.Module:
+def set_head(model: nn.Module, head: Head, num_classes: int) -> nn.Module:
     """Gives a network with a linear classifier the head of that name.
 
     Args:
@@ -125,31 +153,25 @@ def set_head(model: nn.Module, head: str, num_classes: int) -> nn.Module:
 
     Returns:
         The model.
-
-    Raises:
-        ValueError: another name.
     """
-    if head not in NAMES:
-        raise ValueError(f"head must be one of {', '.join(NAMES)}, got {head!r}")
     if head == "linear":
         return model
-    features = feature_size(model)
-    return replace_head(model, classifier_head(features, num_classes) if head == "mlp" else nn.Identity())
+    return replace_head(model, classifier_head(feature_size(model), num_classes) if head == "mlp" else nn.Identity())
 
 
-def _slot(model: nn.Module) -> tuple[str, nn.Module, int]:
+def _locate_head(model: nn.Module) -> tuple[str, nn.Module, int]:
     """Path of the head, the module there, and how many features it reads."""
     if _PLACE in model.__dict__:
         path, features = model.__dict__[_PLACE]
         return path, model.get_submodule(path), features
     for name in (*_USUAL_NAMES, ""):
         part = getattr(model, name, None) if name else model
-        linears = _linears(part, name) if isinstance(part, nn.Module) else []
+        linears = _list_linears(part, name) if isinstance(part, nn.Module) else []
         if linears and linears[-1][0]:
             path, linear = linears[-1]
             return path, linear, linear.in_features
     raise ValueError(f"find_head: {type(model).__name__} has no linear layer that could be its classifier")
 
 
-def _linears(module: nn.Module, path: str) -> list[tuple[str, nn.Linear]]:
+def _list_linears(module: nn.Module, path: str) -> list[tuple[str, nn.Linear]]:
     return [(name, part) for name, part in module.named_modules(prefix=path) if isinstance(part, nn.Linear)]

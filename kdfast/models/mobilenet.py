@@ -1,7 +1,7 @@
 """MobileNetV2 for images of 32 or 64 pixels (Sandler et al. 2018, arXiv:1801.04381), as RepDistiller's tables have it.
 
-Seven groups of inverted residual blocks (1x1 expansion, 3x3 depthwise, 1x1 linear projection), expansion 6, half the
-published width, and the strides of 32-pixel images: the second group does not stride. ReLU, not ReLU6.
+Seven groups of inverted residual blocks (1x1 expansion, 3x3 depthwise, 1x1 linear projection), expansion 6, half the published width, and
+the strides of 32-pixel images: the second group does not stride. ReLU, not ReLU6.
 
     mobilenetv2_cifar         width 0.5
     mobilenetv2_cifar_tiny    width 0.25
@@ -12,10 +12,9 @@ Modules are named as in RepDistiller's weights. No ReLU works in place, so every
 from collections.abc import Callable
 from functools import partial
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kdfast.models.initialization import initialize
+from kdfast.models.blocks import average_pool, conv_bn, initialize
 
 EXPANSION = 6
 LAST_CHANNELS = 1280
@@ -24,21 +23,16 @@ GROUPS = ((16, 1, 1), (24, 2, 1), (32, 3, 2), (64, 4, 2), (96, 3, 1), (160, 3, 2
 
 
 class InvertedResidual(nn.Module):
-    """Expand, filter each channel, project; with the input added where the shapes agree."""
+    """Expands the channels, filters each, projects; adds the input where the shapes agree."""
 
     def __init__(self, in_channels: int, out_channels: int, stride: int, expansion: int):
         super().__init__()
         wide = in_channels * expansion
         self.adds_input = stride == 1 and in_channels == out_channels
         self.conv = nn.Sequential(
-            nn.Conv2d(in_channels, wide, 1, bias=False),
-            nn.BatchNorm2d(wide),
-            nn.ReLU(),
-            nn.Conv2d(wide, wide, 3, stride=stride, padding=1, groups=wide, bias=False),
-            nn.BatchNorm2d(wide),
-            nn.ReLU(),
-            nn.Conv2d(wide, out_channels, 1, bias=False),
-            nn.BatchNorm2d(out_channels),
+            *(*conv_bn(in_channels, wide, 1), nn.ReLU()),
+            *(*conv_bn(wide, wide, stride=stride, groups=wide), nn.ReLU()),
+            *conv_bn(wide, out_channels, 1),
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -60,11 +54,7 @@ class MobileNetV2(nn.Module):
     def __init__(self, width: float, num_classes: int, *, in_channels: int = 3):
         super().__init__()
         channels = int(32 * width)
-        self.conv1 = nn.Sequential(
-            nn.Conv2d(in_channels, channels, 3, stride=2, padding=1, bias=False),
-            nn.BatchNorm2d(channels),
-            nn.ReLU(),
-        )
+        self.conv1 = nn.Sequential(*conv_bn(in_channels, channels, stride=2), nn.ReLU())
         self.blocks = nn.Sequential()
         for number, (published, count, stride) in enumerate(GROUPS):
             group = nn.Sequential()
@@ -73,18 +63,13 @@ class MobileNetV2(nn.Module):
                 group.append(InvertedResidual(channels, int(published * width), stride if index == 0 else 1, expansion))
                 channels = int(published * width)
             self.blocks.append(group)
-        self.conv2 = nn.Sequential(
-            nn.Conv2d(channels, LAST_CHANNELS, 1, bias=False),
-            nn.BatchNorm2d(LAST_CHANNELS),
-            nn.ReLU(),
-        )
+        self.conv2 = nn.Sequential(*conv_bn(channels, LAST_CHANNELS, 1), nn.ReLU())
         self.classifier = nn.Sequential(nn.Linear(LAST_CHANNELS, num_classes))
         initialize(self, linear_std=0.01)
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, in_channels, H, W] -> logits [B, num_classes]."""
-        x = self.conv2(self.blocks(self.conv1(x)))
-        return self.classifier(F.adaptive_avg_pool2d(x, 1).flatten(1))
+        return self.classifier(average_pool(self.conv2(self.blocks(self.conv1(x)))))
 
 
 NETWORKS: dict[str, Callable[..., nn.Module]] = {

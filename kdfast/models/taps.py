@@ -1,4 +1,4 @@
-"""Feature taps: what the modules named by path compute during a forward pass, beside the model's own output."""
+"""Feature taps: the tensors that modules named by path compute during a forward pass, beside the model's own output."""
 
 import difflib
 from collections.abc import Callable, Sequence
@@ -11,14 +11,13 @@ T = TypeVar("T")
 
 
 class Taps(nn.Module):
-    """Runs a model and returns, beside its output, what passes the modules named by `paths`.
+    """Runs a model and returns, beside its output, the tensors that pass the modules named by `paths`.
 
-    "layer2.1" taps that module's output, "fc:input" the first argument it is called with. A compiled model keeps its paths.
+    "layer2.1" taps that module's output, "fc:input" the first argument of its call. A compiled model keeps its paths.
 
-    The taps are forward hooks that do nothing outside a call of this wrapper, so the model can also be used alone; they
-    leave with the wrapper. The parameters are the model's own, in `taps.model`: save that one's state dict, the wrapper's
-    carries the prefix "model.". Compile the wrapper, or tap before the first call of a compiled model: torch.compile does
-    not look for new hooks afterwards.
+    The taps are forward hooks that do nothing outside a call of this wrapper, so the model can also be used alone; they are removed with
+    the wrapper. The parameters are the model's own, in `taps.model`: save that one's state dict, because the wrapper's carries the prefix
+    "model.". Compile the wrapper, or tap before the first call of a compiled model: torch.compile does not look for new hooks afterwards.
 
     Args:
         model: any module.
@@ -26,6 +25,13 @@ class Taps(nn.Module):
 
     Raises:
         ValueError: a path that names no module of the model.
+
+    Example:
+        >>> model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 5), torch.nn.Linear(5, 3))
+        >>> taps = kdfast.models.Taps(model, ["1", "2:input"])
+        >>> logits, (hidden, same) = taps(torch.randn(2, 3, 2, 2))
+        >>> logits.shape, hidden.shape, hidden is same
+        (torch.Size([2, 3]), torch.Size([2, 5]), True)
     """
 
     def __init__(self, model: nn.Module, paths: Sequence[str]):
@@ -33,17 +39,18 @@ class Taps(nn.Module):
         modules = {name.replace("_orig_mod.", ""): module for name, module in model.named_modules()}
         self.model = model
         self.paths = tuple(paths)
-        self._passage = _Passage()
+        self._record = _Record()
         self._handles = []
         names = [path.removesuffix(":input") for path in self.paths]
         for name in names:
             if name not in modules:
-                raise ValueError(f"Taps: {type(model).__name__} has no module {name!r}{_nearest(name, list(modules))}")
+                near = difflib.get_close_matches(name, list(modules), n=5, cutoff=0.3)
+                hint = f"; the nearest names are {', '.join(map(repr, near))}" if near else ""
+                raise ValueError(f"Taps: {type(model).__name__} has no module {name!r}{hint}")
         for index, (path, name) in enumerate(zip(self.paths, names)):
             at_input = path != name
-            hook = _Hook(self._passage, index, path, at_input)
             register = modules[name].register_forward_pre_hook if at_input else modules[name].register_forward_hook
-            self._handles.append(register(hook, with_kwargs=True))
+            self._handles.append(register(_Hook(self._record, index, path, at_input), with_kwargs=True))
 
     def forward(self, *args: Any, **kwargs: Any) -> tuple[Any, tuple[Tensor, ...]]:
         """Calls the model.
@@ -56,8 +63,8 @@ class Taps(nn.Module):
             The model's output, and one tensor for each path, in their order, attached to the graph.
 
         Raises:
-            RuntimeError: a tapped module did not run, ran more than once, or its tensor was changed in place afterwards
-                (as an in-place ReLU does), so that which value is meant would be a guess.
+            RuntimeError: a tapped module did not run, ran more than once, or its tensor was changed in place afterwards (as an in-place
+                ReLU does), so it would be a guess which value is meant.
             TypeError: a tapped module's output or input is not a tensor.
         """
         return self.during(lambda: self.model(*args, **kwargs))
@@ -66,15 +73,15 @@ class Taps(nn.Module):
         """Taps the model while `call` runs, which calls it once in whatever way.
 
         Returns:
-            What `call` returned, and the tensors; raises as a call of the wrapper does.
+            The value that `call` returned, and the tensors. Raises as a call of the wrapper does.
         """
-        # a wrapper called within its own forward pass keeps the outer passage
-        outer, self._passage.tensors = self._passage.tensors, {}
+        # a wrapper called within its own forward pass keeps the outer record
+        outer, self._record.tensors = self._record.tensors, {}
         try:
             output = call()
-            tensors = self._passage.tensors
+            tensors = self._record.tensors
         finally:
-            self._passage.tensors = outer
+            self._record.tensors = outer
         for index, path in enumerate(self.paths):
             if index not in tensors:
                 raise RuntimeError(f"Taps: {path!r} did not run (or the model was compiled before it was tapped)")
@@ -88,24 +95,21 @@ class Taps(nn.Module):
             handle.remove()
 
 
-class _Passage:
-    """What one call has seen so far: index of the tap -> tensor and its version; None outside a call."""
+class _Record:
+    """The tensors of the call under way: index of the tap -> tensor and its version; None outside a call."""
 
     def __init__(self) -> None:
         self.tensors: dict[int, tuple[Tensor, int | None]] | None = None
 
 
 class _Hook:
-    """One tap. A class and not a closure, so that a deep copy of the wrapper gets taps of its own."""
+    """One tap. A class and not a closure, so that a deep copy of the wrapper has its own taps."""
 
-    def __init__(self, passage: _Passage, index: int, path: str, at_input: bool):
-        self.passage = passage
-        self.index = index
-        self.path = path
-        self.at_input = at_input
+    def __init__(self, record: _Record, index: int, path: str, at_input: bool):
+        self.record, self.index, self.path, self.at_input = record, index, path, at_input
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any = None) -> None:
-        tensors = self.passage.tensors
+        tensors = self.record.tensors
         if tensors is None:
             return
         value = (*args, *kwargs.values(), None)[0] if self.at_input else output
@@ -113,23 +117,15 @@ class _Hook:
             raise TypeError(f"Taps: {self.path!r} must be a tensor, got {type(value).__name__}")
         if self.index in tensors:
             raise RuntimeError(f"Taps: {self.path!r} runs more than once in a forward pass; tap the module around it")
-        tensors[self.index] = (value, _version(value))
-
-
-def _version(tensor: Tensor) -> int | None:
-    """Counts the changes in place; None where they are not counted (inference mode, a graph being traced)."""
-    return None if torch.compiler.is_compiling() or tensor.is_inference() else tensor._version
-
-
-def _nearest(name: str, names: list[str]) -> str:
-    near = difflib.get_close_matches(name, names, n=5, cutoff=0.3)
-    return f"; the nearest names are {', '.join(map(repr, near))}" if near else ""
+        # the version counts changes in place; in inference mode and in a graph being traced they are not counted
+        uncounted = torch.compiler.is_compiling() or value.is_inference()
+        tensors[self.index] = value, None if uncounted else value._version
 
 
 def tap_shapes(model: nn.Module, paths: Sequence[str], image_shape: Sequence[int]) -> tuple[tuple[int, ...], ...]:
     """The shapes that Taps would give for one image, found by running a black one in evaluation mode.
 
-    Changes nothing: training flags come back as they were, BatchNorm's statistics and the random state are not touched.
+    Changes nothing: training flags are restored, BatchNorm's statistics and the random state are not touched.
 
     Args:
         model: any module; the image is made on its first parameter's device and in its dtype.
@@ -141,6 +137,11 @@ def tap_shapes(model: nn.Module, paths: Sequence[str], image_shape: Sequence[int
 
     Raises:
         ValueError: a path that names no module of the model.
+
+    Example:
+        >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.Flatten())
+        >>> kdfast.models.tap_shapes(model, ["0", "1"], (3, 6, 6))
+        ((8, 4, 4), (128,))
     """
     example = next(model.parameters(), torch.empty(0))
     training = {module: module.training for module in model.modules()}

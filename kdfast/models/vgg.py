@@ -12,7 +12,7 @@ from functools import partial
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kdfast.models.initialization import initialize
+from kdfast.models.blocks import average_pool, conv_bn, initialize
 
 WIDTHS = (64, 128, 256, 512, 512)
 
@@ -21,7 +21,7 @@ def _convolutions(in_channels: int, width: int, count: int) -> list[nn.Module]:
     """`count` times 3x3 convolution, BatchNorm, ReLU."""
     layers: list[nn.Module] = []
     for index in range(count):
-        layers += [nn.Conv2d(width if index else in_channels, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU()]
+        layers += [*conv_bn(width if index else in_channels, width, bias=True), nn.ReLU()]
     return layers
 
 
@@ -48,11 +48,11 @@ class BlockVGG(nn.Module):
         """[B, in_channels, H, W], H and W at least 8 -> logits [B, num_classes]."""
         x = self.get_submodule("block0")(x)
         for stage in self.stages:
-            # 32 pixels reach the last block as 4x4; pooled once more, little would be left to average
+            # 32 pixels reach the last block as 4x4; another pooling would leave little to average
             if stage != "block4" or max(x.shape[-2:]) > 4:
                 x = F.max_pool2d(x, 2)
             x = self.get_submodule(stage)(x)
-        return self.classifier(F.adaptive_avg_pool2d(x, 1).flatten(1))
+        return self.classifier(average_pool(x))
 
 
 class SequentialVGG(nn.Module):
@@ -79,11 +79,11 @@ class SequentialVGG(nn.Module):
         """[B, in_channels, H, W], H and W at least 32 -> logits [B, num_classes].
 
         Raises:
-            ValueError: smaller images, of which five poolings leave nothing.
+            ValueError: smaller images; five poolings leave nothing of them.
         """
         if min(x.shape[-2:]) < 32:
             raise ValueError(f"vgg11_cifar: images must have at least 32x32 pixels, got {tuple(x.shape)}")
-        return self.classifier(F.adaptive_avg_pool2d(self.features(x), 1).flatten(1))
+        return self.classifier(average_pool(self.features(x)))
 
 
 NETWORKS: dict[str, Callable[..., nn.Module]] = {

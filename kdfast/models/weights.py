@@ -1,7 +1,7 @@
-"""Weights on disk: reading others' files, loading strictly by name, writing so that a crash never leaves half a file.
+"""Weights on disk: reading others' files, loading strictly by name, and writing so that a crash never leaves half a file.
 
-A pickle is a program; this module never runs one. PyTorch's restricted unpickler builds tensors, containers and numbers,
-and what else a file asks for is refused in one sentence.
+A pickle is a program; this module never runs one. PyTorch's restricted unpickler builds tensors, containers and numbers; anything else that
+a file asks for is refused in one sentence.
 """
 
 import argparse
@@ -22,9 +22,8 @@ from kdfast.models.heads import find_head
 from kdfast.models.zoo import NETWORKS, ModelSpec, Option, create
 
 NESTINGS = ("state_dict", "model_state_dict", "model", "net")
-SHOWN = 10
-# left in front of every name by DistributedDataParallel and torch.compile
-PREFIXES = ("module.", "_orig_mod.")
+SHOWN = 10  # names in a message
+PREFIXES = ("module.", "_orig_mod.")  # of DistributedDataParallel and torch.compile
 # training scripts put their arguments and a best accuracy beside the weights; building these runs no code
 HARMLESS: list[Any] = [
     argparse.Namespace,
@@ -35,20 +34,27 @@ HARMLESS: list[Any] = [
 
 
 def read_weights(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The state dict in a file, and what the file says beside it.
+    """Reads the state dict in a file, and the text beside it.
 
-    A state dict under "state_dict", "model_state_dict", "model" or "net" is found there. Of every name one leading
-    "module." and one "_orig_mod." are taken away where all names have it.
+    The state dict may stand under "state_dict", "model_state_dict", "model" or "net". One leading "module." and one "_orig_mod." are
+    removed where all names have it.
 
     Args:
-        path: .safetensors, or what torch.save wrote (.pt, .pth, .th, ...).
+        path: .safetensors, or a file that torch.save wrote (.pt, .pth, .th, ...).
 
     Returns:
         Tensors by name, on the CPU; the metadata of a safetensors file, or the text and numbers beside a torch state dict.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is empty, truncated, no weights file, or would execute code.
+        ValueError: the file is empty, truncated, not a weights file, or would execute code.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     torch.save({"state_dict": {"module.w": torch.ones(2)}, "epoch": 3}, f"{folder}/others.pth")
+        ...     kdfast.models.read_weights(f"{folder}/others.pth")
+        ({'w': tensor([1., 1.])}, {'epoch': '3'})
     """
     path = Path(path)
     if not path.is_file():
@@ -56,15 +62,14 @@ def read_weights(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[
     if path.stat().st_size == 0:
         raise ValueError(f"read_weights: {path} is empty")
     state, metadata = _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
-    return dict(zip(_plain_names(state), state.values())), metadata
+    return _strip_prefixes(state), metadata
 
 
 def load_weights(model: nn.Module, path_or_state: str | os.PathLike[str] | Mapping[str, Tensor]) -> dict[str, str]:
-    """Loads weights strictly, by name: all is checked before anything is written.
+    """Loads weights strictly, by name: everything is checked before anything is written.
 
-    Leading "module." and "_orig_mod." are tolerated on both sides, absent num_batches_tracked (files older than PyTorch
-    0.4.1, which forward passes do not read) counts as zero, and the CIFAR ResNets also know their layers by RepDistiller's
-    names (downsample, fc).
+    Leading "module." and "_orig_mod." are tolerated on both sides. Absent num_batches_tracked counts as zero: files older than PyTorch
+    0.4.1 lack it, and forward passes do not read it. The CIFAR ResNets also know their layers by RepDistiller's names (downsample, fc).
 
     Args:
         model: changed in place; keeps its dtypes and devices.
@@ -74,34 +79,39 @@ def load_weights(model: nn.Module, path_or_state: str | os.PathLike[str] | Mappi
         The file's metadata; empty for a state dict.
 
     Raises:
-        ValueError: names or shapes differ: the message lists the missing, the unexpected and the wrong-shaped ones.
-            Also what `read_weights` refuses.
+        ValueError: names or shapes differ: the message lists the missing, the unexpected and the wrong-shaped ones. Also every file that
+            `read_weights` refuses.
+
+    Example:
+        >>> model = torch.nn.Linear(2, 1)
+        >>> kdfast.models.load_weights(model, {"module.weight": torch.ones(1, 2), "module.bias": torch.zeros(1)})
+        {}
+        >>> kdfast.models.load_weights(model, {"weight": torch.ones(1, 3)})
+        Traceback (most recent call last):
+        ValueError: load_weights: the state dict does not fit Linear: 1 missing: bias; 1 wrong shape: weight [1, 3] instead of [1, 2]
     """
     metadata: dict[str, str] = {}
     if isinstance(path_or_state, Mapping):
-        source = "the state dict"
-        state = dict(zip(_plain_names(path_or_state), path_or_state.values()))
+        source, state = "the state dict", _strip_prefixes(path_or_state)
     else:
-        source = str(path_or_state)
-        state, metadata = read_weights(path_or_state)
-    own = model.state_dict()
-    full_names = dict(zip(_plain_names(own), own))
-    state = _known_names(state, full_names.keys(), model)
+        source, (state, metadata) = str(path_or_state), read_weights(path_or_state)
+    full_names = model.state_dict()
+    own = _strip_prefixes(full_names)
+    state = _translate_names(state, own.keys(), model)
 
-    optional = {name for name in full_names if name.endswith("num_batches_tracked")}
-    missing = [name for name in full_names if name not in state and name not in optional]
-    unexpected = [name for name in state if name not in full_names]
+    optional = {name for name in own if name.endswith("num_batches_tracked")}
+    missing = [name for name in own if name not in state and name not in optional]
+    unexpected = [name for name in state if name not in own]
     misshapen = [
-        f"{name} {list(tensor.shape)} instead of {list(own[full_names[name]].shape)}"
+        f"{name} {list(tensor.shape)} instead of {list(own[name].shape)}"
         for name, tensor in state.items()
-        if name in full_names and tensor.shape != own[full_names[name]].shape
+        if name in own and tensor.shape != own[name].shape
     ]
-    if missing or unexpected or misshapen:
-        groups = _listed("missing", missing), _listed("unexpected", unexpected), _listed("wrong shape", misshapen)
-        raise ValueError(f"load_weights: {source} does not fit {type(model).__name__}: {'; '.join(group for group in groups if group)}")
-    for name in optional - state.keys():
-        state[name] = torch.zeros_like(own[full_names[name]])
-    model.load_state_dict({full_names[name]: tensor for name, tensor in state.items()}, strict=True)
+    groups = (("missing", missing), ("unexpected", unexpected), ("wrong shape", misshapen))
+    if faults := [_list_names(what, names) for what, names in groups if names]:
+        raise ValueError(f"load_weights: {source} does not fit {type(model).__name__}: {'; '.join(faults)}")
+    state |= {name: torch.zeros_like(own[name]) for name in optional - state.keys()}
+    model.load_state_dict({full: state[name] for full, name in zip(full_names, own)}, strict=True)
     return metadata
 
 
@@ -110,17 +120,24 @@ def save_weights(
     path: str | os.PathLike[str],
     metadata: Mapping[str, str] | None = None,
 ) -> None:
-    """Writes a safetensors file, or leaves what was there: the file appears complete or not at all.
+    """Writes a safetensors file. On failure the old file stays: the new one appears complete or not at all.
 
-    Tensors that share memory are written one by one and share it again in a model that ties them.
+    Tensors that share memory are written one by one; a model that ties them shares them again after loading.
 
     Args:
         model_or_state: a module or its state dict, on any device.
-        path: where to; its folder is made.
+        path: of the file; its folder is made.
         metadata: text by name, for instance {"model": spec.to_json()}.
 
     Raises:
         TypeError: metadata that is not text.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     kdfast.models.save_weights({"w": torch.ones(2)}, f"{folder}/w.safetensors", {"note": "ones"})
+        ...     kdfast.models.read_weights(f"{folder}/w.safetensors")
+        ({'w': tensor([1., 1.])}, {'note': 'ones'})
     """
     from safetensors.torch import save
 
@@ -131,7 +148,7 @@ def save_weights(
     state = model_or_state.state_dict() if isinstance(model_or_state, nn.Module) else model_or_state
     tensors: dict[str, Tensor] = {}
     memories: set[int] = set()
-    for name, tensor in zip(_plain_names(state), state.values()):
+    for name, tensor in _strip_prefixes(state).items():
         tensors[name] = tensor.detach().cpu().contiguous()
         if tensors[name].untyped_storage().data_ptr() in memories:
             tensors[name] = tensors[name].clone()
@@ -140,25 +157,30 @@ def save_weights(
 
 
 def recognize(state: Mapping[str, Tensor], name: str) -> tuple[ModelSpec, str | None]:
-    """What a bare state dict tells of the network it belongs to. Trust a file's own metadata first.
+    """Finds the spec of a network from its bare state dict. Trust a file's own metadata first.
 
     Args:
         state: as `read_weights` returns it.
         name: of the network: one of `names()`, or "package.module:function".
 
     Returns:
-        The spec: classes from the classifier's shape, shortcuts of the CIFAR ResNets "A" where none have parameters,
-        in_channels of the papers' networks from the first convolution. And the normalization of images that such weights
-        expect by custom: "imagenet" for option-A CIFAR ResNets and for torchvision's 1000 classes, else None.
+        The spec: classes from the classifier's shape, shortcuts of the CIFAR ResNets "A" where none have parameters, in_channels of the
+        papers' networks from the first convolution. And the normalization of images that such weights expect by custom: "imagenet" for
+        option-A CIFAR ResNets and for torchvision's 1000 classes, else None.
 
     Raises:
         ValueError: the state has no classifier where that network has it.
+
+    Example:
+        >>> state = kdfast.models.create("resnet8", num_classes=7, shortcut="A").state_dict()
+        >>> kdfast.models.recognize(state, "resnet8")
+        (ModelSpec(name='resnet8', num_classes=7, head='linear', options={'shortcut': 'A'}), 'imagenet')
     """
     options: dict[str, Option] = {}
     # our networks compute nothing while they are built, so they need no memory; others' may
     with torch.device("meta" if name in NETWORKS else "cpu"), torch.random.fork_rng(devices=[]):
         model = create(name, 10)
-    state = _known_names(dict(state), model.state_dict().keys(), model)
+    state = _translate_names(dict(state), model.state_dict().keys(), model)
     if name in cifar_resnet.NETWORKS and not any(".shortcut." in key for key in state):
         options["shortcut"] = "A"
     if name in NETWORKS:
@@ -167,10 +189,10 @@ def recognize(state: Mapping[str, Tensor], name: str) -> tuple[ModelSpec, str | 
         if channels != 3:
             options["in_channels"] = channels
     path, _ = find_head(model)
-    for head, classifier in (("linear", f"{path}.weight"), ("mlp", f"{path}.4.weight")):
-        if classifier in state:
-            spec = ModelSpec(name, state[classifier].shape[0], head, options)
-            break
+    if f"{path}.weight" in state:
+        spec = ModelSpec(name, state[f"{path}.weight"].shape[0], "linear", options)
+    elif f"{path}.4.weight" in state:
+        spec = ModelSpec(name, state[f"{path}.4.weight"].shape[0], "mlp", options)
     else:
         raise ValueError(f"recognize: {name!r} has its classifier at {path!r}, and the weights have none there")
     by_custom = options.get("shortcut") == "A" or (name not in NETWORKS and ":" not in name and spec.num_classes == 1000)
@@ -199,7 +221,7 @@ def _read_torch(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
                 f"whoever trusts it can save its state dict alone"
             ) from None
         raise ValueError(f"read_weights: {path} is truncated or not a weights file") from error
-    state = _state_dict(content)
+    state = _find_state_dict(content)
     if state is None:
         seen = f"the entries {', '.join(map(str, list(content)[:SHOWN]))}" if isinstance(content, Mapping) else type(content).__name__
         raise ValueError(f"read_weights: {path} has no state dict, at its top or under {', '.join(NESTINGS)}; it holds {seen}")
@@ -207,28 +229,27 @@ def _read_torch(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     return state, {str(name): str(value) for name, value in beside if isinstance(value, str | int | float | np.number)}
 
 
-def _state_dict(content: Any) -> dict[str, Tensor] | None:
+def _find_state_dict(content: Any) -> dict[str, Tensor] | None:
     """The dictionary of tensors by name: `content` itself, or one under a usual name in it."""
     if not isinstance(content, Mapping) or not content:
         return None
     if all(isinstance(name, str) and isinstance(value, Tensor) for name, value in content.items()):
         return dict(content)
-    nested = (_state_dict(content[name]) for name in NESTINGS if name in content)
+    nested = (_find_state_dict(content[name]) for name in NESTINGS if name in content)
     return next((state for state in nested if state is not None), None)
 
 
-def _plain_names(names: Iterable[str]) -> list[str]:
-    """The names without one leading "module." and one "_orig_mod.", in either order, where all have it."""
-    plain = list(names)
-    left = list(PREFIXES)
-    while plain and (prefix := next((p for p in left if all(name.startswith(p) for name in plain)), None)):
-        plain = [name.removeprefix(prefix) for name in plain]
-        left.remove(prefix)
-    return plain
+def _strip_prefixes(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The state without one leading "module." and one "_orig_mod.", in either order, where all names have it."""
+    names, prefixes = list(state), list(PREFIXES)
+    while names and (prefix := next((p for p in prefixes if all(name.startswith(p) for name in names)), None)):
+        names = [name.removeprefix(prefix) for name in names]
+        prefixes.remove(prefix)
+    return dict(zip(names, state.values()))
 
 
-def _known_names(state: dict[str, Tensor], known: Iterable[str], model: nn.Module) -> dict[str, Tensor]:
-    """The state under the names the model knows, where it lists synonyms for what it does not know."""
+def _translate_names(state: dict[str, Tensor], known: Iterable[str], model: nn.Module) -> dict[str, Tensor]:
+    """The state under the names that the model knows; names it does not know are looked for among its synonyms."""
     known = set(known)
     renamed: dict[str, Tensor] = {}
     for name, tensor in state.items():
@@ -239,6 +260,7 @@ def _known_names(state: dict[str, Tensor], known: Iterable[str], model: nn.Modul
     return renamed
 
 
-def _listed(what: str, names: list[str]) -> str:
+def _list_names(what: str, names: list[str]) -> str:
+    """'12 missing: a, b, ..., and 2 more'."""
     more = f", and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-    return f"{len(names)} {what}: {', '.join(names[:SHOWN])}{more}" if names else ""
+    return f"{len(names)} {what}: {', '.join(names[:SHOWN])}{more}"

@@ -1,17 +1,18 @@
 """Wide residual networks (Zagoruyko and Komodakis 2016, arXiv:1605.07146): wrn_D_k has depth D and width factor k.
 
-A 3x3 convolution to 16, stages of 16k, 32k and 64k channels with (D - 4) / 6 pre-activation blocks each, BatchNorm, ReLU,
-average pool, linear layer. Where a block changes the number of channels, its shortcut is a 1x1 convolution of the
-activated input. A stage's output is the sum before the next BatchNorm. Modules are named as in RepDistiller's weights.
+A 3x3 convolution to 16, stages of 16k, 32k and 64k channels with (D - 4) / 6 pre-activation blocks each, BatchNorm, ReLU, average pool,
+linear layer. Where a block changes the number of channels, its shortcut is a 1x1 convolution of the activated input. A stage's output is
+the sum before the next BatchNorm. Modules are named as in RepDistiller's weights.
 """
 
+from collections import OrderedDict
 from collections.abc import Callable
 from functools import partial
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kdfast.models.initialization import initialize
+from kdfast.models.blocks import average_pool, initialize
 
 
 class PreActivationBlock(nn.Module):
@@ -33,19 +34,10 @@ class PreActivationBlock(nn.Module):
         return residual + (x if self.convShortcut is None else self.convShortcut(activated))
 
 
-class Stage(nn.Module):
-    """Blocks in a row, the first of which may stride; `layer` is the name that weights know them by."""
-
-    def __init__(self, blocks: int, in_channels: int, width: int, stride: int):
-        super().__init__()
-        self.layer = nn.Sequential(
-            PreActivationBlock(in_channels, width, stride),
-            *(PreActivationBlock(width, width, 1) for _ in range(blocks - 1)),
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, in_channels, H, W] -> [B, width, H / stride, W / stride]."""
-        return self.layer(x)
+def _make_stage(blocks: int, in_channels: int, width: int, stride: int) -> nn.Module:
+    """Blocks in a row, the first of which may stride, under the name "layer" that the weights use."""
+    others = (PreActivationBlock(width, width, 1) for _ in range(blocks - 1))
+    return nn.Sequential(OrderedDict(layer=nn.Sequential(PreActivationBlock(in_channels, width, stride), *others)))
 
 
 class WideResNet(nn.Module):
@@ -53,7 +45,7 @@ class WideResNet(nn.Module):
 
     Args:
         depth: 6 n + 4.
-        factor: how many times wider than a ResNet of that depth.
+        factor: width over that of a ResNet of the same depth.
         num_classes: outputs of the classifier.
         in_channels: channels of the images.
     """
@@ -65,9 +57,9 @@ class WideResNet(nn.Module):
         blocks = (depth - 4) // 6
         widths = (16 * factor, 32 * factor, 64 * factor)
         self.conv1 = nn.Conv2d(in_channels, 16, 3, padding=1, bias=False)
-        self.block1 = Stage(blocks, 16, widths[0], stride=1)
-        self.block2 = Stage(blocks, widths[0], widths[1], stride=2)
-        self.block3 = Stage(blocks, widths[1], widths[2], stride=2)
+        self.block1 = _make_stage(blocks, 16, widths[0], stride=1)
+        self.block2 = _make_stage(blocks, widths[0], widths[1], stride=2)
+        self.block3 = _make_stage(blocks, widths[1], widths[2], stride=2)
         self.bn1 = nn.BatchNorm2d(widths[2])
         self.fc = nn.Linear(widths[2], num_classes)
         initialize(self)
@@ -76,8 +68,7 @@ class WideResNet(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[B, in_channels, H, W] -> logits [B, num_classes]."""
         x = self.block3(self.block2(self.block1(self.conv1(x))))
-        x = F.relu(self.bn1(x))
-        return self.fc(F.adaptive_avg_pool2d(x, 1).flatten(1))
+        return self.fc(average_pool(F.relu(self.bn1(x))))
 
 
 NETWORKS: dict[str, Callable[..., nn.Module]] = {

@@ -1,4 +1,8 @@
-"""Networks by name: the papers' for small images, torchvision's, and "package.module:function" of the user's own."""
+"""Networks by name: the papers' for small images, torchvision's, and the user's own as "package.module:function".
+
+To add a network, add it to the NETWORKS of its family's module, or add a module with such a table to the list below. An entry is called
+with num_classes and the options, returns an nn.Module that ends in a linear layer, and carries `stages`.
+"""
 
 import difflib
 import inspect
@@ -6,6 +10,7 @@ import json
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,10 +19,10 @@ from torch import nn
 from kdfast import imports
 from kdfast.models import cifar_resnet, mobilenet, vgg, wide_resnet
 from kdfast.models.heads import NAMES as HEADS
-from kdfast.models.heads import feature_size, replace_head, set_head
+from kdfast.models.heads import Head, feature_size, replace_head, set_head
 
 NETWORKS = {**cifar_resnet.NETWORKS, **wide_resnet.NETWORKS, **vgg.NETWORKS, **mobilenet.NETWORKS}
-# torchvision's that do not end in one linear layer, or return more than logits in training
+# torchvision's networks that do not end in one linear layer, or return more than logits in training
 _OTHER_ENDINGS = {"googlenet", "inception_v3", "squeezenet1_0", "squeezenet1_1"}
 
 Option = str | int | float | bool
@@ -25,7 +30,7 @@ Option = str | int | float | bool
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """All it takes to build a network again, weights apart.
+    """All that is needed to build a network again, except its weights.
 
     Args:
         name: one of `names()`, or "package.module:function".
@@ -36,11 +41,18 @@ class ModelSpec:
     Raises:
         ValueError: num_classes below 1, or a head of another name.
         TypeError: an option that JSON could not carry.
+
+    Example:
+        >>> spec = kdfast.models.ModelSpec("resnet20", num_classes=10, options={"shortcut": "A"})
+        >>> spec.to_json()
+        '{"head": "linear", "name": "resnet20", "num_classes": 10, "options": {"shortcut": "A"}}'
+        >>> kdfast.models.ModelSpec.from_json(spec.to_json()) == spec
+        True
     """
 
     name: str
     num_classes: int
-    head: str = "linear"
+    head: Head = "linear"
     options: Mapping[str, Option] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
@@ -58,7 +70,7 @@ class ModelSpec:
 
     @staticmethod
     def from_json(text: str) -> "ModelSpec":
-        """Reads what `to_json` wrote.
+        """Reads the text that `to_json` wrote.
 
         Raises:
             ValueError: the text is not such JSON.
@@ -70,58 +82,88 @@ class ModelSpec:
 
 
 def names() -> list[str]:
-    """The names `create` knows: the papers' networks, then torchvision's classifiers, each part sorted."""
-    return sorted(NETWORKS) + [name for name in _torchvision_names() if name not in NETWORKS]
+    """The names that `create` knows: the papers' networks, then torchvision's classifiers where it is installed, each part sorted.
+
+    Example:
+        >>> kdfast.models.names()[:3]
+        ['mobilenetv2_cifar', 'mobilenetv2_cifar_tiny', 'resnet110']
+    """
+    try:
+        theirs = _list_torchvision()
+    except ImportError:
+        theirs = []
+    return sorted(NETWORKS) + [name for name in theirs if name not in NETWORKS]
 
 
 def build(spec: ModelSpec) -> nn.Module:
-    """The network of a spec, with random weights; see `create`."""
+    """The network of a spec, with random weights; see `create`.
+
+    Example:
+        >>> spec = kdfast.models.ModelSpec("resnet8", num_classes=10)
+        >>> kdfast.models.parameter_count(kdfast.models.build(spec))
+        78042
+    """
     return _create(spec, pretrained=False)
 
 
-def create(name: str, num_classes: int, *, head: str = "linear", pretrained: bool = False, **options: Option) -> nn.Module:
+def create(name: str, num_classes: int, *, head: Head = "linear", pretrained: bool = False, **options: Option) -> nn.Module:
     """A network by name.
 
     The papers' networks and torchvision's ResNets carry `stages`, the module paths of their stages, for Taps.
 
     Args:
-        name: one of `names()`, or "package.module:function": that function is called with num_classes and the options and
-            returns an nn.Module; the current folder is importable.
+        name: one of `names()`, or "package.module:function": that function is called with num_classes and the options and returns an
+            nn.Module; the current folder is importable.
         num_classes: outputs of the classifier, at least 1.
         head: "linear", "mlp" or "none"; see `kdfast.models.heads`.
         pretrained: ImageNet weights, for torchvision's networks; the classifier is a new one unless num_classes is 1000.
-        options: keyword arguments of the network: shortcut ("conv", "A") of the CIFAR ResNets, in_channels of all the
-            papers' networks, torchvision's own.
+        options: keyword arguments of the network: shortcut ("conv", "A") of the CIFAR ResNets, in_channels of all the papers' networks,
+            torchvision's own.
 
     Returns:
         The network in training mode, images [B, C, H, W] -> logits [B, num_classes] (features with head "none").
 
     Raises:
-        ValueError: an unknown name (the message lists the nearest), an option that the network does not take.
+        ValueError: an unknown name (the message lists the nearest), or an option that the network does not take.
         OSError: the pretrained weights cannot be fetched.
+        ImportError: torchvision is not installed, for one of its networks.
+
+    Example:
+        >>> model = kdfast.models.create("resnet20", num_classes=10)
+        >>> model.stages
+        ('layer1', 'layer2', 'layer3')
+        >>> model(torch.randn(2, 3, 32, 32)).shape
+        torch.Size([2, 10])
     """
     return _create(ModelSpec(name, num_classes, head, options), pretrained)
 
 
 def parameter_count(model: nn.Module) -> int:
-    """Numbers that training may change, shared ones counted once; buffers are not parameters."""
+    """How many numbers training may change, shared ones counted once; buffers are not parameters.
+
+    Example:
+        >>> kdfast.models.parameter_count(torch.nn.Linear(3, 2))
+        8
+    """
     return sum(parameter.numel() for parameter in model.parameters())
 
 
 def _create(spec: ModelSpec, pretrained: bool) -> nn.Module:
     name = spec.name
+    own = ":" in name or name in NETWORKS
+    if pretrained and own:
+        raise ValueError(f"create: there are no pretrained weights for {name!r}; build it and load a file with load_weights")
+    make: Callable[..., Any]
     if ":" in name:
-        make, source = _user_function(name), "user"
-    elif name in NETWORKS:
-        make, source = NETWORKS[name], "kdfast"
-    elif name in _torchvision_names():
-        make, source = _torchvision_builder(name, pretrained), "torchvision"
+        make = _import_function(name)
+    elif own:
+        make = NETWORKS[name]
+    elif name in _list_torchvision():
+        make = partial(_create_torchvision, name, pretrained)
     else:
         near = difflib.get_close_matches(name, names(), n=5, cutoff=0.5)
         hint = f"; the nearest names are {', '.join(near)}" if near else ""
         raise ValueError(f"create: there is no network {name!r}{hint} (or give package.module:function)")
-    if pretrained and source != "torchvision":
-        raise ValueError(f"create: there are no pretrained weights for {name!r}; build it and load a file with load_weights")
     _check_options(name, make, spec.options)
     model = make(num_classes=spec.num_classes, **spec.options)
     if not isinstance(model, nn.Module):
@@ -131,15 +173,13 @@ def _create(spec: ModelSpec, pretrained: bool) -> nn.Module:
 
 def _check_options(name: str, make: Callable[..., Any], options: Mapping[str, Option]) -> None:
     parameters = inspect.signature(make).parameters
-    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
-        return
     unknown = sorted(set(options) - set(parameters))
-    if unknown:
-        takes = ", ".join(p for p in parameters if p != "num_classes") or "none"
-        raise ValueError(f"create: {name!r} has no option {unknown[0]!r}; its options: {takes}")
+    if unknown and all(p.kind is not p.VAR_KEYWORD for p in parameters.values()):
+        known = ", ".join(p for p in parameters if p != "num_classes") or "none"
+        raise ValueError(f"create: {name!r} has no option {unknown[0]!r}; its options: {known}")
 
 
-def _user_function(name: str) -> Callable[..., Any]:
+def _import_function(name: str) -> Callable[..., Any]:
     try:
         function = imports.import_object(name)
     except ValueError as error:
@@ -149,36 +189,35 @@ def _user_function(name: str) -> Callable[..., Any]:
     return function
 
 
-def _torchvision_names() -> list[str]:
-    import torchvision
-
-    return [name for name in torchvision.models.list_models(module=torchvision.models) if name not in _OTHER_ENDINGS]
-
-
-def _torchvision_builder(name: str, pretrained: bool) -> Callable[..., nn.Module]:
-    import torchvision
-
-    def make(num_classes: int, **options: Any) -> nn.Module:
-        try:
-            if pretrained:
-                model = _pretrained(name, num_classes, options)
-            else:
-                model = torchvision.models.get_model(name, weights=None, num_classes=num_classes, **options)
-        except TypeError as error:
-            raise ValueError(f"create: torchvision's {name!r} does not take these options: {error}") from error
-        if isinstance(model, torchvision.models.ResNet):
-            model.stages = ("layer1", "layer2", "layer3", "layer4")
-        return model
-
-    return make
+def _import_torchvision() -> Any:
+    """torchvision.models, imported when one of its networks is asked for."""
+    return imports.require("torchvision", extra="cli", what="kdfast.models").models
 
 
-def _pretrained(name: str, num_classes: int, options: Mapping[str, Any]) -> nn.Module:
-    import torchvision
+def _list_torchvision() -> list[str]:
+    models = _import_torchvision()
+    return [name for name in models.list_models(module=models) if name not in _OTHER_ENDINGS]
 
-    weights = torchvision.models.get_model_weights(name).DEFAULT
+
+def _create_torchvision(name: str, pretrained: bool, num_classes: int, **options: Any) -> nn.Module:
+    models = _import_torchvision()
     try:
-        model = torchvision.models.get_model(name, weights=weights, **options)
+        if pretrained:
+            model = _create_pretrained(name, num_classes, options)
+        else:
+            model = models.get_model(name, weights=None, num_classes=num_classes, **options)
+    except TypeError as error:
+        raise ValueError(f"create: torchvision's {name!r} does not take these options: {error}") from error
+    if isinstance(model, models.ResNet):
+        model.stages = ("layer1", "layer2", "layer3", "layer4")
+    return model
+
+
+def _create_pretrained(name: str, num_classes: int, options: Mapping[str, Any]) -> nn.Module:
+    models = _import_torchvision()
+    weights = models.get_model_weights(name).DEFAULT
+    try:
+        model = models.get_model(name, weights=weights, **options)
     except (OSError, RuntimeError) as error:  # no network (URLError is an OSError), or a file with another checksum
         folder = os.path.join(torch.hub.get_dir(), "checkpoints")
         raise OSError(

@@ -16,6 +16,7 @@ from kdfast.engine.distributed import all_processes, mean_over_processes
 from kdfast.engine.random_state import derive
 from kdfast.functional import kd_loss
 from kdfast.models import ModelSpec, create
+from kdfast.models.heads import Head
 from kdfast.ops.precision import at_least_float32
 
 T = TypeVar("T")
@@ -138,7 +139,7 @@ class Setup:
             parts["data"] = self.loaders(self.training)
         return Stage(name, **parts)
 
-    def student(self, *, head: str = "linear") -> nn.Module:
+    def student(self, *, head: Head = "linear") -> nn.Module:
         """A new student; the same initial weights at every call of one seed, so that arms are paired."""
         with seeded(derive(self.seed, "student")):
             return _new(replace(self.student_spec, head=head), self.student_pretrained)

@@ -14,11 +14,11 @@ def net():
     return nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Sequential(nn.Linear(5, 6), nn.Tanh()), nn.Linear(6, 2))
 
 
-def hooks(model):
+def count_hooks(model):
     return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
 
 
-def check(taps, net, x):
+def check_taps(taps, net, x):
     """The taps 2, 0 and 3:input against the layers called one by one."""
     first = net[0](x)
     second = net[2](net[1](first))
@@ -31,7 +31,7 @@ PATHS = ("2", "0", "3:input")
 
 
 def test_outputs_and_inputs_in_the_order_of_the_paths(net):
-    check(Taps(net, PATHS), net, torch.randn(3, 4))
+    check_taps(Taps(net, PATHS), net, torch.randn(3, 4))
 
 
 def test_gradients_flow_through_taps(net):
@@ -42,25 +42,25 @@ def test_gradients_flow_through_taps(net):
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-def test_without_gradients(net, mode):
+def test_taps_work_without_gradients(net, mode):
     with mode():
-        check(Taps(net, PATHS), net, torch.randn(3, 4))
+        check_taps(Taps(net, PATHS), net, torch.randn(3, 4))
 
 
 @pytest.mark.parametrize("outside", [True, False], ids=["Taps compiled", "model compiled"])
-def test_compiles_to_one_graph(net, outside):
+def test_taps_compile_to_one_graph(net, outside):
     torch._dynamo.reset()
     if outside:
         taps = torch.compile(Taps(net, PATHS), fullgraph=True, backend="aot_eager")
     else:
         taps = Taps(torch.compile(net, fullgraph=True, backend="aot_eager"), PATHS)
     for _ in range(2):
-        check(taps, net, torch.randn(3, 4))
+        check_taps(taps, net, torch.randn(3, 4))
     taps(torch.randn(3, 4))[1][0].sum().backward()
     assert net[0].weight.grad.any()
 
 
-def test_a_model_compiled_and_run_before_is_not_tapped_silently(net):
+def test_a_model_that_was_compiled_and_run_before_is_an_error(net):
     torch._dynamo.reset()
     compiled = torch.compile(net, backend="eager")
     x = torch.randn(3, 4)
@@ -69,7 +69,7 @@ def test_a_model_compiled_and_run_before_is_not_tapped_silently(net):
         Taps(compiled, PATHS)(x)
 
 
-def test_nests_and_reenters(net):
+def test_taps_nest_and_reenter(net):
     inner = Taps(net, ["0"])
     outer = Taps(inner, ["model.2"])
     x = torch.randn(3, 4)
@@ -105,42 +105,42 @@ def test_two_wrappers_of_one_model(net):
     assert torch.equal(a(x)[1][0], b(x)[1][0])
 
 
-def test_deep_copy_taps_its_own_model(net):
+def test_a_deep_copy_taps_its_own_model(net):
     taps = Taps(net, PATHS)
     twin = copy.deepcopy(taps)
     with torch.no_grad():
         twin.model[0].weight.zero_()
-    check(twin, twin.model, torch.randn(3, 4))
-    check(taps, net, torch.randn(3, 4))
+    check_taps(twin, twin.model, torch.randn(3, 4))
+    check_taps(taps, net, torch.randn(3, 4))
     del taps
-    check(twin, twin.model, torch.randn(3, 4))
-    assert hooks(net) == 0
+    check_taps(twin, twin.model, torch.randn(3, 4))
+    assert count_hooks(net) == 0
 
 
-def test_shares_the_models_parameters_and_leaves_no_trace(net):
+def test_taps_share_the_models_parameters_and_leave_no_trace(net):
     keys = list(net.state_dict())
     taps = Taps(net, PATHS)
     assert list(taps.parameters()) == list(net.parameters())
     assert list(taps.state_dict()) == [f"model.{key}" for key in keys]
     assert list(net.state_dict()) == keys
     taps(torch.randn(3, 4))
-    assert taps._passage.tensors is None, "features must not outlive the call"
+    assert taps._record.tensors is None, "features must not outlive the call"
     del taps
-    assert hooks(net) == 0
+    assert count_hooks(net) == 0
 
 
 def test_a_forward_pass_that_fails_leaves_the_taps_usable(net):
     taps = Taps(net, PATHS)
     with pytest.raises(RuntimeError):
         taps(torch.randn(3, 7))
-    check(taps, net, torch.randn(3, 4))
+    check_taps(taps, net, torch.randn(3, 4))
 
 
-def test_an_unknown_path_is_told_the_nearest():
+def test_an_unknown_path_names_the_nearest():
     model = create("resnet8", 10)
     with pytest.raises(ValueError, match=r"ResNet has no module 'layr2'; the nearest names are .*'layer2'"):
         Taps(model, ["layer1", "layr2"])
-    assert hooks(model) == 0
+    assert count_hooks(model) == 0
 
 
 class Awkward(nn.Module):
@@ -163,14 +163,14 @@ class Awkward(nn.Module):
 @pytest.mark.parametrize(
     ("kind", "path", "error", "message"),
     [
-        ("twice", "layer", RuntimeError, "'layer' runs more than once"),
-        ("in place", "layer", RuntimeError, "changes the tensor of 'layer' in place"),
-        ("", "unused", RuntimeError, "'unused' did not run"),
-        ("pair", "pair", TypeError, "'pair' must be a tensor, got tuple"),
-        ("pair", "pair:input", TypeError, "'pair:input' must be a tensor, got tuple"),
+        pytest.param("twice", "layer", RuntimeError, "'layer' runs more than once", id="twice"),
+        pytest.param("in place", "layer", RuntimeError, "changes the tensor of 'layer' in place", id="in place"),
+        pytest.param("", "unused", RuntimeError, "'unused' did not run", id="unused"),
+        pytest.param("pair", "pair", TypeError, "'pair' must be a tensor, got tuple", id="tuple"),
+        pytest.param("pair", "pair:input", TypeError, "'pair:input' must be a tensor, got tuple", id="input tuple"),
     ],
 )
-def test_a_doubtful_tensor_is_refused(kind, path, error, message):
+def test_an_ambiguous_tensor_is_an_error(kind, path, error, message):
     with pytest.raises(error, match=message):
         Taps(Awkward(kind), [path])(torch.randn(3, 4))
 
@@ -198,4 +198,4 @@ def test_tap_shapes_changes_nothing():
     assert [m.training for m in model.modules()] == training
     assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
     assert torch.equal(torch.get_rng_state(), random)
-    assert hooks(model) == 0
+    assert count_hooks(model) == 0

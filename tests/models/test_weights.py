@@ -21,13 +21,13 @@ def model():
     return create("resnet8", 10)
 
 
-def equal(a, b):
+def have_equal_state(a, b):
     a, b = a.state_dict(), b.state_dict()
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-def randomized(model):
-    """The model with every entry of its state moved, BatchNorm's counters and statistics included."""
+def randomize(model):
+    """Changes every entry of the model's state, BatchNorm's counters and statistics included."""
     for tensor in model.state_dict().values():
         tensor.copy_(torch.rand_like(tensor) if tensor.is_floating_point() else tensor + 7)
     return model
@@ -37,7 +37,7 @@ class TestReading:
     @pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
     @pytest.mark.parametrize("nesting", [None, "state_dict", "model", "model_state_dict", "net"])
     @pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."])
-    def test_finds_the_state_dict(self, tmp_path, nesting, prefix, legacy):
+    def test_finds_the_state_dict_under_usual_names(self, tmp_path, nesting, prefix, legacy):
         state = {f"{prefix}{name}": tensor for name, tensor in nn.Linear(3, 2).state_dict().items()}
         content = state if nesting is None else {"epoch": 3, nesting: state, "optimizer": {"lr": 0.1}}
         torch.save(content, tmp_path / "w.pt", _use_new_zipfile_serialization=not legacy)
@@ -46,19 +46,19 @@ class TestReading:
         assert torch.equal(read["weight"], state[f"{prefix}weight"])
         assert metadata == ({} if nesting is None else {"epoch": "3"})
 
-    def test_takes_one_prefix_away_and_only_where_all_have_it(self, tmp_path):
+    def test_removes_one_prefix_where_all_names_have_it(self, tmp_path):
         torch.save({"module.module.a": torch.ones(1)}, tmp_path / "twice.pt")
         assert list(read_weights(tmp_path / "twice.pt")[0]) == ["module.a"]
         torch.save({"module.a": torch.ones(1), "b": torch.ones(1)}, tmp_path / "some.pt")
         assert list(read_weights(tmp_path / "some.pt")[0]) == ["module.a", "b"]
 
-    def test_arguments_and_numpy_numbers_beside_the_weights_are_harmless(self, tmp_path):
+    def test_accepts_arguments_and_numpy_numbers_beside_the_weights(self, tmp_path):
         content = {"model": {"w": torch.ones(1)}, "opt": argparse.Namespace(lr=0.1), "best_acc": np.float64(71.5)}
         torch.save(content, tmp_path / "w.pth")
         assert read_weights(tmp_path / "w.pth")[1] == {"best_acc": "71.5"}
 
     @pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
-    def test_never_executes(self, tmp_path, legacy):
+    def test_never_runs_code(self, tmp_path, legacy):
         touched = tmp_path / "touched"
 
         class Payload:
@@ -68,21 +68,21 @@ class TestReading:
         torch.save({"state_dict": {"w": torch.ones(1)}, "x": Payload()}, tmp_path / "w.pth", _use_new_zipfile_serialization=not legacy)
         with pytest.raises(ValueError, match=r"w.pth asks to run \w*io.open while it is read"):
             read_weights(tmp_path / "w.pth")
-        (tmp_path / "raw.pth").write_bytes(pickle.dumps(Payload()))
+        (tmp_path / "raw.pth").write_bytes(pickle.dumps(Payload(), protocol=2))
         with pytest.raises(ValueError, match=r"raw.pth"):
             read_weights(tmp_path / "raw.pth")
         assert not touched.exists()
         pickle.loads(pickle.dumps(Payload())).close()
         assert touched.exists(), "the payload would have shown"
 
-    def test_a_whole_module_is_refused(self, tmp_path):
+    def test_refuses_a_whole_module(self, tmp_path):
         torch.save(nn.Linear(2, 2), tmp_path / "w.pt")
         with pytest.raises(ValueError, match=r"asks to run torch.nn.modules.linear.Linear"):
             read_weights(tmp_path / "w.pt")
 
     @pytest.mark.parametrize("kind", ["zip", "legacy", "safetensors"])
     @pytest.mark.parametrize("keep", [0.001, 0.3, 0.999])
-    def test_truncated(self, tmp_path, kind, keep):
+    def test_refuses_a_truncated_file(self, tmp_path, kind, keep):
         path = tmp_path / ("w.safetensors" if kind == "safetensors" else "w.pt")
         state = {"w": torch.randn(100, 100)}
         if kind == "safetensors":
@@ -96,13 +96,13 @@ class TestReading:
 
     @pytest.mark.parametrize("suffix", [".pt", ".pth", ".th", ".safetensors"])
     @pytest.mark.parametrize("content", [b"<!DOCTYPE html><html>404</html>", bytes(1000), b"hello " * 50], ids=["html", "zeros", "text"])
-    def test_no_weights_file(self, tmp_path, suffix, content):
+    def test_refuses_another_file(self, tmp_path, suffix, content):
         path = tmp_path / f"w{suffix}"
         path.write_bytes(content)
         with pytest.raises(ValueError, match=r"truncated or not a"):
             read_weights(path)
 
-    def test_empty_and_absent(self, tmp_path):
+    def test_names_an_empty_and_an_absent_file(self, tmp_path):
         (tmp_path / "w.pt").touch()
         with pytest.raises(ValueError, match="is empty"):
             read_weights(tmp_path / "w.pt")
@@ -112,12 +112,12 @@ class TestReading:
     @pytest.mark.parametrize(
         ("content", "message"),
         [
-            ([1, 2], "it holds list"),
-            ({"optimizer": {}, "epoch": 1}, "it holds the entries optimizer, epoch"),
-            ({}, "no state dict"),
+            pytest.param([1, 2], "it holds list", id="list"),
+            pytest.param({"optimizer": {}, "epoch": 1}, "it holds the entries optimizer, epoch", id="entries"),
+            pytest.param({}, "no state dict", id="nothing"),
         ],
     )
-    def test_no_state_dict(self, tmp_path, content, message):
+    def test_names_the_content_of_a_file_without_state_dict(self, tmp_path, content, message):
         torch.save(content, tmp_path / "w.pt")
         with pytest.raises(ValueError, match=message):
             read_weights(tmp_path / "w.pt")
@@ -138,33 +138,33 @@ class TestLoading:
         )
         assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
-    def test_long_lists_are_cut(self, model):
+    def test_shortens_long_lists(self, model):
         with pytest.raises(ValueError, match=r"47 missing: (\S+, ){10}and 37 more; 1 unexpected: a"):
             load_weights(model, {"a": torch.ones(1)})
 
-    def test_prefixes_on_either_side(self, model):
-        source = randomized(create("resnet8", 10))
+    def test_accepts_prefixes_on_either_side(self, model):
+        source = randomize(create("resnet8", 10))
         load_weights(model, {f"module.{name}": tensor for name, tensor in source.state_dict().items()})
-        assert equal(model, source)
+        assert have_equal_state(model, source)
         wrapped = nn.Sequential()
         wrapped.add_module("module", create("resnet8", 10))
         load_weights(wrapped, source.state_dict())
-        assert equal(wrapped.module, source)
+        assert have_equal_state(wrapped.module, source)
 
-    def test_old_files_have_no_batch_counters(self, model):
-        source = randomized(create("resnet8", 10)).state_dict()
-        load_weights(randomized(model), {name: tensor for name, tensor in source.items() if "num_batches" not in name})
+    def test_accepts_old_files_without_batch_counters(self, model):
+        source = randomize(create("resnet8", 10)).state_dict()
+        load_weights(randomize(model), {name: tensor for name, tensor in source.items() if "num_batches" not in name})
         assert all(torch.equal(tensor, source[name]) for name, tensor in model.state_dict().items() if "num_batches" not in name)
         assert model.bn1.num_batches_tracked == 0
 
-    def test_repdistillers_names(self, model):
-        source = randomized(create("resnet8", 10))
+    def test_knows_repdistillers_names(self, model):
+        source = randomize(create("resnet8", 10))
         theirs = {
             name.replace("shortcut.", "downsample.").replace("linear.", "fc."): tensor for name, tensor in source.state_dict().items()
         }
         assert "fc.weight" in theirs
         load_weights(model, theirs)
-        assert equal(model, source)
+        assert have_equal_state(model, source)
         assert recognize(theirs, "resnet8") == (ModelSpec("resnet8", 10), None)
 
     def test_keeps_the_models_dtype(self, model):
@@ -174,12 +174,12 @@ class TestLoading:
 
 class TestSaving:
     def test_round_trip_with_metadata(self, tmp_path, model):
-        randomized(model).to(memory_format=torch.channels_last)
+        randomize(model).to(memory_format=torch.channels_last)
         spec = ModelSpec("resnet8", 10)
         save_weights(model, tmp_path / "w.safetensors", {"model": spec.to_json(), "note": "ü"})
         other = create("resnet8", 10)
         metadata = load_weights(other, tmp_path / "w.safetensors")
-        assert equal(model, other)
+        assert have_equal_state(model, other)
         assert metadata == {"model": spec.to_json(), "note": "ü"}
         assert ModelSpec.from_json(metadata["model"]) == spec
 
@@ -190,7 +190,7 @@ class TestSaving:
         assert b'"__metadata__":{"a":"b"}' in content[8 : 8 + length]
         assert torch.frombuffer(bytearray(content[8 + length :]), dtype=torch.float32).tolist() == [0.0, 1.0, 2.0]
 
-    def test_shared_tensors_and_views(self, tmp_path):
+    def test_writes_shared_tensors_and_views(self, tmp_path):
         tied = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
         tied[1].weight = tied[0].weight
         save_weights(tied, tmp_path / "w.safetensors")
@@ -204,7 +204,7 @@ class TestSaving:
         assert [t.tolist() for t in (state["a"], state["b"])] == [[2.0, 3.0], [3.0, 4.0, 5.0, 6.0, 7.0, 8.0]]
         assert torch.equal(state["c"], base.reshape(2, 5).t())
 
-    def test_wrapped_models_save_plain_names(self, tmp_path):
+    def test_writes_plain_names_of_wrapped_models(self, tmp_path):
         save_weights({"module.w": torch.ones(1)}, tmp_path / "w.safetensors")
         assert list(read_weights(tmp_path / "w.safetensors")[0]) == ["w"]
 
@@ -226,7 +226,7 @@ class TestSaving:
         assert read_weights(path)[0]["w"].item() == 1
         assert list(tmp_path.iterdir()) == [path], "no temporary file stays"
 
-    def test_metadata_must_be_text(self, tmp_path):
+    def test_refuses_metadata_that_is_not_text(self, tmp_path):
         with pytest.raises(TypeError, match="text by name, got 'epoch': 3"):
             save_weights({"w": torch.ones(1)}, tmp_path / "w.safetensors", {"epoch": 3})
         assert not list(tmp_path.iterdir())
@@ -253,14 +253,14 @@ class TestRecognizing:
         assert recognize(state, spec.name) == (spec, normalization)
         assert torch.equal(torch.get_rng_state(), random)
 
-    def test_weights_without_the_classifier(self, model):
+    def test_names_a_missing_classifier(self, model):
         state = {name: tensor for name, tensor in model.state_dict().items() if "linear" not in name}
         with pytest.raises(ValueError, match="its classifier at 'linear', and the weights have none there"):
             recognize(state, "resnet8")
 
 
-def correct(real_data, file, name, images):
-    """How many of the first test images of CIFAR-10 the weights classify right."""
+def count_correct(real_data, file, name, images):
+    """The number of the first `images` test images of CIFAR-10 that the weights classify right."""
     path = os.path.join(os.environ.get("KDFAST_WEIGHTS", real_data / "weights"), file)
     if not os.path.isfile(path):
         pytest.skip(f"no weights: {path} is not a file; set KDFAST_WEIGHTS")
@@ -281,13 +281,12 @@ def correct(real_data, file, name, images):
     return right
 
 
-# rounding differs between machines, and with it an image on the edge between two classes
-EDGE = 2
+EDGE = 2  # images on the edge between two classes: rounding differs between machines
 
 
 @pytest.mark.data
-def test_others_weights_give_their_accuracy(real_data):
-    assert abs(correct(real_data, "resnet20-12fca82f.th", "resnet20", 2000) - 1833) <= EDGE
+def test_published_weights_give_their_accuracy(real_data):
+    assert abs(count_correct(real_data, "resnet20-12fca82f.th", "resnet20", 2000) - 1833) <= EDGE
 
 
 @pytest.mark.data
@@ -295,5 +294,5 @@ def test_others_weights_give_their_accuracy(real_data):
 @pytest.mark.parametrize(
     ("file", "name", "right"), [("resnet20-12fca82f.th", "resnet20", 9173), ("resnet56-4bfd9763.th", "resnet56", 9339)]
 )
-def test_others_weights_give_their_accuracy_on_the_whole_test_set(real_data, file, name, right):
-    assert abs(correct(real_data, file, name, 10_000) - right) <= EDGE
+def test_published_weights_give_their_accuracy_on_the_whole_test_set(real_data, file, name, right):
+    assert abs(count_correct(real_data, file, name, 10_000) - right) <= EDGE
