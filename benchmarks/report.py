@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from kdfast import files
 from kdfast.benchmarks.harness import COMPILED, EAGER, OURS
-from kdfast.machine import described
+from kdfast.machine import describe
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -60,7 +60,7 @@ def read(path: Path) -> Results:
     if not cases:
         raise ValueError(f"{path} must hold results of `kdfast bench kernels` or `pytest benchmarks`, and it holds none")
     packages = ", ".join(f"{name} {version}" for name, version in machine.get("packages", {}).items())
-    return Results(described(machine, date), packages, cases)
+    return Results(describe(machine, date), packages, cases)
 
 
 def _of_linear_kd(case: dict[str, Any]) -> dict[str, Any]:

@@ -156,7 +156,7 @@ class Step:
         self.stage = _stage(options, training, _Marked(teacher, self.clock))
         for module in (*self.stage.frozen, *self.stage.train):
             module.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.stage.modes(training=True)
+        self.stage.set_modes(training=True)
         self._forward = torch.compile(self.stage.forward) if options.compile == "on" else self.stage.forward
         self._loss = plain_loss(options) if plain else self.stage.loss
         parameters = list(self.stage.parameters())

@@ -1,4 +1,4 @@
-"""Files that are either the old version or the new one, never half of one."""
+"""Atomic writes: a file holds either its old content or its new content, never a part."""
 
 import json
 import os
@@ -13,37 +13,38 @@ import torch
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yields a temporary path in the same folder that becomes `path` when the block ends well, and vanishes otherwise.
+    """Yields a temporary path in the same folder. It becomes `path` when the block succeeds, and is deleted otherwise.
 
     Raises:
-        OSError: the folder cannot be made or written, or the disk is full; what was at `path` is still there.
+        OSError: the folder cannot be made or written, or the disk is full; `path` keeps its old content.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    # in the same folder, since only within a file system is a rename atomic; the same ending, since some writers go by it
+    # same folder: a rename is atomic within one file system only; same suffix: some writers choose the format by it
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}.", suffix=path.suffix)
     os.close(handle)
     temporary = Path(name)
     try:
         yield temporary
-        _flush(temporary)
+        _flush(temporary, os.O_RDWR)
         temporary.chmod(0o666 & ~_umask())  # mkstemp makes files private
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    _flush(path.parent)  # the rename itself
+    if os.name == "posix":  # Windows cannot open a folder
+        _flush(path.parent, os.O_RDONLY)  # the rename itself
 
 
 def check_writable(path: Path, option: str, *, folder: bool = False) -> None:
-    """Finds what stands against a file (or a folder) at `path`, before the work whose outcome is to go there; makes nothing.
+    """Checks that a file (or a folder) can be written at `path`, before long work starts; creates nothing.
 
     Args:
-        path: need not be there, nor its parents.
-        option: that gave the path, for messages.
-        folder: whether `path` is to be a folder.
+        path: it and its parents may be missing.
+        option: the option that gave the path, for messages.
+        folder: True if `path` will be a folder.
 
     Raises:
-        ValueError: it is a folder where a file is wanted or the reverse, or a folder above it is a file or cannot be written.
+        ValueError: `path` is a folder instead of a file or the reverse, or a folder above it is a file or cannot be written.
     """
     if path.exists() and path.is_dir() != folder:
         raise ValueError(f"{option} {path} is {'a file: name a folder' if folder else 'a folder: name a file'}")
@@ -55,8 +56,8 @@ def check_writable(path: Path, option: str, *, folder: bool = False) -> None:
         raise ValueError(f"{option} {path}: the folder {nearest} cannot be written")
 
 
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
+def _flush(path: Path, mode: int) -> None:
+    descriptor = os.open(path, mode)
     try:
         os.fsync(descriptor)
     finally:

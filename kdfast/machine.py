@@ -1,4 +1,4 @@
-"""The machine and the versions that a result belongs to."""
+"""Facts about the machine and the versions that a result was measured with."""
 
 import os
 import platform
@@ -14,8 +14,8 @@ from kdfast.version import __version__
 
 
 def facts() -> dict[str, Any]:
-    """Processor, cores and threads, GPU where there is one, and versions: plain values, for JSON."""
-    known: dict[str, Any] = {
+    """Returns processor, cores, threads, GPU (if any) and versions as plain values, for JSON."""
+    found: dict[str, Any] = {
         "kdfast": __version__,
         "torch": torch.__version__,
         "python": platform.python_version(),
@@ -25,20 +25,20 @@ def facts() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
     }
     if torch.cuda.is_available():
-        known |= {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda, "triton": _version("triton")}
-    return known
+        found |= {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda, "triton": _version("triton")}
+    return found
 
 
-def described(facts: Mapping[str, Any], date: str) -> str:
-    """What facts() has said, in a line for readers: the processor and its threads, or the GPU; the versions that matter; the date."""
-    on = [facts["cpu"], "1 thread" if facts["threads"] == 1 else f"{facts['threads']} threads"]
+def describe(facts: Mapping[str, Any], date: str) -> str:
+    """Formats facts() in one line: the processor and its threads, or the GPU; the versions that matter; the date."""
+    parts = [facts["cpu"], "1 thread" if facts["threads"] == 1 else f"{facts['threads']} threads"]
     if "gpu" in facts:
-        on = [facts["gpu"], *(f"driver {gpu['driver_version']}" for gpu in facts.get("gpus", [])[:1])]
-    return ", ".join([*on, f"PyTorch {facts['torch']}", f"Python {facts['python']}", date])
+        parts = [facts["gpu"], *(f"driver {gpu['driver_version']}" for gpu in facts.get("gpus", [])[:1])]
+    return ", ".join([*parts, f"PyTorch {facts['torch']}", f"Python {facts['python']}", date])
 
 
 def cores() -> int:
-    """Processor cores that this process may use."""
+    """Returns the number of processor cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -49,7 +49,7 @@ _GPU = (
 
 
 def gpus() -> list[dict[str, str]]:
-    """What nvidia-smi says of each NVIDIA GPU now: driver, memory (MiB), clocks (MHz), power (W), temperature (C); [] without it."""
+    """Returns nvidia-smi's facts on each NVIDIA GPU: driver, memory (MiB), clocks (MHz), power (W), temperature (C); [] without it."""
     command = ["nvidia-smi", f"--query-gpu={','.join(_GPU)}", "--format=csv,noheader,nounits"]
     try:
         lines = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout.splitlines()

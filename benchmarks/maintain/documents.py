@@ -12,7 +12,7 @@ from pathlib import Path
 from kdfast import files
 from kdfast.benchmarks.maintain import RESULTS, ROOT
 from kdfast.benchmarks.report import Results, figures, read, summary, table
-from kdfast.machine import described
+from kdfast.machine import describe
 from kdfast.report.comparison import markdown
 
 PAGES = (ROOT / "README.md", *(ROOT / "docs" / name for name in ("performance.md", "loaders.md", "comparison.md")))
@@ -41,7 +41,7 @@ def training(device: str) -> str:
     result = json.loads((RESULTS / f"{device}-self_distillation.json").read_text())
     lines = ["| loop | images/s | over the tutorial's |", "|---|---:|---:|"]
     lines += [f"| {c['variant']} | {c['images_per_s']:.1f} | {c['speedup']:.2f} |" for c in result["cases"]]
-    return "\n".join([*lines, "", f"{described(result['machine'], result['date'])}."])
+    return "\n".join([*lines, "", f"{describe(result['machine'], result['date'])}."])
 
 
 def loaders(device: str) -> str:
@@ -55,7 +55,7 @@ def loaders(device: str) -> str:
         cells = [c["name"], str(c["image_size"]), c["loader"], str(c["workers"]), f"{c['images_per_s']:,.0f}", peer, f"{c['speedup']:.2f}"]
         cells += [format(c["waiting_share"], ".1%")] if waiting else []
         lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join([*lines, "", f"{described(result['machine'], result['date'])}."])
+    return "\n".join([*lines, "", f"{describe(result['machine'], result['date'])}."])
 
 
 def momenta(device: str) -> str:
@@ -64,7 +64,7 @@ def momenta(device: str) -> str:
     measured = []
     for path in sorted(RESULTS.glob(f"{device}-lion_momentum_*.json")):
         result = json.loads(path.read_text())
-        measured.append(f"{result['cases'][0]['dataset']}: {described(result['machine'], result['date'])}")
+        measured.append(f"{result['cases'][0]['dataset']}: {describe(result['machine'], result['date'])}")
         for c in result["cases"]:
             accuracy, runs = statistics.mean(c["accuracy"]), len(c["accuracy"])
             against = "" if c["momentum"] == "float32" else f"{c['difference']:+.2f} ± {c['standard_error']:.2f}"

@@ -16,9 +16,8 @@ from kdfast.commands.config import Distill, parse_options
 from kdfast.commands.session import Session, environment, load_data, loader_maker, preparation, session
 from kdfast.data import ImageData, Loaders
 from kdfast.engine import Evaluation, StageResult, evaluate
-from kdfast.engine.console import counted
-from kdfast.models import ModelSpec, build, feature_size, parameter_count, projection_head
-from kdfast.recipes.conkd import EMBEDDING, EmbeddingTeacher
+from kdfast.engine.console import count
+from kdfast.models import ModelSpec, build, parameter_count
 from kdfast.recipes.features import fingerprint
 from kdfast.recipes.plus import Term, plus
 from kdfast.recipes.recipe import Extended, Setup, Stages, Trained, each, keeping_the_last
@@ -108,7 +107,7 @@ class _Job:
         )
         lines = [
             f"  data: {data.name}, {len(data.train):,} training images{labels}; {len(data.val):,} validation, {len(data.test):,} test",
-            f"  student: {config.student}, {counted(training.epochs, 'epoch')}, batch {training.batch_size}, "
+            f"  student: {config.student}, {count(training.epochs, 'epoch')}, batch {training.batch_size}, "
             f"{training.optimizer} lr {training.lr:g}",
             f"  folder: {self._opened.folder}, on {self._opened.world.device}",
         ]
@@ -167,20 +166,12 @@ class _Job:
         model: nn.Module = loaded.model
         if expected is not None and expected != given:
             model = Renormalized(model, given, expected)
-        if "projection" in loaded.facts:
-            projection = projection_head(feature_size(loaded.model), int(loaded.facts["projection"]))
-            names = {n.removeprefix("projection."): t for n, t in loaded.state.items() if n.startswith("projection.")}
-            projection.load_state_dict(names)
-            model = EmbeddingTeacher(model, projection)
-        return Trained(model, loaded.spec)
+        return Trained(self._recipe.load_teacher(model, loaded.state, loaded.facts), loaded.spec)
 
     def _save_teacher(self, model: nn.Module, spec: ModelSpec) -> None:
         """teacher.safetensors: for `--teacher RUN/teacher.safetensors` in later runs."""
-        state, extra = (model.model if isinstance(model, Extended) else model).state_dict(), {}
-        if isinstance(model, EmbeddingTeacher):
-            projection = {f"projection.{name}": value for name, value in model.projection.state_dict().items()}
-            state, extra = {**state, **projection}, {"projection": str(EMBEDDING)}
-        artifact.save(self._opened.folder / "teacher.safetensors", state, spec, self._data.classes, self._prepared, **extra)
+        tensors, facts = self._recipe.save_teacher(model)
+        artifact.save(self._opened.folder / "teacher.safetensors", tensors, spec, self._data.classes, self._prepared, **facts)
 
     # ---- students ----
 

@@ -331,7 +331,7 @@ def loader_maker(
         return make_loaders(
             replace(data if all_labels else hidden, mean=prepared.mean, std=prepared.std),
             batch_size=training.batch_size // world.size,
-            micro_batch=training.micro_batch_of_one(world.size),
+            micro_batch=training.micro_batch_per_process(world.size),
             loader=options.loader,
             train_transform=augment or options.augment,
             eval_transform=prepared.evaluation,

@@ -1,4 +1,4 @@
-"""The engine: it knows stages only, fits each with the same loop, saves between and within them, and resumes anywhere."""
+"""The engine fits stages, all with the same loop. It saves between and within them, and resumes anywhere."""
 
 from kdfast.engine.console import Console
 from kdfast.engine.distributed import World, join

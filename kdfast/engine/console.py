@@ -1,44 +1,61 @@
-"""What a run prints: a bar a stage with images/s and the time left, then one line a finished stage. Plain lines without a terminal."""
+"""Terminal output of a run: a progress bar for the current stage, then one line for each finished stage. Plain lines without a terminal."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
 
-from rich.console import Console as RichConsole
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from kdfast import imports
 
-PLAIN_EVERY = 10.0  # seconds between lines where there is no terminal
+if TYPE_CHECKING:
+    from rich.console import Console as RichConsole
+
+PLAIN_EVERY = 10.0  # seconds between lines without a terminal
 
 
 class StageProgress:
-    """Progress of one stage: images of the epoch under way, metrics of the last one."""
+    """Progress of one stage.
 
-    def __init__(self, name: str, epochs: int, images: int, rich: RichConsole, bar: Progress | None, task: TaskID | None):
-        self._name, self._epochs, self._images = name, epochs, images
-        self._rich, self._bar, self._task = rich, bar, task
-        self._epoch, self._done = 0, 0
-        self._shown = time.monotonic()
-        self.last: dict[str, Any] = {}
+    Args:
+        name: of the stage.
+        epochs: of the stage.
+        images: of an epoch, over all processes.
+        say: prints a line; None: nothing is printed.
+        update: moves the progress bar to a number of images and a text of metrics; None: there is no bar.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        epochs: int,
+        images: int,
+        say: Callable[[str], None] | None = None,
+        update: Callable[[int, str], None] | None = None,
+    ):
+        self._name, self._epochs, self._images, self._say, self._update = name, epochs, images, say, update
+        self._epoch, self._done, self._metrics = 0, 0, ""
+        self._printed_at = time.monotonic()
+        self.last: dict[str, Any] = {}  # metrics of the last finished epoch
 
     def step(self, images: int) -> None:
         """Counts one optimizer step over `images` images."""
         self._done += images
-        if self._bar is not None and self._task is not None:
-            self._bar.update(self._task, completed=self._epoch * self._images + self._done)
+        if self._update is not None:
+            self._update(self._epoch * self._images + self._done, self._metrics)
 
     def epoch(self, line: dict[str, Any]) -> None:
-        """Ends an epoch with its metrics."""
-        self._epoch, self._done, self.last = line["epoch"], 0, line
-        if self._bar is not None and self._task is not None:
-            self._bar.update(self._task, completed=self._epoch * self._images, metrics=describe(line))
-        elif time.monotonic() - self._shown > PLAIN_EVERY:
-            self._shown = time.monotonic()
-            self._rich.print(f"  {self._name}: epoch {self._epoch} of {self._epochs}, {describe(line)}", highlight=False)
+        """Ends an epoch with its line of metrics.jsonl."""
+        self._epoch, self._done, self._metrics, self.last = line["epoch"], 0, describe(line), line
+        if self._update is not None:
+            self._update(self._epoch * self._images, self._metrics)
+        elif self._say is not None and time.monotonic() - self._printed_at > PLAIN_EVERY:
+            self._printed_at = time.monotonic()
+            self._say(f"  {self._name}: epoch {self._epoch} of {self._epochs}, {self._metrics}")
 
 
 def describe(line: dict[str, Any]) -> str:
-    """A line of metrics.jsonl in a few words."""
+    """Formats a line of metrics.jsonl in a few words."""
     parts = [f"loss {line['train/loss']:.3f}"] if "train/loss" in line else []
     if "val/top1" in line:
         parts.append(f"val top-1 {100 * line['val/top1']:.2f} %")
@@ -47,37 +64,55 @@ def describe(line: dict[str, Any]) -> str:
     return ", ".join([*parts, f"{line['images_per_s']:,.0f} images/s"])
 
 
-def counted(number: int, what: str) -> str:
-    """A number of things: 1 epoch, 2 epochs."""
-    return f"{number:,} {what}{'' if number == 1 else 's'}"
+def count(number: int, noun: str) -> str:
+    """Formats a number of things: 1 epoch, 2 epochs."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 class Console:
-    """Prints for a person, or not at all.
+    """Prints a run's progress. Needs the package rich unless it is quiet.
 
     Args:
         quiet: print nothing (other ranks, tests).
+
+    Example:
+        >>> from kdfast.engine import Console
+        >>> Console(quiet=True).say("not printed")
     """
 
     def __init__(self, *, quiet: bool = False):
-        self.rich = RichConsole(quiet=quiet, soft_wrap=True)
+        self._quiet = quiet
+
+    @cached_property
+    def rich(self) -> "RichConsole":
+        """The console of the package rich that everything is printed to."""
+        console = imports.require("rich.console", extra="cli", what="the progress display")
+        return console.Console(quiet=self._quiet, soft_wrap=True)
 
     def say(self, text: str) -> None:
         """Prints a line."""
-        self.rich.print(text, highlight=False)
+        if not self._quiet:
+            self.rich.print(text, highlight=False)
 
     @contextmanager
     def stage(self, name: str, epochs: int, images: int) -> Iterator[StageProgress]:
-        """Shows a stage of `epochs` epochs over `images` images while the block runs."""
+        """Shows the progress of a stage of `epochs` epochs over `images` images within the block."""
         start = time.monotonic()
-        if self.rich.is_terminal and not self.rich.quiet:
+        if self._quiet or not self.rich.is_terminal:
+            progress = StageProgress(name, epochs, images, self.say)
+            yield progress
+        else:
+            from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
             columns = TextColumn("{task.description}"), BarColumn(30), TextColumn("{task.fields[metrics]}"), TimeRemainingColumn()
             with Progress(*columns, console=self.rich, transient=True) as bar:
-                progress = StageProgress(name, epochs, images, self.rich, bar, bar.add_task(f"  {name}", total=epochs * images, metrics=""))
+                task = bar.add_task(f"  {name}", total=epochs * images, metrics="")
+
+                def update(done: int, metrics: str) -> None:
+                    bar.update(task, completed=done, metrics=metrics)
+
+                progress = StageProgress(name, epochs, images, self.say, update)
                 yield progress
-        else:
-            progress = StageProgress(name, epochs, images, self.rich, None, None)
-            yield progress
         if progress.last:
-            done = f"{counted(progress.last['epoch'], 'epoch')} in {time.monotonic() - start:.1f} s"
+            done = f"{count(progress.last['epoch'], 'epoch')} in {time.monotonic() - start:.1f} s"
             self.say(f"  {name}: {done}, {describe(progress.last)}")

@@ -1,4 +1,4 @@
-"""One process or several: what torchrun's environment says, and the few collective operations that the loop needs."""
+"""One process or several: torchrun's environment, and the collective operations that the loop needs."""
 
 import functools
 import gc
@@ -16,7 +16,20 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class World:
-    """This process among all: its rank, how many there are, and its device."""
+    """This process among all processes of the run.
+
+    Attributes:
+        rank: of this process, from 0.
+        size: number of processes.
+        device: of this process.
+
+    Example:
+        >>> import torch
+        >>> from kdfast.engine import World
+        >>> alone = World(rank=0, size=1, device=torch.device("cpu"))
+        >>> alone.main, alone.sum(torch.tensor([1.0, 2.0]))
+        (True, tensor([1., 2.]))
+    """
 
     rank: int
     size: int
@@ -24,33 +37,33 @@ class World:
 
     @property
     def main(self) -> bool:
-        """Whether this process writes files and prints."""
+        """True for the process that writes files and prints."""
         return self.rank == 0
 
     def sum(self, values: Tensor) -> Tensor:
-        """The sum over processes, in place."""
+        """Sums over processes, in place."""
         if self.size > 1:
             dist.all_reduce(values)
         return values
 
     def any(self, flag: bool) -> bool:
-        """Whether the flag is set on any process; waits for all of them."""
+        """Returns True if the flag is set on any process; waits for all of them."""
         if self.size == 1:
             return flag
         return bool(self.sum(torch.tensor(float(flag), device=self.device)).item())
 
     def gather(self, value: Any) -> list[Any]:
-        """Every process's value, tensors and plain values, by rank."""
+        """Returns every process's value (tensors and plain values) by rank."""
         if self.size == 1:
             return [value]
         packed = io.BytesIO()
         torch.save(value, packed)
-        everyones: list[Any] = [None] * self.size
-        dist.all_gather_object(everyones, packed.getvalue())
-        return [torch.load(io.BytesIO(one), weights_only=True) for one in everyones]
+        gathered: list[Any] = [None] * self.size
+        dist.all_gather_object(gathered, packed.getvalue())
+        return [torch.load(io.BytesIO(one), weights_only=True) for one in gathered]
 
     def broadcast(self, tensors: Iterable[Tensor]) -> None:
-        """The main process's values, in place, everywhere."""
+        """Copies the main process's values to all processes, in place."""
         if self.size > 1:
             for tensor in tensors:
                 dist.broadcast(tensor, 0)
@@ -68,7 +81,7 @@ class World:
 
 
 def mean_over_processes(value: Tensor) -> Tensor:
-    """The mean over all processes, float32, without a gradient and without waiting for the device; the value itself where alone."""
+    """Returns the mean over all processes, float32, without gradient and without waiting for the device; one process: the value."""
     if not (dist.is_available() and dist.is_initialized()):
         return value
     value = value.detach().float()
@@ -77,29 +90,33 @@ def mean_over_processes(value: Tensor) -> Tensor:
 
 
 def all_processes() -> "dist.ProcessGroup | None":
-    """The group of all processes, for losses that see the rows of all; None where this one is alone."""
+    """Returns the group of all processes, for losses over the rows of all of them; None for a single process."""
     alone = not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1
     return None if alone else dist.group.WORLD
 
 
 def join(device: str = "auto") -> World:
-    """Joins the processes that torchrun started (RANK, WORLD_SIZE and LOCAL_RANK are set), or stands alone.
+    """Joins the processes that torchrun started (it sets RANK, WORLD_SIZE and LOCAL_RANK); without torchrun there is one process.
 
     Args:
-        device: "auto" (CUDA where there is one), "cpu", "cuda" or "cuda:N".
+        device: "auto" (CUDA if there is a GPU), "cpu", "cuda" or "cuda:N".
 
     Raises:
-        ValueError: the device is not there.
+        ValueError: there is no such device.
+
+    Example:
+        >>> from kdfast.engine import join
+        >>> join("cpu")
+        World(rank=0, size=1, device=device(type='cpu'))
     """
     size, rank, local = (int(os.environ.get(k, d)) for k, d in (("WORLD_SIZE", "1"), ("RANK", "0"), ("LOCAL_RANK", "0")))
     chosen = _device(device, local if size > 1 else None)
     if size > 1 and not dist.is_initialized():
-        # DDP imports this module, whose functions take the group of that moment as their default: imported later, they would hold
-        # the group until the interpreter's end, where gloo's threads, still running, now and then abort the process
+        # DDP imports this module later. Its functions take the current group as a default argument, which would keep the group alive
+        # until the interpreter ends; gloo's threads then sometimes abort the process. Import it while there is no group.
         import torch.distributed.nn.functional  # noqa: F401
 
-        # a group joined later finds the addresses of the one before under the same keys, and may call those, where nobody listens:
-        # every join of this process has keys of its own
+        # Under the same keys a second group would find, and might call, the addresses of the first. Every join has its own keys.
         store = dist.PrefixStore(f"kdfast/{next(_JOINS)}", _store())
         dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", store=store, rank=rank, world_size=size)
     return World(rank, size, chosen)
@@ -110,7 +127,7 @@ _JOINS = itertools.count()
 
 @functools.cache
 def _store() -> "dist.Store":
-    """What torchrun's processes meet by; held until the process ends, for it is the main process's where torchrun has none."""
+    """Returns the store through which torchrun's processes meet. The main process may host it, so it lives until the process ends."""
     store, _, _ = next(dist.rendezvous("env://"))
     return store
 

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM as a question that the loop asks between steps; a second Ctrl-C stops at once."""
+"""Ctrl-C and SIGTERM become a flag that the loop reads between steps; a second Ctrl-C stops at once."""
 
 import signal
 from collections.abc import Iterator
@@ -7,7 +7,14 @@ from types import FrameType
 
 
 class Interrupted(Exception):
-    """The run was asked to stop, and has saved itself."""
+    """A signal stopped the run, after it saved its state.
+
+    Example:
+        >>> import signal
+        >>> from kdfast.engine import Interrupted
+        >>> print(Interrupted(signal.SIGTERM))
+        stopped by SIGTERM
+    """
 
     def __init__(self, signal_number: int):
         super().__init__(f"stopped by {signal.Signals(signal_number).name}")
@@ -15,7 +22,7 @@ class Interrupted(Exception):
 
 
 class StopRequest:
-    """What signals have asked for so far."""
+    """The signal received so far; true once there is one."""
 
     signal_number: int | None = None
 
@@ -25,7 +32,16 @@ class StopRequest:
 
 @contextmanager
 def catching() -> Iterator[StopRequest]:
-    """Turns SIGINT and SIGTERM into a StopRequest within the block, and restores the handlers after it."""
+    """Turns SIGINT and SIGTERM into a StopRequest within the block, and restores the handlers after it.
+
+    Example:
+        >>> import signal
+        >>> from kdfast.engine import catching
+        >>> with catching() as stop:
+        ...     signal.raise_signal(signal.SIGTERM)
+        ...     print(bool(stop), stop.signal_number == signal.SIGTERM)
+        True True
+    """
     request = StopRequest()
 
     def handler(number: int, frame: FrameType | None) -> None:

@@ -1,4 +1,4 @@
-"""metrics.jsonl: one line an epoch. What a killed run wrote after its last checkpoint is cut off on resume."""
+"""metrics.jsonl: one line an epoch. Lines written after the last checkpoint of a killed run are cut off on resume."""
 
 import contextlib
 import json
@@ -23,12 +23,12 @@ class Journal:
         return self._path.stat().st_size if self._path.exists() else 0
 
     def cut(self, size: int) -> None:
-        """Forgets all lines after the first `size` bytes."""
+        """Removes all lines after the first `size` bytes."""
         if self.size > size:
             os.truncate(self._path, size)
 
     def append(self, line: dict[str, Any]) -> None:
-        """Adds one line, or nothing at all where the disk is full."""
+        """Adds one line, or nothing at all if the disk is full."""
         before = self.size
         try:
             with self._path.open("a", encoding="utf-8") as file:

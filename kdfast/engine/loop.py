@@ -1,12 +1,13 @@
-"""The loop that fits one stage: epochs of steps, validation after each, the best weights kept, a checkpoint to resume from.
+"""The loop that fits one stage: epochs of steps, a validation after each epoch, and a checkpoint to resume from.
 
-Nothing inside a step waits for the device: loss terms and accuracies are summed there and read once an epoch (non-finite terms
-every `CHECK_EVERY` steps). A checkpoint holds all that decides what follows, so a resumed epoch gives the same bits on a CPU.
+No step waits for the device: loss terms and accuracies are summed on the device and read once an epoch (non-finite terms every
+`CHECK_EVERY` steps). A checkpoint holds everything that decides the following steps, so a resumed epoch gives the same bits on a CPU.
 """
 
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -21,14 +22,20 @@ from kdfast.engine.distributed import World
 from kdfast.engine.interrupt import StopRequest
 from kdfast.engine.metrics import AccuracyMeter, TermMeter
 from kdfast.engine.schedule import Schedule, make_optimizer
-from kdfast.engine.stage import Mean, Outputs, Stage, means
+from kdfast.engine.stage import Mean, Outputs, Stage, as_means
 
-CHECK_EVERY = 50  # steps between looks at the device: non-finite losses, stop requests of other processes
+CHECK_EVERY = 50  # steps between reads of the device: non-finite losses, stop requests of other processes
 
 
 @dataclass(frozen=True)
 class Options:
-    """How fast the loop runs, not what it computes (up to rounding)."""
+    """How fast the loop runs. The computed values stay the same up to rounding.
+
+    Example:
+        >>> from kdfast.engine import Options
+        >>> Options(precision="bf16")
+        Options(precision='bf16', compile=False, checkpoint_minutes=15.0)
+    """
 
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Autocast dtype of forward passes and losses."""
@@ -39,7 +46,7 @@ class Options:
 
 
 class _Forward(nn.Module):
-    """stage.forward as a module that owns the trained parameters: what DDP and torch.compile want to see."""
+    """stage.forward as a module that owns the trained parameters, as DDP and torch.compile expect."""
 
     def __init__(self, stage: Stage):
         super().__init__()
@@ -66,52 +73,57 @@ class StageLoop:
         training = stage.training
         for module in (*stage.frozen, *stage.memory, *stage.train):
             module.to(world.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        stage.modes(training=True)
+        stage.set_modes(training=True)
         forward: nn.Module = _Forward(stage)
         if world.size > 1:
             ids = [world.device.index] if world.device.type == "cuda" else None
-            # buffers are the main process's at the start and at the end of every epoch; in between each process has its own BatchNorm
-            # statistics, which training does not read
+            # All processes get the main process's buffers at the start and at the end of every epoch. In between each has its own
+            # BatchNorm statistics, which training does not read.
             forward = DistributedDataParallel(forward, device_ids=ids, find_unused_parameters=stage.partial, broadcast_buffers=False)
             world.broadcast(buffer for module in (forward, *stage.memory) for buffer in module.buffers())
         self._ddp = forward if isinstance(forward, DistributedDataParallel) else None
         self._eager: Callable[[Batch], Outputs] = forward
         self._forward: Callable[[Batch], Outputs] = torch.compile(forward) if options.compile else forward
-        make = stage.optimizer or make_optimizer
-        self._optimizer = make(list(stage.parameters()), training)
-        self._schedule = Schedule(
-            self._optimizer,
-            training,
-            higher_is_better=stage.higher_is_better,
-            cosine_from_one=stage.cosine_from_one,
-        )
+        self._optimizer = (stage.optimizer or make_optimizer)(list(stage.parameters()), training)
+        self._schedule = Schedule(self._optimizer, stage)
         self._scaler = torch.amp.GradScaler(world.device.type, enabled=options.precision == "fp16")
-        self.trained, self._memory = nn.ModuleList(stage.train), nn.ModuleList(stage.memory)
+        self.trained = nn.ModuleList(stage.train)
         self._ema: AveragedModel | None = None
         if training.ema is not None:
             self._ema = AveragedModel(self.trained, multi_avg_fn=get_ema_multi_avg_fn(training.ema), use_buffers=True)
-        self.epoch = 0  # the epoch under way, from 0
+        self._stateful: dict[str, Any] = {
+            "weights": self.trained,
+            "memory": nn.ModuleList(stage.memory),
+            "optimizer": self._optimizer,
+            "schedule": self._schedule,
+            "scaler": self._scaler,
+            "loader": stage.data.train,
+        } | ({} if self._ema is None else {"ema": self._ema})
+        self.epoch = 0  # the current epoch, from 0
         self.best_metric: float | None = None
         self.best_epoch = -1
-        self.seconds = 0.0  # in training epochs, validation left out
-        self._epoch_seconds = 0.0
-        self._meter, self._accuracy = TermMeter(world.device), AccuracyMeter(world.device)
+        self.seconds = 0.0  # of training epochs, without validation
+        self._start_meters()
         stage.data.train.set_epoch(0)
+
+    def _start_meters(self) -> None:
+        self._meter, self._accuracy = TermMeter(self._world.device), AccuracyMeter(self._world.device)
+        self._epoch_seconds = 0.0
 
     # ---- epochs ----
 
     def epochs(self, save: Callable[[], None]) -> Iterator[dict[str, Any]]:
-        """Runs the epochs that are left; yields the metrics of each, with "best": whether it is the best so far.
+        """Runs the remaining epochs; yields the metrics of each, with "best": True if it is the best so far.
 
-        `save` is called in the middle of long epochs and before leaving on a stop request; the caller saves between epochs.
+        `save` is called within long epochs and before a stop request ends the loop; the caller saves between epochs.
         """
         training = self.stage.training
-        if self.epoch < training.epochs and not self._stopped_early():
+        if not self._done():
             start = time.perf_counter()
             with torch.no_grad(), self._autocast():
                 self.stage.prepare()
             self._epoch_seconds += time.perf_counter() - start
-        while self.epoch < training.epochs and not self._stopped_early():
+        while not self._done():
             lr = self._optimizer.param_groups[0]["lr"]
             if not self._train_epoch(save):
                 return
@@ -122,12 +134,11 @@ class StageLoop:
             with self.averaged_weights():
                 line |= self.validate()
             metric = self._metric(line)
-            if metric == metric and self._better(metric):
+            if self._better(metric):
                 self.best_metric, self.best_epoch = metric, self.epoch
             self._schedule.step(metric)
             self.seconds += seconds
-            self._meter, self._accuracy = TermMeter(self._world.device), AccuracyMeter(self._world.device)
-            self._epoch_seconds = 0.0
+            self._start_meters()
             self.epoch += 1
             if self.epoch < training.epochs:
                 self.stage.data.train.set_epoch(self.epoch)
@@ -138,13 +149,14 @@ class StageLoop:
             }
 
     def _better(self, metric: float) -> bool:
-        if self.best_metric is None:
-            return True
+        if self.best_metric is None or math.isnan(metric):
+            return not math.isnan(metric)
         return metric > self.best_metric if self.stage.higher_is_better else metric < self.best_metric
 
-    def _stopped_early(self) -> bool:
+    def _done(self) -> bool:
         patience = self.stage.training.early_stop
-        return patience is not None and self.best_epoch >= 0 and self.epoch - 1 - self.best_epoch >= patience
+        stalled = patience is not None and self.best_epoch >= 0 and self.epoch - 1 - self.best_epoch >= patience
+        return stalled or self.epoch >= self.stage.training.epochs
 
     def _metric(self, line: dict[str, Any]) -> float:
         if self.stage.best not in line:
@@ -153,18 +165,18 @@ class StageLoop:
         return line[self.stage.best]
 
     def _train_epoch(self, save: Callable[[], None]) -> bool:
-        """The rest of the epoch under way; False where a stop request ended it early, after saving."""
-        self.stage.modes(training=True)
+        """Trains the rest of the current epoch. Returns False if a stop request ended it early, after saving."""
+        self.stage.set_modes(training=True)
         loader = self.stage.data.train
         start, saved = time.perf_counter(), time.monotonic()
-        before = self._epoch_seconds  # spent in this epoch before an interruption
+        before = self._epoch_seconds  # of this epoch, before an interruption
         for batch in loader:
             self._meter.add(self._step(batch), len(batch.labels), step := loader.state_dict()["batch"])
             self._on_step(len(batch.labels) * self._world.size)
             look = step % CHECK_EVERY == 0
             if look:
                 self._meter.check(self.stage.name, self.epoch)
-            # several processes must agree on stopping, which costs a collective: ask with the other looks at the device
+            # several processes must agree on stopping, which takes a collective operation: only when the device is read anyway
             stop = bool(self._stop) if self._world.size == 1 else look and self._world.any(bool(self._stop))
             due = self._world.main and time.monotonic() - saved > 60 * self._options.checkpoint_minutes
             due = due if self._world.size == 1 else look and self._world.any(due)
@@ -175,19 +187,19 @@ class StageLoop:
                 saved = time.monotonic()
                 if stop:
                     return False
-        self._meter.check(self.stage.name, self.epoch)  # waits for the device: the seconds below are honest
+        self._meter.check(self.stage.name, self.epoch)  # waits for the device, so the seconds below are the whole work
         self._epoch_seconds = before + time.perf_counter() - start
         return True
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
-        """Loss terms and accuracies on the validation split, with the weights as they are."""
-        self.stage.modes(training=False)
-        # a process whose share of the images is empty knows the terms from training: all must take part in the sums
+        """Returns loss terms and accuracies on the validation split, with the current weights."""
+        self.stage.set_modes(training=False)
+        # all processes take part in the sums, so one without validation images needs the terms' names from training
         terms, accuracy = TermMeter(self._world.device, self._meter.names), AccuracyMeter(self._world.device, self._accuracy.counts)
         for batch in self.stage.data.val:
             with self._autocast():
-                outputs = _joined([self.stage.forward(part) for part in self._parts(batch)])
+                outputs = _concatenate([self.stage.forward(part) for part in self._parts(batch)])
                 terms.add(self.stage.loss(outputs, batch), len(batch.labels), 0)
             accuracy.add(outputs, batch.labels)
         return terms.averages("val", self._world) | accuracy.accuracy("val", self._world)
@@ -219,8 +231,8 @@ class StageLoop:
         return terms
 
     def _parts(self, batch: Batch) -> list[Batch]:
-        """The batch as forward passes see it: no more images at once than micro_batch says."""
-        rows = self.stage.training.micro_batch_of_one(self._world.size)
+        """Splits the batch into forward passes of at most micro_batch images."""
+        rows = self.stage.training.micro_batch_per_process(self._world.size)
         if rows is None or rows >= len(batch.labels):
             return [batch]
         return [Batch(*part) for part in zip(*(tensor.split(rows) for tensor in batch))]
@@ -231,13 +243,13 @@ class StageLoop:
 
     def _loss(self, outputs: Outputs, batch: Batch) -> dict[str, Mean]:
         self._accuracy.add(outputs, batch.labels)
-        return means(self.stage.loss(outputs, batch), len(batch.labels))
+        return as_means(self.stage.loss(outputs, batch), len(batch.labels))
 
     def _unsynchronized(self, last: bool) -> AbstractContextManager:
         return self._ddp.no_sync() if self._ddp is not None and not last else nullcontext()
 
     def _accumulate(self, batch: Batch, parts: list[Batch]) -> dict[str, Mean]:
-        """Each part's loss weighted by its share of the rows: for losses that are means over independent rows."""
+        """Accumulates the gradients of the parts, each weighted by its share of the rows: exact for means over independent rows."""
         summed: dict[str, Mean] = {}
         for k, part in enumerate(parts):
             share = len(part.labels) / len(batch.labels)
@@ -245,31 +257,29 @@ class StageLoop:
                 terms = {name: term * share for name, term in self._terms(part).items()}
                 self._scaler.scale(_total(terms)).backward()
             for name, term in terms.items():
-                value, rows = term.value.detach(), term.rows
-                if name in summed:
-                    value, rows = summed[name].value + value, summed[name].rows + rows
-                summed[name] = Mean(value, rows)
+                before = summed.get(name, Mean(torch.zeros_like(term.value), 0))
+                summed[name] = Mean(before.value + term.value.detach(), before.rows + term.rows)
         return summed
 
     def _backward_in_two_passes(self, batch: Batch, parts: list[Batch]) -> dict[str, Mean]:
-        """The loss of the whole batch with the memory of a part (gradient caching, Gao et al. 2021, arXiv:2101.06983).
+        """Computes the loss of the whole batch with the memory of one part (gradient caching, Gao et al. 2021, arXiv:2101.06983).
 
-        First all outputs without a graph, then the loss and its gradient with respect to them, then every part again, with a
-        graph, driven by its rows of that gradient. Exact, but for BatchNorm, which sees the parts. Not compiled: compiled code draws
-        other dropout masks, and both passes must draw the same.
+        The first pass computes all outputs without a graph; then come the loss and its gradient with respect to the outputs; the second
+        pass repeats every part with a graph and backpropagates its rows of that gradient. Exact, except that BatchNorm sees the parts.
+        The second pass is not compiled: compiled code draws other dropout masks, and both passes must draw the same.
         """
         buffers = [buffer.clone() for buffer in self.trained.buffers()]
         states, outputs, needs = [], [], set()
         for k, part in enumerate(parts):
             states.append(random_state.state_dict())
-            with self._autocast(), torch.set_grad_enabled(k == 0):  # the first tells which outputs carry a gradient
+            with self._autocast(), torch.set_grad_enabled(k == 0):  # the first part shows which outputs carry a gradient
                 output = self.stage.forward(part)
             if k == 0:
                 needs = {name for name, value in output.items() if value.requires_grad}
             outputs.append({name: value.detach() for name, value in output.items()})
         for buffer, before in zip(self.trained.buffers(), buffers):
-            buffer.copy_(before)  # the second pass updates BatchNorm's statistics, once; what the loss updates stays
-        whole = {name: value.requires_grad_(name in needs) for name, value in _joined(outputs).items()}
+            buffer.copy_(before)  # BatchNorm's statistics are updated once, in the second pass; the loss's own updates stay
+        whole = {name: value.requires_grad_(name in needs) for name, value in _concatenate(outputs).items()}
         with self._autocast():
             terms = self._loss(whole, batch)
         self._scaler.scale(_total(terms)).backward()
@@ -289,42 +299,28 @@ class StageLoop:
     # ---- weights and state ----
 
     def averaged_weights(self) -> AbstractContextManager:
-        """Within the block the trained modules hold the moving average, where there is one."""
-        return _Swapped(self.trained, self._ema.module) if self._ema is not None else nullcontext()
+        """Within the block the trained modules hold the moving average, if there is one."""
+        return _swap(self.trained, self._ema.module) if self._ema is not None else nullcontext()
 
     def state_dict(self) -> dict[str, Any]:
-        """All that decides what follows; collective over processes."""
+        """Returns everything that decides the following steps; collective over processes."""
+        own = {"random": random_state.state_dict(), "meter": self._meter.state_dict(), "accuracy": self._accuracy.counts}
         return {
             "stage": self.stage.name,
             "epoch": self.epoch,
-            "loader": self.stage.data.train.state_dict(),
-            "weights": self.trained.state_dict(),
-            "memory": self._memory.state_dict(),
-            "optimizer": self._optimizer.state_dict(),
-            "schedule": self._schedule.state_dict(),
-            "scaler": self._scaler.state_dict(),
-            "ema": self._ema.state_dict() if self._ema is not None else None,
             "best": [self.best_metric, self.best_epoch],
             "seconds": [self.seconds, self._epoch_seconds],
-            "own": self._world.gather(
-                {"random": random_state.state_dict(), "meter": self._meter.state_dict(), "accuracy": self._accuracy.counts}
-            ),
-        }
+            "own": self._world.gather(own),
+        } | {name: part.state_dict() for name, part in self._stateful.items()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continues from `state`."""
         self.epoch = state["epoch"]
-        self.trained.load_state_dict(state["weights"])
-        self._memory.load_state_dict(state["memory"])
-        self._optimizer.load_state_dict(state["optimizer"])
-        self._schedule.load_state_dict(state["schedule"])
-        self._scaler.load_state_dict(state["scaler"])
-        if self._ema is not None:
-            self._ema.load_state_dict(state["ema"])
         self.best_metric, self.best_epoch = state["best"]
         self.seconds, self._epoch_seconds = state["seconds"]
-        self.stage.data.train.load_state_dict(state["loader"])
-        if len(state["own"]) == self._world.size:  # else the numbers of processes differ, and with them what each had seen
+        for name, part in self._stateful.items():
+            part.load_state_dict(state[name])
+        if len(state["own"]) == self._world.size:  # with another number of processes each sees other images from here on
             own = state["own"][self._world.rank]
             self._meter.load_state_dict(own["meter"])
             self._accuracy.counts = {name: counts.to(self._world.device) for name, counts in own["accuracy"].items()}
@@ -335,23 +331,22 @@ def _total(terms: dict[str, Mean]) -> Tensor:
     return torch.stack([term.value.float() for term in terms.values()]).sum()
 
 
-def _joined(outputs: Sequence[Outputs]) -> Outputs:
-    """The outputs of a batch, of those of its parts."""
+def _concatenate(outputs: Sequence[Outputs]) -> Outputs:
+    """Joins the outputs of the parts of a batch."""
     return outputs[0] if len(outputs) == 1 else {name: torch.cat([part[name] for part in outputs]) for name in outputs[0]}
 
 
-class _Swapped:
-    """Exchanges the tensors of two modules of one architecture for a block."""
+@contextmanager
+def _swap(a: nn.Module, b: nn.Module) -> Iterator[None]:
+    """Exchanges the tensors of two modules of one architecture within the block."""
+    pairs = list(zip([*a.parameters(), *a.buffers()], [*b.parameters(), *b.buffers()]))
 
-    def __init__(self, a: nn.Module, b: nn.Module):
-        self._pairs = list(zip([*a.parameters(), *a.buffers()], [*b.parameters(), *b.buffers()]))
+    def exchange() -> None:
+        for x, y in pairs:
+            x.data, y.data = y.data, x.data
 
-    def _swap(self) -> None:
-        for a, b in self._pairs:
-            a.data, b.data = b.data, a.data
-
-    def __enter__(self) -> None:
-        self._swap()
-
-    def __exit__(self, *_: object) -> None:
-        self._swap()
+    exchange()
+    try:
+        yield
+    finally:
+        exchange()

@@ -1,7 +1,7 @@
-"""Numbers of an epoch, summed on the device and read seldom; and the evaluation of a classifier.
+"""Metrics of an epoch, summed on the device and read rarely, and the evaluation of a classifier.
 
-top-1, top-5: fraction of images whose label is the highest, or among the five highest, logits. Ties count against the model by
-index order, as torch.topk does. Images whose label is hidden (-100) are not counted.
+top-1, top-5: fraction of images whose label has the highest, or one of the five highest, logits. torch.topk decides ties, by index.
+Images with a hidden label (-100) are not counted.
 """
 
 import time
@@ -15,50 +15,48 @@ from torch import Tensor
 
 from kdfast.data import HIDDEN, Batch
 from kdfast.engine.distributed import World
-from kdfast.engine.stage import Terms, means
+from kdfast.engine.stage import Mean, Terms, as_means
 
 
 class NonFiniteLoss(RuntimeError):
-    """A loss term became NaN or infinite; the message names the stage, the epoch, the step and the term."""
+    """A loss term became NaN or infinite; the message names the stage, the epoch, the step and the term.
+
+    Example:
+        >>> from kdfast.engine import NonFiniteLoss
+        >>> raise NonFiniteLoss("stage distil: the loss term 'kd' is not finite at epoch 2, step 3")
+        Traceback (most recent call last):
+        kdfast.engine.metrics.NonFiniteLoss: stage distil: the loss term 'kd' is not finite at epoch 2, step 3
+    """
 
 
 class TermMeter:
-    """Averages named loss terms over an epoch, weighted by the rows that each is a mean over, and remembers each term's first non-finite
-    step. No host sync.
+    """Averages named loss terms over an epoch, weighted by their rows, and records each term's first non-finite step.
+
+    Only `check` and `averages` read from the device.
     """
 
     def __init__(self, device: torch.device, names: tuple[str, ...] = ()):
         self._device, self.rows = device, 0
-        self._begin(names)
+        self._start(names)
 
-    def _begin(self, names: tuple[str, ...]) -> None:
-        self._rows_of = dict.fromkeys(names, 0)  # of means over whole batches, and
-        self._counted = torch.zeros(len(names), dtype=torch.float64, device=self._device)  # of those over rows that the device counted
-        self._sums = torch.zeros(len(names), dtype=torch.float64, device=self._device)
+    def _start(self, names: tuple[str, ...]) -> None:
+        self.names = names
+        self._sums, self._counts = torch.zeros(2, len(names), dtype=torch.float64, device=self._device)
         self._first_bad = torch.full((len(names),), -1, dtype=torch.int64, device=self._device)
 
-    @property
-    def names(self) -> tuple[str, ...]:
-        """The terms, in their order."""
-        return tuple(self._rows_of)
-
     def add(self, terms: Terms, rows: int, step: int) -> None:
-        """Adds the terms of one step (counted from 1) over `rows` images; all that have a name, or some of them (in validation)."""
+        """Adds the terms of one step (counted from 1) over `rows` images. Validation may leave out terms that training has."""
         if not self.names:
-            self._begin(tuple(terms))
+            self._start(tuple(terms))
         for name in terms:
-            if name not in self._rows_of:
-                raise ValueError(f"loss: the term {name!r} was not there at first, when there were {', '.join(self.names)}")
-        found, absent = means(terms, rows), self._sums.new_zeros(())
-        values = torch.stack([found[name].value.detach().double() if name in found else absent for name in self.names])
-        if all(isinstance(term.rows, int) and term.rows == rows for term in found.values()):
-            for name in found:
-                self._rows_of[name] += rows
-            self._sums += values * rows
-        else:
-            counts = torch.stack([absent + found[name].rows if name in found else absent for name in self.names])
-            self._counted += counts
-            self._sums += values * counts
+            if name not in self.names:
+                raise ValueError(f"loss: the term {name!r} is new; the first step had {', '.join(self.names)}")
+        zero, found = self._sums.new_zeros(()), as_means(terms, rows)
+        ordered = [found.get(name, Mean(zero, 0)) for name in self.names]
+        values = torch.stack([term.value.detach().double() for term in ordered])
+        counts = torch.stack([zero + term.rows for term in ordered])
+        self._counts += counts
+        self._sums += values * counts
         self._first_bad = torch.where((self._first_bad < 0) & ~values.isfinite(), step, self._first_bad)
         self.rows += rows
 
@@ -69,63 +67,57 @@ class TermMeter:
                 raise NonFiniteLoss(f"stage {stage}: the loss term {name!r} is not finite at epoch {epoch + 1}, step {step}")
 
     def averages(self, prefix: str, world: World) -> dict[str, float]:
-        """{prefix/loss: sum of the terms, prefix/<term>: ...} over all processes, of the terms that there were."""
-        rows = self._counted + self._sums.new_tensor([float(count) for count in self._rows_of.values()])
-        totals, counts = world.sum(torch.stack([self._sums, rows])).tolist()
+        """Returns {prefix/loss: sum of the terms, prefix/<term>: ...} over all processes, for the terms that have rows."""
+        totals, counts = world.sum(torch.stack([self._sums, self._counts])).tolist()
         means = {f"{prefix}/{name}": total / count for name, total, count in zip(self.names, totals, counts) if count}
         return {f"{prefix}/loss": sum(means.values())} | means
 
     def state_dict(self) -> dict[str, Any]:
         """State to resume from in the middle of an epoch."""
-        return {
-            "sums": self._sums,
-            "counted": self._counted,
-            "first_bad": self._first_bad,
-            "rows": self.rows,
-            "rows_of": self._rows_of,
-        }
+        tensors = {"sums": self._sums, "counts": self._counts, "first_bad": self._first_bad}
+        return tensors | {"rows": self.rows, "names": list(self.names)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continues from `state`."""
-        self.rows, self._rows_of = state["rows"], dict(state["rows_of"])
-        self._sums, self._counted, self._first_bad = (state[name].to(self._device) for name in ("sums", "counted", "first_bad"))
+        self.rows, self.names = state["rows"], tuple(state["names"])
+        self._sums, self._counts, self._first_bad = (state[name].to(self._device) for name in ("sums", "counts", "first_bad"))
 
 
 class AccuracyMeter:
-    """Counts right answers of the outputs called "logits" and "logits/<head>", all [B, C]; labels of -100 do not count."""
+    """Counts correct predictions of the outputs called "logits" and "logits/<head>", all [B, C]; labels of -100 do not count."""
 
     def __init__(self, device: torch.device, names: Iterable[str] = ()):
-        self._device = device
-        self.counts = {name: self._zero() for name in names}  # top-1, top-5, all
-
-    def _zero(self) -> Tensor:
-        return torch.zeros(3, dtype=torch.int64, device=self._device)
+        self.counts = {name: torch.zeros(3, dtype=torch.int64, device=device) for name in names}  # top-1, top-5, images
 
     def add(self, outputs: Mapping[str, Tensor], labels: Tensor) -> None:
         """Adds one batch."""
-        counted = labels != HIDDEN
+        labelled = (labels != HIDDEN).sum()
         for name, logits in outputs.items():
             if name == "logits" or name.startswith("logits/"):
                 best = logits.detach().topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
-                counts = torch.stack([best[:, 0].sum(), best.any(dim=1).sum(), counted.sum()])
-                if name not in self.counts:
-                    self.counts[name] = self._zero()
-                self.counts[name] += counts
+                counts = torch.stack([best[:, 0].sum(), best.any(dim=1).sum(), labelled])
+                self.counts[name] = self.counts[name] + counts if name in self.counts else counts
 
     def accuracy(self, prefix: str, world: World) -> dict[str, float]:
-        """{prefix/top1, prefix/top5, prefix/top1/<head>, ...}, fractions over all processes; nothing where nothing was counted."""
-        found: dict[str, float] = {}
+        """Returns {prefix/top1, prefix/top5, prefix/top1/<head>, ...}, fractions over all processes; no entry without labels."""
+        fractions: dict[str, float] = {}
         for name, counts in self.counts.items():
-            top1, top5, counted = world.sum(counts.clone()).tolist()
-            if counted:
+            top1, top5, labelled = world.sum(counts.clone()).tolist()
+            if labelled:
                 head = name.removeprefix("logits")
-                found |= {f"{prefix}/top1{head}": top1 / counted, f"{prefix}/top5{head}": top5 / counted}
-        return found
+                fractions |= {f"{prefix}/top1{head}": top1 / labelled, f"{prefix}/top5{head}": top5 / labelled}
+        return fractions
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """How a classifier does on a split."""
+    """Accuracy, loss and speed of a classifier on a split; `evaluate` has an example.
+
+    Example:
+        >>> from kdfast.engine import Evaluation
+        >>> Evaluation(top1=0.5, top5=1.0, loss=0.7, confusion=[[1, 0], [1, 0]], images=2, images_per_s=100.0).top1
+        0.5
+    """
 
     top1: float
     """Fraction of images."""
@@ -137,15 +129,30 @@ class Evaluation:
     """Images by true class (rows) and predicted class (columns)."""
     images: int
     images_per_s: float
-    """Forward passes alone, on this device: loading is not in it."""
+    """Forward passes on this device, without loading."""
 
 
 @torch.no_grad()
 def evaluate(model: Callable[[Tensor], Tensor], batches: Iterable[Batch], classes: Sequence[str], world: World) -> Evaluation:
     """Evaluates `model` (images -> logits [B, C], already in eval mode) over one pass of `batches`.
 
+    Args:
+        model: the classifier.
+        batches: batches of labelled images [B, 3, H, W]; each process has its share.
+        classes: names of the C classes.
+        world: the processes, from `join`.
+
     Raises:
         ValueError: the logits' C is not the number of classes, or there are no images.
+
+    Example:
+        >>> import torch
+        >>> from kdfast.data import Batch
+        >>> from kdfast.engine import evaluate, join
+        >>> images, labels = torch.zeros(2, 3, 8, 8), torch.tensor([0, 1])
+        >>> result = evaluate(lambda x: x.new_tensor([[1.0, 0.0]] * len(x)), [Batch(images, labels, labels)], ("cat", "dog"), join("cpu"))
+        >>> result.top1, result.confusion
+        (0.5, [[1, 0], [1, 0]])
     """
     C = len(classes)
     confusion = torch.zeros(C * C, dtype=torch.int64, device=world.device)

@@ -1,4 +1,4 @@
-"""Random numbers that a resumed run draws as the uninterrupted one would have: derived seeds, and the generators' states."""
+"""Derived seeds and the states of all random generators, so that a resumed run draws the same numbers as an uninterrupted one."""
 
 import hashlib
 import random
@@ -9,7 +9,7 @@ import torch
 
 
 def derive(seed: int, *names: object) -> int:
-    """A seed for the place that `names` names: the same for the same names, unrelated otherwise."""
+    """Returns a seed for the place `names`: equal for equal names, unrelated otherwise."""
     digest = hashlib.sha256("/".join(map(str, (seed, *names))).encode()).digest()
     return int.from_bytes(digest[:4], "big")
 
@@ -22,7 +22,7 @@ def seed_all(seed: int) -> None:
 
 
 def state_dict() -> dict[str, Any]:
-    """The state of all generators, in plain values and tensors."""
+    """Returns the state of all generators, as plain values and tensors."""
     kind, words, position, has_gauss, gauss = np.random.get_state()
     return {
         "python": list(random.getstate()[1]),

@@ -1,15 +1,15 @@
-"""A run: the stages of a recipe in order, in one folder, from which it resumes wherever it was killed.
+"""A run: the stages of a recipe in order, in one folder. A run that was killed at any point resumes from there.
 
-    RUN/config.toml                    everything that was asked for
+    RUN/config.toml                    all options
     RUN/metrics.jsonl                  one line an epoch and stage
-    RUN/checkpoint.pt                  the stage under way: weights, optimizer, loader, random states
+    RUN/checkpoint.pt                  the current stage: weights, optimizer, loader, random states
     RUN/stages/<stage>/best.safetensors, last.safetensors, stage.json     a finished stage; stage.json is written last
 
-A recipe is a generator that yields stages. On resume it runs again from its start: finished stages are restored, the one under way
-continues from the checkpoint. What a recipe builds between stages is seeded by the place where it stands, so it comes out the same.
+A recipe is a generator that yields stages. On resume it runs again from its start: finished stages are restored, the current one
+continues from the checkpoint. Each stage's name seeds the random numbers that follow it, so modules that a recipe builds between stages
+come out the same.
 """
 
-import fcntl
 import json
 import pickle
 import statistics
@@ -17,14 +17,14 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TextIO, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
 from kdfast import files
 from kdfast.engine import random_state
-from kdfast.engine.console import Console
+from kdfast.engine.console import Console, StageProgress
 from kdfast.engine.distributed import World
 from kdfast.engine.interrupt import Interrupted, StopRequest
 from kdfast.engine.journal import Journal
@@ -33,25 +33,38 @@ from kdfast.engine.metrics import NonFiniteLoss
 from kdfast.engine.stage import Stage
 from kdfast.models import load_weights, save_weights
 
+try:
+    import fcntl
+except ImportError:  # Windows: there a second process in one run folder is not noticed
+    fcntl = None  # type: ignore[assignment]
+
 T = TypeVar("T")
 Observer = Callable[[dict[str, Any]], None]
 
 
 @dataclass(frozen=True)
 class StageResult:
-    """A finished stage; its trained modules hold the weights that were kept."""
+    """A finished stage; its trained modules hold the kept weights.
+
+    Example:
+        >>> from pathlib import Path
+        >>> from kdfast.engine import StageResult
+        >>> result = StageResult("distil", 7, 10, {"val/top1": 0.9}, 12.5, 800.0, "best", Path("runs/kd/stages/distil"), modules=())
+        >>> result.epoch, result.metrics["val/top1"]
+        (7, 0.9)
+    """
 
     name: str
     epoch: int
-    """The epoch whose weights were kept, from 1."""
+    """The epoch of the kept weights, from 1."""
     epochs: int
     """Epochs run."""
     metrics: dict[str, float]
     """Validation metrics of that epoch."""
     seconds: float
-    """In training epochs, validation left out."""
+    """Time of the training epochs, without validation."""
     images_per_s: float
-    """Median over epochs, the first left out where there are more."""
+    """Median over epochs, without the first if there are more."""
     kept: str
     """"best" or "last"."""
     folder: Path
@@ -61,9 +74,9 @@ class StageResult:
         """Loads the "best" or "last" weights into the trained modules.
 
         Raises:
-            ValueError: the file is damaged or gone.
+            ValueError: the file is damaged or missing.
         """
-        with _reading(self.folder):
+        with _explain_damage(self.folder):
             load_weights(nn.ModuleList(self.modules), self.folder / f"{which}.safetensors")
 
 
@@ -75,9 +88,20 @@ class Run:
         world: this process among all.
         options: precision, compilation.
         stop: asked between steps; when set, the run saves and raises Interrupted.
-        seed: where all randomness of the run begins.
+        seed: seed of all random numbers of the run.
         console: shows progress.
         observers: called with every line of metrics.jsonl (TensorBoard, W&B); more may be added to `observers` later.
+
+    Example:
+        >>> import tempfile
+        >>> from pathlib import Path
+        >>> from kdfast.engine import Options, Run, join
+        >>> def recipe():
+        ...     return "student"
+        ...     yield  # stages
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     Run(Path(folder), join("cpu"), Options(), seed=1).complete(recipe())
+        'student'
     """
 
     def __init__(
@@ -101,7 +125,7 @@ class Run:
 
     @contextmanager
     def section(self, name: str, seed: int) -> Iterator[None]:
-        """Within the block stages are named `name`/<stage> and all randomness begins at `seed`."""
+        """Within the block stages are named `name`/<stage>, and `seed` seeds all random numbers."""
         before = self._prefix, self.seed
         self._prefix, self.seed = f"{self._prefix}{name}/", seed
         try:
@@ -110,10 +134,10 @@ class Run:
             self._prefix, self.seed = before
 
     def complete(self, stages: Generator[Stage, StageResult, T]) -> T:
-        """Runs all stages that the generator yields, sending each its StageResult, and returns what the generator returns.
+        """Runs all stages that the generator yields, sends it each StageResult, and returns its result.
 
         Raises:
-            Interrupted: a stop was requested, and all is saved.
+            Interrupted: a stop was requested; everything is saved.
             NonFiniteLoss: a loss term became NaN or infinite; the last checkpoint is kept.
         """
         random_state.seed_all(random_state.derive(self.seed, self._prefix))
@@ -130,108 +154,95 @@ class Run:
 
     def _fit(self, stage: Stage) -> StageResult:
         folder = self.folder / "stages" / stage.name
-        if (folder / "stage.json").exists():
-            return self._finished(stage, folder)
-        folder.mkdir(parents=True, exist_ok=True)
+        if not (folder / "stage.json").exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            images = stage.data.train.samples * self.world.size
+            with self._console.stage(stage.name, stage.training.epochs, images) as progress:
+                loop = self._train(stage, folder, progress)
+            if loop.best_epoch < 0:
+                raise NonFiniteLoss(f"stage {stage.name}: {stage.best} was never a number, so there is no best epoch to keep")
+            if self.world.main:
+                self._write_result(stage, loop, folder)
+            self.world.barrier()
+        return self._restore(stage, folder)
+
+    def _train(self, stage: Stage, folder: Path, progress: StageProgress) -> StageLoop:
         checkpoint = self.folder / "checkpoint.pt"
-        with self._console.stage(stage.name, stage.training.epochs, stage.data.train.samples * self.world.size) as progress:
-            loop = StageLoop(stage, self.world, self.options, self._stop, progress.step)
-            if not self.world.main:  # all was made alike; from here on each process drops other units and draws other negatives
-                random_state.seed_all(random_state.derive(self.seed, stage.name, "stage", self.world.rank))
-            state = _read(checkpoint) if checkpoint.exists() else None
-            if state is not None and state["stage"] == stage.name:
-                loop.load_state_dict(state)
-                self._cut_journal(state["journal_size"])
-            else:
-                self._cut_journal(self._journal_size)
+        loop = StageLoop(stage, self.world, self.options, self._stop, progress.step)
+        if not self.world.main:  # all modules were built alike; from here on each process draws its own dropout masks and negatives
+            random_state.seed_all(random_state.derive(self.seed, stage.name, "stage", self.world.rank))
+        journal_size = self._journal_size
+        if checkpoint.exists() and (state := _read_checkpoint(checkpoint))["stage"] == stage.name:
+            loop.load_state_dict(state)
+            journal_size = state["journal_size"]
+        if self.world.main:
+            self._journal.cut(journal_size)
 
-            def save() -> None:
-                state = loop.state_dict()
-                if self.world.main:
-                    files.write_torch(checkpoint, state | {"journal_size": self._journal.size})
-                self.world.barrier()
+        def save() -> None:
+            state = loop.state_dict()
+            if self.world.main:
+                files.write_torch(checkpoint, state | {"journal_size": self._journal.size})
+            self.world.barrier()
 
-            for line in loop.epochs(save):
-                if self.world.main:
-                    if line["best"]:
-                        with loop.averaged_weights():
-                            save_weights(loop.trained, folder / "best.safetensors", stage.metadata)
-                    self._journal.append(line)
-                    for observe in self.observers:
-                        observe(line)
-                progress.epoch(line)
-                save()
-                if self.world.any(bool(self._stop)):
-                    break
+        for line in loop.epochs(save):
+            if self.world.main:
+                if line["best"]:
+                    with loop.averaged_weights():
+                        save_weights(loop.trained, folder / "best.safetensors", stage.metadata)
+                self._journal.append(line)
+                for observe in self.observers:
+                    observe(line)
+            progress.epoch(line)
+            save()
             if self.world.any(bool(self._stop)):
-                raise Interrupted(self._stop.signal_number or 15)
-        if loop.best_epoch < 0:
-            raise NonFiniteLoss(f"stage {stage.name}: {stage.best} was never a number, so there is no best epoch to keep")
-        if self.world.main:
-            self._finish(stage, loop, folder)
-        self.world.barrier()
-        return self._finished(stage, folder)
+                break
+        if self.world.any(bool(self._stop)):
+            raise Interrupted(self._stop.signal_number or 15)
+        return loop
 
-    def _cut_journal(self, size: int) -> None:
-        if self.world.main:
-            self._journal.cut(size)
-
-    def _finish(self, stage: Stage, loop: StageLoop, folder: Path) -> None:
+    def _write_result(self, stage: Stage, loop: StageLoop, folder: Path) -> None:
         with loop.averaged_weights():
             save_weights(loop.trained, folder / "last.safetensors", stage.metadata)
         lines = [line for line in self._journal.lines() if line["stage"] == stage.name]
         kept = lines[-1] if stage.keep == "last" else lines[loop.best_epoch]
         rates = [line["images_per_s"] for line in lines]
-        files.write_json(
-            folder / "stage.json",
-            {
-                "epoch": kept["epoch"],
-                "epochs": len(lines),
-                "metrics": {name: value for name, value in kept.items() if name.startswith("val/")},
-                "seconds": round(loop.seconds, 3),
-                "images_per_s": statistics.median(rates[1:] or rates),
-                "kept": stage.keep,
-                "journal_size": self._journal.size,
-            },
-        )
+        facts = {
+            "epoch": kept["epoch"],
+            "epochs": len(lines),
+            "metrics": {name: value for name, value in kept.items() if name.startswith("val/")},
+            "seconds": round(loop.seconds, 3),
+            "images_per_s": statistics.median(rates[1:] or rates),
+            "kept": stage.keep,
+        }
+        files.write_json(folder / "stage.json", facts | {"journal_size": self._journal.size})
 
-    def _finished(self, stage: Stage, folder: Path) -> StageResult:
-        with _reading(folder):
+    def _restore(self, stage: Stage, folder: Path) -> StageResult:
+        with _explain_damage(folder):
             facts = json.loads((folder / "stage.json").read_text())
-        self._journal_size = facts["journal_size"]
+            self._journal_size = facts.pop("journal_size")
         for module in stage.train:
             module.to(self.world.device)
-        result = StageResult(
-            stage.name,
-            facts["epoch"],
-            facts["epochs"],
-            facts["metrics"],
-            facts["seconds"],
-            facts["images_per_s"],
-            facts["kept"],
-            folder,
-            stage.train,
-        )
+        result = StageResult(stage.name, folder=folder, modules=stage.train, **facts)
         result.restore(result.kept)
         for module in stage.train:
             module.eval()
         return result
 
 
-def _read(checkpoint: Path) -> dict[str, Any]:
-    with checkpoint.open("rb") as file:  # whoever may not open it should not be told to delete it
+def _read_checkpoint(path: Path) -> dict[str, Any]:
+    with path.open("rb") as file:  # a missing permission must not be reported as damage
         try:
             state = torch.load(file, map_location="cpu", weights_only=True)
         except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError, AttributeError):
             state = None
     if not isinstance(state, dict) or not {"stage", "journal_size"} <= state.keys():
-        raise ValueError(f"{checkpoint} is damaged: delete it to continue from the last finished stage")
+        raise ValueError(f"{path} is damaged: delete it to continue from the last finished stage")
     return state
 
 
 @contextmanager
-def _reading(folder: Path) -> Iterator[None]:
-    """Says what to do where a file of a finished stage is damaged or gone: the stages after it have their place in the journal, too."""
+def _explain_damage(folder: Path) -> Iterator[None]:
+    """Says what to do if a file of a finished stage is damaged or missing; later stages depend on its place in the journal."""
     try:
         yield
     except (ValueError, FileNotFoundError) as error:
@@ -240,16 +251,23 @@ def _reading(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Holds the run folder for this process.
+    """Locks the run folder for this process within the block. On Windows nothing is locked.
 
     Raises:
-        ValueError: another process holds it.
+        ValueError: another process runs in it.
+
+    Example:
+        >>> import tempfile
+        >>> from pathlib import Path
+        >>> from kdfast.engine import locked
+        >>> with tempfile.TemporaryDirectory() as folder, locked(Path(folder)):
+        ...     pass  # train
     """
     folder.mkdir(parents=True, exist_ok=True)
-    file: TextIO
     with (folder / ".lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"run folder {folder}: another process is running in it") from None
+        if fcntl is not None:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ValueError(f"run folder {folder}: another process is running in it") from None
         yield

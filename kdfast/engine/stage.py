@@ -1,10 +1,12 @@
-"""What a training is, as data: a recipe yields stages, and the engine fits them one after another.
+"""A training as data: a recipe yields stages, and the engine fits one after another.
 
-A stage says which modules are trained and which are frozen, how a batch becomes named outputs (`forward`), how outputs become
-named loss terms (`loss`; their sum is minimized), with which optimizer and schedule, and which metric picks the best epoch.
-The two functions are apart so that the engine can cut a batch into micro-batches and still give `loss` the whole batch.
+A stage says which modules are trained and which are frozen, how a batch becomes named outputs (`forward`), how the outputs become
+named loss terms (`loss`; the engine minimizes their sum), which optimizer and schedule to use, and which metric picks the best epoch.
+`forward` and `loss` are two functions so that the engine can cut a batch into micro-batches and still give `loss` the whole batch.
 """
 
+import math
+from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -13,19 +15,26 @@ import torch
 from torch import Tensor, nn
 
 from kdfast.data import Batch, Loaders
+from kdfast.engine.ranges import check_ranges
 
 Outputs = Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
 class Mean:
-    """A loss term that is a mean over some rows of the batch only, as cross-entropy over those whose label is known.
+    """A loss term that is a mean over some rows of the batch, for instance cross-entropy over the labelled images.
 
-    Averages over batches weigh it by these rows. It can be multiplied by a number.
+    Averages over batches weight the term by its rows. A number times a `Mean` is a `Mean`.
 
     Attributes:
-        value: 0-dim; what is added to the loss.
-        rows: how many, 0-dim where the device alone knows. Where `value` is divided by a mean over processes, that mean.
+        value: 0-dim tensor, added to the loss.
+        rows: number of rows; a 0-dim tensor where only the device knows it. If `value` was divided by a mean over processes, that mean.
+
+    Example:
+        >>> import torch
+        >>> from kdfast.engine import Mean
+        >>> 0.5 * Mean(torch.tensor(3.0), rows=4)
+        Mean(value=tensor(1.5000), rows=4)
     """
 
     value: Tensor
@@ -40,14 +49,27 @@ class Mean:
 Terms = Mapping[str, Tensor | Mean]
 
 
-def means(terms: Terms, rows: int) -> dict[str, Mean]:
-    """The terms of a batch of so many rows: those that say nothing else are means over all of them."""
+def as_means(terms: Terms, rows: int) -> dict[str, Mean]:
+    """Returns every term as a `Mean`; a plain tensor counts as the mean over all `rows` of the batch."""
     return {name: term if isinstance(term, Mean) else Mean(term, rows) for name, term in terms.items()}
 
 
 @dataclass(frozen=True)
 class Training:
-    """How a stage is optimized: every field is an option of the command line and a key of config.toml."""
+    """How a stage is optimized: every field is an option of the command line and a key of config.toml.
+
+    Raises:
+        ValueError: a value is out of its range.
+
+    Example:
+        >>> from kdfast.engine import Training
+        >>> training = Training(epochs=30, optimizer="lion", lr=1e-3, weight_decay=0.1, schedule="cosine")
+        >>> training.batch_size
+        64
+        >>> Training(epochs=0)
+        Traceback (most recent call last):
+        ValueError: epochs must be at least 1, got 0
+    """
 
     epochs: int = 240
     """Passes over the training images."""
@@ -85,19 +107,15 @@ class Training:
     """Decay of an exponential moving average of the weights, which is then evaluated and kept."""
 
     def __post_init__(self) -> None:
-        for name, least in (("epochs", 1), ("batch_size", 1), ("micro_batch", 1), ("early_stop", 1), ("plateau_patience", 0)):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise ValueError(f"{name} must be at least {least}, got {value}")
-        for name in ("lr", "clip_norm"):
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise ValueError(f"{name} must be positive, got {value}")
-        if not self.weight_decay >= 0:
-            raise ValueError(f"weight_decay must not be negative, got {self.weight_decay}")
+        check_ranges(
+            self,
+            at_least_one=("epochs", "batch_size", "micro_batch", "early_stop"),
+            positive=("lr", "clip_norm"),
+            not_negative=("weight_decay", "plateau_patience"),
+            up_to_one=("final_lr",),
+        )
         for name, inside in (
             ("momentum", 0 <= self.momentum < 1),
-            ("final_lr", 0 <= self.final_lr <= 1),
             ("gamma", 0 < self.gamma <= 1),
             ("ema", self.ema is None or 0 < self.ema < 1),
         ):
@@ -106,9 +124,27 @@ class Training:
         if not 0 <= self.warmup < self.epochs:
             raise ValueError(f"warmup must be from 0 to below epochs ({self.epochs}), got {self.warmup}")
 
-    def micro_batch_of_one(self, processes: int) -> int | None:
-        """Largest number of images in a forward pass of one of so many processes; None: a whole batch."""
+    def micro_batch_per_process(self, processes: int) -> int | None:
+        """Largest number of images in a forward pass of each of `processes` processes; None: the whole batch."""
         return None if self.micro_batch is None else max(1, self.micro_batch // processes)
+
+
+def lr_factor(training: Training, epoch: int) -> float:
+    """The learning rate of `epoch` (from 0), divided by `training.lr`; the factor of `plateau` is not included.
+
+    cosine     final + (1 - final) (1 + cos(pi e / E)) / 2         e epochs since warm-up, E all epochs after warm-up
+    steps      gamma ** (number of milestones passed)
+    others     1
+    warm-up    (e + 1) / (warmup + 1) during the first `warmup` epochs of every schedule
+    """
+    if epoch < training.warmup:
+        return (epoch + 1) / (training.warmup + 1)
+    if training.schedule == "cosine":
+        done = (epoch - training.warmup) / (training.epochs - training.warmup)
+        return training.final_lr + (1 - training.final_lr) * (1 + math.cos(math.pi * done)) / 2
+    if training.schedule == "steps":
+        return training.gamma ** bisect_right(sorted(training.milestones), epoch)
+    return 1.0
 
 
 @dataclass(frozen=True)
@@ -118,24 +154,42 @@ class Stage:
     Attributes:
         name: a file name, unique within the run ("distil", "classify").
         train: modules whose parameters the optimizer gets; in train mode during epochs.
-        forward: batch -> named tensors whose first dimension is the batch. "logits" [B, C], where given, is what accuracy is
-            measured on; so are "logits/<head>", each by itself (val/top1/<head>).
-        loss: (outputs, batch) -> named scalar terms, means over the batch, or a `Mean` over some of its rows; their sum is minimized.
+        forward: batch -> named tensors whose first dimension is the batch. Accuracy is measured on "logits" [B, C], if there, and on
+            each "logits/<head>" (val/top1/<head>).
+        loss: (outputs, batch) -> named scalar terms, each a mean over the batch or a `Mean` over some of its rows. Their sum is
+            minimized.
         data: loaders; `train` and `val` are used.
         training: optimizer, schedule, epochs.
-        frozen: modules in eval mode whose parameters need no gradient: teachers, finished encoders. Applied before `train`, so a
-            trained head may sit inside a frozen network.
-        memory: modules with a state that the loss writes (memory banks) and the optimizer does not: in train mode during epochs, in
-            checkpoints, but not among the weights that are kept, nor in their moving average. Some of `train` may sit inside.
-        best: the metric that picks the epoch kept: "val/top1" (highest) or "val/loss" or any "val/<term>" (lowest).
-        keep: "best", or "last" to keep the last epoch's weights whatever the metric says.
-        couples_rows: the loss of one image depends on others of its batch (contrastive terms). Micro-batches then take two
-            passes, so that the loss still sees the whole batch.
-        partial: some trained parameters have no part in the loss (those above a hint), which several processes have to know.
-        prepare: called once, without gradients, before the first step that this process makes, with all modules on its device.
-        optimizer: (trained parameters, training) -> an optimizer in place of the one that `training` names. Its learning rate is
-            scheduled as `training` says, its state goes into checkpoints.
-        metadata: text by name, kept in the files of the stage's weights.
+        frozen: modules in eval mode whose parameters need no gradient: teachers, finished encoders. Set before `train`, so a trained
+            head may sit inside a frozen network.
+        memory: modules whose state the loss writes and the optimizer does not (memory banks): in train mode during epochs and in
+            checkpoints, but not part of the saved weights or of their moving average. Modules of `train` may sit inside.
+        best: the metric that picks the best epoch: "val/top1" (highest), or "val/loss" or any "val/<term>" (lowest).
+        keep: "best", or "last" for the last epoch's weights whatever the metric says.
+        couples_rows: the loss of one image depends on others of its batch (contrastive terms). Micro-batches then take two passes, so
+            that the loss still sees the whole batch.
+        partial: some trained parameters do not affect the loss (those above a hint); DDP has to know.
+        prepare: called once, without gradients, before the first step of this process, with all modules on its device.
+        optimizer: (trained parameters, training) -> optimizer, in place of `training`'s. Its learning rate follows the schedule, and
+            checkpoints hold its state.
+        lr_factor: (training, epoch from 0) -> learning rate divided by `training.lr`.
+        metadata: text by name, written into the files of the stage's weights.
+
+    Example:
+        >>> from torch import nn
+        >>> from kdfast.data import Loaders
+        >>> from kdfast.engine import Stage, Training
+        >>> student = nn.Linear(4, 3)
+        >>> stage = Stage(
+        ...     "distil",
+        ...     train=(student,),
+        ...     forward=lambda batch: {"logits": student(batch.images)},
+        ...     loss=lambda outputs, batch: {"ce": nn.functional.cross_entropy(outputs["logits"], batch.labels)},
+        ...     data=Loaders(train=None, val=None, test=None),  # see kdfast.data.make_loaders
+        ...     training=Training(epochs=30),
+        ... )
+        >>> stage.best, stage.higher_is_better, sum(p.numel() for p in stage.parameters())
+        ('val/top1', True, 15)
     """
 
     name: str
@@ -152,16 +206,16 @@ class Stage:
     partial: bool = False
     prepare: Callable[[], None] = lambda: None
     optimizer: Callable[[Sequence[nn.Parameter], Training], torch.optim.Optimizer] | None = None
+    lr_factor: Callable[[Training, int], float] = lr_factor
     metadata: Mapping[str, str] = field(default_factory=dict)
-    cosine_from_one: bool = field(default=False, kw_only=True)  # the ConKD notebooks' quirk: their cosine counts epochs from 1
 
     @property
     def higher_is_better(self) -> bool:
-        """Whether the metric that picks the best epoch grows as the model improves."""
+        """True if the metric that picks the best epoch grows as the model improves."""
         return self.best.split("/")[1:2] in (["top1"], ["top5"])
 
-    def modes(self, training: bool) -> None:
-        """Puts the modules into the modes of a training epoch or of an evaluation."""
+    def set_modes(self, *, training: bool) -> None:
+        """Puts all modules into the modes of a training epoch or of an evaluation."""
         for module in self.frozen:
             module.eval().requires_grad_(False)
         for module in (*self.memory, *self.train):
@@ -170,10 +224,5 @@ class Stage:
             module.requires_grad_(True)
 
     def parameters(self) -> Iterator[nn.Parameter]:
-        """The parameters that the optimizer gets, each once."""
-        seen: set[int] = set()
-        for module in self.train:
-            for parameter in module.parameters():
-                if id(parameter) not in seen:
-                    seen.add(id(parameter))
-                    yield parameter
+        """Yields the parameters that the optimizer gets, each once."""
+        return nn.ModuleList(self.train).parameters()

@@ -17,14 +17,14 @@ them all, as in one process; in validation with those of its own process.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from kdfast.data import HIDDEN, Batch, Loaders
 from kdfast.engine import Stage, Training
-from kdfast.engine.stage import Outputs, Terms
+from kdfast.engine.stage import Outputs, Terms, lr_factor
 from kdfast.functional import kd_loss, supcon_loss
 from kdfast.models import Taps, classifier_head, feature_size, projection_head, replace_head
 from kdfast.recipes.features import head_input
@@ -39,6 +39,7 @@ from kdfast.recipes.recipe import (
     ce_and_kd,
     contrasted_processes,
     cross_entropy,
+    save_network,
 )
 from kdfast.recipes.remembered import Remembered
 from kdfast.recipes.supervised import teacher as supervised_teacher
@@ -193,7 +194,7 @@ def _notebook(setup: Setup, settings: Settings, teacher: EmbeddingTeacher) -> St
         loss=loss,
         best="val/loss",
         couples_rows=True,
-        cosine_from_one=settings.cosine_from_one,
+        lr_factor=_lr_factor_from_one if settings.cosine_from_one else lr_factor,
     )
 
     head = classifier_head(feature_size(encoder), setup.classes)
@@ -234,7 +235,7 @@ def train_teacher(setup: Setup, settings: Settings, given: Trained | None) -> St
         training=setup.teacher_training,
         best="val/loss",
         couples_rows=True,
-        cosine_from_one=settings.cosine_from_one,
+        lr_factor=_lr_factor_from_one if settings.cosine_from_one else lr_factor,
     )
 
     head = nn.Linear(features, setup.classes)
@@ -250,6 +251,29 @@ def train_teacher(setup: Setup, settings: Settings, given: Trained | None) -> St
     data = setup.loaders(training, augment="conkd-teacher", all_labels=True)
     yield _classify("teacher/classify", encoder, head, training, data, "best", hidden=False)
     return Trained(EmbeddingTeacher(replace_head(encoder, head), projection), spec)
+
+
+def save_teacher(teacher: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The network's weights, and with them the projection of a teacher that has one."""
+    tensors, facts = save_network(teacher)
+    if isinstance(teacher, EmbeddingTeacher):
+        tensors |= {f"projection.{name}": value for name, value in teacher.projection.state_dict().items()}
+        facts["projection"] = str(EMBEDDING)
+    return tensors, facts
+
+
+def load_teacher(network: nn.Module, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> nn.Module:
+    """The network, with its projection if its file holds one."""
+    if "projection" not in facts:
+        return network
+    projection = projection_head(head_input(network)[1], int(facts["projection"]))
+    projection.load_state_dict({name.removeprefix("projection."): t for name, t in tensors.items() if name.startswith("projection.")})
+    return EmbeddingTeacher(network, projection)
+
+
+def _lr_factor_from_one(training: Training, epoch: int) -> float:
+    """The notebooks' learning rate: the cosine counts epochs from 1."""
+    return lr_factor(training, epoch + (training.schedule == "cosine" and epoch >= training.warmup))
 
 
 def _contrast_twice(embedding: Tensor, batch: Batch, settings: Settings) -> Tensor:
@@ -329,4 +353,6 @@ RECIPE = Recipe(
     },
     distil=distil,
     teacher=train_teacher,
+    save_teacher=save_teacher,
+    load_teacher=load_teacher,
 )

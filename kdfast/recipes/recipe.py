@@ -162,6 +162,11 @@ def seeded(seed: int) -> Generator[None, None, None]:
         yield
 
 
+def save_network(teacher: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The weights of the teacher's network alone, without a method's own parts."""
+    return dict((teacher.model if isinstance(teacher, Extended) else teacher).state_dict()), {}
+
+
 @dataclass(frozen=True)
 class Recipe:
     """A distillation method.
@@ -175,6 +180,8 @@ class Recipe:
         teacher: (setup, settings, the given teacher or None) -> stages that end with the teacher; None where a given one is taken as
             it is, and a missing one is trained on labels.
         needs_teacher: False for methods in which a network teaches itself.
+        save_teacher: trained teacher -> (tensors, facts) of its file. A fact NAME says that the tensors NAME.* are not the network's.
+        load_teacher: (network, tensors, facts of its file) -> teacher; restores what `save_teacher` added.
     """
 
     name: str
@@ -184,6 +191,8 @@ class Recipe:
     distil: Callable[[Setup, Any, nn.Module | None], Stages[Trained]]
     teacher: Callable[[Setup, Any, Trained | None], Stages[Trained]] | None = None
     needs_teacher: bool = True
+    save_teacher: Callable[[nn.Module], tuple[dict[str, Tensor], dict[str, str]]] = save_network
+    load_teacher: Callable[[nn.Module, Mapping[str, Tensor], Mapping[str, Any]], nn.Module] = lambda network, tensors, facts: network
 
     def __post_init__(self) -> None:
         if not self.name.isidentifier():

@@ -4,7 +4,7 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from kdfast.machine import described
+from kdfast.machine import describe
 
 SHOWN = ("label_fraction", "epochs", "batch_size", "optimizer", "lr", "weight_decay", "schedule", "precision")  # of what is common
 COLUMNS = ("recipe", "best top-1, %", "last top-1, %", "against alone, points", "training images/s", "seconds")
@@ -72,5 +72,5 @@ def markdown(facts: Mapping[str, Any]) -> str:
         "Mean and sample standard deviation over seeds, of test accuracy with the weights of the best validation epoch and of the last; "
         f"against alone: {_compared(facts['rows'])}, with a 95 % interval; seconds of training a seed, the teacher's left out."
     )
-    measured = f"{described(facts['machine'], facts['date'])}."
+    measured = f"{describe(facts['machine'], facts['date'])}."
     return "\n".join([*lines, "", f"{training} {note}", "", measured, ""])

@@ -59,7 +59,10 @@ def statistics(name: str) -> Statistics:
 def save(
     path: Path, state: Mapping[str, Tensor], spec: ModelSpec, classes: tuple[str, ...], preparation: Preparation, **extra: str
 ) -> None:
-    """Writes weights, and in the file's header all the rest, atomically; `extra` goes into the header too."""
+    """Writes weights atomically, with everything else in the file's header.
+
+    `extra` goes into the header too: a name in it says that the tensors NAME.* belong to a recipe and not to the network.
+    """
     facts = {"spec": spec.to_json(), "classes": classes, "preparation": vars(preparation), **extra}
     save_weights(state, path, {METADATA: json.dumps(facts)})
 
@@ -123,10 +126,11 @@ def load(
         if num_classes is not None:
             spec = replace(spec, num_classes=num_classes)
     network = build(spec)
-    if "projection" in facts:
-        load_weights(network, {name: value for name, value in state.items() if not name.startswith("projection.")})
+    extra = tuple(f"{name}." for name in facts if name not in ("spec", "classes", "preparation"))  # tensors of a recipe's own parts
+    if extra:
+        load_weights(network, {name: value for name, value in state.items() if not name.startswith(extra)})
     else:
-        load_weights(network, path)  # by its path: a mismatch is then told with the file's name
+        load_weights(network, path)  # by its path, so that a mismatch names the file
     return Classifier(network.eval(), spec, classes, preparation, normalization, path, facts, state)
 
 

@@ -13,7 +13,7 @@ from kdfast import recipes
 from kdfast.data import make_loaders
 from kdfast.engine import Options, Run, Training
 from kdfast.engine.distributed import World
-from kdfast.engine.stage import means
+from kdfast.engine.stage import as_means
 from kdfast.models import ModelSpec, create
 from kdfast.recipes import at, conkd, crd, dih, fitnets, kd, mhkd, plus, remembered, self_distillation, takd, tofd
 from kdfast.recipes.features import fingerprint
@@ -81,7 +81,7 @@ def kl(student, teacher, T):
 
 def total(stage, batch):
     """The stage's loss, and the gradient of its trained parameters."""
-    terms = means(stage.loss(stage.forward(batch), batch), len(batch.labels))
+    terms = as_means(stage.loss(stage.forward(batch), batch), len(batch.labels))
     loss = torch.stack([term.value.double() for term in terms.values()]).sum()
     return loss, gradients(loss, stage)
 
@@ -189,7 +189,7 @@ def test_crd(kd_weight):
 def test_crd_takes_a_teacher_whose_head_has_layers():
     teacher = create("resnet14", 3, head="mlp").eval()
     stage = next(crd.distil(setup(), crd.Settings(negatives=7), teacher))
-    stage.modes(training=True)
+    stage.set_modes(training=True)
     batch = next(iter(stage.data.train))
     assert stage.loss(stage.forward(batch), batch)["contrast"].isfinite()
     assert stage.memory[0].embed_t.linear.in_features == 128, "what its last layer reads"
@@ -406,7 +406,7 @@ def test_a_teacher_that_the_recipe_has_asked_is_not_asked_again():
 
     teacher = finished(dih.train_heads(setup(), dih.Settings(), Trained(network(), ModelSpec("resnet14", 3)))).model
     stage = next(plus.plus(dih.distil(setup(), dih.Settings(), teacher), [plus.Term.parse("kd")], Asked(), labels_hidden=False))
-    stage.modes(training=False)
+    stage.set_modes(training=False)
     batch = next(iter(stage.data.val))
     outputs = stage.forward(batch)
     assert torch.equal(outputs["plus teacher"], teacher.model(batch.images))
@@ -513,8 +513,8 @@ def test_feature_recipes_fit_other_sizes_and_families(size, name):
         next(tofd.train_heads(made, tofd.Settings(), Trained(teacher, made.teacher_spec))),
     ]
     for stage in stages:
-        stage.modes(training=True)
-        terms = means(stage.loss(stage.forward(batch), batch), 2)
+        stage.set_modes(training=True)
+        terms = as_means(stage.loss(stage.forward(batch), batch), 2)
         assert all(term.value.isfinite() for term in terms.values())
 
 
@@ -542,7 +542,7 @@ def test_terms_say_over_how_many_labels_they_are_means(monkeypatch):
             if hidden:
                 labels = torch.where(torch.arange(16) < 5, batch.labels, -100)
                 batch = batch._replace(labels=labels)
-            terms = means(stage.loss(stage.forward(batch), batch), 16)
+            terms = as_means(stage.loss(stage.forward(batch), batch), 16)
             labelled = [name for name in terms if "ce" in name or name.startswith("teacher")]
             assert labelled
             assert {name: int(term.rows) for name, term in terms.items()} == {
@@ -563,7 +563,7 @@ def test_a_forward_pass_is_one_graph(recipe):
     """What torch.compile makes of a stage's forward pass, before and after the teacher was asked."""
     torch._dynamo.reset()
     stage = next(recipe.distil(setup(), recipe.Settings(), network().eval()))
-    stage.modes(training=True)
+    stage.set_modes(training=True)
     batch = next(iter(stage.data.train))
     forward = torch.compile(stage.forward, backend="eager", fullgraph=True)
     for _ in range(2):
