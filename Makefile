@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PYTEST := $(BIN)/python -m pytest
 
-.PHONY: demo test test-interpreted test-all check format clean help
+.PHONY: demo test test-interpreted test-all check format docs clean help
 
 help:
 	@echo "make demo              distil a student on handwritten digits (about two minutes after installation)"
@@ -15,6 +15,7 @@ help:
 	@echo "make test-all          both, then the long fuzz tests and the comparisons of speed"
 	@echo "make check             ruff and mypy"
 	@echo "make format            ruff's formatter and fixes"
+	@echo "make docs              this documentation as a site, in build/docs; offline, and a warning is an error"
 	@echo "make clean             remove environments, caches and runs"
 
 $(READY): setup.py pyproject.toml $(wildcard kernels/*.c)
@@ -46,6 +47,10 @@ check: $(READY)
 format: $(READY)
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
+
+docs: $(READY)
+	$(BIN)/python -m sphinx -q -W --keep-going docs build/docs
+	@echo "open build/docs/index.html"
 
 clean:
 	rm -rf .venv .venv-* build *.egg-info kernels/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis runs

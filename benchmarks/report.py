@@ -200,7 +200,7 @@ def figures(results: Sequence[Results]) -> dict[str, str]:
     """SVGs by name; each carries digest(results), by which a stale one is found."""
     cases = _cases(results)
     drawn = {"speedup": _speedup_figure(cases), "roofline": _roofline_figure(cases), "memory": _memory_figure(cases)}
-    return {name: _svg(figure, digest(results)) for name, figure in drawn.items() if figure is not None}
+    return {name: to_svg(figure, digest(results)) for name, figure in drawn.items() if figure is not None}
 
 
 def digest(results: Sequence[Results]) -> str:
@@ -211,7 +211,7 @@ def digest(results: Sequence[Results]) -> str:
 def _speedup_figure(cases: list[dict[str, Any]]) -> "Figure":
     """A line an operator, a dot a case."""
     operators = list(dict.fromkeys(case["operator"] for case in cases))[::-1]
-    figure, (axes,) = _figure(1, height=1.2 + 0.42 * len(operators))
+    figure, (axes,) = draw_axes(1, height=1.2 + 0.42 * len(operators))
     for offset, peer in ((0.14, EAGER), (-0.14, COMPILED)):
         found = [(case, case["variants"][peer]) for case in cases if "call_ms" in case["variants"].get(peer, {})]
         ratios = [
@@ -238,7 +238,7 @@ def _roofline_figure(cases: list[dict[str, Any]]) -> "Figure | None":
         largest[case["operator"], case["dtype"]] = case
     if not largest:
         return None
-    figure, (axes,) = _figure(1, height=4.6)
+    figure, (axes,) = draw_axes(1, height=4.6)
     intensities = [case["operations"] / case["bytes"] for case in largest.values()]
     low, high = min(intensities) / 2, max(intensities) * 2
     for dtype in dict.fromkeys(dtype for _, dtype in largest):
@@ -280,7 +280,7 @@ def _memory_figure(cases: list[dict[str, Any]]) -> "Figure | None":
     drawn = {name: panel for name, panel in panels.items() if any(case["operator"] == name for case in cases)}
     if not drawn:
         return None
-    figure, all_axes = _figure(len(drawn), height=3.6)
+    figure, all_axes = draw_axes(len(drawn), height=3.6)
     for axes, (operator, (label, size)) in zip(all_axes, drawn.items()):
         for variant in (EAGER, COMPILED, OURS):
             points = sorted(
@@ -300,7 +300,8 @@ def _memory_figure(cases: list[dict[str, Any]]) -> "Figure | None":
     return figure
 
 
-def _figure(columns: int, height: float) -> "tuple[Figure, list[Axes]]":
+def draw_axes(columns: int, height: float) -> "tuple[Figure, list[Axes]]":
+    """A white figure of this many axes side by side, with a light grid; `height` in inches."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, height), layout="constrained", facecolor="white")
@@ -312,7 +313,7 @@ def _figure(columns: int, height: float) -> "tuple[Figure, list[Axes]]":
     return figure, axes
 
 
-def _svg(figure: "Figure", identifier: str) -> str:
+def to_svg(figure: "Figure", identifier: str) -> str:
     """The same text for the same figure: no date, no random names."""
     import matplotlib as mpl
 

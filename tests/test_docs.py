@@ -1,11 +1,20 @@
-"""What the documents show runs, and what they name exists."""
+"""Code in the documents runs and prints what they show; options, defaults, tables and figures in them are true."""
 
+import ast
 import contextlib
+import dataclasses
+import importlib.util
+import io
 import json
 import re
+import subprocess
+import sys
 import tomllib
+from collections.abc import Iterator
 from dataclasses import replace
+from operator import attrgetter
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,19 +26,38 @@ from kdfast.commands import bench, config, data
 from kdfast.engine import Training
 
 ROOT = Path(__file__).parents[1]
-OTHERS_OPTIONS = {"--nproc-per-node", "--benchmark-json", "--quick", "--long"}  # torchrun's, pytest's, of benchmarks/tests/conftest.py
+PAGES = {str(page.relative_to(ROOT)): page.read_text() for page in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]}
+FENCED = re.compile(r"^```.*?^```", re.DOTALL | re.MULTILINE)
+OTHERS_OPTIONS = {"--nproc-per-node", "--benchmark-json", "--quick", "--long"}  # of torchrun and pytest
+REPDISTILLERS_OPTIONS = {"--distill", "--path_t", "--kd-model-name", "--kd-loss-type"}  # of RepDistiller and timm, on migrating.md
+
+# ---- code ------------------------------------------------------------------------------------------------------------
 
 
-def blocks(name: str) -> list[str]:
-    return re.findall(r"```python\n(.*?)```", (ROOT / name).read_text(), re.DOTALL)
+def find_code(page: str) -> list[tuple[str, str]]:
+    """The page's Python blocks, each with the output shown right below it ("" where none is)."""
+    return re.findall(r"```python\n(.*?)```(?:\n\n```text\n(.*?)```)?", PAGES[page], re.DOTALL)
 
 
-def test_the_readmes_loop_examples_run():
-    code, with_a_group = blocks("README.md")
+@pytest.fixture
+def process_group() -> Iterator[None]:
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if find_code(page) and page != "docs/writing-recipes.md"])
+@pytest.mark.usefixtures("process_group")
+def test_the_code_of_a_page_runs(page: str):
+    import kdfast
+
+    logits, labels = torch.randn(8, 10, requires_grad=True), torch.arange(8)
     names = {
-        "student_logits": torch.randn(8, 10, requires_grad=True),
-        "teacher_logits": torch.randn(8, 10),
-        "labels": torch.arange(8),
+        "kdfast": kdfast,
+        "torch": torch,
+        **dict.fromkeys(["student_logits", "logit_s"], logits),
+        **dict.fromkeys(["teacher_logits", "logit_t"], torch.randn(8, 10)),
+        **dict.fromkeys(["labels", "target"], labels),
         "student_hidden": torch.randn(8, 4, requires_grad=True),
         "teacher_hidden": torch.randn(8, 6),
         "student_head": torch.nn.Linear(4, 10),
@@ -37,85 +65,162 @@ def test_the_readmes_loop_examples_run():
         "features": torch.nn.functional.normalize(torch.randn(8, 2, 16), dim=2).requires_grad_(),
         "model": torch.nn.Linear(2, 2),
     }
-    exec(code, names)
-    assert names["loss"].isfinite()
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
-    try:
-        exec(with_a_group, names | {"torch": torch})
-    finally:
-        torch.distributed.destroy_process_group()
+    for code, shown in find_code(page):
+        scope, printed = dict(names), io.StringIO()
+        with contextlib.redirect_stdout(printed):
+            exec(code, scope)
+        assert printed.getvalue() == shown
+        assert "loss" not in scope or scope["loss"].isfinite()
 
 
-def test_the_recipe_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    (code,) = blocks("docs/recipes.md")
+def test_the_recipe_of_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    ((code, _),) = find_code("docs/writing-recipes.md")
     (tmp_path / "my_features.py").write_text(code)
     monkeypatch.syspath_prepend(tmp_path)
-    arguments = [
-        "--recipe",
-        "my_features:RECIPE",
-        "--student",
-        "resnet8",
-        "--teacher-model",
-        "resnet14",
-        "--epochs",
-        "1",
-        "--max-images",
-        "100",
-    ]
-    arguments += ["--teacher-training.epochs", "1", "--seeds", "1", "--no-baseline", "--out", str(tmp_path / "run"), "--weight", "0.5"]
-    assert cli.main(["distill", *arguments]) == 0
+    command = "distill --recipe my_features:RECIPE --student resnet8 --teacher-model resnet14 --epochs 1 --max-images 100"
+    command += f" --teacher-training.epochs 1 --seeds 1 --no-baseline --weight 0.5 --out {tmp_path / 'run'}"
+    assert cli.main(command.split()) == 0
     assert "train/features" in json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
 
 
-def test_the_readmes_recipe_table_is_the_registry():
-    readme = (ROOT / "README.md").read_text()
-    rows = dict(re.findall(r"^\| (\w+) \| .* \| (.*) \|$", readme, re.MULTILINE))
-    rows.pop("recipe", None)
-    assert set(rows) >= set(recipes.names())
-    for name in recipes.names():
-        for preset in recipes.get(name).presets:
-            assert preset == "default" or preset.split("-")[0] in rows[name], f"{name}'s preset {preset} is not in README"
+# ---- commands, options, links ----------------------------------------------------------------------------------------
 
 
-def test_the_commands_in_the_documents_exist():
-    text = "\n".join(path.read_text() for path in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
-    promised = text.split("## Not there yet")[0]
-    for command in re.findall(r"^ +kdfast (\w+)", promised, re.MULTILINE):
-        assert command in cli.COMMANDS
-
-
-def options_in_help(capsys: pytest.CaptureFixture[str], *command: str) -> set[str]:
+def read_options(capsys: pytest.CaptureFixture[str], *command: str) -> set[str]:
+    """The options that a command's help names."""
     with contextlib.suppress(SystemExit):
         cli.main([*command, "--help"])
     return set(re.findall(r"--[a-z][a-z0-9.-]*", capsys.readouterr().out))
 
 
-def commands_and_options(page: Path) -> list[tuple[str, set[str]]]:
-    """What stands in code: the command ("" where none is named, "bench loaders") and the options after it."""
-    text = page.read_text().replace("\\\n", " ")
-    blocks = re.findall(r"^    .*|^```(?:.|\n)*?^```", text, re.MULTILINE)
+def find_commands(text: str) -> list[tuple[str, set[str]]]:
+    """Commands in code ("" where none is named, "bench loaders" for a subcommand), each with the options after it."""
+    text = re.sub(r"^(```text|<!-- table).*?^(```|<!-- end)", "", text.replace("\\\n", " "), flags=re.DOTALL | re.MULTILINE)
+    blocks = re.findall(r"^    .*$", text, re.MULTILINE) + FENCED.findall(text)
     lines = [line.split("  #")[0] for block in blocks for line in block.splitlines()]
-    inline = re.findall(r"`([^`]+)`", re.sub(r"^```(?:.|\n)*?^```", "", text, flags=re.MULTILINE))
+    inline = re.findall(r"`([^`]+)`", FENCED.sub("", text))
     found = []
     for code in [*lines, *inline]:
-        named = re.search(r"kdfast(?:\.cli)? ((?:(?:bench|data) )?[a-z]+)\b", code)
-        used = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9.-]*", code[named.end() :] if named else code))
-        found.append((named[1] if named else "", used))
-    return [(command, used) for command, used in found if used]
+        command = re.search(r"kdfast(?:\.cli)? ((?:(?:bench|data) )?[a-z]+)\b", code)
+        options = re.findall(r"(?<![\w-])--[a-z][a-z0-9._-]*", code[command.end() :] if command else code)
+        found.append((command[1] if command else "", set(options)))
+    return [(command, options) for command, options in found if options or command]
 
 
-def test_the_options_in_the_documents_exist(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+def test_the_commands_and_options_in_the_documents_exist(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("COLUMNS", "200")
-    known = {name: options_in_help(capsys, name) for name in cli.COMMANDS}
-    known |= {f"bench {name}": options_in_help(capsys, "bench", name) for name in bench.BENCHES}
-    known |= {f"data {name}": options_in_help(capsys, "data", name) for name in data.COMMANDS}
-    known["distill"] = set().union(*(options_in_help(capsys, "distill", "--recipe", name) for name in recipes.names()))
+    known = {name: read_options(capsys, name) for name in cli.COMMANDS}
+    known |= {f"bench {name}": read_options(capsys, "bench", name) for name in bench.BENCHES}
+    known |= {f"data {name}": read_options(capsys, "data", name) for name in data.COMMANDS}
+    known["distill"] = set().union(*(read_options(capsys, "distill", "--recipe", name) for name in recipes.names()))
     known["compare"] |= known["distill"]
-    known[""] = set().union(*known.values()) | OTHERS_OPTIONS
-    found = [(page, *of) for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")] for of in commands_and_options(page)]
+    known[""] = set().union(*known.values()) | OTHERS_OPTIONS | REPDISTILLERS_OPTIONS
+    found = [(page, *used) for page, text in PAGES.items() for used in find_commands(text)]
     assert {("distill", "--resume"), ("eval", "--model"), ("", "--max-bad-files")} <= {(name, o) for _, name, used in found for o in used}
     for page, command, used in found:
-        assert used <= known[command], f"{page.name}: {command or 'no command'} has no {', '.join(used - known[command])}"
+        if command.partition(" ")[0] in cli.COMMANDS or not command:
+            options = known.get(command, known[command.partition(" ")[0]])
+            assert used <= options, f"{page}: {command or 'no command'} has no {', '.join(used - options)}"
+    for page, text in PAGES.items():
+        for command in re.findall(r"^ +kdfast (\w+)", text, re.MULTILINE):
+            assert command in cli.COMMANDS, f"{page}: there is no kdfast {command}"
+
+
+def test_the_links_between_documents_lead_somewhere():
+    for page, text in PAGES.items():
+        for target in re.findall(r"\]\((?!https?:)([^)#]+)", FENCED.sub("", text)):
+            assert ((ROOT / page).parent / target).exists(), f"{page}: there is no {target}"
+
+
+# ---- recipes ---------------------------------------------------------------------------------------------------------
+
+
+def test_every_recipe_has_a_page_and_is_on_the_lists():
+    folder = {Path(page).stem for page in PAGES if page.startswith("docs/recipes/")}
+    assert folder == set(recipes.names())
+    for name in recipes.names():
+        page = PAGES[f"docs/recipes/{name}.md"]
+        for part in (
+            "**Use it when.**",
+            "## Formula",
+            f"{{recipe-options}} {name}\n",
+            f"{{recipe-presets}} {name}\n",
+            "## Published numbers",
+        ):
+            assert part in page, f"docs/recipes/{name}.md has no {part}"
+        assert f"[{name}](recipes/{name}.md)" in PAGES["docs/recipes.md"]
+        assert f"\nrecipes/{name}\n" in PAGES["docs/recipes.md"]
+        (row,) = re.findall(rf"^\| \[{name}\].*", PAGES["README.md"], re.MULTILINE)
+        for preset in recipes.get(name).presets:
+            assert preset == "default" or preset.split("-")[0] in row, f"{name}'s preset {preset} is not in README"
+
+
+@pytest.mark.parametrize("name", recipes.names())
+def test_the_defaults_on_a_recipes_page_are_true(name: str):
+    (line,) = re.findall(r"^Defaults: .*", PAGES[f"docs/recipes/{name}.md"], re.MULTILINE)
+    stated = {option: ast.literal_eval(value) for option, value in re.findall(r"`(\w+)=([^`]+)`", line)}
+    real = {field.name: field.default for field in dataclasses.fields(recipes.get(name).settings)}
+    assert stated
+    assert stated == {option: real[option] for option in stated}
+
+
+def load_site_extension() -> Any:
+    pytest.importorskip("sphinx", reason="sphinx is not installed: pip install kdfast[docs]")
+    spec = importlib.util.spec_from_file_location("site_extension", ROOT / "docs" / "site_extension.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("name", recipes.names())
+def test_the_site_tabulates_every_option_and_preset(name: str):
+    extension = load_site_extension()
+    recipe = recipes.get(name)
+    rows = {option: (default, meaning) for option, default, meaning in extension.tabulate_options(name)}
+    assert list(rows) == [f"`--{field.name.replace('_', '-')}`" for field in dataclasses.fields(recipe.settings)]
+    assert all(default.strip("`") and meaning for default, meaning in rows.values())
+    assert [preset for preset, _ in extension.tabulate_presets(name)] == [f"`{preset}`" for preset in recipe.presets]
+
+
+def test_docstrings_in_plain_text_become_restructuredtext():
+    extension = load_site_extension()
+    plain = ["Text with a * b, |x| and `code_`.", "", "    a = b_", "", "More.", "", "Args:", "    x_: the |x|.", "", ">>> f(*x)"]
+    converted = ["Text with a \\* b, \\|x\\| and `code_`.", "", "::", "", "    a = b_", "", "More.", "", "Args:", "    x_: the \\|x\\|."]
+    assert extension.convert_docstring(plain) == [*converted, "", ">>> f(*x)"]
+
+
+@pytest.mark.slow
+def test_the_site_builds_without_a_warning_and_loads_nothing_from_other_hosts(tmp_path: Path):
+    for package in ("sphinx", "furo", "myst_parser"):
+        pytest.importorskip(package, reason=f"{package} is not installed: pip install kdfast[docs]")
+    command = [sys.executable, "-m", "sphinx", "-q", "-W", "--keep-going", "-d", str(tmp_path / "doctrees"), "docs", str(tmp_path / "site")]
+    built = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert built.returncode == 0, built.stderr
+    for page in (tmp_path / "site").rglob("*.html"):
+        tags = re.findall(r"<(?:script|img|iframe|source|link)\b[^>]*>", page.read_text())
+        assert not [tag for tag in tags if re.search(r"(src|href)=\"(https?:)?//", tag)], f"{page.name} loads from another host"
+
+
+# ---- figures ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_figures_in_the_documents_come_from_the_committed_results():
+    for page in documents.PAGES:
+        text = page.read_text()
+        assert "\n|---" in text.partition("<!-- table")[2], f"{page.name} has no table"
+        assert documents.filled(text) == text, f"{page.name}: run kdfast bench report"
+    shown = {name for text in PAGES.values() for name in re.findall(r"!\[[^]]*\]\((?:docs/)?figures/(.+?)\)", text)}
+    assert shown == {path.name for path in documents.FIGURES.iterdir()}
+    digests = {"cpu-gains": documents.identify(documents.read_gains("cpu"))}
+    for device in documents.devices():
+        results = documents.committed(device)
+        digests |= {f"{device}-{name}": report.digest(results) for name in report.figures(results)}
+    for name, digest in digests.items():
+        drawn = (documents.FIGURES / f"{name}.svg").read_text()
+        assert digest in drawn, f"{name}.svg is of other results: run kdfast bench report"
+
+
+# ---- presets ---------------------------------------------------------------------------------------------------------
 
 
 def test_every_preset_makes_a_configuration_with_known_networks():
@@ -128,67 +233,68 @@ def test_every_preset_makes_a_configuration_with_known_networks():
             assert config.filled(made, tomllib.loads(table), "x") == made, f"{name} {preset} does not survive config.toml"
 
 
-def test_the_figures_in_the_documents_come_from_the_committed_results():
-    for page in documents.PAGES:
-        text = page.read_text()
-        assert "\n|---" in text.partition("<!-- table")[2], f"{page.name} has no table"
-        assert documents.filled(text) == text, f"{page.name}: run kdfast bench report"
-    shown = re.findall(r"!\[[^]]*\]\(figures/(.+?)\)", (ROOT / "docs" / "performance.md").read_text())
-    assert set(shown) == {path.name for path in documents.FIGURES.iterdir()}
-    for device in documents.devices():
-        results = documents.committed(device)
-        for name in report.figures(results):
-            drawn = (documents.FIGURES / f"{device}-{name}.svg").read_text()
-            assert report.digest(results) in drawn, f"{device}-{name}.svg is of other results: run kdfast bench report"
+REPDISTILLER = Training(epochs=240, batch_size=64, lr=0.05, weight_decay=5e-4, milestones=(150, 180, 210))
+DIH = Training(epochs=200, batch_size=64, lr=0.1, weight_decay=5e-4, nesterov=True, milestones=(60, 120, 180))
+DIH_CODE = replace(DIH, lr=0.05, batch_size=128, epochs=240, milestones=(150, 180, 210), gamma=0.2)
+IMAGENET = Training(epochs=100, batch_size=512, lr=0.2, weight_decay=1e-4, milestones=(30, 60, 90))
+NOTEBOOK = Training(epochs=300, batch_size=128, optimizer="adamw", lr=6e-4, weight_decay=0.01, schedule="cosine", final_lr=1e-3)
+TUTORIAL = Training(epochs=5, batch_size=32, lr=0.01, weight_decay=0.0, schedule="constant")
+TAKD = replace(DIH, nesterov=False, weight_decay=1e-4, batch_size=128, epochs=160, milestones=(80, 120))
+TOFD = Training(epochs=250, batch_size=128, lr=0.1, weight_decay=5e-4, milestones=(80, 160, 240))
+CRD_DIH = replace(REPDISTILLER, lr=0.1, batch_size=128, epochs=200, milestones=(60, 120, 180), gamma=0.2)
+
+DIH_KD = {"method.temperature": 5.0, "method.kd_weight": 0.1, "method.ce_weight": 0.9}
+NO_LOGITS = {
+    "method.ce_weight": 1.0,
+    "method.kd_weight": 0.0,
+    "data.normalization": "repdistiller-cifar100",
+    "data.val_fraction": 0.0,
+}
+HINT = {
+    "method.hint_epochs": 40,
+    "method.regressor": False,
+    "method.student_hint": "layer1",
+    "method.teacher_hint": "layer1",
+}
+CRD_WEIGHTS = {"method.ce_weight": 1.0, "method.kd_weight": 0.9, "method.contrast_weight": 0.8, "method.temperature": 4.0}
+PRESETS = {  # recipe and preset: the source's whole training, and other values of its table
+    "kd repdistiller": (REPDISTILLER, {"teacher_training": REPDISTILLER}),
+    "kd dih-readme": (DIH, {"teacher_training": DIH, **DIH_KD}),
+    "kd dih-code": (DIH_CODE, DIH_KD),
+    "kd imagenet": (IMAGENET, {}),
+    "lskd imagenet": (IMAGENET, {}),
+    "lskd cifar100": (REPDISTILLER, {}),
+    "lskd cifar100-resnet50-mobilenetv2": (replace(REPDISTILLER, lr=0.01), {}),
+    "conkd notebook": (NOTEBOOK, {"teacher_training": replace(NOTEBOOK, epochs=60, batch_size=64)}),
+    "self_distillation tutorial": (TUTORIAL, {"data.label_fraction": 1.0}),
+    "fitnets dih": (DIH, HINT),
+    "fitnets repdistiller": (REPDISTILLER, NO_LOGITS),
+    "at repdistiller": (REPDISTILLER, NO_LOGITS),
+    "crd repdistiller": (REPDISTILLER, NO_LOGITS),
+    "crd dih": (CRD_DIH, CRD_WEIGHTS),
+    "takd dih": (DIH, {}),
+    "takd takd": (TAKD, {}),
+    "mhkd dih": (DIH, {"method.pull_teacher_heads": True}),
+    "tofd tofd": (TOFD, {"data.augment": "cifar-cutout"}),
+    "tofd dih": (replace(DIH, batch_size=128, gamma=0.2), {}),
+    "dih dih-readme": (DIH, {}),
+    "dih dih-code": (DIH_CODE, {}),
+}
 
 
-def trainings(recipe: str, preset: str) -> tuple:
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_is_its_sources_training(name: str):
+    """Every field: a data set's own defaults must not leak into a source's preset."""
+    recipe, preset = name.split()
     made = config.defaults(recipes.get(recipe), preset, None)
-    return made.training, made.teacher_training, made.method, made.data
+    training, others = PRESETS[name]
+    assert made.training == training
+    assert {path: attrgetter(path)(made) for path in others} == others
 
 
-def test_presets_are_their_sources_trainings_whole():
-    """Every field of the sources' tables: a data set's own defaults must not leak into a source's preset."""
-    repdistiller = Training(epochs=240, batch_size=64, lr=0.05, weight_decay=5e-4, milestones=(150, 180, 210))
-    dih = Training(epochs=200, batch_size=64, lr=0.1, weight_decay=5e-4, nesterov=True, milestones=(60, 120, 180))
-    imagenet = Training(epochs=100, batch_size=512, lr=0.2, weight_decay=1e-4, milestones=(30, 60, 90))
-    cosine = {"optimizer": "adamw", "lr": 6e-4, "weight_decay": 0.01, "schedule": "cosine", "final_lr": 1e-3}
-    notebook = Training(epochs=300, batch_size=128, **cosine)
-    tutorial = Training(epochs=5, batch_size=32, lr=0.01, weight_decay=0.0, schedule="constant")
-    assert trainings("kd", "repdistiller")[:2] == (repdistiller, repdistiller)
-    assert trainings("kd", "dih-readme")[:2] == (dih, dih)
-    code = replace(dih, lr=0.05, batch_size=128, epochs=240, milestones=(150, 180, 210), gamma=0.2)
-    assert trainings("kd", "dih-code")[0] == code
-    assert trainings("kd", "imagenet")[0] == trainings("lskd", "imagenet")[0] == imagenet
-    assert trainings("lskd", "cifar100")[0] == repdistiller
-    assert trainings("lskd", "cifar100-resnet50-mobilenetv2")[0].lr == 0.01
-    assert trainings("conkd", "notebook")[:2] == (notebook, replace(notebook, epochs=60, batch_size=64))
-    assert trainings("self_distillation", "tutorial")[0] == tutorial
-    assert trainings("self_distillation", "tutorial")[3].label_fraction == 1.0
-    for preset in ("dih-readme", "dih-code"):
-        method = trainings("kd", preset)[2]
-        assert (method.temperature, method.kd_weight, method.ce_weight) == (5.0, 0.1, 0.9)
-    for recipe, preset in (("fitnets", "dih"), ("takd", "dih"), ("mhkd", "dih"), ("dih", "dih-readme")):
-        assert trainings(recipe, preset)[0] == dih
-    for recipe in ("fitnets", "at", "crd"):
-        training, _, method, data = trainings(recipe, "repdistiller")
-        assert (training, method.ce_weight, method.kd_weight) == (repdistiller, 1.0, 0.0)
-        assert (data.normalization, data.val_fraction) == ("repdistiller-cifar100", 0.0)
-    assert trainings("dih", "dih-code")[0] == code
-    assert trainings("takd", "takd")[0] == replace(dih, nesterov=False, weight_decay=1e-4, batch_size=128, epochs=160, milestones=(80, 120))
-    tofd = Training(epochs=250, batch_size=128, lr=0.1, weight_decay=5e-4, milestones=(80, 160, 240))
-    assert trainings("tofd", "tofd")[0] == tofd
-    assert trainings("tofd", "tofd")[3].augment == "cifar-cutout"
-    assert trainings("tofd", "dih")[0] == replace(dih, batch_size=128, gamma=0.2)
-    training, _, method, _ = trainings("crd", "dih")
-    assert training == replace(repdistiller, lr=0.1, batch_size=128, epochs=200, milestones=(60, 120, 180), gamma=0.2)
-    assert (method.ce_weight, method.kd_weight, method.contrast_weight, method.temperature) == (1.0, 0.9, 0.8, 4.0)
-    method = trainings("fitnets", "dih")[2]
-    assert (method.hint_epochs, method.regressor, method.student_hint, method.teacher_hint) == (40, False, "layer1", "layer1")
-    assert trainings("mhkd", "dih")[2].pull_teacher_heads
-    large = {"batch_size": 2048, "optimizer": "lion", "warmup": 5, "schedule": "cosine"}
-    for name in recipes.names():
-        made = config.defaults(recipes.get(name), "large-batch", None)
-        assert {key: getattr(made.training, key) for key in large} == large
-        assert made.run.precision == "bf16"
-        assert made.training.epochs == 30, "the digits' own"
+@pytest.mark.parametrize("name", recipes.names())
+def test_large_batch_is_the_same_training_in_every_recipe(name: str):
+    made = config.defaults(recipes.get(name), "large-batch", None)
+    large = {"batch_size": 2048, "optimizer": "lion", "warmup": 5, "schedule": "cosine", "epochs": 30}  # epochs: the digits' own
+    assert {key: getattr(made.training, key) for key in large} == large
+    assert made.run.precision == "bf16"

@@ -4,14 +4,17 @@ A table stands between <!-- table: DEVICE --> (every case of every operator) or 
 loaders, momenta, compare_GRID), and <!-- end -->. DEVICE is how the names of files in results/ begin: "cpu" for cpu-lion.json.
 """
 
+import hashlib
 import json
 import re
 import statistics
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from kdfast import files
 from kdfast.benchmarks.maintain import RESULTS, ROOT
-from kdfast.benchmarks.report import Results, figures, read, summary, table
+from kdfast.benchmarks.report import Results, draw_axes, figures, read, summary, table, to_svg
 from kdfast.machine import describe
 from kdfast.report.comparison import markdown
 
@@ -78,6 +81,39 @@ def comparison(device: str, grid: str) -> str:
     return markdown(json.loads((RESULTS / f"{device}-compare_{grid}.json").read_text())).strip()
 
 
+def gains_figure(device: str) -> str:
+    """SVG: what each recipe adds to the same student alone, in points of test accuracy; a panel for each comparison.
+
+    Bars are means over seeds, lines their 95 % intervals, where there are several seeds.
+    """
+    titles = {"cifar10": "CIFAR-10, a fifth of the images", "digits_few": "digits, 5 % of the labels"}
+    figure, panels = draw_axes(len(titles), height=3.6)
+    shown = read_gains(device, titles)
+    for axes, (grid, title) in zip(panels, titles.items()):
+        rows = shown[grid]
+        gains = [100 * row["paired"]["mean"] for row in rows]
+        axes.barh([row["recipe"] for row in rows], gains, color=["#00795c" if gain > 0 else "#b0305c" for gain in gains])
+        for place, row in enumerate(rows):
+            if "low" in row["paired"]:
+                axes.plot([100 * row["paired"]["low"], 100 * row["paired"]["high"]], [place, place], color="#222222", linewidth=1)
+        axes.axvline(0, color="#555555", linewidth=1)
+        seeds = len(rows[0]["seeds"])
+        axes.set_title(f"{title}, {seeds} seed{'s' if seeds > 1 else ''}", fontsize=10)
+        axes.set_xlabel("points over the student alone")
+    return to_svg(figure, identify(shown))
+
+
+def read_gains(device: str, grids: Iterable[str] = ("cifar10", "digits_few")) -> dict[str, list[dict[str, Any]]]:
+    """The recipes' rows of committed comparisons, by grid, the smallest gain first."""
+    rows = {grid: json.loads((RESULTS / f"{device}-compare_{grid}.json").read_text())["rows"] for grid in grids}
+    return {grid: sorted((row for row in of if "paired" in row), key=lambda row: row["paired"]["mean"]) for grid, of in rows.items()}
+
+
+def identify(numbers: Any) -> str:
+    """A digest of JSON numbers, which a figure carries so that a stale one is found."""
+    return hashlib.sha256(json.dumps(numbers, sort_keys=True).encode()).hexdigest()[:16]
+
+
 def filled(text: str) -> str:
     """The text of a page with its tables between their markers."""
 
@@ -106,4 +142,6 @@ def write_documents() -> list[Path]:
         for name, svg in figures(committed(device)).items():
             written.append(FIGURES / f"{device}-{name}.svg")
             files.write_text(written[-1], svg)
+    written.append(FIGURES / "cpu-gains.svg")
+    files.write_text(written[-1], gains_figure("cpu"))
     return written
