@@ -33,7 +33,7 @@ from triton.runtime.jit import JITFunction
 
 from kdfast import files, machine
 from kdfast.kernels import attention_map, distill_kl, lion, nce, supcon
-from kdfast.ops.distill_kl.eager import Options
+from kdfast.ops.distill_kl.options import KDOptions
 from kdfast.ops.lion.op import Row, scales_of
 from kdfast.ops.supcon.op import Setting
 
@@ -321,7 +321,7 @@ def distill_kl_case(C: int, variant: str, student_dtype: torch.dtype, teacher_dt
     v = VARIANTS[variant]
     dtypes = (student_dtype, *[teacher_dtype] * v.K)
     wanted = (v.student, *[v.teachers] * v.K)
-    options = Options(
+    options = KDOptions(
         temperature=2.0, standardize=v.standardize, eps=1e-7, kd_weight=0.9 if v.K else 0.0, ce_weight=0.1 if v.ce else 0.0,
         teacher_weights=(1.0,) * v.K, label_smoothing=0.1, ignore_index=-100, divergence=v.divergence, reduction=v.reduction,
     )  # fmt: skip

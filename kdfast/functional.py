@@ -14,6 +14,7 @@ from kdfast import reference
 from kdfast.ops import attention_map, nce
 from kdfast.ops.distill_kl import linear as linear_kd
 from kdfast.ops.distill_kl import op as distill_kl
+from kdfast.ops.distill_kl.options import Divergence, KDOptions, Reduction
 from kdfast.ops.precision import at_least_float32
 from kdfast.ops.supcon import op as supcon
 
@@ -43,8 +44,8 @@ def kd_loss(
     teacher_weights: Sequence[float] | None = None,
     label_smoothing: float = 0.0,
     ignore_index: int = -100,
-    divergence: str = "forward",
-    reduction: str = "mean",
+    divergence: Divergence = "forward",
+    reduction: Reduction = "mean",
 ) -> Tensor:
     """Logit distillation from one or several teachers, optionally with standardized logits, optionally with cross-entropy.
 
@@ -85,10 +86,18 @@ def kd_loss(
         TypeError: logits are not floating, or labels not int64.
         RuntimeError: the gradient is itself differentiated (create_graph=True).
     """
-    teachers = distill_kl.separate(teacher, student)
-    weights = distill_kl.weights_of(teacher_weights, len(teachers))
-    options = distill_kl.Options(
-        temperature, standardize, eps, kd_weight, ce_weight, weights, label_smoothing, ignore_index, divergence, reduction
+    teachers = distill_kl.separate_teachers(teacher, student)
+    options = KDOptions(
+        temperature=temperature,
+        standardize=standardize,
+        eps=eps,
+        kd_weight=kd_weight,
+        ce_weight=ce_weight,
+        teacher_weights=teacher_weights,
+        label_smoothing=label_smoothing,
+        ignore_index=ignore_index,
+        divergence=divergence,
+        reduction=reduction,
     )
     return distill_kl.kd_loss(student, teachers, labels, options)
 
@@ -110,8 +119,8 @@ def linear_kd_loss(
     ce_weight: float = 0.0,
     label_smoothing: float = 0.0,
     ignore_index: int = -100,
-    divergence: str = "forward",
-    reduction: str = "mean",
+    divergence: Divergence = "forward",
+    reduction: Reduction = "mean",
 ) -> Tensor:
     """kd_loss of two linear layers' outputs, for vocabularies whose logits [N, C] are too large to keep.
 
@@ -156,8 +165,17 @@ def linear_kd_loss(
         TypeError: a tensor is not floating, or not in its hidden tensor's dtype without autocast; or labels are not int64.
         RuntimeError: the gradient is itself differentiated (create_graph=True).
     """
-    options = distill_kl.Options(
-        temperature, standardize, eps, kd_weight, ce_weight, (1.0,), label_smoothing, ignore_index, divergence, reduction
+    options = KDOptions(
+        operator="linear_kd_loss",
+        temperature=temperature,
+        standardize=standardize,
+        eps=eps,
+        kd_weight=kd_weight,
+        ce_weight=ce_weight,
+        label_smoothing=label_smoothing,
+        ignore_index=ignore_index,
+        divergence=divergence,
+        reduction=reduction,
     )
     student = linear_kd.Layer(student_hidden, student_weight, student_bias)
     teacher = linear_kd.Layer(teacher_hidden, teacher_weight, teacher_bias)

@@ -579,7 +579,7 @@ def loss_and_gradients(
             tuple(x.stride(0) for x in rows),
             float(options.temperature),  # an integer would be another kernel
             float(options.eps),
-            tuple(float(weight * w) for w in options.teacher_weights[: len(rows) - 1]),
+            tuple(float(weight * w) for w in options.weights(len(teachers))[: len(rows) - 1]),
             float(options.ce_weight),
             float(options.label_smoothing),
             options.ignore_index,

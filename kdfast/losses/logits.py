@@ -1,12 +1,18 @@
 """Modules for logits: Hinton's loss and logit standardization."""
 
 from collections.abc import Sequence
+from dataclasses import fields
+from typing import Any
 
 from torch import Tensor, nn
 
 from kdfast import functional
 from kdfast.losses.checks import check_not_swapped
-from kdfast.ops.distill_kl import op as distill_kl
+from kdfast.ops.distill_kl.options import Divergence, KDOptions, Reduction
+
+__all__ = ["KDLoss", "LogitStandardizationLoss"]
+
+_OPTIONS = tuple(field.name for field in fields(KDOptions) if field.name not in ("eps", "operator"))
 
 
 class KDLoss(nn.Module):
@@ -36,9 +42,9 @@ class KDLoss(nn.Module):
         *,
         label_smoothing: float = 0.0,
         ignore_index: int = -100,
-        divergence: str = "forward",
+        divergence: Divergence = "forward",
         teacher_weights: Sequence[float] | None = None,
-        reduction: str = "mean",
+        reduction: Reduction = "mean",
     ) -> None:
         super().__init__()
         self.temperature = temperature
@@ -50,11 +56,11 @@ class KDLoss(nn.Module):
         self.divergence = divergence
         self.teacher_weights = teacher_weights
         self.reduction = reduction
-        weights = distill_kl.weights_of(teacher_weights, 0)
-        options = distill_kl.Options(
-            temperature, standardize, 0.0, kd_weight, ce_weight, weights, label_smoothing, ignore_index, divergence, reduction
-        )
-        distill_kl.check_options(distill_kl.plain(options))
+        KDOptions(eps=0.0, **self._options())  # raises what is wrong now, not at the first step
+
+    def _options(self) -> dict[str, Any]:
+        """The options of kd_loss, from attributes, which may have been changed since."""
+        return {name: getattr(self, name) for name in _OPTIONS}
 
     def forward(self, student: Tensor, teacher: Tensor | Sequence[Tensor], labels: Tensor | None = None) -> Tensor:
         """The loss of student logits [..., C], teacher logits (one tensor, K in a sequence, or [K, ..., C]) and labels [...].
@@ -63,20 +69,7 @@ class KDLoss(nn.Module):
             ValueError, TypeError: as functional.kd_loss; also if the teacher requires grad and the student does not.
         """
         check_not_swapped(student, teacher)
-        return functional.kd_loss(
-            student,
-            teacher,
-            labels,
-            temperature=self.temperature,
-            standardize=self.standardize,
-            kd_weight=self.kd_weight,
-            ce_weight=self.ce_weight,
-            teacher_weights=self.teacher_weights,
-            label_smoothing=self.label_smoothing,
-            ignore_index=self.ignore_index,
-            divergence=self.divergence,
-            reduction=self.reduction,
-        )
+        return functional.kd_loss(student, teacher, labels, **self._options())
 
     def extra_repr(self) -> str:
         """What print(module) shows."""

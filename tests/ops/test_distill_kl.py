@@ -18,6 +18,7 @@ from kdfast.functional import kd_loss
 from kdfast.losses import KDLoss, LogitStandardizationLoss
 from kdfast.ops.distill_kl import eager as distill_kl_torch
 from kdfast.ops.distill_kl import op as distill_kl
+from kdfast.ops.distill_kl.options import KDOptions
 from tests.numeric import ALLOWANCE, FLOAT32_ERROR, INTERPRETED, KERNELS, error, value_and_gradients
 
 pytestmark = pytest.mark.kernels
@@ -417,10 +418,13 @@ def test_a_graph_takes_a_tensor_in_two_places():
 
 
 def test_registered_operator():
-    options = distill_kl.Options(2.0, True, 1e-7, 1.0, 0.3, (1.0, 0.5), 0.1, -100, "js", "none")
+    options = KDOptions(
+        temperature=2.0, standardize=True, eps=1e-7, kd_weight=1.0, ce_weight=0.3, teacher_weights=(1.0, 0.5),
+        label_smoothing=0.1, ignore_index=-100, divergence="js", reduction="none",
+    )  # fmt: skip
     labels = torch.tensor([1, 2, -100])
     for wanted in ([True, False, True], [False] * 3):
-        args = (logits(3, 5), [logits(3, 5), logits(3, 5, dtype=torch.bfloat16)], labels, None, wanted, *options)
+        args = (logits(3, 5), [logits(3, 5), logits(3, 5, dtype=torch.bfloat16)], labels, None, wanted, *options.encode())
         torch.library.opcheck(distill_kl._op, args)
 
 

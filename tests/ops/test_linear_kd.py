@@ -14,7 +14,7 @@ from kdfast.benchmarks.linear_kd import measure
 from kdfast.benchmarks.timing import peak_memory
 from kdfast.functional import kd_loss, linear_kd_loss
 from kdfast.ops.distill_kl import linear as linear_kd
-from kdfast.ops.distill_kl.eager import Options
+from kdfast.ops.distill_kl.options import KDOptions
 from tests.numeric import ALLOWANCE, DEVICE, FLOAT32_ERROR, INTERPRETED, KERNELS, error, value_and_gradients
 
 pytestmark = pytest.mark.kernels
@@ -408,9 +408,13 @@ def test_registered_operator():
         ([True, False, True, False, True, False], torch.bfloat16, "sum"),
         ([False] * 6, None, "none"),
     ):
-        options = Options(2.0, True, 1e-7, 1.0, 0.3, (1.0,), 0.1, -100, "js", reduction)
-        torch.library.opcheck(linear_kd._op, (*tensors, labels, None, wanted, cast, 2, *options))
-        torch.library.opcheck(linear_kd._op, (tensors[0], tensors[1], None, *tensors[3:5], None, labels, None, wanted[:2] + [False] * 4, cast, None, *options))  # fmt: skip  # noqa: E501
+        options = KDOptions(
+            temperature=2.0, standardize=True, eps=1e-7, kd_weight=1.0, ce_weight=0.3,
+            label_smoothing=0.1, ignore_index=-100, divergence="js", reduction=reduction,
+        ).encode()  # fmt: skip
+        torch.library.opcheck(linear_kd._op, (tensors, labels, None, wanted, 2, cast, *options))
+        without_bias, wanted = [*tensors[:2], None, *tensors[3:5], None], wanted[:2] + [False] * 4
+        torch.library.opcheck(linear_kd._op, (without_bias, labels, None, wanted, None, cast, *options))
 
 
 # ---- memory ----------------------------------------------------------------------------------------------------------

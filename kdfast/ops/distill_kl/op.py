@@ -1,6 +1,6 @@
-"""Logit distillation: checks, choice of backend, autograd, registration. reference.kd_loss is its meaning.
+"""Logit distillation: checks, choice of backend, autograd, registration. reference.kd_loss defines its value.
 
-It runs in one of two forms with the same two functions: the Triton kernel (kernels/distill_kl.py), or ops/distill_kl_torch.py.
+Two modules compute it, with the same two functions: kernels/distill_kl.py (Triton) and ops/distill_kl/eager.py (PyTorch).
 
 A row of C logits x, at temperature T:
 
@@ -10,12 +10,12 @@ A row of C logits x, at temperature T:
     dKL/du   student: q - p         teacher: p (log p - log q - KL)
     dL/dx    g / T with g = dL/du; with standardize, c = x - mean:  [g - c sum(g c) / ((sd + eps) sd (C - 1))] / (sd + eps) / T
 
-The forward pass computes the gradient as well, while the row is at hand. The first backward pass gives that buffer away,
-so that it becomes the .grad of a leaf without a copy; a further one (retain_graph) computes it again.
+The forward pass computes the gradients as well, while the row is in cache. The first backward pass hands these buffers over, so
+they become the .grad of leaves without a copy. A further pass (retain_graph) computes the gradients again.
 """
 
-import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
@@ -24,17 +24,13 @@ from torch import Tensor
 
 from kdfast.ops import checks
 from kdfast.ops.backend import kernel
-from kdfast.ops.distill_kl import eager as distill_kl_torch
-from kdfast.ops.distill_kl.eager import Options
+from kdfast.ops.distill_kl import eager
+from kdfast.ops.distill_kl.options import KDOptions
 from kdfast.ops.precision import arithmetic
 
-DIVERGENCES = ("forward", "reverse", "js")
-REDUCTIONS = ("mean", "sum", "none")
-_NUMBERS = ("temperature", "eps", "kd_weight", "ce_weight", "label_smoothing")
 
-
-def separate(teacher: Tensor | Sequence[Tensor], student: Tensor) -> tuple[Tensor, ...]:
-    """The teachers' logits one by one: from one tensor [..., C], one stacked [K, ..., C], or a sequence."""
+def separate_teachers(teacher: Tensor | Sequence[Tensor], student: Tensor) -> tuple[Tensor, ...]:
+    """One tensor a teacher, from one tensor [..., C], one stacked [K, ..., C], or a sequence."""
     if not isinstance(teacher, Tensor):
         if not isinstance(teacher, Sequence):
             raise TypeError(f"kd_loss: teacher must be a tensor or a sequence of tensors, got {type(teacher).__name__}")
@@ -43,161 +39,132 @@ def separate(teacher: Tensor | Sequence[Tensor], student: Tensor) -> tuple[Tenso
     return teacher.unbind(0) if teacher.dim() == student.dim() + 1 else (teacher,)
 
 
-def kd_loss(student: Tensor, teachers: tuple[Tensor, ...], labels: Tensor | None, options: Options) -> Tensor:
+def kd_loss(student: Tensor, teachers: tuple[Tensor, ...], labels: Tensor | None, options: KDOptions) -> Tensor:
     """functional.kd_loss, its options in one value."""
-    options = plain(options)
-    _check(student, teachers, labels, options)
-    if torch.is_grad_enabled() and (student.requires_grad or any(t.requires_grad for t in teachers)):
-        return _DistillKL.apply(options, labels, *checks.distinct(student, *teachers))
-    return _form(student, teachers).loss_and_gradients(student, teachers, labels, options, (False,) * (1 + len(teachers)), None)[0]
+    check_tensors(student, teachers, labels, options)
+    return KDCall(options, choose_form(student, *teachers)).differentiate(labels, student, *teachers)
 
 
-def weights_of(teacher_weights: Sequence[float] | Tensor | None, count: int) -> tuple[float, ...]:
-    """One number a teacher; None: ones."""
-    if teacher_weights is None:
-        return (1.0,) * count
-    if not isinstance(teacher_weights, (Sequence, Tensor)):
-        raise TypeError(f"kd_loss: teacher_weights must be a sequence of numbers, got {teacher_weights!r}")
-    return tuple(teacher_weights)
-
-
-def plain(options: Options) -> Options:
-    """The options with Python numbers, which a graph, a kernel and a cache can keep.
-
-    Raises:
-        TypeError: one is no number, or a tensor that would have to get a gradient.
-    """
-    given = [*(getattr(options, name) for name in _NUMBERS), *options.teacher_weights]
-    if all(type(value) is float for value in given):
-        return options
-    numbers: dict[str, Any] = {name: checks.number(f"kd_loss: {name}", value) for name, value in zip(_NUMBERS, given)}
-    weights = tuple(checks.number("kd_loss: teacher_weights", weight) for weight in options.teacher_weights)
-    return options._replace(teacher_weights=weights, **numbers)
-
-
-def _check(student: Tensor, teachers: Sequence[Tensor], labels: Tensor | None, options: Options) -> None:
-    """Raises one sentence that names the argument. The range of the labels is checked later, where their values are read."""
-    checks.is_tensor("kd_loss: student", student)
+def check_tensors(student: Tensor, teachers: Sequence[Tensor], labels: Tensor | None, options: KDOptions) -> None:
+    """Raises one sentence that names the argument. The range of labels is checked later, where their values are read."""
+    name = options.operator
+    checks.is_tensor(f"{name}: student", student)
     if not student.is_floating_point():
-        raise TypeError(f"kd_loss: student must be floating, got {student.dtype}")
+        raise TypeError(f"{name}: student must be floating, got {student.dtype}")
     if student.dim() == 0 or student.shape[-1] == 0:
-        raise ValueError(f"kd_loss: student must be [..., C] with at least one class, got shape {tuple(student.shape)}")
+        raise ValueError(f"{name}: student must be [..., C] with at least one class, got shape {tuple(student.shape)}")
     if not teachers:
-        raise ValueError("kd_loss: teacher must be one tensor or a sequence of at least one, got an empty sequence")
+        raise ValueError(f"{name}: teacher must be one tensor or a sequence of at least one, got an empty sequence")
     for teacher in teachers:
-        checks.is_tensor("kd_loss: teacher", teacher)
+        checks.is_tensor(f"{name}: teacher", teacher)
         if teacher.shape != student.shape:
             raise ValueError(
-                f"kd_loss: teacher must have student's shape {tuple(student.shape)} "
+                f"{name}: teacher must have student's shape {tuple(student.shape)} "
                 f"(or be [K, ...] or a sequence of such), got {tuple(teacher.shape)}"
             )
         if not teacher.is_floating_point():
-            raise TypeError(f"kd_loss: teacher must be floating, got {teacher.dtype}")
+            raise TypeError(f"{name}: teacher must be floating, got {teacher.dtype}")
         if teacher.device != student.device:
-            raise ValueError(f"kd_loss: teacher must be on student's device {student.device}, got {teacher.device}")
-    if len(options.teacher_weights) != len(teachers):
-        raise ValueError(f"kd_loss: teacher_weights must hold {len(teachers)} numbers, got {len(options.teacher_weights)}")
+            raise ValueError(f"{name}: teacher must be on student's device {student.device}, got {teacher.device}")
+    weights = len(options.weights(len(teachers)))
+    if weights != len(teachers):
+        raise ValueError(f"{name}: teacher_weights must hold {len(teachers)} numbers, got {weights}")
     if options.standardize and student.shape[-1] == 1:
-        raise ValueError("kd_loss: standardize needs at least two classes, got C = 1")
-    check_options(options)
+        raise ValueError(f"{name}: standardize needs at least two classes, got C = 1")
     if labels is None:
         if options.ce_weight != 0:
-            raise ValueError(f"kd_loss: labels must be given where ce_weight is not 0, got None with ce_weight {options.ce_weight}")
+            raise ValueError(f"{name}: labels must be given where ce_weight is not 0, got None with ce_weight {options.ce_weight}")
         return
-    checks.is_tensor("kd_loss: labels", labels)
+    checks.is_tensor(f"{name}: labels", labels)
     if labels.dtype != torch.int64:
-        raise TypeError(f"kd_loss: labels must be int64, got {labels.dtype}")
+        raise TypeError(f"{name}: labels must be int64, got {labels.dtype}")
     if labels.shape != student.shape[:-1]:
         images = student.dim() > 2 and labels.shape == student.shape[:1] + student.shape[2:]
         hint = ", as if student were [B, C, ...]: permute its classes to the end" if images else ""
-        raise ValueError(f"kd_loss: labels must have shape {tuple(student.shape[:-1])}, got {tuple(labels.shape)}{hint}")
+        raise ValueError(f"{name}: labels must have shape {tuple(student.shape[:-1])}, got {tuple(labels.shape)}{hint}")
     if labels.device != student.device:
-        raise ValueError(f"kd_loss: labels must be on student's device {student.device}, got {labels.device}")
+        raise ValueError(f"{name}: labels must be on student's device {student.device}, got {labels.device}")
 
 
-def check_options(options: Options) -> None:
-    """Raises one sentence that names an option which is out of range whatever the tensors."""
-    if not 0 < options.temperature < math.inf:
-        raise ValueError(f"kd_loss: temperature must be positive, got {options.temperature}")
-    if options.standardize and not options.eps >= 0:
-        raise ValueError(f"kd_loss: eps must not be negative, got {options.eps}")
-    if not 0 <= options.label_smoothing <= 1:
-        raise ValueError(f"kd_loss: label_smoothing must be in [0, 1], got {options.label_smoothing}")
-    if options.divergence not in DIVERGENCES:
-        raise ValueError(f"kd_loss: divergence must be one of {', '.join(DIVERGENCES)}, got {options.divergence!r}")
-    if options.reduction not in REDUCTIONS:
-        raise ValueError(f"kd_loss: reduction must be one of {', '.join(REDUCTIONS)}, got {options.reduction!r}")
+def choose_form(*tensors: Tensor) -> ModuleType | None:
+    """The module that computes the loss of these tensors, backward pass included; None while compiling: a graph chooses when it runs."""
+    return None if torch.compiler.is_compiling() else kernel("distill_kl", *tensors) or eager
+
+
+@dataclass(frozen=True)
+class KDCall:
+    """A call of kd_loss: its options, and the module that computes it."""
+
+    options: KDOptions
+    form: ModuleType | None
+
+    def differentiate(self, labels: Tensor | None, *tensors: Tensor | None) -> Tensor:
+        """The loss, with gradients for those tensors that require them."""
+        if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
+            return _DistillKL.apply(self, labels, *checks.distinct(*tensors))
+        return self.evaluate(labels, tensors, (False,) * len(tensors), None)[0]
+
+    def defers(self, learning: Sequence[Tensor]) -> bool:
+        """Whether the gradients of these tensors are left to the backward pass.
+
+        A float16 gradient of a mean underflows unless it is multiplied by a GradScaler's upstream factor first.
+        """
+        return torch.float16 in [x.dtype for x in learning]
+
+    def evaluate(
+        self, labels: Tensor | None, tensors: Sequence[Any], wanted: Sequence[bool], upstream: Tensor | None
+    ) -> tuple[Tensor, list[Tensor], Tensor | None]:
+        """The loss, the wanted gradients times `upstream`, and the factor that they still need: see kernels/distill_kl.py."""
+        student, *teachers = tensors
+        if torch.compiler.is_compiling():
+            loss, *gradients = _op(student, teachers, labels, upstream, list(wanted), *self.options.encode())
+            return loss, gradients, None
+        assert self.form is not None
+        return self.form.loss_and_gradients(student, teachers, labels, self.options, wanted, upstream)
 
 
 class _DistillKL(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, options: Options, labels: Tensor | None, student: Tensor, *teachers: Tensor) -> Tensor:
-        wanted, form = ctx.needs_input_grad[2:], _form(student, teachers)
-        # a float16 gradient of a mean underflows before a GradScaler's upstream factor lifts it: such wait for the factor
-        deferred = torch.float16 in [x.dtype for x, need in zip((student, *teachers), wanted) if need]
-        now = (False,) * len(wanted) if deferred else wanted
-        loss, gradients, ctx.remaining = form.loss_and_gradients(student, teachers, labels, options, now, None)
-        ctx.options, ctx.form, ctx.wanted, ctx.deferred = options, form, wanted, deferred
+    def forward(ctx: Any, call: KDCall, labels: Tensor | None, *tensors: Any) -> Tensor:
+        wanted = ctx.needs_input_grad[2:]
+        deferred = call.defers([x for x, need in zip(tensors, wanted) if need])
+        loss, gradients, ctx.remaining = call.evaluate(labels, tensors, (False,) * len(wanted) if deferred else wanted, None)
+        ctx.call, ctx.wanted, ctx.deferred = call, wanted, deferred
         if torch.compiler.is_compiling() and not deferred:
             ctx.save_for_backward(*gradients)
         else:
-            ctx.save_for_backward(labels, student, *teachers)
+            ctx.save_for_backward(labels, *tensors)
             ctx.gradients = None if deferred else gradients
         return loss
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        call = ctx.call
         if torch.compiler.is_compiling():
-            if ctx.form is _Registered and not ctx.deferred:
-                gradients = [_scaled(g, upstream) for g in ctx.saved_tensors]
-            else:  # or the forward pass ran eagerly, and kept the inputs
-                gradients = _again(ctx, _Registered, upstream)
+            if call.form is None and not ctx.deferred:
+                # upstream of one dimension at least: without, it would be rounded to a 16-bit gradient's dtype
+                gradients = [(g * upstream[..., None]).to(g.dtype) for g in ctx.saved_tensors]
+            else:  # or the forward pass ran eagerly, and saved the inputs
+                gradients = _compute_again(ctx, upstream)
         elif torch.is_grad_enabled():
-            raise RuntimeError("kd_loss has no second derivative: call backward() or grad() without create_graph=True")
+            raise RuntimeError(f"{call.options.operator} has no second derivative: call backward() or grad() without create_graph=True")
         else:
-            gradients, ctx.gradients = ctx.gradients, None  # given away: whoever gets the buffer may keep it
+            gradients, ctx.gradients = ctx.gradients, None  # handed over: the caller may keep the buffers
             if gradients is None:
-                gradients = _again(ctx, ctx.form, upstream)
+                gradients = _compute_again(ctx, upstream)
             else:
-                ctx.form.rescale(gradients, upstream, ctx.remaining)
+                call.form.rescale(gradients, upstream, ctx.remaining)
         in_order = iter(gradients)
         return None, None, *[next(in_order) if need else None for need in ctx.wanted]
 
 
-def _again(ctx: Any, form: ModuleType | type["_Registered"], upstream: Tensor) -> list[Tensor]:
-    """The gradients from the inputs, scaled by `upstream` before they are rounded to their dtype."""
-    labels, student, *teachers = ctx.saved_tensors
-    return form.loss_and_gradients(student, teachers, labels, ctx.options, ctx.wanted, upstream)[1]
-
-
-def _scaled(gradient: Tensor, upstream: Tensor) -> Tensor:
-    return (gradient * upstream[..., None]).to(gradient.dtype)  # of one dimension at least: else it would be rounded to that dtype
-
-
-def _form(student: Tensor, teachers: Sequence[Tensor]) -> ModuleType | type["_Registered"]:
-    """The backend in force, fixed here for the backward pass too; a compiled graph asks when it runs."""
-    if torch.compiler.is_compiling():
-        return _Registered
-    return kernel("distill_kl", student, *teachers) or distill_kl_torch
+def _compute_again(ctx: Any, upstream: Tensor) -> list[Tensor]:
+    """The gradients from the inputs, multiplied by `upstream` before they are rounded to their dtype."""
+    labels, *tensors = ctx.saved_tensors
+    return ctx.call.evaluate(labels, tensors, ctx.wanted, upstream)[1]
 
 
 # ---- what torch.compile sees -----------------------------------------------------------------------------------------
-
-
-class _Registered:
-    """The form that a graph calls."""
-
-    @staticmethod
-    def loss_and_gradients(
-        student: Tensor,
-        teachers: Sequence[Tensor],
-        labels: Tensor | None,
-        options: Options,
-        wanted: Sequence[bool],
-        upstream: Tensor | None,
-    ) -> tuple[Tensor, list[Tensor], None]:
-        loss, *gradients = _op(student, list(teachers), labels, upstream, list(wanted), *options)
-        return loss, gradients, None
 
 
 @torch.library.custom_op("kdfast::distill_kl", mutates_args=())
@@ -207,26 +174,12 @@ def _op(
     labels: Tensor | None,
     upstream: Tensor | None,
     wanted: list[bool],
-    temperature: float,
-    standardize: bool,
-    eps: float,
-    kd_weight: float,
-    ce_weight: float,
-    teacher_weights: list[float],
-    label_smoothing: float,
+    numbers: list[float],
     ignore_index: int,
-    divergence: str,
-    reduction: str,
+    choices: str,
 ) -> list[Tensor]:
-    options = Options(
-        temperature, standardize, eps, kd_weight, ce_weight, tuple(teacher_weights),
-        label_smoothing, ignore_index, divergence, reduction,
-    )  # fmt: skip
-    module = kernel("distill_kl", student, *teachers)
-    if module is None:
-        loss, gradients, _ = distill_kl_torch.loss_and_gradients(student, teachers, labels, options, wanted, upstream)
-    else:
-        loss, gradients, _ = module.loss_and_gradients(student, teachers, labels, options, wanted, upstream, in_graph=True)
+    form, options = kernel("distill_kl", student, *teachers) or eager, KDOptions.decode(numbers, ignore_index, choices)
+    loss, gradients, _ = form.loss_and_gradients(student, teachers, labels, options, wanted, upstream, in_graph=True)
     return [loss, *gradients]
 
 
@@ -234,7 +187,12 @@ def _op(
 def _(
     student: Tensor, teachers: list[Tensor], labels: Tensor | None, upstream: Tensor | None, wanted: list[bool], *options: Any
 ) -> list[Tensor]:
-    reduction = options[-1]
-    loss = student.new_empty(student.shape[:-1] if reduction == "none" else (), dtype=arithmetic(student, *teachers))
-    gradients = [torch.empty_like(x, memory_format=torch.contiguous_format) for need, x in zip(wanted, (student, *teachers)) if need]
-    return [loss, *gradients]
+    return empty_results((student, *teachers), wanted, KDOptions.decode(*options))
+
+
+def empty_results(tensors: Sequence[Tensor | None], wanted: Sequence[bool], options: KDOptions) -> list[Tensor]:
+    """A loss of the first tensor's rows and gradients of the wanted tensors, without values."""
+    present = [x for x in tensors if x is not None]
+    loss = present[0].new_empty(present[0].shape[:-1] if options.reduction == "none" else (), dtype=arithmetic(*present))
+    learning = [x for need, x in zip(wanted, tensors) if need and x is not None]
+    return [loss, *[torch.empty_like(x, memory_format=torch.contiguous_format) for x in learning]]
