@@ -5,19 +5,17 @@
     kdfast.recipes, kdfast.engine                      distillation methods, and the loop that runs them
     kdfast.set_backend, kdfast.backend                 "auto", "triton" or "torch"
 
-Submodules load on first use: `import kdfast` costs little beyond `import torch`.
+All of these load on first use: `import kdfast` itself does not import torch.
 """
 
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from kdfast.ops.backend import backend, set_backend
 from kdfast.version import __version__
 
 if TYPE_CHECKING:
     from kdfast import data, engine, functional, losses, models, optim, recipes, reference
-
-_SUBMODULES = ("data", "engine", "functional", "losses", "models", "optim", "recipes", "reference")
+    from kdfast.ops.backend import backend, set_backend
 
 __all__ = [
     "__version__",
@@ -35,9 +33,12 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name in _SUBMODULES:
+    if name not in __all__:
+        raise AttributeError(f"module 'kdfast' has no attribute {name!r}")
+    if name not in ("backend", "set_backend"):
         return importlib.import_module(f"kdfast.{name}")
-    raise AttributeError(f"module 'kdfast' has no attribute {name!r}")
+    globals()[name] = found = getattr(importlib.import_module("kdfast.ops.backend"), name)
+    return found
 
 
 def __dir__() -> list[str]:

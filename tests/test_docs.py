@@ -22,7 +22,7 @@ import torch
 from kdfast import cli, models, recipes
 from kdfast.benchmarks import report
 from kdfast.benchmarks.maintain import documents
-from kdfast.commands import bench, config, data
+from kdfast.commands import bench, config, data, toml
 from kdfast.engine import Training
 
 ROOT = Path(__file__).parents[1]
@@ -229,8 +229,8 @@ def test_every_preset_makes_a_configuration_with_known_networks():
         for preset in recipe.presets:
             made = config.defaults(recipe, preset, None)
             assert {made.student, made.teacher_model} <= set(models.names())
-            table = config.to_toml(made)
-            assert config.filled(made, tomllib.loads(table), "x") == made, f"{name} {preset} does not survive config.toml"
+            table = toml.dump(made)
+            assert toml.fill(made, tomllib.loads(table), "x") == made, f"{name} {preset} does not survive config.toml"
 
 
 REPDISTILLER = Training(epochs=240, batch_size=64, lr=0.05, weight_decay=5e-4, milestones=(150, 180, 210))

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 
 # from the ground up; a file may import its own layer and those below it
 LAYERS = [
-    ["kdfast.kernels", "kdfast.reference", "kdfast.version", "kdfast.files", "kdfast.imports", "kdfast.machine"],
+    ["kdfast.kernels", "kdfast.reference", "kdfast.version", "kdfast.files", "kdfast.imports", "kdfast.machine", "kdfast.text"],
     ["kdfast.ops"],
     ["kdfast.functional", "kdfast.optim"],
     ["kdfast.losses", "kdfast.models", "kdfast.data"],

@@ -16,7 +16,7 @@ from kdfast import files
 from kdfast.benchmarks.maintain import RESULTS, ROOT
 from kdfast.benchmarks.report import Results, draw_axes, figures, read, summary, table, to_svg
 from kdfast.machine import describe
-from kdfast.report.comparison import markdown
+from kdfast.runs.comparison import markdown
 
 PAGES = (ROOT / "README.md", *(ROOT / "docs" / name for name in ("performance.md", "loaders.md", "comparison.md")))
 FIGURES = ROOT / "docs" / "figures"

@@ -1,8 +1,8 @@
-"""kdfast bench: what this machine's numbers are, and reports of them."""
+"""kdfast bench: measurements of this machine, and reports of them."""
 
 import importlib
 import sys
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -16,34 +16,35 @@ from rich.table import Table
 from kdfast import files
 from kdfast.benchmarks import harness, operators, report
 from kdfast.benchmarks.harness import COMPILED, EAGER, OURS
+from kdfast.commands.command_line import Command, run_one_of
 from kdfast.engine import join
+from kdfast.imports import MissingPackage
 
 BENCHES = {
     "kernels": "every operator against eager PyTorch and torch.compile",
-    "loaders": "images a second of the loader, against torchvision's",
-    "train": "a distillation step: images a second, and where its time goes",
-    "codegen": "what every kernel compiles to; needs no GPU",
+    "loaders": "images a second of the loaders, against torchvision's",
+    "train": "images a second of a distillation step, and the time of its parts",
+    "codegen": "compiled code of every kernel; needs no GPU",
     "report": "tables and figures from measured JSON",
 }
-OVERVIEW = "usage: kdfast bench {}\n\n{}".format("|".join(BENCHES), "\n".join(f"  {name:<9}{what}" for name, what in BENCHES.items()))
 
-_HELP = f"Of {', '.join(operators.OPERATORS)}; {', '.join(f'{name} has {command}' for name, command in operators.ELSEWHERE.items())}."
+_HELP = f"Any of {', '.join(operators.OPERATORS)}; {', '.join(f'{name} has {command}' for name, command in operators.ELSEWHERE.items())}."
 _Operators = Annotated[tuple[str, ...], tyro.conf.arg(help=_HELP, help_behavior_hint="(default: all)")]
 
 
 @dataclass(frozen=True)
 class Kernels:
-    """Measure the operators on this machine: time, share of the floor, memory and error, beside eager PyTorch and torch.compile."""
+    """Measure the operators on this machine: time, fraction of the floor, memory and error, beside eager PyTorch and torch.compile."""
 
     operators: _Operators = ()
     tier: Literal["quick", "usual", "long"] = "quick"
-    """How many and how large cases: about a minute, some minutes, or all."""
+    """Number and size of the cases: about a minute, some minutes, or all."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of floating inputs."""
+    """Dtype of floating-point inputs."""
     peers: bool = False
-    """Other libraries and torch.compile max-autotune too."""
+    """Also measure other libraries and torch.compile max-autotune."""
     device: str = "auto"
-    """auto, cpu, cuda or cuda:N."""
+    """Device: auto, cpu, cuda or cuda:N."""
     out: Path | None = None
     """Also write the numbers, with machine and versions, to this JSON file."""
 
@@ -80,7 +81,7 @@ def kernels(options: Kernels) -> list[dict[str, Any]]:
 
 
 def _table(results: list[dict[str, Any]]) -> Table:
-    """A line a case; what else was measured is in the JSON."""
+    """One line for each case; all other measurements are in the JSON."""
     peers = list(dict.fromkeys(peer for result in results for peer, _ in report.peers(result)))
     gpu = any("device_ms" in result["variants"][OURS] for result in results)
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
@@ -107,12 +108,12 @@ def _table(results: list[dict[str, Any]]) -> Table:
 
 @dataclass(frozen=True)
 class Report:
-    """Tables and figures: of the files given, or of the committed results into README.md and docs/."""
+    """Make tables and figures of the given files, or of the committed results for README.md and docs/."""
 
     results: Annotated[tuple[Path, ...], tyro.conf.Positional] = ()
-    """JSON files of `kdfast bench kernels --out` or `pytest benchmarks --benchmark-json`; none: the documents' own."""
+    """JSON files of `kdfast bench kernels --out` or `pytest benchmarks --benchmark-json`; none: the committed ones."""
     out: Path = Path("bench-report")
-    """Folder for report.md and its figures, where files are given."""
+    """Folder for report.md and its figures, if files are given."""
 
 
 def make_report(options: Report) -> list[Path]:
@@ -135,14 +136,17 @@ def make_report(options: Report) -> list[Path]:
     return written
 
 
-def command(name: str) -> tuple[type, Callable[[Any], object]]:
+def run(arguments: Sequence[str]) -> None:
+    """Runs one of BENCHES."""
+    run_one_of("bench", BENCHES, _find, arguments)
+
+
+def _find(name: str) -> Command:
     """The options and the function of one of BENCHES.
 
     Raises:
-        ValueError: there is no such benchmark, or it needs a package that is not installed.
+        ImportError: it needs a package that is not installed.
     """
-    if name not in BENCHES:
-        raise ValueError(f"bench knows {', '.join(BENCHES)}, got {name!r}")
     if name == "kernels":
         return Kernels, kernels
     if name == "report":
@@ -151,5 +155,5 @@ def command(name: str) -> tuple[type, Callable[[Any], object]]:
     try:
         module = importlib.import_module(f"kdfast.benchmarks.{module_name}")
     except ModuleNotFoundError as missing:
-        raise ValueError(f"bench {name} needs the package {missing.name}, which is not installed") from None
+        raise MissingPackage(missing.name or module_name, extra="bench", what=f"kdfast bench {name}") from missing
     return getattr(module, options), module.run

@@ -1,11 +1,11 @@
-"""kdfast data: what images there are, which files are bad, and what the training augmentation makes of them."""
+"""kdfast data: the content of a data set, its bad image files, and a sheet of augmented images."""
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 import tyro
@@ -15,20 +15,18 @@ from rich.table import Table
 from torch import Tensor
 
 from kdfast import files
+from kdfast.commands.command_line import Command, run_one_of
 from kdfast.commands.config import OWN
-from kdfast.commands.session import checking
+from kdfast.commands.images import checking
 from kdfast.data import Checked, DataError, ImageData, Split, check, evaluation_transform, load, training_transform
 from kdfast.data.images import EXTENSIONS, find
 from kdfast.data.seeding import mix
 
 COMMANDS = {
     "info": "classes, image sizes and formats, bad files",
-    "check": "which files are bad, and why",
+    "check": "bad image files, with the reason of each",
     "preview": "a sheet of images as training sees them",
 }
-OVERVIEW = "usage: kdfast data {} DIR|NAME\n\n{}".format(
-    "|".join(COMMANDS), "\n".join(f"  {name:<9}{what}" for name, what in COMMANDS.items())
-)
 DRAWS = 6  # augmentations of one image on the sheet
 LEGIBLE = 64  # pixels: smaller images are magnified on the sheet
 GAP = 2  # pixels between images
@@ -36,20 +34,20 @@ GAP = 2  # pixels between images
 
 @dataclass(frozen=True)
 class Info:
-    """What a data set holds: images a class and split, sizes, formats, bad files."""
+    """Show the content of a data set: images of each class and split, sizes, formats, bad files."""
 
     dataset: Annotated[str, tyro.conf.Positional]
     """Data set by name (kdfast list datasets), or the path of an image folder."""
     data_dir: Path | None = None
-    """Where the data set is, or is downloaded to."""
+    """Folder that holds the data set, or that it is downloaded to."""
     val_fraction: float = 0.1
-    """Part of the training images set aside to choose the best epoch; 0: the test images choose it."""
+    """Fraction of the training images set aside for validation; 0: the test images are shown for it."""
     seed: int = 0
-    """Of the split into training, validation and test images, where the data set has none of its own."""
+    """Seed of the split into training, validation and test images, for data sets without a split of their own."""
 
 
 def info(options: Info) -> ImageData:
-    """Prints what the data set holds, and returns it.
+    """Prints the content of the data set, and returns the data set.
 
     Raises:
         DataError: there is no such data set.
@@ -93,20 +91,20 @@ def _classes(data: ImageData) -> Table:
 
 @dataclass(frozen=True)
 class Check:
-    """Decode every image file and name the bad ones; the exit status is 1 where they are too many."""
+    """Decode every image file and name the bad ones; the exit status is 1 if there are too many."""
 
     dataset: Annotated[str, tyro.conf.Positional]
     """Data set by name (kdfast list datasets), or the path of any folder with images in it."""
     data_dir: Path | None = None
-    """Where the data set is, or is downloaded to."""
+    """Folder that holds the data set, or that it is downloaded to."""
     max_bad_files: int = 0
-    """How many files may be bad."""
+    """Number of files that may be bad."""
     workers: int | None = None
-    """Processes; none: one a core."""
+    """Number of processes; none: one a core."""
 
 
 def check_files(options: Check) -> Checked:
-    """Prints each bad file with its reason and the speed, and returns what was found.
+    """Prints each bad file with its reason, and the speed; returns the findings.
 
     Raises:
         DataError: more than options.max_bad_files are bad, or there are no image files.
@@ -129,7 +127,7 @@ def check_files(options: Check) -> Checked:
 
 
 def _paths(options: Check) -> list[str]:
-    """All image files of the folder, in whatever layout, or of the data set; none where it is in memory."""
+    """All image files of the folder, in any layout, or of the data set; none if it is in memory."""
     if Path(options.dataset).is_dir():
         paths = find(Path(options.dataset))
         if not paths:
@@ -144,8 +142,8 @@ def _splits(data: ImageData) -> list[Split]:
 
 
 def _checked(paths: list[str], console: Console, workers: int | None = None) -> tuple[Checked, float]:
-    """What check() says, and the seconds it took."""
-    import torchvision.io  # noqa: F401  # of the decoder, which would count as the first image's
+    """The findings of check(), and the seconds it took."""
+    import torchvision.io  # noqa: F401  # now, or its import would count as the first image's time
 
     start = time.monotonic()
     with checking(console) as progress:
@@ -155,26 +153,26 @@ def _checked(paths: list[str], console: Console, workers: int | None = None) -> 
 
 @dataclass(frozen=True)
 class Preview:
-    """Draw training images as the augmentation shows them: a row an image, first as it is and then several draws."""
+    """Draw a sheet of augmented training images: a row for each image, first as it is and then augmented several times."""
 
     dataset: Annotated[str, tyro.conf.Positional]
     """Data set by name (kdfast list datasets), or the path of an image folder."""
     data_dir: Path | None = None
-    """Where the data set is, or is downloaded to."""
+    """Folder that holds the data set, or that it is downloaded to."""
     transform: Annotated[str | None, OWN] = None
     """Training augmentation by name; "none" only resizes images."""
     image_size: Annotated[int | None, OWN] = None
-    """Pixels."""
+    """Side of the square images in pixels."""
     count: int = 8
-    """Images, of one class after another."""
+    """Number of images; the classes take turns."""
     seed: int = 0
-    """Of the augmentation."""
+    """Seed of the augmentation."""
     out: Path = Path("sheet.png")
-    """The sheet, a PNG."""
+    """PNG file to write."""
 
 
 def preview(options: Preview) -> Path:
-    """Writes the sheet, prints what is in its rows, and returns its path.
+    """Writes the sheet, prints the content of its rows, and returns its path.
 
     Raises:
         DataError: there is no such data set or transform, or a number is not positive.
@@ -216,7 +214,7 @@ def _good(split: Split, count: int) -> Iterator[tuple[int, Tensor]]:
     for i in (rank * (int(labels.max()) + 1) + labels).argsort().tolist():
         try:
             image = split.read(i)
-        except DataError:  # `kdfast data check` is for these
+        except DataError:  # `kdfast data check` names these files
             continue
         yield i, image
         count -= 1
@@ -240,17 +238,11 @@ def _write(path: Path, image: Tensor) -> None:
         Image.fromarray(image.permute(1, 2, 0).contiguous().numpy()).save(temporary, format="PNG")
 
 
-def command(name: str) -> tuple[type, Callable[[Any], object]]:
-    """The options and the function of one of COMMANDS.
-
-    Raises:
-        ValueError: there is no such command.
-    """
-    if name not in COMMANDS:
-        raise ValueError(f"data knows {', '.join(COMMANDS)}, got {name!r}")
-    commands: dict[str, tuple[type, Callable[[Any], object]]] = {
+def run(arguments: Sequence[str]) -> None:
+    """Runs one of COMMANDS."""
+    commands: dict[str, Command] = {
         "info": (Info, info),
         "check": (Check, check_files),
         "preview": (Preview, preview),
     }
-    return commands[name]
+    run_one_of("data", COMMANDS, commands.__getitem__, arguments)

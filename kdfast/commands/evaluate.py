@@ -1,5 +1,6 @@
 """kdfast eval: top-1, top-5, loss and confusion matrix of a trained classifier on a split."""
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
@@ -11,42 +12,44 @@ from rich.console import Console
 from rich.table import Table
 
 from kdfast import files
-from kdfast.commands import config
-from kdfast.commands.config import FLAT, DataOptions, unsaid
-from kdfast.commands.session import load_data
+from kdfast.commands import toml
+from kdfast.commands.command_line import parse
+from kdfast.commands.config import FLAT, DataOptions, Loader, default_is, parse_options
+from kdfast.commands.images import load_data
 from kdfast.data import make_loaders
 from kdfast.engine import Evaluation, evaluate, join
 from kdfast.models import parameter_count
+from kdfast.report.confusion import MATRIX_CLASSES
 from kdfast.runs import artifact
+from kdfast.text import percent
 
-MATRIX_CLASSES = 25  # more do not fit a terminal
-RUNS = unsaid("the run's")
+RUNS = default_is("the run's")
 
 
 @dataclass(frozen=True)
 class Images:
-    """Which images, and how they are shown; what is not given is as in the run's training, else as usual."""
+    """The images and their preparation; an option that is not given is as in the run's training, else the usual one."""
 
     dataset: Annotated[str | None, RUNS] = None
     """Data set by name (kdfast list datasets), or the path of an image folder."""
     data_dir: Annotated[Path | None, RUNS] = None
-    """Where the data set is, or is downloaded to."""
+    """Folder that holds the data set, or that it is downloaded to."""
     val_fraction: Annotated[float | None, RUNS] = None
-    """Part of the training images that is set aside for validation."""
+    """Fraction of the training images set aside for validation."""
     max_images: Annotated[int | None, RUNS] = None
-    """At most so many training images, the same share of every class."""
+    """Use at most this many training images, the same fraction of every class."""
     max_bad_files: Annotated[int | None, RUNS] = None
-    """Leave out up to so many image files that cannot be read."""
+    """Leave out up to this many image files that cannot be read."""
     image_size: Annotated[int | None, RUNS] = None
-    """Pixels."""
+    """Side of the square input in pixels."""
     evaluation: Annotated[str | None, RUNS] = None
-    """How images are sized: squash, center-crop, or none: as they are."""
-    normalization: Annotated[str | None, unsaid("the run's, else the weights' own")] = None
-    """Mean and deviation by name: imagenet, cifar10, ..."""
-    loader: Annotated[Literal["auto", "dali", "resident", "torchvision"] | None, RUNS] = None
-    """Where images come from; auto: on the device if they fit there, else DALI where installed, else torchvision."""
+    """Resizing: squash, center-crop, or "none" for images that have the size already."""
+    normalization: Annotated[str | None, default_is("the run's, else the weights' own")] = None
+    """Mean and standard deviation of the channels, by name: imagenet, cifar10, ..."""
+    loader: Annotated[Loader | None, RUNS] = None
+    """Image loader; auto: resident if the images fit on the device, else dali if it is installed, else torchvision."""
     workers: Annotated[int | None, RUNS] = None
-    """Loader processes (torchvision) or threads (dali)."""
+    """Processes (torchvision) or threads (dali) of the loader."""
 
 
 @dataclass(frozen=True)
@@ -58,18 +61,23 @@ class Eval:
     model: str | None = None
     """Architecture of a weights file that does not name its own."""
     model_options: tuple[str, ...] = ()
-    """Options of that architecture, key=value (shortcut=A); most are seen from the weights."""
+    """Options of that architecture, as key=value (shortcut=A); most are recognized from the weights."""
     split: Literal["test", "val", "train"] = "test"
-    """Which images."""
+    """Images to evaluate on."""
     batch_size: int = 256
-    """Images a forward pass."""
+    """Images in one forward pass."""
     seed: int | None = None
-    """Of the split into training, validation and test images, where the data set has none of its own; none: the run's, else 0."""
+    """Seed of the split into training, validation and test images, for data sets without a split of their own; none: the run's, else 0."""
     device: str = "auto"
-    """auto, cpu, cuda or cuda:N."""
+    """Device: auto, cpu, cuda or cuda:N."""
     json: Path | None = None
     """Also write the numbers to this file."""
     data: Annotated[Images, FLAT] = Images()
+
+
+def run(arguments: Sequence[str]) -> None:
+    """Runs the command."""
+    run_eval(parse(Eval, arguments, "eval"))
 
 
 def run_eval(options: Eval) -> Evaluation:
@@ -87,7 +95,7 @@ def run_eval(options: Eval) -> Evaluation:
         raise ValueError("dataset is not known: name it with --dataset")
     world = join(options.device)
     data, _ = load_data(data_options, seed, world, console)
-    given = config.parse_options(options.model_options, "model_options")
+    given = parse_options(options.model_options, "model_options")
     loaded = artifact.load(options.weights, model=options.model, options=given)
     if loaded.classes is not None and loaded.classes != data.classes:
         raise ValueError(f"{loaded.path} was trained on other classes, or in another order, than {data.name}'s")
@@ -120,11 +128,11 @@ def run_eval(options: Eval) -> Evaluation:
 
 
 def _as_trained(path: Path, given: Images, seed: int | None) -> tuple[DataOptions, int]:
-    """The data options and the seed of the run whose config.toml this is, where it is one's, with what was given over them."""
+    """The data options and the seed of a run's config.toml (the usual ones if there is no such file), with the given ones over them."""
     theirs, theirs_seed = DataOptions(dataset=""), 0
     if path.exists():
-        table = config.read_toml(path)
-        theirs, theirs_seed = config.filled(DataOptions(), table.get("data", {}), str(path)), table.get("run", {}).get("seed", 0)
+        table = toml.read(path)
+        theirs, theirs_seed = toml.fill(DataOptions(), table.get("data", {}), str(path)), table.get("run", {}).get("seed", 0)
     changed = {name: value for name, value in asdict(given).items() if value is not None}
     return replace(theirs, **changed), theirs_seed if seed is None else seed
 
@@ -132,7 +140,7 @@ def _as_trained(path: Path, given: Images, seed: int | None) -> tuple[DataOption
 def _print(console: Console, model: str, parameters: int, dataset: str, split: str, classes: tuple[str, ...], result: Evaluation) -> None:
     console.print(f"{model} ({parameters:,} parameters) on {dataset} {split}, {result.images:,} images", highlight=False)
     console.print(
-        f"top-1 {100 * result.top1:.2f} %   top-5 {100 * result.top5:.2f} %   loss {result.loss:.4f}   {result.images_per_s:,.0f} images/s",
+        f"top-1 {percent(result.top1)} %   top-5 {percent(result.top5)} %   loss {result.loss:.4f}   {result.images_per_s:,.0f} images/s",
         highlight=False,
     )
     if len(classes) > MATRIX_CLASSES:

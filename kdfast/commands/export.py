@@ -5,6 +5,7 @@ are in the file's metadata. ONNX is run with onnxruntime after export and must a
 """
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -15,11 +16,13 @@ from rich.console import Console
 from torch import Tensor
 
 from kdfast import files
+from kdfast.commands.command_line import parse
+from kdfast.imports import require
 from kdfast.models import build, load_weights, save_weights
 from kdfast.runs import artifact
 from kdfast.runs.artifact import Classifier
 
-AGREEMENT = 1e-3  # largest difference of logits that export accepts, of the largest logit
+AGREEMENT = 1e-3  # largest accepted difference of logits, as a fraction of the largest logit
 
 
 @dataclass(frozen=True)
@@ -29,21 +32,26 @@ class Export:
     weights: Annotated[str, tyro.conf.Positional]
     """A run folder or a weights file."""
     format: Literal["onnx", "pt2", "safetensors"] = "onnx"
-    """onnx, pt2 (torch.export) or safetensors."""
+    """Format of the file; pt2 is PyTorch's (torch.export)."""
     out: Path | None = None
-    """File to write; none: beside the weights."""
+    """File to write; none: beside the weights, with the format as its ending."""
     model: str | None = None
     """Architecture of a weights file that does not name its own."""
     image_size: int | None = None
-    """Pixels; none: as trained."""
+    """Side of the square input in pixels; none: as trained."""
+
+
+def run(arguments: Sequence[str]) -> None:
+    """Runs the command."""
+    export(parse(Export, arguments, "export"))
 
 
 def export(options: Export) -> Path:
     """Writes the file and returns its path.
 
     Raises:
-        ValueError: weights that cannot be used, a file that cannot be written, a missing package, or an exported network that disagrees
-            with PyTorch's.
+        ValueError: weights that cannot be used, a file that cannot be written, or an exported network that disagrees with PyTorch's.
+        ImportError: the format needs a package that is not installed.
     """
     loaded = artifact.load(options.weights, model=options.model)
     size = options.image_size or (loaded.preparation.image_size if loaded.preparation else None)
@@ -73,12 +81,8 @@ def _difference(ours: Tensor, exported: Tensor, what: str) -> float:
 
 
 def _onnx(loaded: Classifier, images: Tensor, path: Path) -> float:
-    try:
-        import onnx
-        import onnxruntime
-        import onnxscript  # noqa: F401 - torch.onnx needs it
-    except ImportError as error:
-        raise ValueError(f"export to onnx needs the package {error.name}: pip install kdfast[onnx]") from None
+    # torch.onnx needs onnxscript
+    onnx, onnxruntime, _ = (require(name, extra="onnx", what="export to onnx") for name in ("onnx", "onnxruntime", "onnxscript"))
     program = torch.onnx.export(
         loaded.model,
         (images,),

@@ -1,23 +1,29 @@
 """kdfast list: recipes, presets, models, data sets."""
 
+from collections.abc import Sequence
+
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from kdfast import data, models, recipes
+from kdfast.commands.command_line import HELP
 from kdfast.commands.config import DATASETS
 
 
-def show(what: str) -> None:
+def run(arguments: Sequence[str]) -> None:
     """Prints the recipes, presets, models or datasets.
 
     Raises:
-        ValueError: anything else.
+        ValueError: another word.
     """
-    makers = {"recipes": _recipes, "presets": _presets, "models": _models, "datasets": _datasets}
-    if what not in makers:
-        raise ValueError(f"list shows {', '.join(makers)}, got {what!r}")
-    Console().print(makers[what]())
+    tables = {"recipes": _recipes, "presets": _presets, "models": _models, "datasets": _datasets}
+    if len(arguments) != 1 or arguments[0] in HELP:
+        print(f"usage: kdfast list {'|'.join(tables)}")
+        return
+    if arguments[0] not in tables:
+        raise ValueError(f"list shows {', '.join(tables)}, got {arguments[0]!r}")
+    Console().print(tables[arguments[0]]())
 
 
 def _table(*columns: str) -> Table:

@@ -1,5 +1,6 @@
 """kdfast predict: the most likely classes of image files."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -10,12 +11,12 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from kdfast.commands.command_line import parse
 from kdfast.data import DataError, evaluation_transform
-from kdfast.data.images import decode
+from kdfast.data.images import EXTENSIONS, decode
 from kdfast.engine import join
 from kdfast.runs import artifact
-
-SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
+from kdfast.text import percent
 
 
 @dataclass(frozen=True)
@@ -27,11 +28,16 @@ class Predict:
     images: Annotated[tuple[Path, ...], tyro.conf.Positional]
     """Image files, or folders of them."""
     top: int = 3
-    """How many classes an image."""
+    """Number of classes to show for each image."""
     batch_size: int = 64
-    """Images a forward pass."""
+    """Images in one forward pass."""
     device: str = "auto"
-    """auto, cpu, cuda or cuda:N."""
+    """Device: auto, cpu, cuda or cuda:N."""
+
+
+def run(arguments: Sequence[str]) -> None:
+    """Runs the command."""
+    predict(parse(Predict, arguments, "predict"))
 
 
 @torch.no_grad()
@@ -40,7 +46,7 @@ def predict(options: Predict) -> dict[Path, list[tuple[str, float]]]:
 
     Raises:
         ValueError: weights that do not say how images are prepared, or no images.
-        DataError: some of the files are no images; the others have been printed.
+        DataError: some of the files cannot be read as images; the answers for all others have been printed.
     """
     loaded = artifact.load(options.weights, otherwise="predict needs weights that kdfast wrote")
     if loaded.preparation is None or loaded.classes is None:
@@ -81,7 +87,7 @@ def predict(options: Predict) -> dict[Path, list[tuple[str, float]]]:
 
 def _files(given: Path) -> list[Path]:
     if given.is_dir():
-        return sorted(path for path in given.rglob("*") if path.suffix.lower() in SUFFIXES)
+        return sorted(path for path in given.rglob("*") if path.suffix.lower() in EXTENSIONS)
     return [given]
 
 
@@ -91,5 +97,5 @@ def _print(answers: dict[Path, list[tuple[str, float]]]) -> None:
     for k in range(len(next(iter(answers.values())))):
         table.add_column("most likely" if k == 0 else f"{k + 1}.")
     for path, best in answers.items():
-        table.add_row(str(path), *(f"{name} {100 * probability:.1f} %" for name, probability in best))
+        table.add_row(str(path), *(f"{name} {percent(probability, 1)} %" for name, probability in best))
     Console().print(table)

@@ -7,6 +7,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from kdfast import imports
+from kdfast.text import count
 
 if TYPE_CHECKING:
     from rich.console import Console as RichConsole
@@ -62,11 +63,6 @@ def describe(line: dict[str, Any]) -> str:
     elif "val/loss" in line:
         parts.append(f"val loss {line['val/loss']:.3f}")
     return ", ".join([*parts, f"{line['images_per_s']:,.0f} images/s"])
-
-
-def count(number: int, noun: str) -> str:
-    """Formats a number of things: 1 epoch, 2 epochs."""
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 class Console:

@@ -1,4 +1,4 @@
-"""The curves of a run: metrics.jsonl, one line an epoch and stage, read back and drawn.
+"""The curves of a run, drawn.
 
 Every panel is drawn twice by the same code: into curves.png, and as an SVG element that takes its colours and font from the page
 around it, light or dark, and names no address.
@@ -6,83 +6,20 @@ around it, light or dark, and names no address.
 
 import html
 import io
-import json
 import math
 import re
 import statistics
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kdfast.runs.folder import Curve, group_by_stage
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-# ---- metrics.jsonl -------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Curve:
-    """One training of one stage."""
-
-    stage: str
-    """Without its seed: "teacher", "alone", "distil", ..."""
-    seed: int | None
-    epochs: list[dict[str, Any]]
-    """Lines of metrics.jsonl, by epoch."""
-
-    def series(self, key: str) -> tuple[list[int], list[float]]:
-        """Epochs that have `key`, and its values there."""
-        found = [(line["epoch"], line[key]) for line in self.epochs if isinstance(line.get(key), int | float)]
-        return [epoch for epoch, _ in found], [value for _, value in found]
-
-    @property
-    def role(self) -> str:
-        """Whose training this is: "teacher", "alone" or "distilled"."""
-        first = self.stage.split("/")[0]
-        if self.seed is None and first == "teacher":
-            return "teacher"
-        return "alone" if first == "alone" else "distilled"
-
-
-def read_metrics(path: Path) -> tuple[list[dict[str, Any]], int]:
-    """The lines of metrics.jsonl, and how many were none: a run killed while it wrote leaves half of one."""
-    lines, unreadable = [], 0
-    for text in path.read_bytes().splitlines():
-        try:
-            line = json.loads(text)
-            line["epoch"], line["stage"].strip()
-        except (ValueError, KeyError, TypeError, AttributeError):
-            unreadable += bool(text.strip())
-        else:
-            lines.append(line)
-    return lines, unreadable
-
-
-def as_curves(lines: Iterable[dict[str, Any]]) -> list[Curve]:
-    """The lines of metrics.jsonl by training, in the order in which they first ran."""
-    stages: dict[str, dict[int, dict[str, Any]]] = defaultdict(dict)
-    for line in lines:
-        stages[line["stage"]][line["epoch"]] = line  # an epoch repeated after a resume replaces its first attempt
-    curves = []
-    for name, epochs in stages.items():
-        seeded = re.fullmatch(r"seed(\d+)/(.+)", name, re.DOTALL)
-        stage, seed = (seeded[2], int(seeded[1])) if seeded else (name, None)
-        curves.append(Curve(stage, seed, [epochs[epoch] for epoch in sorted(epochs)]))
-    return curves
-
-
-def by_stage(curves: Iterable[Curve]) -> dict[str, list[Curve]]:
-    """The seeds of every stage, stages in the order in which they first ran."""
-    stages: dict[str, list[Curve]] = {}
-    for curve in curves:
-        stages.setdefault(curve.stage, []).append(curve)
-    return stages
-
-
-# ---- diagrams ------------------------------------------------------------------------------------
 
 # Colours that differ in lightness as well as hue, so that they keep apart for the colour-blind. In the page they become
 # CSS variables, which have values of their own on a dark ground.
@@ -134,7 +71,7 @@ class Panel:
 
 def panels(curves: Sequence[Curve]) -> list[Panel]:
     """Validation accuracy of all stages, and the loss terms of every stage of distillation."""
-    stages = by_stage(curves)
+    stages = group_by_stage(curves)
     accuracies = {stage: found for stage, seeds in stages.items() if (found := _found(seeds, "val/top1"))}
     roles = {stage: seeds[0].role for stage, seeds in stages.items()}
     # the last stage of distillation gives the student that counts, and has the colour of the distilled student

@@ -434,8 +434,8 @@ def test_bench_says_what_there_is(capsys, monkeypatch):
     for name in ("kernels", "loaders", "train", "codegen", "report"):
         assert f"\n  {name}" in printed
     monkeypatch.setitem(sys.modules, "kdfast.benchmarks.codegen", None)
-    assert cli.main(["bench", "codegen"]) == 1
-    assert "bench codegen needs the package" in capsys.readouterr().err
+    assert cli.main(["bench", "codegen"]) == 2
+    assert "kdfast bench codegen needs kdfast.benchmarks.codegen: pip install 'kdfast[bench]'" in capsys.readouterr().err
 
 
 @pytest.mark.slow

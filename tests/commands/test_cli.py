@@ -20,11 +20,12 @@ from torch import nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from kdfast import cli
+from kdfast.commands.command_line import resolve
 from kdfast.commands.config import DataOptions
 from kdfast.commands.evaluate import Images, _as_trained
 from kdfast.models import create, save_weights
 from kdfast.recipes.supervised import supervised
-from kdfast.report.comparison import _words
+from kdfast.runs.comparison import describe_settings
 
 TINY = ["--student", "resnet8", "--teacher-model", "resnet8", "--teacher-training.epochs", "2", "--epochs", "2", "--max-images", "200"]
 SMALL = ["--recipe", "kd", "--seeds", "1", *TINY]
@@ -325,7 +326,7 @@ def test_a_teacher_at_chance_is_an_error_where_strict(tmp_path: Path, capsys: py
 def test_a_comparison_says_which_settings_a_recipe_has_of_its_own():
     from kdfast import recipes
     from kdfast.commands import compare, config
-    from kdfast.report import comparison
+    from kdfast.runs import comparison
 
     configs = {name: config.defaults(recipes.get(name), "default", "cifar10") for name in ("kd", "conkd", "at")}
     common, own = compare._settings(configs)
@@ -340,8 +341,7 @@ def test_a_comparison_says_which_settings_a_recipe_has_of_its_own():
 
 
 def test_a_comparison_is_by_the_epoch_that_each_run_keeps():
-    from kdfast.commands import compare
-    from kdfast.report import comparison
+    from kdfast.runs import comparison
 
     def arms(best: float, last: float):
         return [{"seed": 0, "best/top1": best, "last/top1": last, "train_images_per_s": 1.0, "seconds": 1.0}]
@@ -355,7 +355,7 @@ def test_a_comparison_is_by_the_epoch_that_each_run_keeps():
         }
         for name, kept in (("kd", "last"), ("at", "last"))
     }
-    rows = compare.table(results)
+    rows = comparison.make_rows(results)
     assert rows[1]["paired"]["mean"] == pytest.approx(0.06)
     facts = {"settings": {"dataset": "d", "student": "s"}, "rows": rows, "machine": {"cpu": "c", "threads": 1, "torch": "2", "python": "3"}}
     assert "against alone: seed by seed, of the last epochs" in comparison.markdown(facts | {"date": "d"})
@@ -380,8 +380,8 @@ def test_few_labels_are_said_as_they_are(tmp_path: Path, capsys: pytest.CaptureF
     one_epoch = ["--epochs", 1, "--teacher-training.epochs", 1, "--no-baseline", "--label-fraction", 0.155]
     assert kdfast("distill", *SMALL, *one_epoch, "--out", tmp_path / "run") == 0
     assert "15.5% of them with their label for the student" in capsys.readouterr().out
-    assert _words({"label_fraction": 0.002, "epochs": 3}) == "0.2% of the labels, 3 epochs a stage"
-    assert _words({"label_fraction": 0.05, "optimizer": "lion", "lr": 0.1}) == "5% of the labels, lion, lr 0.1"
+    assert describe_settings({"label_fraction": 0.002, "epochs": 3}) == "0.2% of the labels, 3 epochs a stage"
+    assert describe_settings({"label_fraction": 0.05, "optimizer": "lion", "lr": 0.1}) == "5% of the labels, lion, lr 0.1"
 
 
 def test_teacher_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
@@ -693,7 +693,7 @@ FOLDER += ["--teacher-training.epochs", 1, "--val-fraction", 0.3, "--batch-size"
 )
 def test_a_warmup_that_nobody_asked_for_is_cut_to_the_epochs(arguments, toml: str, training, teacher_training, tmp_path: Path):
     (tmp_path / "c.toml").write_text(toml)
-    made = cli._distillation("distill", ["--dataset", str(tmp_path), "--config", str(tmp_path / "c.toml"), *arguments])
+    made = resolve("distill", ["--dataset", str(tmp_path), "--config", str(tmp_path / "c.toml"), *arguments])
     assert (made.training.epochs, made.training.warmup) == training
     assert (made.teacher_training.epochs, made.teacher_training.warmup) == teacher_training
 
@@ -920,11 +920,11 @@ def test_a_config_of_another_kind_is_refused(tmp_path: Path, capsys: pytest.Capt
 
 def test_a_partial_config_keeps_its_presets_values(tmp_path: Path):
     from kdfast import recipes
-    from kdfast.commands import config
+    from kdfast.commands import config, toml
 
     (tmp_path / "config.toml").write_text('recipe = "conkd"\npreset = "notebook"\n[training]\nepochs = 3\n')
-    table = config.read_toml(tmp_path / "config.toml")
-    made = config.filled(config.defaults(recipes.get("conkd"), "notebook", None), table, "x")
+    table = toml.read(tmp_path / "config.toml")
+    made = toml.fill(config.defaults(recipes.get("conkd"), "notebook", None), table, "x")
     assert (made.training.epochs, made.data.image_size, made.data.augment) == (3, 224, "conkd-student")
 
 

@@ -564,7 +564,7 @@ def test_a_run_names_bad_files_before_it_trains_or_leaves_them_out(tmp_path: Pat
 def test_a_stop_that_was_asked_for_ends_the_check(mixture: list[str]):
     from rich.console import Console
 
-    from kdfast.commands.session import checking
+    from kdfast.commands.images import checking
     from kdfast.engine import Interrupted
     from kdfast.engine.interrupt import StopRequest
 
@@ -577,13 +577,13 @@ def test_a_stop_that_was_asked_for_ends_the_check(mixture: list[str]):
 RANK = """
 import importlib, sys, types
 from rich.console import Console
-from kdfast.commands import session
+from kdfast.commands import images
 from kdfast.commands.config import DataOptions
 from kdfast.engine import join
 
 if __name__ == "__main__":
     module = importlib.import_module("kdfast.data.checking")
-    session.BEAT_EVERY = 0.0
+    images.BEAT_EVERY = 0.0
     world = join("cpu")
     if world.rank == 1:
         def opened(path):
@@ -591,7 +591,7 @@ if __name__ == "__main__":
         module.decode_kind = opened
     for allowed in (1, 0):
         try:
-            data, notes = session.load_data(DataOptions(dataset=sys.argv[1], max_bad_files=allowed), 0, world, Console(soft_wrap=True))
+            data, notes = images.load_data(DataOptions(dataset=sys.argv[1], max_bad_files=allowed), 0, world, Console(soft_wrap=True))
             print("rank", world.rank, len(data.train), len(notes), flush=True)
         except ValueError as error:
             print("rank", world.rank, "3.jpg" in str(error), flush=True)

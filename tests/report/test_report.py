@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from kdfast import report
-from kdfast.report.page import outcome, paired_difference, summary_rows, verdict, write_comparison, write_report
+from kdfast.report import outcome, paired_difference, summary_rows, verdict, write_comparison, write_report
 
 CONFIG = """recipe = "conkd"
 seeds = 5

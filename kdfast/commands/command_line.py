@@ -1,0 +1,127 @@
+"""From the words of a command line to a command's options."""
+
+import argparse
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import tyro
+
+from kdfast import recipes
+from kdfast.commands import config, toml
+from kdfast.commands.config import Distill, Teach
+
+HELP = ("-h", "--help")
+
+
+def parse(options: Any, arguments: Sequence[str], command: str, default: Any = None, description: str | None = None) -> Any:
+    """Returns `options`, a dataclass, as the arguments fill it; ends the process where they do not fit or ask for help."""
+    keywords = {} if default is None else {"default": default}
+    return tyro.cli(options, args=list(arguments), prog=f"kdfast {command}", description=description, **keywords)
+
+
+def take(arguments: Sequence[str], command: str, *names: str) -> tuple[argparse.Namespace, list[str]]:
+    """Returns the values of these options (None where absent), and the arguments without them."""
+    parser = argparse.ArgumentParser(prog=f"kdfast {command}", usage=f"kdfast {command} --help", add_help=False, allow_abbrev=False)
+    for name in names:
+        parser.add_argument(f"--{name}", dest=name.replace("-", "_"))
+    return parser.parse_known_args(list(arguments))
+
+
+Command = tuple[type, Callable[[Any], object]]  # its options and its function
+
+
+def run_one_of(group: str, helps: Mapping[str, str], find: Callable[[str], Command], arguments: Sequence[str]) -> None:
+    """Runs a command that has commands of its own, or prints what they are.
+
+    Args:
+        group: the command's name.
+        helps: what each of its commands does, by name.
+        find: name -> command.
+        arguments: the command line after the group.
+
+    Raises:
+        ValueError: there is no such command.
+    """
+    name, *rest = arguments or HELP
+    if name in HELP:
+        print(f"usage: kdfast {group} {'|'.join(helps)}\n")
+        print("\n".join(f"  {command:<9}{help}" for command, help in helps.items()))
+        return
+    if name not in helps:
+        raise ValueError(f"{group} knows {', '.join(helps)}, got {name!r}")
+    options, function = find(name)
+    function(parse(options, rest, f"{group} {name}"))
+
+
+def resolve(command: Literal["teacher", "distill", "compare"], arguments: Sequence[str]) -> Teach | Distill[Any]:
+    """Returns the configuration of a training command. Values come in five layers, each over those above it:
+
+    layer          source                                                      example
+    dataclasses    Distill, Teach and their parts                              temperature = 4.0
+    data set       config.DATASETS[--dataset]                                  digits: epochs = 30
+    preset         recipe.presets[--preset]                                    conkd, notebook: image_size = 224
+    config.toml    --config FILE, or that of the run in --out with --resume    [training] epochs = 3
+    command line   the options                                                 --epochs 5
+
+    A preset that reproduces a source replaces the training of the data set's layer. In the layers of data set and preset a value of the
+    student's training is the teacher's too, unless "teacher_training.<field>" is there as well. A warm-up of the first three layers is cut
+    to fit the epochs of the last two.
+
+    Raises:
+        ValueError: an unknown recipe, preset or key, a value of another type, or a recipe that contradicts config.toml's.
+        SystemExit: the options do not fit, or ask for help.
+    """
+    chosen = _peek(command, arguments)
+    table, source = _read_config(chosen)
+    for name in ("recipe", "preset"):
+        here, there = chosen[name], table.get(name)
+        if table and here not in (None, there):
+            if not chosen["config"]:
+                raise ValueError(toml.foreign(Path(chosen["out"]), [f"{name} is {there} there and {here} here"]))
+            raise ValueError(f"{name} is {here} on the command line and {there} in {source}: give one")
+    dataset = chosen["dataset"] or table.get("data", {}).get("dataset")
+    default: Teach | Distill[Any]
+    if command == "teacher":
+        kind, words = Teach, Teach.__doc__
+        default = config.teach_defaults(dataset)
+    else:
+        recipe = recipes.get(chosen["recipe"] or table.get("recipe", "conkd"))
+        kind, words = Distill[recipe.settings], Distill.__doc__  # type: ignore[assignment,name-defined]
+        default = config.defaults(recipe, chosen["preset"] or table.get("preset", "default"), dataset)
+    default = toml.fill(default, _with_epochs(table, chosen), source)
+    _, options = take(arguments, command, "config")
+    return parse(kind, options, command, default, f"{words} With --config FILE, options that are not given come from a config.toml.")
+
+
+_EPOCHS = [f"{part}{name}" for part in ("", "teacher-training.") for name in ("epochs", "warmup")]
+
+
+def _peek(command: str, arguments: Sequence[str]) -> dict[str, Any]:
+    """The few options that decide on the others' defaults, by name; None where absent."""
+    plain = [argument.replace("_", "-") if argument.startswith("--") and "=" not in argument else argument for argument in arguments]
+    resume = [argument for argument in plain if argument in ("--resume", "--no-resume")][-1:] == ["--resume"]
+    names, _ = take(plain, command, "recipe", "preset", "dataset", "config", "out", *_EPOCHS)
+    return {**vars(names), "resume": resume}
+
+
+def _read_config(chosen: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
+    """The config.toml that is named, or that of the run that is resumed, and its path; empty without either."""
+    if chosen["config"]:
+        return toml.read(Path(chosen["config"])), chosen["config"]
+    if chosen["resume"] and chosen["out"]:
+        path = toml.of_run(Path(chosen["out"]))
+        return toml.read(path), str(path)
+    return {}, ""
+
+
+def _with_epochs(table: Mapping[str, Any], chosen: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A config.toml's table with the command line's epochs in it, unless a warm-up is given there: toml.fill() then cuts the warm-up.
+
+    A text that is no number is left to the parser.
+    """
+    for part, prefix in (("training", ""), ("teacher_training", "teacher_training.")):
+        epochs = chosen[f"{prefix}epochs"] or ""
+        if epochs.isdecimal() and int(epochs) > 0 and chosen[f"{prefix}warmup"] is None:
+            table = {**table, part: {**table.get(part, {}), "epochs": int(epochs)}}
+    return table

@@ -1,0 +1,158 @@
+"""The images of a command: loaded, checked by one process a machine, prepared, and served in batches."""
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+
+from rich.console import Console as RichConsole
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from kdfast.commands.config import DataOptions
+from kdfast.data import DataError, ImageData, Loaders, hide_labels, load, make_loaders, usable
+from kdfast.engine import Interrupted, Training, World
+from kdfast.engine.interrupt import StopRequest
+from kdfast.runs import artifact
+from kdfast.runs.artifact import Preparation
+
+PLAIN_EVERY = 10.0  # seconds between lines of progress without a terminal
+BEAT_EVERY = 30.0  # seconds that processes wait for one another at most: NCCL gives up after ten minutes
+
+
+def load_data(
+    options: DataOptions, seed: int, world: World, rich: RichConsole, stop: StopRequest | None = None
+) -> tuple[ImageData, list[str]]:
+    """Returns the images that the options name, without the bad files among them, and a note about each of these.
+
+    Raises:
+        DataError: no such data, or more bad files than options.max_bad_files.
+        Interrupted: `stop` was set during the check of the files; its findings so far are cached.
+    """
+    data = load(options.dataset, data_dir=options.data_dir, val_fraction=options.val_fraction, seed=seed, max_images=options.max_images)
+    notes: list[str] = []
+    shown = rich if world.main else RichConsole(quiet=True)
+
+    def check(beat: Callable[[], None]) -> ImageData:
+        with checking(shown, stop, beat) as progress:
+            return usable(data, max_bad_files=options.max_bad_files, say=notes.append, progress=progress)
+
+    data = _check_in_turn(world, check)
+    for note in notes:
+        shown.print(f"  {note}", highlight=False)
+    return data, notes
+
+
+def _check_in_turn(world: World, check: Callable[[Callable[[], None]], ImageData]) -> ImageData:
+    """Calls `check` in the first process of each machine, then in the others, which find every answer in that machine's cache.
+
+    A waiting process asks all processes, again and again, whether one is still checking; a checking process answers twice a minute, so
+    that no process waits longer than NCCL allows. An error ends a process only after the last such question: the others then meet the
+    same error, rather than wait for a process that has left. If the cache cannot be written, each process checks by itself.
+    """
+    asked = time.monotonic()
+
+    def beat() -> None:
+        nonlocal asked
+        if time.monotonic() - asked > BEAT_EVERY:
+            world.any(True)
+            asked = time.monotonic()
+
+    def wait() -> None:
+        while world.any(False):
+            pass
+
+    if world.size == 1:
+        return check(lambda: None)
+    if os.environ.get("LOCAL_RANK", str(world.rank)) == "0":
+        try:
+            data = check(beat)
+        finally:
+            wait()
+    else:
+        wait()
+        data = check(lambda: None)
+    if len(set(world.gather((len(data.train), len(data.val), len(data.test))))) > 1:
+        raise DataError(f"{data.name}: not all processes can read the same image files: see kdfast data check on each machine")
+    return data
+
+
+@contextmanager
+def checking(
+    rich: RichConsole, stop: StopRequest | None = None, beat: Callable[[], None] = lambda: None
+) -> Iterator[Callable[[int, int], None]]:
+    """Yields a function that shows the progress (done, total) of a check of image files, if it takes more than a second.
+
+    Raises:
+        Interrupted: raised by that function once `stop` is set.
+    """
+    terminal = rich.is_terminal and not rich.quiet
+    start = shown = time.monotonic()
+    columns = TextColumn("{task.description}"), BarColumn(30), MofNCompleteColumn(), TimeRemainingColumn()
+    with Progress(*columns, console=rich, transient=True, disable=not terminal) as bar:
+        task = bar.add_task("  checking image files", total=None, visible=False)
+
+        def progress(done: int, total: int) -> None:
+            nonlocal shown
+            if stop is not None and stop.signal_number is not None:
+                raise Interrupted(stop.signal_number)
+            beat()
+            now = time.monotonic()
+            bar.update(task, completed=done, total=total, visible=now - start > 1)
+            if not terminal and now - shown > PLAIN_EVERY:
+                shown = now
+                rich.print(f"  checking image files: {done:,} of {total:,}", highlight=False)
+
+        yield progress
+
+
+def preparation(data: ImageData, options: DataOptions) -> Preparation:
+    """Returns how images become input: as the options say, else as suits the data set.
+
+    Raises:
+        ValueError: there is no such normalization.
+    """
+    mean, std = data.mean, data.std
+    if options.normalization is not None:
+        mean, std = artifact.statistics(options.normalization)
+    return Preparation(mean, std, options.image_size or data.image_size, options.evaluation or data.eval_transform)
+
+
+def loader_maker(
+    data: ImageData, options: DataOptions, prepared: Preparation, seed: int, world: World, say: Callable[[str], None]
+) -> Callable[[Training, str | None, bool, int], Loaders]:
+    """Returns a function (training, augmentation or None, all labels shown, seed of the order) -> loaders.
+
+    The hidden labels depend on `seed` alone: every arm and every repetition sees the same labels. The choice of loader and its reason
+    are printed once, not for every stage.
+    """
+    hidden, said = data, set[str]()
+    if options.label_fraction < 1:
+        hidden = replace(data, train=hide_labels(data.train, options.label_fraction, seed=seed))
+
+    def say_once(sentence: str) -> None:
+        if sentence not in said:
+            said.add(sentence)
+            say(f"  {sentence}")
+
+    def make(training: Training, augment: str | None, all_labels: bool, order_seed: int) -> Loaders:
+        if training.batch_size % world.size:
+            raise ValueError(f"batch_size must be a multiple of the {world.size} processes, got {training.batch_size}")
+        return make_loaders(
+            replace(data if all_labels else hidden, mean=prepared.mean, std=prepared.std),
+            batch_size=training.batch_size // world.size,
+            micro_batch=training.micro_batch_per_process(world.size),
+            loader=options.loader,
+            train_transform=augment or options.augment,
+            eval_transform=prepared.evaluation,
+            image_size=prepared.image_size,
+            seed=order_seed,
+            workers=options.workers,
+            device=world.device,
+            rank=world.rank,
+            world_size=world.size,
+            channels_last=True,  # the fastest layout of convolutions, on CPUs and GPUs alike
+            say=say_once,
+        )
+
+    return make

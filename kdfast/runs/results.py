@@ -1,0 +1,146 @@
+"""results.json: what a finished run measured. One writer and one reader, with a typed schema.
+
+Accuracies are fractions of the test images, losses are nats, times are seconds.
+"""
+
+import json
+from pathlib import Path
+from typing import Any, Literal, NotRequired, TypedDict
+
+from kdfast import files
+
+NAME = "results.json"
+
+Arm = Literal["alone", "distilled"]
+Kept = Literal["best", "last"]
+Matrix = list[list[int]]
+"""Images by true class (rows) and predicted class (columns)."""
+
+
+class Network(TypedDict):
+    """A network and its speed."""
+
+    model: str
+    parameters: int | None
+    images_per_s: float | None
+    """Inference."""
+
+
+class Teacher(Network):
+    """The teacher and its test numbers."""
+
+    source: str
+    """"trained in this run", or the path that was given."""
+    top1: float
+    top5: float
+    loss: float
+    confusion: Matrix
+
+
+# the functional form, since these keys are no identifiers; other validation metrics of the kept epoch are there as well
+Student = TypedDict(
+    "Student",
+    {
+        "seed": int,
+        "epoch": int,
+        "train_images_per_s": float,
+        "seconds": float,
+        "best/top1": float,
+        "best/top5": float,
+        "best/loss": float,
+        "last/top1": float,
+        "last/top5": float,
+        "last/loss": float,
+        "val/top1": NotRequired[float],
+        "val/loss": NotRequired[float],
+    },
+)
+"""One trained student: its seed, the epoch that was kept, and test numbers of the best and the last epoch."""
+
+
+class Arms(TypedDict):
+    """The students of every seed, trained without and with the teacher."""
+
+    alone: list[Student]
+    distilled: list[Student]
+
+
+class Confusion(TypedDict):
+    """Confusion matrices of the students, summed over seeds."""
+
+    alone: Matrix | None
+    distilled: Matrix | None
+
+
+class Paired(TypedDict):
+    """Differences of accuracy seed by seed, and Student's t interval of their mean."""
+
+    n: int
+    mean: float
+    low: float
+    high: float
+    confidence: float
+    differences: list[float]
+
+
+class Results(TypedDict):
+    """The whole file."""
+
+    recipe: str
+    preset: str
+    dataset: str
+    classes: list[str]
+    test_images: int
+    label_fraction: float
+    val_is_test: bool
+    """Validation and test images are the same."""
+    kept: NotRequired[Kept]
+    """Which epoch's weights were kept, and judge the run; without it "best"."""
+    teacher: Teacher | None
+    student: Network | None
+    """None: the run trained a teacher only."""
+    student_alone: NotRequired[Network | None]
+    arms: Arms
+    confusion: Confusion
+    paired: Paired | None
+    notes: list[str]
+    environment: dict[str, Any]
+    seconds_total: float
+
+
+def write(folder: Path, results: Results) -> None:
+    """Writes RUN/results.json atomically, keys in the schema's order."""
+    found: dict[str, Any] = dict(results)
+    files.write_json(folder / NAME, {key: found[key] for key in Results.__annotations__ if key in found})
+
+
+def read(folder: Path) -> Results | None:
+    """Reads RUN/results.json; None: the run is unfinished.
+
+    Raises:
+        ValueError: the file is no JSON.
+    """
+    path = folder / NAME
+    if not path.is_file():
+        return None
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # JSON's and UTF-8's errors are kinds of it
+        raise ValueError(f"{path} cannot be read: {error}") from error
+
+
+def kept(results: Results) -> Kept:
+    """Returns which epoch's weights judge the run."""
+    return results.get("kept") or "best"
+
+
+def students(results: Results, arm: Arm) -> list[Student]:
+    """Returns the students of an arm, by seed; [] where the run has none."""
+    arms = results.get("arms")
+    return arms[arm] if arms and arms.get(arm) else []
+
+
+def accuracies(results: Results, arm: Arm) -> list[float]:
+    """Returns the test top-1 of an arm's students, by seed, with the weights that were kept."""
+    key: Literal["best/top1", "last/top1"] = "best/top1" if kept(results) == "best" else "last/top1"
+    return [student[key] for student in students(results, arm)]

@@ -1,0 +1,145 @@
+"""What a run's results say: one row a network, the paired difference, and a verdict in one sentence.
+
+The student alone and the student distilled share their seeds, hence initial weights and the order of images, so what distillation adds
+is the mean of the paired differences d_i = distilled_i - alone_i over n seeds, with Student's t interval
+
+    mean(d) +- t_{n-1, (1 + confidence) / 2} * s_d / sqrt(n),        s_d^2 = sum (d_i - mean(d))^2 / (n - 1).
+
+The interval covers the spread over seeds, not over test images.
+"""
+
+import math
+import statistics
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal, NamedTuple, cast
+
+from kdfast import text
+from kdfast.runs.results import Network, Paired, Results, accuracies, kept, students
+
+Outcome = Literal["raised", "lowered", "undecided", "unknown"]
+
+
+class SummaryRow(NamedTuple):
+    """One line of the closing table. Accuracies are fractions of the test images, with the weights that were kept."""
+
+    name: str
+    """"teacher", "student alone" or "student distilled"."""
+    model: str
+    top1: float
+    """Mean over seeds."""
+    top1_std: float | None
+    """Sample standard deviation over seeds; None for a single one."""
+    top5: float | None
+    loss: float | None
+    """Mean cross-entropy over seeds, nats."""
+    parameters: int | None
+    images_per_s: float | None
+    """Inference."""
+    seeds: int
+    each: tuple[float, ...]
+    """top-1 by seed."""
+
+
+def summary_rows(results: Results) -> list[SummaryRow]:
+    """Returns teacher, student alone and student distilled, as far as the run has them."""
+    rows = []
+    if teacher := results.get("teacher"):
+        rows.append(_row("teacher", teacher, [teacher["top1"]], [teacher.get("top5")], [teacher.get("loss")]))
+    for arm in ("alone", "distilled"):
+        if top1 := accuracies(results, arm):
+            found = cast("list[dict[str, Any]]", students(results, arm))
+            top5, loss = ([student.get(f"{kept(results)}/{name}") for student in found] for name in ("top5", "loss"))
+            network = (results.get("student_alone") if arm == "alone" else None) or results["student"]
+            assert network is not None
+            rows.append(_row(f"student {arm}", network, top1, top5, loss))
+    return rows
+
+
+def _row(name: str, network: Network, top1: Sequence[float], top5: Iterable[float | None], loss: Iterable[float | None]) -> SummaryRow:
+    return SummaryRow(
+        name,
+        network["model"],
+        statistics.fmean(top1),
+        statistics.stdev(top1) if len(top1) > 1 else None,
+        mean(top5),
+        mean(loss),
+        network.get("parameters"),
+        network.get("images_per_s"),
+        len(top1),
+        tuple(top1),
+    )
+
+
+def mean(values: Iterable[float | None]) -> float | None:
+    """Returns the mean of the values that are not None, or None without any."""
+    known = [value for value in values if value is not None]
+    return statistics.fmean(known) if known else None
+
+
+def paired_difference(alone: Sequence[float], distilled: Sequence[float], confidence: float = 0.95) -> Paired:
+    """Returns what distillation adds to accuracy: the mean over seeds of the paired differences, and its Student-t interval.
+
+    Args:
+        alone: accuracy without distillation, one number a seed.
+        distilled: accuracy with distillation, of the same seeds in the same order.
+        confidence: probability that the interval covers the true mean, between 0 and 1.
+
+    Raises:
+        ValueError: the lengths differ, there are fewer than two seeds, or confidence is not between 0 and 1.
+    """
+    from scipy.special import stdtrit
+
+    n = len(alone)
+    if len(distilled) != n or n < 2:
+        raise ValueError(f"alone and distilled must hold the same seeds, at least 2, got {n} and {len(distilled)} numbers")
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence must be between 0 and 1, got {confidence}")
+    differences = [after - before for before, after in zip(alone, distilled)]
+    middle = statistics.fmean(differences)
+    reach = float(stdtrit(n - 1, (1 + confidence) / 2)) * statistics.stdev(differences) / math.sqrt(n)
+    return {"n": n, "mean": middle, "low": middle - reach, "high": middle + reach, "confidence": confidence, "differences": differences}
+
+
+def outcome(results: Results) -> Outcome:
+    """Returns what the seeds show of distillation; "unknown" without a paired comparison."""
+    paired = results.get("paired")
+    if not paired:
+        return "unknown"
+    return "raised" if paired["low"] > 0 else "lowered" if paired["high"] < 0 else "undecided"
+
+
+def verdict(results: Results) -> str:
+    """Says what distillation did to test accuracy, in one sentence that claims no more than the seeds show."""
+    alone, distilled = accuracies(results, "alone"), accuracies(results, "distilled")
+    if not distilled:
+        return "No student was distilled in this run."
+    accuracy = f"{100 * statistics.fmean(distilled):.1f} % test accuracy"
+    if not alone:
+        return (
+            f"The distilled student reaches {accuracy} ({text.count(len(distilled), 'seed')}); "
+            "without a student trained alone this run does not say what distillation adds."
+        )
+    paired = results.get("paired")
+    if not paired:
+        before = statistics.fmean(alone)
+        (change,) = _points(statistics.fmean(distilled) - before)
+        evidence = "one seed shows" if len(distilled) == 1 else "seeds that do not pair show"
+        return (
+            f"With distillation the student reaches {accuracy}, {change} points against "
+            f"the {100 * before:.1f} % without; {evidence} no spread, so this may be chance."
+        )
+    middle, low, high = _points(paired["mean"], paired["low"], paired["high"])
+    seeds, confidence = text.count(paired["n"], "seed"), f"{100 * paired['confidence']:g} %"
+    if outcome(results) == "undecided":
+        return f"Distillation made no difference that {seeds} can show: {middle} points ({confidence} interval {low} to {high})."
+    # "lowered by 2.1" says the sign, so the interval leaves it out and runs from small to large
+    near, far = (low, high) if paired["mean"] > 0 else (high, low)
+    by, near, far = (number.lstrip("+-") for number in (middle, near, far))
+    return f"Distillation {outcome(results)} test accuracy by {by} points ({confidence} interval {near} to {far}, {seeds})."
+
+
+def _points(*fractions: float) -> list[str]:
+    """Percentage points with a sign, all with as many decimals (1 to 3) as keep the smallest from reading as zero."""
+    points = [100 * fraction for fraction in fractions]
+    decimals = next((d for d in (1, 2, 3) if all(round(x, d) or abs(x) < 1e-9 for x in points)), 3)
+    return [f"{x + 0.0:+.{decimals}f}" if round(x, decimals) else f"{0:.{decimals}f}" for x in points]

@@ -1,0 +1,49 @@
+"""Numbers as readers see them. A number that is None, NaN or infinite is a dash."""
+
+import math
+from typing import Any
+
+
+def is_known(value: Any) -> bool:
+    """Returns whether `value` is a finite number."""
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def count(number: int, noun: str) -> str:
+    """1 -> "1 epoch", 2000 -> "2,000 epochs"."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def number(value: Any, decimals: int = 0) -> str:
+    """1234.5 -> "1,234"."""
+    return f"{value:,.{decimals}f}" if is_known(value) else "–"
+
+
+def percent(fraction: Any, decimals: int = 2) -> str:
+    """0.9735 -> "97.35": percent without the sign."""
+    return f"{100 * fraction:.{decimals}f}" if is_known(fraction) else "–"
+
+
+def share(fraction: float) -> str:
+    """0.05 -> "5%", 0.002 -> "0.2%": as many digits as the number needs."""
+    return f"{100 * fraction:.4g}%"
+
+
+def signed(fraction: Any, decimals: int = 2) -> str:
+    """0.021 -> "+2.10", -0.021 -> "−2.10", 0 -> "0.00": percentage points."""
+    if not is_known(fraction):
+        return "–"
+    return f"{100 * fraction:+.{decimals}f}".replace("-", "−") if round(100 * fraction, decimals) else f"{0:.{decimals}f}"
+
+
+def duration(seconds: Any) -> str:
+    """1.2 -> "1.2 s", 754 -> "12 min 34 s", 7260 -> "2 h 1 min"."""
+    if not is_known(seconds):
+        return "–"
+    if seconds < 59.95:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    minutes = round(seconds / 60)
+    return f"{minutes // 60} h {minutes % 60} min"
