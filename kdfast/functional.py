@@ -53,38 +53,47 @@ def kd_loss(
 
         ce_weight * CE(student, label) + kd_weight * sum_k teacher_weights[k] * T^2 * D(p_k, q)
 
-    where z is the identity, or with `standardize` (x - mean) / (sd + eps) over the row's classes, sd unbiased. The
-    cross-entropy sees the logits as they are. Gradients flow to whichever of student and teachers require them; there is no
-    second derivative. Papers: Hinton et al., Distilling the Knowledge in a Neural Network (2015); Sun et al., Logit
-    Standardization in Knowledge Distillation (CVPR 2024).
+    z is the identity, or with `standardize` (x - mean) / (sd + eps) over the row's classes, sd unbiased. The cross-entropy sees
+    the logits unchanged. Gradients reach the student and those teachers that require them; there is no second derivative.
+    Papers: Hinton et al., Distilling the Knowledge in a Neural Network (2015); Sun et al., Logit Standardization in Knowledge
+    Distillation (CVPR 2024).
 
     Args:
         student: logits [..., C], floating, any strides.
-        teacher: logits in student's shape; or a sequence of K such, or one tensor [K, ..., C]. On student's device; the floating
-            dtype may differ.
-        labels: class indices, int64 [...]. Needed where ce_weight is not 0; otherwise they only tell which rows count.
+        teacher: logits in student's shape; or a sequence of K such tensors, or one tensor [K, ..., C]. On student's device; the
+            floating dtype may differ.
+        labels: class indices, int64 [...]. Required if ce_weight is not 0; otherwise they only say which rows are ignored.
         temperature: T > 0.
-        standardize: standardizes each row of logits first, which takes scale and offset out of the comparison.
+        standardize: standardizes each row of logits first, so that scale and offset do not matter.
         eps: added to the standard deviation.
         kd_weight: weight of the distillation term; at 0 the teachers are not read.
         ce_weight: weight of the cross-entropy; at 0 it is not computed.
         teacher_weights: K numbers; None: ones.
-        label_smoothing: of the cross-entropy, in [0, 1], as torch.nn.functional.cross_entropy has it.
+        label_smoothing: of the cross-entropy, in [0, 1], as in torch.nn.functional.cross_entropy.
         ignore_index: a row with this label adds nothing to either term, whatever its logits.
-        divergence: D. "forward" is KL(p || q), "reverse" is KL(q || p), "js" the Jensen-Shannon divergence with the equal
-            mixture m = (p + q) / 2, that is (KL(p || m) + KL(q || m)) / 2. All three are scaled by T^2.
-        reduction: "mean" over the rows that count (0 if none does), "sum", or "none".
+        divergence: D. "forward" is KL(p || q), "reverse" is KL(q || p), "js" is the Jensen-Shannon divergence
+            (KL(p || m) + KL(q || m)) / 2 with m = (p + q) / 2. All three are scaled by T^2.
+        reduction: "mean" over the rows that are not ignored (0 if all are), "sum", or "none".
 
     Returns:
         [], or [...] for reduction "none"; float32, or float64 if an input is. A class of probability 0 (a logit of -inf) adds
-        nothing; a row's loss depends on that row alone; equal inputs give equal bits.
+        nothing. A row's loss depends on that row alone; equal inputs give equal bits.
 
     Raises:
-        ValueError: shapes or devices differ, the temperature is not positive, C = 1 with standardize, labels are missing, a number
-            of weights is wrong, an option is unknown, or (on the CPU) a label is out of range. On a GPU, where reading labels
-            would wait for the device, such a row's loss and gradient are NaN.
-        TypeError: logits are not floating, or labels not int64.
+        ValueError: a shape, a device or an option does not fit, labels are missing, or (on the CPU) a label is out of range. On a
+            GPU, where reading labels would wait for the device, such a row's loss and gradient are NaN.
+        TypeError: logits are not floating, labels are not int64, or an option is no number.
         RuntimeError: the gradient is itself differentiated (create_graph=True).
+
+    Example:
+        >>> import torch
+        >>> from kdfast.functional import kd_loss
+        >>> student = torch.tensor([[2.0, 0.0, 0.0]], requires_grad=True)
+        >>> teacher, labels = torch.tensor([[1.0, 3.0, 0.0]]), torch.tensor([1])
+        >>> loss = kd_loss(student, teacher, labels, temperature=2.0, kd_weight=0.9, ce_weight=0.1)
+        >>> loss.backward()
+        >>> print(f"{loss.item():.4f}", student.grad.shape)
+        1.7153 torch.Size([1, 3])
     """
     teachers = distill_kl.separate_teachers(teacher, student)
     options = KDOptions(
@@ -122,48 +131,50 @@ def linear_kd_loss(
     divergence: Divergence = "forward",
     reduction: Reduction = "mean",
 ) -> Tensor:
-    """kd_loss of two linear layers' outputs, for vocabularies whose logits [N, C] are too large to keep.
+    """kd_loss of two linear layers' outputs, for vocabularies whose logits [N, C] need too much memory.
 
     Equal to kd_loss(F.linear(student_hidden, student_weight, student_bias), F.linear(teacher_hidden, ...), labels, ...), but the
     logits exist for `chunk_rows` rows at a time. Beyond inputs and gradients it needs 1.25 * chunk_rows * C times the bytes of a
-    student's and a teacher's logit (from about 64 rows on). On top of that come, where they apply, copies of float32 weights in
-    autocast's dtype, and for each 16-bit weight that requires grad, with more rows than chunk_rows, its gradient's sum: 4 C D bytes,
-    until the call returns. bfloat16 sums would miss kd_loss's accuracy from two chunks on. Weights in float32 under autocast need none.
+    student's and a teacher's logit (from about 64 rows on). Two cases need more: autocast copies float32 weights to its dtype, and
+    a 16-bit weight that requires grad needs, with more rows than chunk_rows, 4 C D bytes for its gradient's float32 sum.
 
-    Gradients flow to whichever of the six tensors require them; there is no second derivative. They are computed in the forward
-    pass, so that the logits need not be computed again; with reduction "none" and for float16 logits (whose gradients wait for
-    GradScaler's factor) in the backward pass. Keep `reduction="mean"` or "sum" where speed counts.
+    Gradients reach those of the six tensors that require them; there is no second derivative. The forward pass computes them; with
+    reduction "none", and for float16 logits, the backward pass does, and computes the logits once more.
 
     Args:
-        student_hidden: [..., D_s], what the student's last layer is given; floating, any strides.
-        student_weight: [C, D_s], as torch.nn.Linear has it, in student_hidden's dtype. Under autocast dtypes may differ: as
-            in F.linear hidden, weight and bias are rounded to autocast's dtype (float64 is not), and so are the logits.
-        teacher_hidden: [..., D_t], the rows of student_hidden; dtype and D_t may differ from the student's.
+        student_hidden: [..., D_s], the input of the student's last layer; floating.
+        student_weight: [C, D_s], in student_hidden's dtype unless autocast rounds both to its own, as in F.linear.
+        teacher_hidden: [..., D_t], for the same rows; dtype and D_t may differ from the student's.
         teacher_weight: [C, D_t].
         labels: class indices, int64 [...], as for kd_loss.
         student_bias: [C].
         teacher_bias: [C].
-        chunk_rows: how many rows' logits exist at a time. None: 2^24 / C (on CUDA 2^27 / C), at least 64; or all, where they take
-            no more memory than the sums of 16-bit weights' gradients that more chunks would need.
+        chunk_rows: rows whose logits exist at a time. None: 2^24 / C (2^27 / C on CUDA), at least 64; or all, if that saves memory.
         temperature: T > 0, this and the following as for kd_loss.
         standardize: standardizes each row of logits.
         eps: added to the standard deviation.
         kd_weight: weight of the distillation term; at 0 the teacher is not read.
-        ce_weight: weight of the cross-entropy; at 0 it is not computed.
+        ce_weight: weight of the cross-entropy.
         label_smoothing: of the cross-entropy, in [0, 1].
-        ignore_index: a row with this label adds nothing to either term. Its hidden states must be finite, as for F.linear: the
-            weights' gradients contain 0 times them.
+        ignore_index: a row with this label adds nothing. Its hidden states must be finite: the weights' gradients contain 0 times them.
         divergence: "forward", "reverse" or "js".
-        reduction: "mean" over the rows that count (0 if none does), "sum", or "none".
+        reduction: "mean" over the rows that are not ignored (0 if all are), "sum", or "none".
 
     Returns:
         [], or [...] for reduction "none"; float32, or float64 if an input is. Equal inputs give equal bits.
 
     Raises:
-        ValueError: shapes or devices do not fit, chunk_rows is not a positive integer, or as for kd_loss. On a GPU a label out of
-            range makes its row's loss NaN, and with it the weights' gradients.
+        ValueError: as for kd_loss, or chunk_rows is not a positive integer. On a GPU a label out of range makes weights' gradients NaN.
         TypeError: a tensor is not floating, or not in its hidden tensor's dtype without autocast; or labels are not int64.
-        RuntimeError: the gradient is itself differentiated (create_graph=True).
+        RuntimeError: create_graph=True.
+
+    Example:
+        >>> import torch
+        >>> from kdfast.functional import linear_kd_loss
+        >>> h, w = torch.ones(5, 4), torch.eye(3, 4).requires_grad_()
+        >>> linear_kd_loss(h, w, 2 * h, torch.ones(3, 4), chunk_rows=2).backward()  # both are uniform over 3 classes
+        >>> w.grad.abs().max() < 1e-6
+        tensor(True)
     """
     options = KDOptions(
         operator="linear_kd_loss",
@@ -369,15 +380,21 @@ def soft_cross_entropy(student: Tensor, teacher: Tensor, temperature: float = 1.
     """Cross-entropy of the softened student against the softened teacher, mean over rows, without a factor of T^2 (TOFD).
 
     Args:
-        student: logits [..., C].
+        student: logits [..., C], floating.
         teacher: logits [..., C]; gradients reach it as well, unless detached.
         temperature: T > 0; both are divided by it.
 
     Returns:
-        0-dim: the mean of -sum_c softmax(teacher / T) log softmax(student / T), float32 (float64 for float64).
+        The mean of -sum_c softmax(teacher / T) log softmax(student / T), []; float32 (float64 for float64).
 
     Raises:
         ValueError: shapes differ, or temperature is not positive.
+
+    Example:
+        >>> import torch
+        >>> from kdfast.functional import soft_cross_entropy
+        >>> soft_cross_entropy(torch.zeros(2, 4), torch.randn(2, 4))  # a uniform student: log 4
+        tensor(1.3863)
     """
     if student.shape != teacher.shape or student.ndim == 0:
         raise ValueError(f"soft_cross_entropy: teacher must have the student's shape {tuple(student.shape)}, got {tuple(teacher.shape)}")

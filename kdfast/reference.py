@@ -5,7 +5,7 @@ Every function follows its paper line by line and is differentiated by autograd.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -37,10 +37,17 @@ def kd_loss(
     teacher_weights: Sequence[float] | None = None,
     label_smoothing: float = 0.0,
     ignore_index: int = -100,
-    divergence: str = "forward",
-    reduction: str = "mean",
+    divergence: Literal["forward", "reverse", "js"] = "forward",
+    reduction: Literal["mean", "sum", "none"] = "mean",
 ) -> Tensor:
-    """Hinton et al. (2015); Sun et al., Logit Standardization (CVPR 2024); functional.kd_loss describes the arguments."""
+    """Hinton et al. (2015); Sun et al., Logit Standardization (CVPR 2024); functional.kd_loss describes the arguments.
+
+    Example:
+        >>> import torch
+        >>> from kdfast import reference
+        >>> reference.kd_loss(torch.zeros(2, 3), torch.zeros(2, 3))  # equal logits
+        tensor(0.)
+    """
     if isinstance(teacher, Tensor):
         teachers = list(teacher) if teacher.dim() == student.dim() + 1 else [teacher]
     else:
@@ -48,9 +55,9 @@ def kd_loss(
     dtype = torch.float64 if torch.float64 in {x.dtype for x in (student, *teachers)} else torch.float32
     student, teachers = student.to(dtype), [x.to(dtype) for x in teachers]
     weights = [1.0] * len(teachers) if teacher_weights is None else teacher_weights
-    kept = torch.ones_like(student[..., 0], dtype=torch.bool) if labels is None else labels != ignore_index
-    # zeros in a row left out: whatever stands there, its gradient is 0
-    student, *teachers = (x.where(kept[..., None], 0) for x in (student, *teachers))
+    counts = torch.ones_like(student[..., 0], dtype=torch.bool) if labels is None else labels != ignore_index
+    # zeros in an ignored row: its gradient is 0 whatever its logits
+    student, *teachers = (x.where(counts[..., None], 0) for x in (student, *teachers))
 
     rows = torch.zeros_like(student[..., 0])
     if kd_weight:
@@ -60,16 +67,16 @@ def kd_loss(
             rows = rows + kd_weight * weight * temperature**2 * _DIVERGENCES[divergence](log_p, log_q)
     if ce_weight and labels is not None:
         log_probability = F.log_softmax(student, dim=-1)
-        hit = log_probability.gather(-1, labels.where(kept, 0)[..., None])[..., 0]
+        hit = log_probability.gather(-1, labels.where(counts, 0)[..., None])[..., 0]
         entropy = -(1 - label_smoothing) * hit
         if label_smoothing:
             entropy = entropy - label_smoothing * log_probability.mean(-1)
         rows = rows + ce_weight * entropy
 
-    rows = rows.where(kept, 0)
+    rows = rows.where(counts, 0)
     if reduction == "none":
         return rows
-    return rows.sum() / kept.sum().clamp(min=1) if reduction == "mean" else rows.sum()
+    return rows.sum() / counts.sum().clamp(min=1) if reduction == "mean" else rows.sum()
 
 
 def linear_kd_loss(
@@ -83,7 +90,15 @@ def linear_kd_loss(
     teacher_bias: Tensor | None = None,
     **options: Any,
 ) -> Tensor:
-    """kd_loss of the logits hidden @ weight.T + bias; options are its own."""
+    """kd_loss, with its options, of the logits hidden @ weight.T + bias.
+
+    Example:
+        >>> import torch
+        >>> from kdfast import reference
+        >>> hidden, weight = torch.ones(2, 4), torch.zeros(3, 4)
+        >>> reference.linear_kd_loss(hidden, weight, hidden, weight)  # equal layers
+        tensor(0.)
+    """
     student = F.linear(student_hidden, student_weight, student_bias)
     teacher = F.linear(teacher_hidden, teacher_weight, teacher_bias)
     return kd_loss(student, teacher, labels, **options)
@@ -92,7 +107,7 @@ def linear_kd_loss(
 def tempered_log_softmax(x: Tensor, temperature: float, standardize: bool, eps: float) -> Tensor:
     """Log softmax(z / T), z = (x - mean) / (sd + eps) with standardize (sd unbiased), z = x without. x [..., C]."""
     if standardize:
-        x = x - x.amax(-1, keepdim=True).detach()  # changes no value; moments stay exact for constant rows
+        x = x - x.amax(-1, keepdim=True).detach()  # changes no value, and keeps moments exact for constant rows
         x = (x - x.mean(-1, keepdim=True)) / (x.std(-1, keepdim=True) + eps)
     return F.log_softmax(x / temperature, dim=-1)
 
@@ -215,7 +230,14 @@ def attention_map(features: Tensor, p: float = 2) -> Tensor:
 
 
 def soft_cross_entropy(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    """Mean over rows of -sum_c softmax(teacher / T) log softmax(student / T), without a factor of T^2 (TOFD)."""
+    """Mean over rows of -sum_c softmax(teacher / T) log softmax(student / T), without a factor of T^2 (TOFD).
+
+    Example:
+        >>> import torch
+        >>> from kdfast import reference
+        >>> reference.soft_cross_entropy(torch.zeros(2, 4), torch.zeros(2, 4), 1.0)  # log 4
+        tensor(1.3863)
+    """
     return -((teacher / temperature).softmax(-1) * (student / temperature).log_softmax(-1)).sum(-1).mean()
 
 

@@ -8,7 +8,7 @@ from kdfast.ops import checks
 
 
 def check_not_swapped(student: Tensor, teacher: Tensor | Sequence[Tensor]) -> None:
-    """Raises if the teacher requires grad and the student does not: they were passed in the wrong order."""
+    """Raises if the teacher requires grad and the student does not: the caller has swapped them."""
     checks.is_tensor("student", student)
     if student.requires_grad:
         return
