@@ -15,7 +15,7 @@ from kdfast.commands.session import Session
 from kdfast.data import Loaders
 from kdfast.engine import Evaluation, StageResult, evaluate
 from kdfast.models import ModelSpec, parameter_count
-from kdfast.recipes.recipe import Stages, each, keeping_the_last
+from kdfast.recipes.recipe import Stages, keep_last_epoch, map_stages
 from kdfast.runs import artifact, results
 from kdfast.runs.results import Results, Teacher
 
@@ -45,7 +45,7 @@ class Job(Generic[C]):
 
     def train(self, stages: Stages[T], seen: Callable[[StageResult], object] = lambda result: None) -> T:
         """Trains the stages and returns their outcome; `seen` gets each result. Validation images choose the epoch, if there are any."""
-        return self.session.run.complete(each(stages, keeping_the_last if self.data.val_is_test else lambda stage: stage, seen))
+        return self.session.run.complete(map_stages(stages, keep_last_epoch if self.data.val_is_test else lambda stage: stage, seen))
 
     def evaluate(self, model: nn.Module, loaders: Loaders) -> Evaluation:
         """Evaluates a network on the test images."""

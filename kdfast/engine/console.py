@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -15,44 +16,42 @@ if TYPE_CHECKING:
 PLAIN_EVERY = 10.0  # seconds between lines without a terminal
 
 
+@dataclass
 class StageProgress:
     """Progress of one stage.
 
-    Args:
+    Attributes:
         name: of the stage.
         epochs: of the stage.
         images: of an epoch, over all processes.
-        say: prints a line; None: nothing is printed.
+        say: prints a line.
         update: moves the progress bar to a number of images and a text of metrics; None: there is no bar.
+        last: metrics of the last finished epoch.
     """
 
-    def __init__(
-        self,
-        name: str,
-        epochs: int,
-        images: int,
-        say: Callable[[str], None] | None = None,
-        update: Callable[[int, str], None] | None = None,
-    ):
-        self._name, self._epochs, self._images, self._say, self._update = name, epochs, images, say, update
-        self._epoch, self._done, self._metrics = 0, 0, ""
-        self._printed_at = time.monotonic()
-        self.last: dict[str, Any] = {}  # metrics of the last finished epoch
+    name: str
+    epochs: int
+    images: int
+    say: Callable[[str], None]
+    update: Callable[[int, str], None] | None = None
+    last: dict[str, Any] = field(default_factory=dict)
+    _done: int = 0  # images, in all epochs
+    _printed_at: float = field(default_factory=time.monotonic)
 
     def step(self, images: int) -> None:
         """Counts one optimizer step over `images` images."""
         self._done += images
-        if self._update is not None:
-            self._update(self._epoch * self._images + self._done, self._metrics)
+        if self.update is not None:
+            self.update(self._done, describe(self.last) if self.last else "")
 
     def epoch(self, line: dict[str, Any]) -> None:
         """Ends an epoch with its line of metrics.jsonl."""
-        self._epoch, self._done, self._metrics, self.last = line["epoch"], 0, describe(line), line
-        if self._update is not None:
-            self._update(self._epoch * self._images, self._metrics)
-        elif self._say is not None and time.monotonic() - self._printed_at > PLAIN_EVERY:
+        self.last, self._done = line, line["epoch"] * self.images
+        if self.update is not None:
+            self.update(self._done, describe(line))
+        elif time.monotonic() - self._printed_at > PLAIN_EVERY:
             self._printed_at = time.monotonic()
-            self._say(f"  {self._name}: epoch {self._epoch} of {self._epochs}, {self._metrics}")
+            self.say(f"  {self.name}: epoch {line['epoch']} of {self.epochs}, {describe(line)}")
 
 
 def describe(line: dict[str, Any]) -> str:

@@ -156,7 +156,7 @@ def evaluate(model: Callable[[Tensor], Tensor], batches: Iterable[Batch], classe
     """
     C = len(classes)
     confusion = torch.zeros(C * C, dtype=torch.int64, device=world.device)
-    sums = torch.zeros(4, dtype=torch.float64, device=world.device)  # top-1, top-5, loss, images
+    sums = torch.zeros(3, dtype=torch.float64, device=world.device)  # top-1, top-5, loss
     seconds, seen = 0.0, 0  # of this process
     for batch in batches:
         start = _now(world.device)
@@ -166,15 +166,16 @@ def evaluate(model: Callable[[Tensor], Tensor], batches: Iterable[Batch], classe
         if logits.shape[1:] != (C,):
             raise ValueError(f"the model gives outputs of shape {tuple(logits.shape)}, but the data has {C} classes")
         best = logits.topk(min(5, C), dim=1).indices
-        right = best == batch.labels[:, None]
+        correct = best == batch.labels[:, None]
         loss = F.cross_entropy(logits.float(), batch.labels, reduction="sum")
-        sums += torch.stack([right[:, 0].sum(), right.any(dim=1).sum(), loss, torch.tensor(len(logits), device=loss.device)])
+        sums += torch.stack([correct[:, 0].sum(), correct.any(dim=1).sum(), loss])
         confusion += torch.bincount(batch.labels * C + best[:, 0], minlength=C * C)
-    top1, top5, loss_sum, images = world.sum(sums).tolist()
+    top1, top5, total_loss = world.sum(sums).tolist()
+    table = world.sum(confusion).view(C, C).tolist()
+    images = sum(map(sum, table))
     if not images:
         raise ValueError("there are no images to evaluate on")
-    table = world.sum(confusion).view(C, C).tolist()
-    return Evaluation(top1 / images, top5 / images, loss_sum / images, table, int(images), seen / max(seconds, 1e-9))
+    return Evaluation(top1 / images, top5 / images, total_loss / images, table, images, seen / max(seconds, 1e-9))
 
 
 def _now(device: torch.device) -> float:

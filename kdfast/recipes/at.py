@@ -1,9 +1,13 @@
 """Attention transfer (Zagoruyko, Komodakis, ICLR 2017, arXiv:1612.03928).
 
+Use it when student and teacher are convolutional networks with the same number of stages and the student should look at the same places.
+
     A(F) = a / |a|_2 over the pixels, a = mean over channels of F^2
     loss = ce_weight CE(s, y) + attention_weight sum over stages of mean (A(F_s) - A(F_t))^2 [+ kd_weight T^2 KL(t || s)]
 
-Where a stage's maps differ in size the larger feature tensor is pooled to the smaller size first; channels may differ.
+If the maps of a stage differ in size, the larger feature tensor is pooled to the smaller size first. Channels may differ.
+
+Presets: repdistiller (Tian et al. 2020).
 """
 
 from dataclasses import dataclass
@@ -12,11 +16,13 @@ import torch
 from torch import nn
 
 from kdfast.data import Batch
+from kdfast.engine.ranges import check_ranges
 from kdfast.engine.stage import Outputs, Terms
 from kdfast.functional import attention_transfer_loss
 from kdfast.recipes import kd
-from kdfast.recipes.features import FeatureMaps, check_as_many
+from kdfast.recipes.features import pair_feature_maps
 from kdfast.recipes.recipe import Preset, Recipe, Setup, Stages, Trained
+from kdfast.recipes.trainings import REPDISTILLER
 
 
 @dataclass(frozen=True)
@@ -36,38 +42,28 @@ class Settings(kd.Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.attention_weight < 0:
-            raise ValueError(f"attention_weight must not be negative, got {self.attention_weight}")
+        check_ranges(self, not_negative=("attention_weight",))
 
 
-def distil(setup: Setup, settings: Settings, teacher: nn.Module | None) -> Stages[Trained]:
-    """One stage: where the student looks follows where the teacher looks."""
-    assert teacher is not None
+def distil(setup: Setup, settings: Settings, teacher: nn.Module) -> Stages[Trained]:
+    """One stage: the student's attention maps follow the teacher's."""
     student = setup.student()
-    see_student = FeatureMaps(student, settings.student_stages, "student_stages", setup.data.image_size)
-    see_teacher = FeatureMaps(teacher, settings.teacher_stages, "teacher_stages", setup.data.image_size)
-    check_as_many(see_student.paths, see_teacher.paths)
-    k = len(see_student.paths)
+    student_maps, teacher_maps = pair_feature_maps(student, teacher, settings, setup.data.image_size)
+    stages = range(len(student_maps.paths))
 
     def forward(batch: Batch) -> Outputs:
         with torch.no_grad():
-            target, theirs = see_teacher(batch.images)
-        logits, ours = see_student(batch.images)
-        maps = {f"student {i}": F for i, F in enumerate(ours)} | {f"teacher {i}": F for i, F in enumerate(theirs)}
+            target, from_teacher = teacher_maps(batch.images)
+        logits, from_student = student_maps(batch.images)
+        maps = {f"student {i}": F for i, F in enumerate(from_student)} | {f"teacher {i}": F for i, F in enumerate(from_teacher)}
         return {"logits": logits, "teacher": target} | maps
 
     def loss(outputs: Outputs, batch: Batch) -> Terms:
-        ours, theirs = ([outputs[f"{side} {i}"] for i in range(k)] for side in ("student", "teacher"))
+        from_student, from_teacher = ([outputs[f"{side} {i}"] for i in stages] for side in ("student", "teacher"))
         terms = kd.terms(outputs["logits"], outputs["teacher"], batch.labels, settings, hidden=setup.labels_hidden)
-        return terms | {"attention": settings.attention_weight * attention_transfer_loss(ours, theirs)}
+        return terms | {"attention": settings.attention_weight * attention_transfer_loss(from_student, from_teacher)}
 
-    yield setup.stage(
-        "distil",
-        train=(student,),
-        frozen=(teacher,),
-        forward=forward,
-        loss=loss,
-    )
+    yield setup.stage("distil", train=(student,), frozen=(teacher,), forward=forward, loss=loss)
     return Trained(student, setup.student_spec)
 
 
@@ -79,7 +75,7 @@ RECIPE = Recipe(
         "default": Preset("CE + 1000 attention maps of all stages, trained as suits the data set"),
         "repdistiller": Preset(
             "RepDistiller's CIFAR-100 tables (Tian et al. 2020): CE + 1000 attention maps; for MobileNet and ShuffleNet its lr is 0.01",
-            {**kd.REPDISTILLER, "attention_weight": 1000.0, "ce_weight": 1.0, "kd_weight": 0.0},
+            {**REPDISTILLER, "attention_weight": 1000.0, "ce_weight": 1.0, "kd_weight": 0.0},
         ),
     },
     distil=distil,

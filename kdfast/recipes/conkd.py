@@ -1,18 +1,22 @@
 """ConKD-Lion: logit standardization with a supervised contrastive term, and Lion.
 
-Three procedures:
+Use it when the training set is small or partly labelled: the contrast learns from how images group, not only from their labels.
+
+There are three procedures:
 
     joint (the default)   one stage on the whole student:
                           loss = ce_weight CE(s, y) + kd_weight T^2 KL(z(t) || z(s)) + alpha SupCon(projection(features), y)
     readme                the project's README: loss = T^2 KL(z(t) || z(s)) + alpha SupContrastive(features, y), no cross-entropy
     notebook              the project's notebooks, in two stages: the encoder learns the teacher's embedding, whose 128 numbers
                           are treated as logits, loss = T^2 KL(z(t) || z(s)) + alpha SupCon(the embedding twice, as two views);
-                          then a classifier is trained on the frozen encoder, with Lion. The teacher is trained likewise:
+                          then a classifier is trained on the frozen encoder, with Lion. The teacher is trained in the same way:
                           SupCon on its embedding, then a linear classifier.
 
-z is standardization (lskd.py), T the temperature. In `joint` an image whose label is hidden is contrasted under the teacher's
-most likely class; elsewhere it is alone in its class. Where several processes train, an image is contrasted with the images of
-them all, as in one process; in validation with those of its own process.
+z is standardization (lskd.py), T the temperature. In `joint` an image with a hidden label takes the teacher's most likely class; in the
+other procedures it is alone in its class. With several processes an image is contrasted with the images of all of them, as in one
+process; in validation with the images of its own process.
+
+Presets: notebook and readme (the project's notebooks and README).
 """
 
 from collections.abc import Mapping
@@ -24,27 +28,17 @@ from torch import Tensor, nn
 
 from kdfast.data import HIDDEN, Batch, Loaders
 from kdfast.engine import Stage, Training
+from kdfast.engine.ranges import check_ranges
 from kdfast.engine.stage import Outputs, Terms, lr_factor
 from kdfast.functional import kd_loss, supcon_loss
 from kdfast.models import Taps, classifier_head, feature_size, projection_head, replace_head
+from kdfast.recipes import recipe, supervised
 from kdfast.recipes.features import head_input
-from kdfast.recipes.recipe import (
-    Extended,
-    Preset,
-    Recipe,
-    Setup,
-    Stages,
-    Trained,
-    alone_where_hidden,
-    ce_and_kd,
-    contrasted_processes,
-    cross_entropy,
-    save_network,
-)
+from kdfast.recipes.recipe import Extended, Preset, Recipe, Setup, Stages, Trained
 from kdfast.recipes.remembered import Remembered
-from kdfast.recipes.supervised import teacher as supervised_teacher
+from kdfast.recipes.trainings import Values
 
-EMBEDDING = 128  # numbers an image is embedded in
+EMBEDDING = 128  # numbers in the embedding of an image
 
 
 @dataclass(frozen=True)
@@ -52,7 +46,7 @@ class Settings:
     """Hyper-parameters of ConKD."""
 
     procedure: Literal["joint", "readme", "notebook"] = "joint"
-    """Which of the three procedures."""
+    """One of the three procedures."""
     alpha: float = 0.15
     """Weight of the contrastive term."""
     temperature: float = 2.0
@@ -78,22 +72,19 @@ class Settings:
     cosine_from_one: bool = False
     """Quirk of the notebooks: their cosine counts epochs from 1, so the first epoch is already below the full rate."""
     keep_last_classifier: bool = False
-    """Quirk of the notebooks: the classifier tested is the last epoch's, not the best."""
+    """Quirk of the notebooks: the last epoch's classifier is tested, not the best."""
 
     def __post_init__(self) -> None:
-        for name in ("temperature", "contrast_temperature", "classify_lr", "teacher_classify_lr"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
-        for name in ("alpha", "kd_weight", "ce_weight", "classify_weight_decay"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
-        for name in ("classify_epochs", "teacher_classify_epochs"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        check_ranges(
+            self,
+            positive=("temperature", "contrast_temperature", "classify_lr", "teacher_classify_lr"),
+            not_negative=("alpha", "kd_weight", "ce_weight", "classify_weight_decay"),
+            at_least_one=("classify_epochs", "teacher_classify_epochs"),
+        )
 
 
 class EmbeddingTeacher(Extended):
-    """A classifier with the projection that its features were trained under.
+    """A classifier with the projection that its features were trained with.
 
     Args:
         model: images -> logits.
@@ -111,9 +102,8 @@ class EmbeddingTeacher(Extended):
         return self.projection(features)
 
 
-def distil(setup: Setup, settings: Settings, teacher: nn.Module | None) -> Stages[Trained]:
+def distil(setup: Setup, settings: Settings, teacher: nn.Module) -> Stages[Trained]:
     """The stages of the chosen procedure."""
-    assert teacher is not None
     if settings.procedure == "notebook":
         assert isinstance(teacher, EmbeddingTeacher)
         return (yield from _notebook(setup, settings, teacher))
@@ -127,15 +117,15 @@ def _joint(setup: Setup, settings: Settings, teacher: nn.Module) -> Stages[Train
     projection = nn.Identity() if readme else projection_head(features, EMBEDDING)
     tapped = Taps(student, (tap,))
     data = setup.loaders(setup.training)
-    answers = Remembered(teacher, data, setup.training.epochs)
+    targets = Remembered(teacher, data, setup.training.epochs)
 
     def forward(batch: Batch) -> Outputs:
-        target = answers(batch, training=student.training)
+        target = targets(batch, training=student.training)
         logits, (features,) = tapped(batch.images)
         return {"logits": logits, "embedding": projection(features.flatten(1)), "teacher": target}
 
     def loss(outputs: Outputs, batch: Batch) -> Terms:
-        terms = ce_and_kd(
+        terms = recipe.ce_and_kd(
             outputs["logits"],
             outputs["teacher"],
             batch.labels,
@@ -146,14 +136,17 @@ def _joint(setup: Setup, settings: Settings, teacher: nn.Module) -> Stages[Train
             label_smoothing=settings.label_smoothing,
             hidden=setup.labels_hidden,
         )
-        likely = outputs["teacher"].argmax(dim=1)
+        if readme:
+            classes = recipe.separate_hidden(batch.labels, batch.index)
+        else:
+            classes = torch.where(batch.labels == HIDDEN, outputs["teacher"].argmax(dim=1), batch.labels)
         contrast = supcon_loss(
             outputs["embedding"],
-            alone_where_hidden(batch.labels, batch.index) if readme else torch.where(batch.labels == HIDDEN, likely, batch.labels),
+            classes,
             temperature=settings.contrast_temperature,
             self_positive=readme,
             normalize=readme,
-            group=contrasted_processes(),
+            group=recipe.contrast_group(),
         )
         return terms | {"supcon": settings.alpha * contrast}
 
@@ -162,7 +155,7 @@ def _joint(setup: Setup, settings: Settings, teacher: nn.Module) -> Stages[Train
         train=(student, projection),
         frozen=(teacher,),
         data=data,
-        prepare=answers.prepare,
+        prepare=targets.prepare,
         forward=forward,
         loss=loss,
         couples_rows=True,
@@ -180,11 +173,9 @@ def _notebook(setup: Setup, settings: Settings, teacher: EmbeddingTeacher) -> St
         return {"embedding": projection(encoder(batch.images)), "teacher": target}
 
     def loss(outputs: Outputs, batch: Batch) -> Terms:
-        return {
-            "lskd": settings.kd_weight
-            * kd_loss(outputs["embedding"], outputs["teacher"], temperature=settings.temperature, standardize=True),
-            "supcon": settings.alpha * _contrast_twice(outputs["embedding"], batch, settings),
-        }
+        lskd = kd_loss(outputs["embedding"], outputs["teacher"], temperature=settings.temperature, standardize=True)
+        contrast = _contrast_twice(outputs["embedding"], batch, settings)
+        return {"lskd": settings.kd_weight * lskd, "supcon": settings.alpha * contrast}
 
     yield setup.stage(
         "distil",
@@ -210,15 +201,15 @@ def _notebook(setup: Setup, settings: Settings, teacher: EmbeddingTeacher) -> St
         plateau_patience=3,
         early_stop=5,
     )
-    keep: Literal["best", "last"] = "last" if settings.keep_last_classifier else "best"
-    yield _classify("classify", encoder, head, training, setup.loaders(training), keep, hidden=setup.labels_hidden)
+    stage = _classify("classify", encoder, head, setup.loaders(training), training, hidden=setup.labels_hidden)
+    yield replace(stage, keep="last" if settings.keep_last_classifier else "best")
     return Trained(replace_head(encoder, head), replace(setup.student_spec, head="mlp"))
 
 
 def train_teacher(setup: Setup, settings: Settings, given: Trained | None) -> Stages[Trained]:
-    """The notebook's teacher: a contrastive stage, from the given weights where there are some, then a linear classifier."""
+    """The notebook's teacher: a contrastive stage, from the given weights if there are any, then a linear classifier."""
     if settings.procedure != "notebook":
-        return (yield from supervised_teacher(setup, settings, given))
+        return (yield from supervised.teacher(setup, settings, given))
     if given is not None and isinstance(given.model, EmbeddingTeacher):
         return given
 
@@ -249,13 +240,13 @@ def train_teacher(setup: Setup, settings: Settings, given: Trained | None) -> St
         schedule="constant",
     )
     data = setup.loaders(training, augment="conkd-teacher", all_labels=True)
-    yield _classify("teacher/classify", encoder, head, training, data, "best", hidden=False)
+    yield _classify("teacher/classify", encoder, head, data, training, hidden=False)
     return Trained(EmbeddingTeacher(replace_head(encoder, head), projection), spec)
 
 
 def save_teacher(teacher: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The network's weights, and with them the projection of a teacher that has one."""
-    tensors, facts = save_network(teacher)
+    """Returns the network's weights and, if the teacher has one, its projection."""
+    tensors, facts = recipe.save_network(teacher)
     if isinstance(teacher, EmbeddingTeacher):
         tensors |= {f"projection.{name}": value for name, value in teacher.projection.state_dict().items()}
         facts["projection"] = str(EMBEDDING)
@@ -263,7 +254,7 @@ def save_teacher(teacher: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]
 
 
 def load_teacher(network: nn.Module, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> nn.Module:
-    """The network, with its projection if its file holds one."""
+    """Returns the network, with its projection if its file holds one."""
     if "projection" not in facts:
         return network
     projection = projection_head(head_input(network)[1], int(facts["projection"]))
@@ -278,59 +269,28 @@ def _lr_factor_from_one(training: Training, epoch: int) -> float:
 
 def _contrast_twice(embedding: Tensor, batch: Batch, settings: Settings) -> Tensor:
     """SupCon of the embedding given twice, as two views."""
-    return supcon_loss(
-        embedding,
-        alone_where_hidden(batch.labels, batch.index),
-        temperature=settings.contrast_temperature,
-        duplicates=2,
-        group=contrasted_processes(),
-    )
+    classes = recipe.separate_hidden(batch.labels, batch.index)
+    return supcon_loss(embedding, classes, temperature=settings.contrast_temperature, duplicates=2, group=recipe.contrast_group())
 
 
-def _classify(
-    name: str, encoder: nn.Module, head: nn.Module, training: Training, data: Loaders, keep: Literal["best", "last"], *, hidden: bool
-) -> Stage:
+def _classify(name: str, encoder: nn.Module, head: nn.Module, data: Loaders, training: Training, *, hidden: bool) -> Stage:
+    """A stage that trains a classifier on the frozen encoder."""
+
     def forward(batch: Batch) -> Outputs:
         with torch.no_grad():
             features = encoder(batch.images)
         return {"logits": head(features)}
 
-    return Stage(
-        name,
-        train=(head,),
-        frozen=(encoder,),
-        forward=forward,
-        loss=lambda outputs, batch: {"ce": cross_entropy(outputs["logits"], batch.labels, hidden=hidden)},
-        data=data,
-        training=training,
-        best="val/loss",
-        keep=keep,
-        couples_rows=hidden,
-    )
+    (stage,) = supervised.supervised(name, head, data, training, hidden=hidden)
+    return replace(stage, frozen=(encoder,), forward=forward, best="val/loss")
 
 
-_NOTEBOOK: Mapping[str, object] = {
-    "dataset": "imagenette",
-    "teacher_model": "resnet101",
-    "student": "resnet18",
-    "image_size": 224,
-    "augment": "conkd-student",
-    "evaluation": "squash",
-    "optimizer": "adamw",
-    "lr": 6e-4,
-    "weight_decay": 0.01,
-    "schedule": "cosine",
-    "final_lr": 1e-3,
-    "epochs": 300,
-    "batch_size": 128,
-    "teacher_training.optimizer": "adamw",
-    "teacher_training.lr": 6e-4,
-    "teacher_training.weight_decay": 0.01,
-    "teacher_training.schedule": "cosine",
-    "teacher_training.final_lr": 1e-3,
-    "teacher_training.epochs": 60,
-    "teacher_training.batch_size": 64,
-}
+_NOTEBOOK: Values = (
+    {"dataset": "imagenette", "teacher_model": "resnet101", "student": "resnet18"}
+    | {"image_size": 224, "augment": "conkd-student", "evaluation": "squash"}
+    | {"optimizer": "adamw", "lr": 6e-4, "weight_decay": 0.01, "schedule": "cosine", "final_lr": 1e-3, "epochs": 300, "batch_size": 128}
+    | {"teacher_training.epochs": 60, "teacher_training.batch_size": 64}
+)
 
 RECIPE = Recipe(
     name="conkd",

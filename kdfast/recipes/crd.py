@@ -1,12 +1,17 @@
 """Contrastive representation distillation (Tian, Krishnan, Isola, ICLR 2020, arXiv:1910.10699).
 
-    v = normalize(W features), for student and teacher, features what the classifier reads
+Use it when the training set is fixed, logits alone teach too little (many classes, different architectures), and memory for two banks
+with a row for every training image is available.
+
+    v = normalize(W features), for student and teacher; features are the input of the classifier
     loss = ce_weight CE(s, y) + contrast_weight L [+ kd_weight T^2 KL(t || s)]
 
-L asks of each image's student embedding which row of the teacher's memory bank is that image's, among `negatives` rows of other classes,
-and of its teacher embedding the same in the student's bank: CRDLoss has the formula. Both embeddings are trained with the student. The
-banks have a row for every training image; they are in the checkpoint, and resume with it. In validation there is no L, for validation
-images have no rows. An image whose label is hidden is a class of its own.
+L classifies, for each image's student embedding, which row of the teacher's memory bank belongs to the image, among `negatives` rows of
+other classes; and the same for the teacher's embedding and the student's bank. `CRDLoss` has the formula. Both embeddings are trained
+with the student. Checkpoints hold the banks. Validation images have no rows, so validation has no L. An image with a hidden label is a
+class of its own.
+
+Presets: repdistiller (Tian et al. 2020), dih (Asadian, Salehi-Abari 2021).
 """
 
 from dataclasses import dataclass
@@ -15,12 +20,14 @@ import torch
 from torch import nn
 
 from kdfast.data import Batch
+from kdfast.engine.ranges import check_ranges
 from kdfast.engine.stage import Outputs, Terms
 from kdfast.losses import CRDLoss
 from kdfast.models import Taps
 from kdfast.recipes import kd
 from kdfast.recipes.features import head_input
-from kdfast.recipes.recipe import Preset, Recipe, Setup, Stages, Trained, alone_where_hidden
+from kdfast.recipes.recipe import Preset, Recipe, Setup, Stages, Trained, separate_hidden
+from kdfast.recipes.trainings import DIH_CRD, REPDISTILLER
 
 
 @dataclass(frozen=True)
@@ -36,7 +43,7 @@ class Settings(kd.Settings):
     embedding: int = 128
     """Numbers in an embedding."""
     bank_momentum: float = 0.5
-    """How much of a bank's row stays when its image is seen."""
+    """Weight of the old row when a bank's row is updated."""
     kd_weight: float = 0.0
     """Weight of the teacher's logits, which has the factor T^2 already."""
     ce_weight: float = 1.0
@@ -44,30 +51,27 @@ class Settings(kd.Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.contrast_weight < 0:
-            raise ValueError(f"contrast_weight must not be negative, got {self.contrast_weight}")
-        for name in ("negatives", "embedding"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if not self.contrast_temperature > 0:
-            raise ValueError(f"contrast_temperature must be positive, got {self.contrast_temperature}")
-        if not 0 <= self.bank_momentum <= 1:
-            raise ValueError(f"bank_momentum must be from 0 to 1, got {self.bank_momentum}")
+        check_ranges(
+            self,
+            not_negative=("contrast_weight",),
+            at_least_one=("negatives", "embedding"),
+            positive=("contrast_temperature",),
+            up_to_one=("bank_momentum",),
+        )
 
 
-def distil(setup: Setup, settings: Settings, teacher: nn.Module | None) -> Stages[Trained]:
-    """One stage: the student's features say as much about an image as the teacher's."""
-    assert teacher is not None
+def distil(setup: Setup, settings: Settings, teacher: nn.Module) -> Stages[Trained]:
+    """One stage: the student's features identify an image among others as the teacher's do."""
     student = setup.student()
-    (student_tap, student_features), (teacher_tap, teacher_features) = head_input(student), head_input(teacher)
-    see_student, see_teacher = Taps(student, (student_tap,)), Taps(teacher, (teacher_tap,))
-    loaders = setup.loaders(setup.training)
-    labels = loaders.train.labels
+    (student_tap, student_size), (teacher_tap, teacher_size) = head_input(student), head_input(teacher)
+    tap_student, tap_teacher = Taps(student, (student_tap,)), Taps(teacher, (teacher_tap,))
+    data = setup.loaders(setup.training)
+    labels = data.train.labels
     contrast = CRDLoss(
-        student_features,
-        teacher_features,
+        student_size,
+        teacher_size,
         len(labels),
-        labels=alone_where_hidden(labels, torch.arange(len(labels))),
+        labels=separate_hidden(labels, torch.arange(len(labels))),
         feat_dim=settings.embedding,
         nce_k=settings.negatives,
         nce_t=settings.contrast_temperature,
@@ -76,9 +80,9 @@ def distil(setup: Setup, settings: Settings, teacher: nn.Module | None) -> Stage
 
     def forward(batch: Batch) -> Outputs:
         with torch.no_grad():
-            target, (theirs,) = see_teacher(batch.images)
-        logits, (ours,) = see_student(batch.images)
-        embeddings = {"student embedding": contrast.embed_s(ours), "teacher embedding": contrast.embed_t(theirs)}
+            target, (teacher_features,) = tap_teacher(batch.images)
+        logits, (features,) = tap_student(batch.images)
+        embeddings = {"student embedding": contrast.embed_s(features), "teacher embedding": contrast.embed_t(teacher_features)}
         return {"logits": logits, "teacher": target} | embeddings
 
     def loss(outputs: Outputs, batch: Batch) -> Terms:
@@ -95,7 +99,7 @@ def distil(setup: Setup, settings: Settings, teacher: nn.Module | None) -> Stage
         memory=(contrast,),
         forward=forward,
         loss=loss,
-        data=loaders,
+        data=data,
         couples_rows=True,  # the banks are updated once, after the whole batch
     )
     return Trained(student, setup.student_spec)
@@ -110,24 +114,11 @@ RECIPE = Recipe(
         "dih": Preset(
             "Distilling Knowledge via Intermediate Classifiers, code: CE + 0.9 T^2 KL + 0.8 contrast, lr 0.1, batch 128, 200 epochs, x 0.2 "
             "at 60/120/180 (its README: weight 0.1 for the logits and 0.03 for the contrast, T = 5)",
-            {
-                **kd.REPDISTILLER,
-                "lr": 0.1,
-                "batch_size": 128,
-                "epochs": 200,
-                "milestones": (60, 120, 180),
-                "gamma": 0.2,
-                "teacher_model": "resnet110",
-                "student": "resnet8",
-                "temperature": 4.0,
-                "kd_weight": 0.9,
-                "ce_weight": 1.0,
-                "contrast_weight": 0.8,
-            },
+            {**DIH_CRD, "temperature": 4.0, "kd_weight": 0.9, "ce_weight": 1.0, "contrast_weight": 0.8},
         ),
         "repdistiller": Preset(
             "RepDistiller's CIFAR-100 tables (Tian et al. 2020): CE + 0.8 contrast; for MobileNet and ShuffleNet its lr is 0.01",
-            {**kd.REPDISTILLER, "contrast_weight": 0.8, "ce_weight": 1.0, "kd_weight": 0.0},
+            {**REPDISTILLER, "contrast_weight": 0.8, "ce_weight": 1.0, "kd_weight": 0.0},
         ),
     },
     distil=distil,

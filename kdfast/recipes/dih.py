@@ -1,10 +1,14 @@
 """DIH, distilling knowledge via intermediate classifiers (Asadian, Salehi-Abari 2021, arXiv:2103.00497).
 
-    1. the teacher, with cross-entropy
-    2. k heads, each Flatten - Linear, one on every stage's output of the frozen teacher, trained together on the sum of their CE
+Use it when the teacher is much larger than the student: classifiers on its early stages make predictions that a small student can follow.
+
+    1. the teacher is trained with cross-entropy
+    2. k heads, each Flatten - Linear, one on the output of each stage of the frozen teacher, are trained together on the sum of their CE
     3. the student: loss = sum over h in {final classifier, heads 1..k} of (1 - a_h) CE(s, y) + a_h T^2 KL(t_h || s)
 
-All k + 1 teachers are one fused call. The heads are kept with the run: `--heads RUN` uses them again, with the teacher that they are of.
+All k + 1 teachers are one fused call. The run keeps the heads: `--heads RUN` uses them again, together with their teacher.
+
+Presets: dih-readme and dih-code (the authors' README and code, which differ).
 """
 
 import json
@@ -16,15 +20,14 @@ import torch
 from torch import Tensor, nn
 
 from kdfast.data import Batch
+from kdfast.engine.ranges import check_ranges
 from kdfast.engine.stage import Outputs, Terms
 from kdfast.models import flatten_head, read_weights
-from kdfast.recipes import kd
+from kdfast.recipes import supervised
 from kdfast.recipes.features import FeatureMaps, fingerprint
 from kdfast.recipes.recipe import Extended, Preset, Recipe, Setup, Stages, Trained, ce_and_kd
 from kdfast.recipes.remembered import Remembered
-from kdfast.recipes.supervised import HEADS
-from kdfast.recipes.supervised import heads as train_on
-from kdfast.recipes.supervised import teacher as supervised_teacher
+from kdfast.recipes.trainings import DIH_CODE, DIH_README
 
 
 @dataclass(frozen=True)
@@ -44,14 +47,13 @@ class Settings:
     """Modules of the teacher whose outputs get a head; none: the ends of its stages."""
 
     def __post_init__(self) -> None:
-        if not self.temperature > 0:
-            raise ValueError(f"temperature must be positive, got {self.temperature}")
+        check_ranges(self, positive=("temperature",))
         if not self.alpha or not all(0 <= a <= 1 for a in self.alpha):
             raise ValueError(f"alpha must be from 0 to 1, one for all or one a classifier, got {', '.join(map(str, self.alpha)) or 'none'}")
 
 
 class HeadedTeacher(Extended):
-    """A classifier with heads on its stages; all of it in evaluation mode gives k + 1 opinions.
+    """A classifier with a head on each of its stages: k + 1 predictions for an image.
 
     Args:
         model: images -> logits.
@@ -63,70 +65,71 @@ class HeadedTeacher(Extended):
         super().__init__(model)
         self.maps, self.heads = maps, heads
 
-    def opinions(self, images: Tensor) -> list[Tensor]:
+    def predict(self, images: Tensor) -> list[Tensor]:
         """Images [B, 3, H, W] -> logits [B, C] of the final classifier, then of each head."""
         logits, features = self.maps(images)
         return [logits, *(head(F) for head, F in zip(self.heads, features))]
 
 
 def train_heads(setup: Setup, settings: Settings, given: Trained | None) -> Stages[Trained]:
-    """The teacher, given or trained, then its heads."""
+    """Takes or trains the teacher, then loads or trains its heads."""
     if settings.heads is not None and given is None:
-        raise ValueError("heads are of one teacher: name it with --teacher, as in the run that trained them")
-    model, spec = yield from supervised_teacher(setup, settings, given)
+        raise ValueError("heads belong to one teacher: name it with --teacher, as in the run that trained them")
+    model, spec = yield from supervised.teacher(setup, settings, given)
     maps = FeatureMaps(model, settings.teacher_stages, "teacher_stages", setup.data.image_size)
     count = 1 + len(maps.paths)
     if len(settings.alpha) not in (1, count):
         raise ValueError(f"alpha must be 1 value or {count}, one for each of the teacher's classifiers, got {len(settings.alpha)}")
-    heads = nn.ModuleList(flatten_head(shape, setup.classes) for shape in maps.shapes)
+    teacher = HeadedTeacher(model, maps, nn.ModuleList(flatten_head(shape, setup.classes) for shape in maps.shapes))
     facts = {"teacher": fingerprint(model), "stages": json.dumps(maps.paths), "classes": str(setup.classes)}
     if settings.heads is not None:
-        _load(heads, settings.heads, facts)
-        return Trained(HeadedTeacher(model, maps, heads), spec)
-
-    teacher = HeadedTeacher(model, maps, heads)
-    yield from train_on(setup, model, heads, lambda images: teacher.opinions(images)[1:], maps.paths, metadata=facts)
+        _load(teacher.heads, settings.heads, facts)
+    else:
+        yield from supervised.train_heads(
+            setup, model, teacher.heads, lambda images: teacher.predict(images)[1:], maps.paths, metadata=facts
+        )
     return Trained(teacher, spec)
 
 
 def _load(heads: nn.ModuleList, run: Path, facts: Mapping[str, str]) -> None:
-    """Fills the heads from a run's folder, or from a file of weights.
+    """Loads the heads from a run's folder or from a weights file.
 
     Raises:
-        ValueError: there are none, or they are of another teacher, other stages or other classes.
+        ValueError: it has no heads, or heads of another teacher, other stages or other classes.
     """
-    path = run / "stages" / HEADS / "best.safetensors" if run.is_dir() else run
+    path = run / "stages" / supervised.HEADS / "best.safetensors" if run.is_dir() else run
     if not path.exists():
-        raise ValueError(f"heads: {run} holds none: it is no run of recipe dih that trained them")
-    state, theirs = read_weights(path)
-    for name, meaning in (("teacher", "another teacher's"), ("stages", "of other stages"), ("classes", "of another number of classes")):
-        if theirs.get(name) != facts[name]:
-            raise ValueError(f"heads: those of {run} are {meaning}: {theirs.get(name, 'none')} there, {facts[name]} here")
+        raise ValueError(f"heads: {run} holds none: it is not a run of recipe dih that trained heads")
+    state, found = read_weights(path)
+    for name, meaning in (
+        ("teacher", "another teacher's heads"),
+        ("stages", "heads of other stages"),
+        ("classes", "heads of other classes"),
+    ):
+        if found.get(name) != facts[name]:
+            raise ValueError(f"heads: {run} holds {meaning}: {found.get(name, 'none')} there, {facts[name]} here")
     heads.load_state_dict({name.removeprefix("0."): tensor for name, tensor in state.items()})
 
 
-def distil(setup: Setup, settings: Settings, teacher: nn.Module | None) -> Stages[Trained]:
-    """One stage: the student follows all of the teacher's classifiers."""
-    assert isinstance(teacher, HeadedTeacher)
+def distil(setup: Setup, settings: Settings, teacher: HeadedTeacher) -> Stages[Trained]:
+    """One stage: the student follows all classifiers of the teacher."""
     student = setup.student()
     alpha = settings.alpha if len(settings.alpha) > 1 else settings.alpha * (1 + len(teacher.heads))
     used = [h for h, a in enumerate(alpha) if a > 0]
     if not used:
-        raise ValueError("alpha must be above 0 for one classifier at least: the student would have no teacher")
-
+        raise ValueError("alpha must be above 0 for at least one classifier: the student would have no teacher")
     names = [f"teacher's head {h}" if h else "teacher" for h in used]
 
-    def asked(images: Tensor) -> Tensor:
-        """[B, k, C], of the k classifiers that teach."""
-        opinions = teacher.opinions(images)
-        return torch.stack([opinions[h] for h in used], dim=1)
+    def predict(images: Tensor) -> Tensor:
+        logits = teacher.predict(images)
+        return torch.stack([logits[h] for h in used], dim=1)
 
     data = setup.loaders(setup.training)
-    opinions = Remembered(asked, data, setup.training.epochs)
+    targets = Remembered(predict, data, setup.training.epochs)
 
     def forward(batch: Batch) -> Outputs:
-        targets = opinions(batch, training=student.training).unbind(1)
-        return {"logits": student(batch.images)} | dict(zip(names, targets))
+        of_heads = targets(batch, training=student.training).unbind(1)
+        return {"logits": student(batch.images)} | dict(zip(names, of_heads))
 
     def loss(outputs: Outputs, batch: Batch) -> Terms:
         return ce_and_kd(
@@ -141,15 +144,7 @@ def distil(setup: Setup, settings: Settings, teacher: nn.Module | None) -> Stage
             hidden=setup.labels_hidden,
         )
 
-    yield setup.stage(
-        "distil",
-        train=(student,),
-        frozen=(teacher,),
-        data=data,
-        prepare=opinions.prepare,
-        forward=forward,
-        loss=loss,
-    )
+    yield setup.stage("distil", train=(student,), frozen=(teacher,), data=data, prepare=targets.prepare, forward=forward, loss=loss)
     return Trained(student, setup.student_spec)
 
 
@@ -162,12 +157,12 @@ RECIPE = Recipe(
         "dih-readme": Preset(
             "the authors' README: lr 0.1, batch 64, 200 epochs, x 0.1 at 60/120/180 (their code: 0.05, 128, 240, x 0.2 at 150/180/210); "
             "they average seeds 30, 50 and 67",
-            {**kd.DIH_README, "temperature": 5.0, "alpha": (0.1,)},
+            {**DIH_README, "temperature": 5.0, "alpha": (0.1,)},
         ),
         "dih-code": Preset(
             "the authors' code: lr 0.05, batch 128, 240 epochs, x 0.2 at 150/180/210 (their README: 0.1, 64, 200, x 0.1 at 60/120/180); "
             "they average seeds 30, 50 and 67",
-            {**kd.DIH_CODE, "temperature": 5.0, "alpha": (0.1,)},
+            {**DIH_CODE, "temperature": 5.0, "alpha": (0.1,)},
         ),
     },
     distil=distil,

@@ -1,4 +1,4 @@
-"""What recipes share that look into networks: where stages end, and the terms of a stage's own classifier."""
+"""Access to a network's features for recipes: the ends of its stages, the input of its classifier, its weights' fingerprint."""
 
 import hashlib
 from collections.abc import Sequence
@@ -12,21 +12,21 @@ Shape = tuple[int, ...]
 
 
 class FeatureMaps(nn.Module):
-    """A network and its feature maps: what the modules at the ends of its stages put out.
+    """A network and its feature maps: the outputs of the modules at the ends of its stages.
 
     Args:
-        network: images -> logits; one inside another, as `model`, is looked for there.
+        network: images -> logits. If it wraps another network as `model`, the stages are that network's.
         named: module paths; none: the network's own `stages`.
         option: the option that names them, for messages.
-        image_size: pixels of the images it will see.
+        image_size: pixels of the images.
 
     Attributes:
         paths, full: the modules, as paths from the innermost network and from this one.
         shapes: (channels, height, width) of each.
 
     Raises:
-        ValueError: the network does not say where its stages are and none is named, a path names no module, or what a module puts
-            out is no feature map.
+        ValueError: none is named and the network does not say where its stages are, a path names no module, or a module's output is
+            no feature map.
     """
 
     def __init__(self, network: nn.Module, named: Sequence[str], option: str, image_size: int) -> None:
@@ -45,11 +45,34 @@ class FeatureMaps(nn.Module):
         return self._tapped(images)
 
 
-def stage_paths(network: nn.Module, option: str) -> tuple[str, ...]:
-    """The modules at the ends of a network's stages, as paths from the innermost network.
+def pair_feature_maps(
+    student: nn.Module, teacher: nn.Module, settings: object, image_size: int, *, drop_last: bool = False
+) -> tuple[FeatureMaps, FeatureMaps]:
+    """Returns the feature maps of both networks at settings.student_stages and settings.teacher_stages.
+
+    Args:
+        student: images -> logits.
+        teacher: images -> logits.
+        settings: a recipe's; an empty tuple stands for the network's own stages.
+        image_size: pixels of the images.
+        drop_last: leave out the last of a network's own stages.
 
     Raises:
-        ValueError: it does not say where they are, so that `option` has to.
+        ValueError: as FeatureMaps, or the numbers of stages differ.
+    """
+    pair = []
+    for network, option in ((student, "student_stages"), (teacher, "teacher_stages")):
+        named = getattr(settings, option) or stage_paths(network, option)[: -1 if drop_last else None]
+        pair.append(FeatureMaps(network, named, option, image_size))
+    check_as_many(pair[0].paths, pair[1].paths)
+    return pair[0], pair[1]
+
+
+def stage_paths(network: nn.Module, option: str) -> tuple[str, ...]:
+    """Returns the modules at the ends of a network's stages, as paths from the innermost network.
+
+    Raises:
+        ValueError: the network does not say where they are, so `option` has to.
     """
     inner, _ = innermost(network)
     paths = tuple(getattr(inner, "stages", ()))
@@ -58,8 +81,14 @@ def stage_paths(network: nn.Module, option: str) -> tuple[str, ...]:
     return paths
 
 
+def middle_stage(network: nn.Module, option: str) -> str:
+    """Returns the path of the module at the end of a network's middle stage; errors as `stage_paths`."""
+    paths = stage_paths(network, option)
+    return paths[(len(paths) - 1) // 2]
+
+
 def innermost(network: nn.Module) -> tuple[nn.Module, str]:
-    """The network inside wrappers that hold it as `model`, and the path to it: "" or "model." and so on."""
+    """Returns the network inside wrappers that hold it as `model`, and the path to it: "", "model." and so on."""
     prefix = ""
     while not hasattr(network, "stages") and isinstance(inner := getattr(network, "model", None), nn.Module):
         network, prefix = inner, f"{prefix}model."
@@ -67,25 +96,25 @@ def innermost(network: nn.Module) -> tuple[nn.Module, str]:
 
 
 def head_input(network: nn.Module) -> tuple[str, int]:
-    """The tap of what the network's last linear layer reads, and how many numbers that are for an image."""
+    """Returns the tap of the input of the network's last linear layer, and its size for one image."""
     inner, prefix = innermost(network)
     path, layer = find_head(inner)
     return f"{prefix}{path}:input", layer.in_features
 
 
 def check_as_many(student: Sequence[str], teacher: Sequence[str]) -> None:
-    """Stages, given by their paths, are compared one by one.
+    """Checks that student and teacher, given by the paths of their stages, have equally many.
 
     Raises:
-        ValueError: student and teacher have different numbers of them.
+        ValueError: the numbers differ.
     """
     if len(student) != len(teacher):
-        ours, theirs = (f"{len(paths)} ({', '.join(paths)})" for paths in (student, teacher))
-        raise ValueError(f"student and teacher must have equally many stages, got {ours} and {theirs}: name them")
+        counts = [f"{len(paths)} ({', '.join(paths)})" for paths in (student, teacher)]
+        raise ValueError(f"student and teacher must have equally many stages, got {counts[0]} and {counts[1]}: name them")
 
 
 def fingerprint(network: nn.Module) -> str:
-    """Tells a network's weights from any others: the SHA-256 of its parameters and buffers, hexadecimal."""
+    """Returns the SHA-256 of a network's parameters and buffers, hexadecimal."""
     digest = hashlib.sha256()
     for name, tensor in sorted(innermost(network)[0].state_dict().items()):
         digest.update(name.encode())

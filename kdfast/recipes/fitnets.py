@@ -1,10 +1,15 @@
-"""FitNets (Romero et al., ICLR 2015, arXiv:1412.6550): the student's middle learns the teacher's middle.
+"""FitNets (Romero et al., ICLR 2015, arXiv:1412.6550): the middle of the student learns the middle of the teacher.
+
+Use it when the student is thin and deep and hard to train from labels and logits alone.
 
     stages    the paper's two trainings (the default). First the hint: the student up to `student_hint` learns
-              mean (regressor(F_s) - F_t)^2. Then distillation of the logits, kd.py's loss, with a fresh optimizer.
-    joint     RepDistiller's one: loss = ce_weight CE(s, y) + hint_weight mean (regressor(F_s) - F_t)^2 [+ kd_weight T^2 KL(t || s)]
+              mean (regressor(F_s) - F_t)^2. Then distillation of the logits, kd.py's loss, with a new optimizer.
+    joint     RepDistiller's single training: loss = ce_weight CE(s, y) + hint_weight mean (regressor(F_s) - F_t)^2
+              [+ kd_weight T^2 KL(t || s)]
 
-The regressor, a convolution with BatchNorm and ReLU, takes the student's map to the teacher's shape and is trained with it.
+The regressor, a convolution with BatchNorm and ReLU, maps the student's features to the teacher's shape. It is trained with the student.
+
+Presets: dih (Asadian, Salehi-Abari 2021), repdistiller (Tian et al. 2020).
 """
 
 from dataclasses import dataclass, replace
@@ -16,11 +21,13 @@ from torch import Tensor, nn
 from kdfast import functional
 from kdfast.data import Batch
 from kdfast.engine import Stage, Training
+from kdfast.engine.ranges import check_ranges
 from kdfast.engine.stage import Outputs, Terms
 from kdfast.losses import HintLoss
 from kdfast.recipes import kd
-from kdfast.recipes.features import FeatureMaps, stage_paths
+from kdfast.recipes.features import FeatureMaps, middle_stage
 from kdfast.recipes.recipe import Preset, Recipe, Setup, Stages, Trained
+from kdfast.recipes.trainings import DIH_README, REPDISTILLER
 
 
 @dataclass(frozen=True)
@@ -36,50 +43,40 @@ class Settings(kd.Settings):
     regressor: bool = True
     """A trained convolution between the two; without it their shapes must be equal."""
     hint_epochs: int | None = None
-    """Epochs of the hint (stages); none: a fifth of those that follow."""
+    """Epochs of the hint (stages); none: a fifth of the epochs that follow."""
     hint_weight: float = 100.0
     """Weight of the hint (joint)."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.hint_weight < 0:
-            raise ValueError(f"hint_weight must not be negative, got {self.hint_weight}")
-        if self.hint_epochs is not None and self.hint_epochs < 1:
-            raise ValueError(f"hint_epochs must be at least 1, got {self.hint_epochs}")
+        check_ranges(self, not_negative=("hint_weight",), at_least_one=("hint_epochs",))
 
 
-def distil(setup: Setup, settings: Settings, teacher: nn.Module | None) -> Stages[Trained]:
+def distil(setup: Setup, settings: Settings, teacher: nn.Module) -> Stages[Trained]:
     """The stages of the chosen procedure."""
-    assert teacher is not None
-    student = setup.student()
-    see_student = _hint(student, settings.student_hint, "student_hint", setup)
-    see_teacher = _hint(teacher, settings.teacher_hint, "teacher_hint", setup)
-    hint_loss = HintLoss(see_student.shapes[0], see_teacher.shapes[0], regressor=settings.regressor)  # type: ignore[arg-type]
+    student, size = setup.student(), setup.data.image_size
+    student_map = FeatureMaps(student, (settings.student_hint or middle_stage(student, "student_hint"),), "student_hint", size)
+    teacher_map = FeatureMaps(teacher, (settings.teacher_hint or middle_stage(teacher, "teacher_hint"),), "teacher_hint", size)
+    hint_loss = HintLoss(student_map.shapes[0], teacher_map.shapes[0], regressor=settings.regressor)  # type: ignore[arg-type]
 
     def forward(batch: Batch) -> Outputs:
         with torch.no_grad():
-            target, (theirs,) = see_teacher(batch.images)
-        logits, (ours,) = see_student(batch.images)
-        return {"logits": logits, "teacher": target, "hint": hint_loss.regressor(ours), "teacher hint": theirs}
+            target, (teacher_hint,) = teacher_map(batch.images)
+        logits, (features,) = student_map(batch.images)
+        return {"logits": logits, "teacher": target, "hint": hint_loss.regressor(features), "teacher hint": teacher_hint}
 
     def hint(outputs: Outputs) -> Tensor:
         return functional.hint_loss(outputs["hint"], outputs["teacher hint"])
 
-    def both(outputs: Outputs, batch: Batch) -> Terms:
-        logits = kd.terms(outputs["logits"], outputs["teacher"], batch.labels, settings, hidden=setup.labels_hidden)
-        return logits | {"hint": settings.hint_weight * hint(outputs)}
+    def joint(outputs: Outputs, batch: Batch) -> Terms:
+        terms = kd.terms(outputs["logits"], outputs["teacher"], batch.labels, settings, hidden=setup.labels_hidden)
+        return terms | {"hint": settings.hint_weight * hint(outputs)}
 
     if settings.procedure == "joint":
-        yield setup.stage(
-            "distil",
-            train=(student, hint_loss),
-            frozen=(teacher,),
-            forward=forward,
-            loss=both,
-        )
+        yield setup.stage("distil", train=(student, hint_loss), frozen=(teacher,), forward=forward, loss=joint)
         return Trained(student, setup.student_spec)
 
-    training = _of_the_hint(setup.training, settings)
+    training = _hint_training(setup.training, settings)
     yield Stage(
         "hint",
         train=(student, hint_loss),
@@ -94,19 +91,13 @@ def distil(setup: Setup, settings: Settings, teacher: nn.Module | None) -> Stage
     return (yield from kd.follow("distil", setup, settings, student, setup.student_spec, teacher))
 
 
-def _hint(network: nn.Module, named: str | None, option: str, setup: Setup) -> FeatureMaps:
-    """The network and the one map that is compared: the one named, else the end of its middle stage."""
-    if named is None:
-        stages = stage_paths(network, option)
-        named = stages[(len(stages) - 1) // 2]
-    return FeatureMaps(network, (named,), option, setup.data.image_size)
-
-
-def _of_the_hint(training: Training, settings: Settings) -> Training:
+def _hint_training(training: Training, settings: Settings) -> Training:
     """The same optimizer at a constant rate."""
     epochs = settings.hint_epochs or max(1, training.epochs // 5)
     return replace(training, epochs=epochs, schedule="constant", warmup=min(training.warmup, epochs - 1), early_stop=None)
 
+
+_LAYER1 = {"student_hint": "layer1", "teacher_hint": "layer1", "regressor": False, "hint_epochs": 40}
 
 RECIPE = Recipe(
     name="fitnets",
@@ -116,20 +107,11 @@ RECIPE = Recipe(
         "default": Preset("a hint for a fifth of the epochs, then T = 4, 0.1 CE + 0.9 T^2 KL, trained as suits the data set"),
         "dih": Preset(
             "Distilling Knowledge via Intermediate Classifiers: 40 epochs of layer1's maps as they are, then its KD (its README's values)",
-            {
-                **kd.DIH_README,
-                "temperature": 5.0,
-                "kd_weight": 0.1,
-                "ce_weight": 0.9,
-                "student_hint": "layer1",
-                "teacher_hint": "layer1",
-                "regressor": False,
-                "hint_epochs": 40,
-            },
+            {**DIH_README, **_LAYER1, "temperature": 5.0, "kd_weight": 0.1, "ce_weight": 0.9},
         ),
         "repdistiller": Preset(
             "RepDistiller's CIFAR-100 tables (Tian et al. 2020): CE + 100 hint at the end of stage 2 at once, no logits",
-            {**kd.REPDISTILLER, "procedure": "joint", "hint_weight": 100.0, "ce_weight": 1.0, "kd_weight": 0.0},
+            {**REPDISTILLER, "procedure": "joint", "hint_weight": 100.0, "ce_weight": 1.0, "kd_weight": 0.0},
         ),
     },
     distil=distil,

@@ -1,18 +1,23 @@
 """Knowledge distillation (Hinton, Vinyals, Dean 2015, arXiv:1503.02531).
 
-loss = ce_weight CE(s, y) + kd_weight T^2 KL(softmax(t / T) || softmax(s / T))
+Use it first: it needs only the logits of both networks, works for any pair of architectures, and is the baseline of every other recipe.
+
+    loss = ce_weight CE(s, y) + kd_weight T^2 KL(softmax(t / T) || softmax(s / T))
+
+Presets: repdistiller (Tian et al. 2020), dih-readme and dih-code (Asadian, Salehi-Abari 2021), imagenet.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import Tensor, nn
 
 from kdfast.data import Batch
-from kdfast.engine.stage import Mean, Outputs
+from kdfast.engine.ranges import check_ranges
+from kdfast.engine.stage import Mean, Outputs, Terms
 from kdfast.models import ModelSpec
 from kdfast.recipes.recipe import Preset, Recipe, Setup, Stages, Trained, ce_and_kd, cross_entropy
 from kdfast.recipes.remembered import Remembered
+from kdfast.recipes.trainings import DIH_CODE, DIH_README, IMAGENET, REPDISTILLER
 
 
 @dataclass(frozen=True)
@@ -31,44 +36,35 @@ class Settings:
     """Label smoothing of the cross-entropy."""
 
     def __post_init__(self) -> None:
-        if not self.temperature > 0:
-            raise ValueError(f"temperature must be positive, got {self.temperature}")
-        if self.kd_weight < 0 or self.ce_weight < 0:
-            raise ValueError(f"kd_weight and ce_weight must not be negative, got {self.kd_weight} and {self.ce_weight}")
+        check_ranges(self, positive=("temperature",), not_negative=("kd_weight", "ce_weight"))
 
 
-def distil(setup: Setup, settings: Settings, teacher: nn.Module | None) -> Stages[Trained]:
+def distil(setup: Setup, settings: Settings, teacher: nn.Module) -> Stages[Trained]:
     """One stage: the student follows the frozen teacher's logits."""
-    assert teacher is not None
     return (yield from follow("distil", setup, settings, setup.student(), setup.student_spec, teacher))
 
 
 def follow(name: str, setup: Setup, settings: Settings, student: nn.Module, spec: ModelSpec, teacher: nn.Module) -> Stages[Trained]:
     """A stage of this name in which `student` follows `teacher`."""
     data = setup.loaders(setup.training)
-    answers = Remembered(teacher, data, setup.training.epochs)
+    targets = Remembered(teacher, data, setup.training.epochs)
 
     def forward(batch: Batch) -> Outputs:
-        target = answers(batch, training=student.training)
+        target = targets(batch, training=student.training)
         return {"logits": student(batch.images), "teacher": target}
 
-    yield setup.stage(
-        name,
-        train=(student,),
-        frozen=(teacher,),
-        data=data,
-        prepare=answers.prepare,
-        forward=forward,
-        loss=lambda outputs, batch: terms(outputs["logits"], outputs["teacher"], batch.labels, settings, hidden=setup.labels_hidden),
-    )
+    def loss(outputs: Outputs, batch: Batch) -> Terms:
+        return terms(outputs["logits"], outputs["teacher"], batch.labels, settings, hidden=setup.labels_hidden)
+
+    yield setup.stage(name, train=(student,), frozen=(teacher,), data=data, prepare=targets.prepare, forward=forward, loss=loss)
     return Trained(student, spec)
 
 
 def terms(student: Tensor, teacher: Tensor, labels: Tensor, settings: Settings, *, hidden: bool) -> dict[str, Tensor | Mean]:
-    """The terms of logits [B, C], for recipes that have others beside them; a teacher whose weight is 0 is left out."""
+    """Returns the loss terms of logits [B, C], also for recipes with further terms; kd_weight 0 leaves the teacher out."""
+    smoothing = settings.label_smoothing
     if settings.kd_weight == 0:
-        ce = cross_entropy(student, labels, label_smoothing=settings.label_smoothing, hidden=hidden)
-        return {"ce": settings.ce_weight * ce}
+        return {"ce": settings.ce_weight * cross_entropy(student, labels, label_smoothing=smoothing, hidden=hidden)}
     return ce_and_kd(
         student,
         teacher,
@@ -77,57 +73,10 @@ def terms(student: Tensor, teacher: Tensor, labels: Tensor, settings: Settings, 
         standardize=settings.standardize,
         ce_weight=settings.ce_weight,
         kd_weight=settings.kd_weight,
-        label_smoothing=settings.label_smoothing,
+        label_smoothing=smoothing,
         hidden=hidden,
     )
 
-
-# the CIFAR-100 training of RepDistiller, which later papers kept for their tables
-REPDISTILLER: Mapping[str, object] = {
-    "dataset": "cifar100",
-    "batch_size": 64,
-    "epochs": 240,
-    "optimizer": "sgd",
-    "lr": 0.05,
-    "momentum": 0.9,
-    "weight_decay": 5e-4,
-    "schedule": "steps",
-    "milestones": (150, 180, 210),
-    "gamma": 0.1,
-    "augment": "cifar",
-    "normalization": "repdistiller-cifar100",
-    "val_fraction": 0.0,
-}
-IMAGENET: Mapping[str, object] = {
-    "dataset": "folder",
-    "batch_size": 512,
-    "epochs": 100,
-    "optimizer": "sgd",
-    "lr": 0.2,
-    "momentum": 0.9,
-    "weight_decay": 1e-4,
-    "schedule": "steps",
-    "milestones": (30, 60, 90),
-    "gamma": 0.1,
-    "augment": "imagenet",
-    "val_fraction": 0.0,
-    "teacher_model": "resnet34",
-    "student": "resnet18",
-}
-_DIH: Mapping[str, object] = {
-    "dataset": "cifar100",
-    "teacher_model": "resnet110",
-    "student": "resnet8",
-    "optimizer": "sgd",
-    "momentum": 0.9,
-    "nesterov": True,
-    "weight_decay": 5e-4,
-    "schedule": "steps",
-    "augment": "cifar-reflect",
-    "val_fraction": 0.0,
-}
-DIH_README = {**_DIH, "lr": 0.1, "batch_size": 64, "epochs": 200, "milestones": (60, 120, 180), "gamma": 0.1}
-DIH_CODE = {**_DIH, "lr": 0.05, "batch_size": 128, "epochs": 240, "milestones": (150, 180, 210), "gamma": 0.2}
 
 RECIPE = Recipe(
     name="kd",

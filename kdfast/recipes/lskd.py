@@ -1,9 +1,13 @@
 """Logit standardization (Sun, Ren, Li, Wang, Cao, CVPR 2024, arXiv:2403.01427).
 
+Use it when the teacher's logits are much larger or smaller than the student can match: only their shape is compared, not their scale.
+
     z(x) = (x - mean(x)) / (std(x) + 1e-7), std unbiased
     loss = ce_weight CE(s, y) + kd_weight T^2 KL(softmax(z(t) / T) || softmax(z(s) / T))
 
-Standardized logits are small, so the teacher's term needs a far larger weight than plain distillation: 9 where that has 0.9.
+Standardized logits are small, so the teacher's term needs a much larger weight than in plain distillation: 9 instead of 0.9.
+
+Presets: cifar100, cifar100-<teacher>-<student> and imagenet (the authors' tables).
 """
 
 from dataclasses import dataclass
@@ -12,6 +16,7 @@ from torch import nn
 
 from kdfast.recipes import kd
 from kdfast.recipes.recipe import Preset, Recipe, Setup, Stages, Trained
+from kdfast.recipes.trainings import IMAGENET, REPDISTILLER
 
 
 @dataclass(frozen=True)
@@ -28,7 +33,7 @@ class Settings(kd.Settings):
     """Standardize each row of logits first."""
 
 
-def distil(setup: Setup, settings: Settings, teacher: nn.Module | None) -> Stages[Trained]:
+def distil(setup: Setup, settings: Settings, teacher: nn.Module) -> Stages[Trained]:
     """One stage: the student follows the teacher's standardized logits."""
     T = settings.temperature
     setup.say(
@@ -40,18 +45,8 @@ def distil(setup: Setup, settings: Settings, teacher: nn.Module | None) -> Stage
 
 
 def _cifar100(pair: str, temperature: float, weight: float, teacher: str, student: str, **more: object) -> Preset:
-    return Preset(
-        f"the authors' CIFAR-100 table, {pair}: T = {temperature:g}, weight {weight:g}",
-        {
-            **kd.REPDISTILLER,
-            "temperature": temperature,
-            "kd_weight": weight,
-            "ce_weight": 0.1,
-            "teacher_model": teacher,
-            "student": student,
-            **more,
-        },
-    )
+    values = {"temperature": temperature, "kd_weight": weight, "ce_weight": 0.1, "teacher_model": teacher, "student": student, **more}
+    return Preset(f"the authors' CIFAR-100 table, {pair}: T = {temperature:g}, weight {weight:g}", {**REPDISTILLER, **values})
 
 
 RECIPE = Recipe(
@@ -66,7 +61,7 @@ RECIPE = Recipe(
         "cifar100-resnet50-mobilenetv2": _cifar100("ResNet-50 to MobileNetV2", 3.0, 1.0, "resnet50_cifar", "mobilenetv2_cifar", lr=0.01),
         "imagenet": Preset(
             "the authors' ImageNet table: T = 2, weight 9, CE 1",
-            {**kd.IMAGENET, "temperature": 2.0, "kd_weight": 9.0, "ce_weight": 1.0},
+            {**IMAGENET, "temperature": 2.0, "kd_weight": 9.0, "ce_weight": 1.0},
         ),
     },
     distil=distil,

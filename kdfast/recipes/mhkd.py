@@ -1,11 +1,15 @@
 """MHKD, multi-head knowledge distillation (Wang, Lohit, Jones, Fu 2020, arXiv:2012.02911).
 
-Heads stand on stages of both networks; the teacher's are trained together with the student, on its frozen maps.
+Use it when the teacher is much larger than the student and you want to train the teacher's extra heads in the student's own run.
+
+Both networks get heads on their stages. The teacher's heads are trained together with the student, on the teacher's frozen maps.
 
     loss = KD(s_0, t_0) + sum over stages j of CE(t_j, y) + head_weight KD(s_j, t_j)
-    KD(s, t) = (1 - alpha) CE(s, y) + alpha T^2 KL(t || s); s_0, t_0 the networks' own logits
+    KD(s, t) = (1 - alpha) CE(s, y) + alpha T^2 KL(t || s); s_0, t_0 are the networks' own logits
 
 The original does not stop KD's gradient at t_j, so it also pulls the teacher's heads towards the student's.
+
+Presets: dih (Asadian, Salehi-Abari 2021).
 """
 
 from dataclasses import dataclass
@@ -14,11 +18,12 @@ import torch
 from torch import Tensor, nn
 
 from kdfast.data import Batch
+from kdfast.engine.ranges import check_ranges
 from kdfast.engine.stage import Outputs, Terms
 from kdfast.models import conv_head
-from kdfast.recipes import kd
-from kdfast.recipes.features import FeatureMaps, check_as_many, stage_paths
+from kdfast.recipes.features import FeatureMaps, pair_feature_maps
 from kdfast.recipes.recipe import Preset, Recipe, Setup, Stages, Trained, ce_and_kd, cross_entropy
+from kdfast.recipes.trainings import DIH_README
 
 
 @dataclass(frozen=True)
@@ -43,34 +48,25 @@ class Settings:
     """Quirk of the original: distillation's gradient reaches the teacher's heads."""
 
     def __post_init__(self) -> None:
-        if not self.temperature > 0:
-            raise ValueError(f"temperature must be positive, got {self.temperature}")
-        if not 0 <= self.alpha <= 1:
-            raise ValueError(f"alpha must be from 0 to 1, got {self.alpha}")
-        if self.head_weight < 0 or self.head_padding < 0:
-            raise ValueError(f"head_weight and head_padding must not be negative, got {self.head_weight} and {self.head_padding}")
+        check_ranges(self, positive=("temperature",), up_to_one=("alpha",), not_negative=("head_weight", "head_padding"))
 
 
-def distil(setup: Setup, settings: Settings, teacher: nn.Module | None) -> Stages[Trained]:
-    """One stage: heads of both networks and the student."""
-    assert teacher is not None
+def distil(setup: Setup, settings: Settings, teacher: nn.Module) -> Stages[Trained]:
+    """One stage: the heads of both networks and the student."""
     student = setup.student()
-    see_student = _but_the_last(student, settings.student_stages, "student_stages", setup)
-    see_teacher = _but_the_last(teacher, settings.teacher_stages, "teacher_stages", setup)
-    check_as_many(see_student.paths, see_teacher.paths)
-    student_heads, teacher_heads = (_heads(of, setup, settings) for of in (see_student, see_teacher))
-    k = len(see_student.paths)
+    student_maps, teacher_maps = pair_feature_maps(student, teacher, settings, setup.data.image_size, drop_last=True)
+    student_heads, teacher_heads = (_heads(maps, setup, settings) for maps in (student_maps, teacher_maps))
 
     def forward(batch: Batch) -> Outputs:
         with torch.no_grad():
-            target, theirs = see_teacher(batch.images)
-        logits, ours = see_student(batch.images)
+            target, from_teacher = teacher_maps(batch.images)
+        logits, from_student = student_maps(batch.images)
         outputs = {"logits": logits, "teacher": target}
-        outputs |= {f"student {j}": head(F) for j, (head, F) in enumerate(zip(student_heads, ours))}
-        return outputs | {f"teacher {j}": head(F) for j, (head, F) in enumerate(zip(teacher_heads, theirs))}
+        outputs |= {f"student {j}": head(F) for j, (head, F) in enumerate(zip(student_heads, from_student))}
+        return outputs | {f"teacher {j}": head(F) for j, (head, F) in enumerate(zip(teacher_heads, from_teacher))}
 
-    def distillation(student: Tensor, teacher: Tensor, labels: Tensor, *, of: str = "", weight: float = 1.0) -> Terms:
-        parts = ce_and_kd(
+    def distillation(student: Tensor, teacher: Tensor, labels: Tensor, *, prefix: str = "", weight: float = 1.0) -> Terms:
+        terms = ce_and_kd(
             student,
             teacher,
             labels,
@@ -80,37 +76,26 @@ def distil(setup: Setup, settings: Settings, teacher: nn.Module | None) -> Stage
             label_smoothing=settings.label_smoothing,
             hidden=setup.labels_hidden,
         )
-        return {f"{of}{name}": weight * part for name, part in parts.items()}
+        return {f"{prefix}{name}": weight * term for name, term in terms.items()}
 
     def loss(outputs: Outputs, batch: Batch) -> Terms:
         terms = dict(distillation(outputs["logits"], outputs["teacher"], batch.labels))
-        for j in range(k):
-            opinion = outputs[f"teacher {j}"]
-            terms[f"teacher {j}"] = cross_entropy(opinion, batch.labels, hidden=setup.labels_hidden)
-            target = opinion if settings.pull_teacher_heads else opinion.detach()
-            terms |= distillation(outputs[f"student {j}"], target, batch.labels, of=f"head {j} ", weight=settings.head_weight)
+        for j in range(len(student_heads)):
+            target = outputs[f"teacher {j}"]
+            terms[f"teacher {j}"] = cross_entropy(target, batch.labels, hidden=setup.labels_hidden)
+            target = target if settings.pull_teacher_heads else target.detach()
+            terms |= distillation(outputs[f"student {j}"], target, batch.labels, prefix=f"head {j} ", weight=settings.head_weight)
         return terms
 
-    yield setup.stage(
-        "distil",
-        train=(student, student_heads, teacher_heads),
-        frozen=(teacher,),
-        forward=forward,
-        loss=loss,
-    )
+    yield setup.stage("distil", train=(student, student_heads, teacher_heads), frozen=(teacher,), forward=forward, loss=loss)
     return Trained(student, setup.student_spec)
 
 
-def _but_the_last(network: nn.Module, named: tuple[str, ...], option: str, setup: Setup) -> FeatureMaps:
-    return FeatureMaps(network, named or stage_paths(network, option)[:-1], option, setup.data.image_size)
-
-
-def _heads(of: FeatureMaps, setup: Setup, settings: Settings) -> nn.ModuleList:
-    least = 5 if settings.head_padding == 0 else 1
-    for path, (_, H, W) in zip(of.paths, of.shapes):
-        if min(H, W) < least:
+def _heads(maps: FeatureMaps, setup: Setup, settings: Settings) -> nn.ModuleList:
+    for path, (_, H, W) in zip(maps.paths, maps.shapes):
+        if settings.head_padding == 0 and min(H, W) < 5:
             raise ValueError(f"head_padding 0 needs maps of at least 5 x 5 pixels, and {path} puts out {H} x {W}")
-    return nn.ModuleList(conv_head(shape[0], setup.classes, padding=settings.head_padding) for shape in of.shapes)
+    return nn.ModuleList(conv_head(shape[0], setup.classes, padding=settings.head_padding) for shape in maps.shapes)
 
 
 RECIPE = Recipe(
@@ -121,7 +106,7 @@ RECIPE = Recipe(
         "default": Preset("heads on all stages but the last, T = 4, 0.9 CE + 0.1 T^2 KL each, trained as suits the data set"),
         "dih": Preset(
             "Distilling Knowledge via Intermediate Classifiers' comparison: heads on stages 1 and 2, its README's training; the quirk on",
-            {**kd.DIH_README, "pull_teacher_heads": True},
+            {**DIH_README, "pull_teacher_heads": True},
         ),
     },
     distil=distil,

@@ -1,11 +1,11 @@
-"""Terms that any recipe may have beside its own: --plus kd:weight=0.9 --plus lskd:weight=9,temperature=2 --plus supcon:weight=0.15
+"""Terms that any recipe may add to its own: --plus kd:weight=0.9 --plus lskd:weight=9,temperature=2 --plus supcon:weight=0.15
 
     kd        weight T^2 KL(softmax(t / T) || softmax(s / T))
-    lskd      the same of standardized logits
-    supcon    weight SupCon(projection(features), y), features what the student's classifier reads; an image whose label is hidden is
-              contrasted under the teacher's most likely class
+    lskd      the same, of standardized logits
+    supcon    weight SupCon(projection(features), y); features are the input of the student's classifier. An image with a hidden label
+              takes the teacher's most likely class
 
-They are added to the stage that distils the student, the last that gives logits: earlier ones (heads, hints) stay as they are.
+They are added to the stage that distils the student, the last stage with logits; earlier stages (heads, hints) stay unchanged.
 """
 
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ from kdfast.engine.stage import Outputs, Terms
 from kdfast.functional import kd_loss, supcon_loss
 from kdfast.models import Taps, projection_head
 from kdfast.recipes.features import head_input
-from kdfast.recipes.recipe import Stages, Trained, alone_where_hidden, contrasted_processes, each
+from kdfast.recipes.recipe import Stages, Trained, contrast_group, map_stages, separate_hidden
 
 DEFAULTS = {
     "kd": {"weight": 0.9, "temperature": 4.0},
@@ -28,7 +28,7 @@ DEFAULTS = {
     "supcon": {"weight": 0.15, "temperature": 0.07},
 }
 STAGE = "distil"
-"""What recipes call the stage that distils the student."""
+"""Recipes' name for the stage that distils the student."""
 
 
 @dataclass(frozen=True)
@@ -64,37 +64,41 @@ class Term:
 
 
 def plus(stages: Stages[Trained], terms: Sequence[Term], teacher: nn.Module | None, *, labels_hidden: bool) -> Stages[Trained]:
-    """The same stages, the terms added to the one that distils the student.
+    """Yields the same stages, with the terms added to the stage that distils the student.
 
     Args:
         stages: the recipe's.
-        terms: what is added.
-        teacher: who says the class of an image whose label is hidden, and whom kd and lskd follow; None: the recipe has none. Where the
-            recipe's student has another teacher in that stage (takd: the last assistant), that one is followed.
-        labels_hidden: whether some labels are.
+        terms: the added terms.
+        teacher: kd and lskd follow it, and it gives the classes of images with hidden labels; None: the recipe has no teacher. If the
+            recipe's student has another teacher in that stage (takd: the last assistant), the terms follow that one.
+        labels_hidden: some labels are hidden.
 
     Raises:
-        ValueError: a term follows a teacher, and there is none; or the recipe's student gives no logits there (conkd's notebook).
+        ValueError: a term needs a teacher and there is none, or the recipe's student has no logits in that stage (conkd's notebook).
     """
-    if teacher is None and any(term.name != "supcon" for term in terms):
+    needed = any(term.name != "supcon" for term in terms)
+    if teacher is None and needed:
         raise ValueError("plus kd and lskd need a teacher, and this recipe has none")
-    asked = labels_hidden or any(term.name != "supcon" for term in terms)
-    return (yield from each(stages, lambda stage: _extended(stage, terms, teacher if asked else None) if stage.name == STAGE else stage))
+    asked = teacher if labels_hidden or needed else None
+    return (yield from map_stages(stages, lambda stage: _extend(stage, terms, asked) if stage.name == STAGE else stage))
 
 
-def _extended(stage: Stage, terms: Sequence[Term], teacher: nn.Module | None) -> Stage:
-    student, contrast = stage.train[0], any(term.name == "supcon" for term in terms)
-    tapped = projection = None
+def _extend(stage: Stage, terms: Sequence[Term], teacher: nn.Module | None) -> Stage:
+    contrast = any(term.name == "supcon" for term in terms)
+    train, frozen = list(stage.train), list(stage.frozen)
     if contrast:
-        tap, size = head_input(student)
-        tapped, projection = Taps(student, (tap,)), projection_head(size)
+        tap, size = head_input(train[0])
+        tapped, projection = Taps(train[0], (tap,)), projection_head(size)
+        train.append(projection)
+    if teacher is not None and teacher not in frozen:
+        frozen.append(teacher)
 
     def forward(batch: Batch) -> Outputs:
-        if tapped is None or projection is None:
-            outputs = dict(stage.forward(batch))
+        if contrast:
+            outputs, (features,) = tapped.during(lambda: dict(stage.forward(batch)))
+            outputs["plus embedding"] = projection(features.flatten(1))
         else:
-            seen, (features,) = tapped.during(lambda: stage.forward(batch))
-            outputs = {**seen, "plus embedding": projection(features.flatten(1))}
+            outputs = dict(stage.forward(batch))
         if "logits" not in outputs:
             raise ValueError("plus: this recipe's student learns no logits in the stage that distils it")
         if teacher is not None:
@@ -106,14 +110,8 @@ def _extended(stage: Stage, terms: Sequence[Term], teacher: nn.Module | None) ->
         added = {f"plus {term.name}": term.weight * _loss(term, outputs, batch) for term in terms}
         return {**stage.loss(outputs, batch), **added}
 
-    return replace(
-        stage,
-        train=(*stage.train, *([projection] if projection is not None else [])),
-        frozen=(*stage.frozen, *([teacher] if teacher is not None and teacher not in stage.frozen else [])),
-        forward=forward,
-        loss=loss,
-        couples_rows=stage.couples_rows or contrast,
-    )
+    couples_rows = stage.couples_rows or contrast
+    return replace(stage, train=train, frozen=frozen, forward=forward, loss=loss, couples_rows=couples_rows)
 
 
 def _loss(term: Term, outputs: Outputs, batch: Batch) -> torch.Tensor:
@@ -123,5 +121,5 @@ def _loss(term: Term, outputs: Outputs, batch: Batch) -> torch.Tensor:
     if "plus teacher" in outputs:
         labels = torch.where(labels == HIDDEN, outputs["plus teacher"].argmax(dim=1), labels)
     else:
-        labels = alone_where_hidden(labels, batch.index)
-    return supcon_loss(outputs["plus embedding"], labels, temperature=term.temperature, group=contrasted_processes())
+        labels = separate_hidden(labels, batch.index)
+    return supcon_loss(outputs["plus embedding"], labels, temperature=term.temperature, group=contrast_group())

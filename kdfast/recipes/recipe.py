@@ -1,4 +1,4 @@
-"""What a recipe is, and what it is given: the words that every method file is written in."""
+"""The parts that every recipe is written with: Recipe, Preset, Setup, and the loss terms that recipes share."""
 
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
@@ -24,14 +24,16 @@ Stages = Generator[Stage, StageResult, T]
 
 
 class Trained(NamedTuple):
-    """What a recipe ends with: a network, images -> logits, and the architecture that its weights belong to."""
+    """The result of a recipe: a network, images -> logits, and its architecture."""
 
     model: nn.Module
     spec: ModelSpec
 
 
-def each(stages: Stages[T], change: Callable[[Stage], Stage], seen: Callable[[StageResult], object] = lambda result: None) -> Stages[T]:
-    """The same stages, each as `change` returns it; `seen` is shown what came of it."""
+def map_stages(
+    stages: Stages[T], change: Callable[[Stage], Stage], on_result: Callable[[StageResult], object] = lambda result: None
+) -> Stages[T]:
+    """Yields the same stages, each changed by `change`; `on_result` is called with every result."""
     result: StageResult | None = None
     while True:
         try:
@@ -39,16 +41,16 @@ def each(stages: Stages[T], change: Callable[[Stage], Stage], seen: Callable[[St
         except StopIteration as end:
             return end.value
         result = yield change(stage)
-        seen(result)
+        on_result(result)
 
 
-def keeping_the_last(stage: Stage) -> Stage:
-    """The stage, no epoch of which is chosen by its validation images: these are what the result will be measured on."""
+def keep_last_epoch(stage: Stage) -> Stage:
+    """Returns the stage without a choice of epochs by validation images, for runs that are measured on those images."""
     return replace(stage, keep="last") if stage.best.startswith("val/") else stage
 
 
 class Extended(nn.Module):
-    """A trained network with what a method adds to it (a projection, heads): images -> the network's own logits.
+    """A trained network with a method's own parts (a projection, heads): images -> the network's own logits.
 
     Args:
         model: images -> logits.
@@ -65,44 +67,66 @@ class Extended(nn.Module):
 
 @dataclass(frozen=True)
 class Preset:
-    """Values that reproduce a source, over the recipe's and the data set's defaults.
+    """Values that reproduce a source. They replace the defaults of the recipe and of the data set.
 
     Attributes:
         source: where the values come from, in a sentence.
         values: option name -> value; "teacher_training.<option>" for the teacher's own training.
+
+    Example:
+        >>> from kdfast.recipes import Preset
+        >>> Preset("ImageNet, ResNet-34 to ResNet-18: T = 1", {"temperature": 1.0, "epochs": 100}).values["epochs"]
+        100
     """
 
     source: str
     values: Mapping[str, Any] = field(default_factory=dict)
 
 
-LARGE_BATCH: Mapping[str, Any] = {
-    "batch_size": 2048,
-    "optimizer": "lion",
-    "lr": 1e-3,
-    "weight_decay": 0.1,
-    "schedule": "cosine",
-    "warmup": 5,
-    "precision": "bf16",
-}
+LARGE_BATCH = Preset(
+    "2,048 images a step over all processes, Lion with warm-up and cosine, bf16; contrastive terms see the images of all processes",
+    {"batch_size": 2048, "optimizer": "lion", "lr": 1e-3, "weight_decay": 0.1, "schedule": "cosine", "warmup": 5, "precision": "bf16"},
+)
 
 
 @dataclass(frozen=True)
 class Setup:
-    """What a recipe builds its stages from.
+    """The inputs of a recipe: data, architectures, trainings.
 
     Attributes:
         data: the images.
         training: how the student is trained.
-        teacher_training: how a teacher is trained where none is given.
+        teacher_training: how a teacher is trained if none is given.
         student_spec: the student's architecture.
         teacher_spec: the teacher's architecture.
-        student_pretrained: whether the student starts from torchvision's ImageNet weights.
-        teacher_pretrained: whether a teacher that is trained here does.
-        labels_hidden: whether some training images have no label (label_fraction < 1).
-        seed: where the randomness of this part of the run begins.
-        make_loaders: Training, training transform or None for the data set's own, whether all labels are shown -> loaders.
+        student_pretrained: the student starts from torchvision's ImageNet weights.
+        teacher_pretrained: a teacher trained in this run starts from torchvision's ImageNet weights.
+        labels_hidden: some training images have no label (label_fraction < 1).
+        seed: of the random numbers of this part of the run.
+        make_loaders: (training, transform of training images or None for the data set's own, show all labels, seed) -> loaders.
         say: prints a line to the user.
+
+    Example:
+        A recipe gets its setup from `kdfast distill`; this one has no data.
+
+        >>> from kdfast.engine import Training
+        >>> from kdfast.models import ModelSpec, parameter_count
+        >>> from kdfast.recipes import Setup
+        >>> setup = Setup(
+        ...     data=None,
+        ...     training=Training(epochs=30),
+        ...     teacher_training=Training(epochs=30),
+        ...     student_spec=ModelSpec("resnet8", 10),
+        ...     teacher_spec=ModelSpec("resnet20", 10),
+        ...     student_pretrained=False,
+        ...     teacher_pretrained=False,
+        ...     labels_hidden=False,
+        ...     seed=0,
+        ...     make_loaders=lambda training, transform, all_labels, seed: None,
+        ...     say=print,
+        ... )
+        >>> parameter_count(setup.student())
+        78042
     """
 
     data: ImageData
@@ -119,33 +143,31 @@ class Setup:
 
     @property
     def classes(self) -> int:
-        """The number of classes."""
+        """Number of classes."""
         return len(self.data.classes)
 
     def loaders(self, training: Training, *, augment: str | None = None, all_labels: bool = False) -> Loaders:
-        """Loaders with the batch size of `training`; the student's labels are hidden as asked for unless `all_labels`."""
+        """Makes loaders with the batch size of `training`; `all_labels` shows the labels that are hidden from the student."""
         return self.make_loaders(training, augment, all_labels, self.seed)
 
     def stage(self, name: str, **parts: Any) -> Stage:
-        """A stage that trains as the student is trained: its images, its training, rows coupled where labels are hidden.
+        """Makes a stage with the student's images and training; hidden labels couple rows.
 
         Args:
             name: of the stage.
-            parts: train, frozen, forward, loss and whatever else a Stage has, over the above.
+            parts: train, frozen, forward, loss and any other field of Stage.
         """
-        parts.setdefault("training", self.training)
-        parts.setdefault("couples_rows", self.labels_hidden)
         if "data" not in parts:  # making loaders may open files
             parts["data"] = self.loaders(self.training)
-        return Stage(name, **parts)
+        return Stage(name, **{"training": self.training, "couples_rows": self.labels_hidden, **parts})
 
     def student(self, *, head: Head = "linear") -> nn.Module:
-        """A new student; the same initial weights at every call of one seed, so that arms are paired."""
+        """Makes a new student; its initial weights depend on the seed only, so that students with and without teacher are paired."""
         with seeded(derive(self.seed, "student")):
             return _new(replace(self.student_spec, head=head), self.student_pretrained)
 
     def new_teacher(self) -> nn.Module:
-        """A new, untrained teacher."""
+        """Makes a new, untrained teacher."""
         with seeded(derive(self.seed, "teacher")):
             return _new(self.teacher_spec, self.teacher_pretrained)
 
@@ -156,14 +178,14 @@ def _new(spec: ModelSpec, pretrained: bool) -> nn.Module:
 
 @contextmanager
 def seeded(seed: int) -> Generator[None, None, None]:
-    """Within the block torch draws from `seed`; afterwards it continues as if nothing had been drawn."""
+    """Seeds torch within the block; afterwards its random state is as before."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         yield
 
 
 def save_network(teacher: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The weights of the teacher's network alone, without a method's own parts."""
+    """Returns the weights of the teacher's network, without a method's own parts, and no facts."""
     return dict((teacher.model if isinstance(teacher, Extended) else teacher).state_dict()), {}
 
 
@@ -172,23 +194,41 @@ class Recipe:
     """A distillation method.
 
     Attributes:
-        name: as on the command line, in folders and tables.
+        name: on the command line, in folders and tables.
         title: one line: the method and its paper.
         settings: the dataclass of the method's own hyper-parameters.
-        presets: by name; "default" is given, "large-batch" follows from it.
+        presets: by name, with one called "default"; "large-batch" is added.
         distil: (setup, settings, teacher) -> stages that end with the trained student.
-        teacher: (setup, settings, the given teacher or None) -> stages that end with the teacher; None where a given one is taken as
-            it is, and a missing one is trained on labels.
+        teacher: (setup, settings, the given teacher or None) -> stages that end with the teacher; None: a given teacher is used
+            unchanged, and a missing one is trained on labels.
         needs_teacher: False for methods in which a network teaches itself.
         save_teacher: trained teacher -> (tensors, facts) of its file. A fact NAME says that the tensors NAME.* are not the network's.
-        load_teacher: (network, tensors, facts of its file) -> teacher; restores what `save_teacher` added.
+        load_teacher: (network, tensors, facts of its file) -> teacher; restores the parts that `save_teacher` added.
+
+    Raises:
+        ValueError: the name is no identifier, or there is no default preset.
+
+    Example:
+        docs/recipes.md has a whole recipe. This one returns its student untrained.
+
+        >>> from dataclasses import dataclass
+        >>> from kdfast.recipes import Preset, Recipe
+        >>> @dataclass(frozen=True)
+        ... class Settings:
+        ...     weight: float = 1.0
+        >>> def distil(setup, settings, teacher):
+        ...     return setup.student(), setup.student_spec
+        ...     yield  # stages
+        >>> recipe = Recipe("untrained", "No training", Settings, {"default": Preset("weight 1")}, distil)
+        >>> sorted(recipe.presets)
+        ['default', 'large-batch']
     """
 
     name: str
     title: str
     settings: type
     presets: Mapping[str, Preset]
-    distil: Callable[[Setup, Any, nn.Module | None], Stages[Trained]]
+    distil: Callable[[Setup, Any, Any], Stages[Trained]]
     teacher: Callable[[Setup, Any, Trained | None], Stages[Trained]] | None = None
     needs_teacher: bool = True
     save_teacher: Callable[[nn.Module], tuple[dict[str, Tensor], dict[str, str]]] = save_network
@@ -199,50 +239,47 @@ class Recipe:
             raise ValueError(f"Recipe: name must be letters, digits and _, since folders are called so, got {self.name!r}")
         if "default" not in self.presets:
             raise ValueError(f"Recipe {self.name}: presets must have one called default, got {', '.join(self.presets) or 'none'}")
-        large = Preset(
-            "2,048 images a step over all processes, Lion with warm-up and cosine, bf16; contrastive terms see the images of all processes",
-            {**self.presets["default"].values, **LARGE_BATCH},
-        )
+        large = replace(LARGE_BATCH, values={**self.presets["default"].values, **LARGE_BATCH.values})
         object.__setattr__(self, "presets", {**self.presets, "large-batch": large})
 
 
 def cross_entropy(logits: Tensor, labels: Tensor, *, label_smoothing: float = 0.0, hidden: bool = True) -> Mean:
-    """Mean cross-entropy over the images whose label is not hidden (-100), of all processes together; 0 where all are hidden.
+    """Returns the mean cross-entropy over the labelled images of all processes (hidden labels are -100); 0 if all are hidden.
 
-    Each process divides by the mean count over processes: averaging their gradients then gives the mean over all labelled images.
+    Each process divides by the mean count over processes, so the average of their gradients is that of the mean over all labelled images.
 
     Args:
         logits: [B, C].
         labels: int64 [B].
         label_smoothing: in [0, 1].
-        hidden: False promises that no label of any process is hidden, and spares counting them.
+        hidden: False promises that no label of any process is hidden, which saves the count.
     """
     total = F.cross_entropy(at_least_float32(logits), labels, reduction="sum", label_smoothing=label_smoothing)
     if not hidden:
         return Mean(total / len(labels), len(labels))
     count = (labels != HIDDEN).sum()
-    if torch.is_grad_enabled():  # in validation the processes may have different numbers of batches
+    if torch.is_grad_enabled():  # in validation processes may have different numbers of batches
         count = mean_over_processes(count)
     return Mean(total / torch.where(count > 0, count, 1), count)
 
 
-def alone_where_hidden(labels: Tensor, index: Tensor) -> Tensor:
-    """The labels [n] of the images of this index [n], and for one whose label is hidden a class of its own."""
+def separate_hidden(labels: Tensor, index: Tensor) -> Tensor:
+    """Returns labels [n] in which every image with a hidden label is a class of its own, by its index [n]."""
     return torch.where(labels == HIDDEN, -1 - index, labels)
 
 
-def contrasted_processes() -> "dist.ProcessGroup | None":
-    """Those whose images are contrasted with this one's: in validation none, for processes may have different numbers of batches."""
+def contrast_group() -> "dist.ProcessGroup | None":
+    """Returns the processes whose images are contrasted with this one's; none in validation, where their numbers of batches may differ."""
     return all_processes() if torch.is_grad_enabled() else None
 
 
 def ce_and_kd(
     student: Tensor, teacher: Tensor | Sequence[Tensor], labels: Tensor, *, ce_weight: float, kd_weight: float, hidden: bool, **options: Any
 ) -> dict[str, Tensor | Mean]:
-    """The terms of logit distillation: cross-entropy where there is a label, the teacher everywhere.
+    """Returns the terms of logit distillation: cross-entropy for labelled images, the teacher for all.
 
-    One fused call where every image has its label. Where some are hidden the two terms have different rows, hence two calls:
-    kd_loss leaves an image without a label out of both.
+    If no label is hidden, one fused call computes both. Otherwise the two terms have different rows and need two calls: kd_loss leaves
+    an image without a label out of both terms.
     """
     if not hidden and ce_weight:
         return {"ce+kd": kd_loss(student, teacher, labels, ce_weight=ce_weight, kd_weight=kd_weight, **options)}

@@ -1,8 +1,12 @@
 """Self-distillation: a network's deep feature map teaches its own shallow one ("Knowledge Distillation Implementation", part 3).
 
+Use it when there is no teacher.
+
     loss = alpha MSE(bilinear(shallow -> size of deep), conv1x1(deep)) + (1 - alpha) CE(logits, y)
 
-No teacher: the shallow map (after `shallow`) is drawn towards a learned projection of the deep one (after `deep`).
+The shallow map (the output of `shallow`) follows a learned projection of the deep one (the output of `deep`).
+
+Presets: tutorial (with its quirks).
 """
 
 from dataclasses import dataclass
@@ -10,10 +14,12 @@ from dataclasses import dataclass
 from torch import nn
 
 from kdfast.data import Batch
+from kdfast.engine.ranges import check_ranges
 from kdfast.engine.stage import Outputs, Terms
 from kdfast.losses import SelfDistillationLoss
 from kdfast.models import Taps, tap_shapes
 from kdfast.recipes.recipe import Preset, Recipe, Setup, Stages, Trained, cross_entropy
+from kdfast.recipes.trainings import Values
 
 
 @dataclass(frozen=True)
@@ -29,48 +35,49 @@ class Settings:
     deep: str | None = None
     """Module whose output teaches; None: the last stage."""
     detach_deep: bool = True
-    """Stop the feature term's gradient at the deep map, so that it teaches and is not pulled itself."""
+    """Stop the feature term's gradient at the deep map, so that the map teaches and does not follow."""
     train_projection: bool = True
     """Train the 1x1 convolution; the tutorial leaves it out of its optimizer."""
     best_by_training_accuracy: bool = False
     """Keep the epoch with the highest training accuracy, as the tutorial does, not the highest validation accuracy."""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.alpha <= 1:
-            raise ValueError(f"alpha must be from 0 to 1, got {self.alpha}")
+        check_ranges(self, up_to_one=("alpha",))
 
 
 def distil(setup: Setup, settings: Settings, teacher: nn.Module | None) -> Stages[Trained]:
-    """One stage."""
-    student = setup.student()
+    """One stage: cross-entropy and the feature term."""
+    student, size = setup.student(), setup.data.image_size
     stages: tuple[str, ...] = getattr(student, "stages", ())
     if not stages and not (settings.shallow and settings.deep):
         raise ValueError(f"shallow and deep must be named: {setup.student_spec.name} does not say where its stages are")
-    shallow, deep = settings.shallow or stages[(len(stages) - 1) // 2], settings.deep or stages[-1]
-    size = setup.data.image_size
-    (shallow_channels, *_), (deep_channels, *_) = tap_shapes(student, (shallow, deep), (3, size, size))
-    tapped = Taps(student, (shallow, deep))
+    paths = settings.shallow or stages[(len(stages) - 1) // 2], settings.deep or stages[-1]
+    (shallow_channels, *_), (deep_channels, *_) = tap_shapes(student, paths, (3, size, size))
+    tapped = Taps(student, paths)
     feature_loss = SelfDistillationLoss(settings.alpha, shallow_channels, deep_channels, detach_teacher=settings.detach_deep)
+    trained, frozen = ((student, feature_loss), ()) if settings.train_projection else ((student,), (feature_loss,))
 
     def forward(batch: Batch) -> Outputs:
-        logits, (low, high) = tapped(batch.images)
-        return {"logits": logits, "low": low, "high": high}
+        logits, (shallow, deep) = tapped(batch.images)
+        return {"logits": logits, "shallow": shallow, "deep": deep}
 
     def loss(outputs: Outputs, batch: Batch) -> Terms:
-        features = feature_loss.feature_term(outputs["low"], outputs["high"])
+        features = feature_loss.feature_term(outputs["shallow"], outputs["deep"])
         ce = cross_entropy(outputs["logits"], batch.labels, label_smoothing=settings.label_smoothing, hidden=setup.labels_hidden)
         return {"feature": settings.alpha * features, "ce": (1 - settings.alpha) * ce}
 
-    yield setup.stage(
-        "distil",
-        train=(student, feature_loss) if settings.train_projection else (student,),
-        frozen=() if settings.train_projection else (feature_loss,),
-        forward=forward,
-        loss=loss,
-        best="train/top1" if settings.best_by_training_accuracy else "val/top1",
-    )
+    best = "train/top1" if settings.best_by_training_accuracy else "val/top1"
+    yield setup.stage("distil", train=trained, frozen=frozen, forward=forward, loss=loss, best=best)
     return Trained(student, setup.student_spec)
 
+
+_TUTORIAL: Values = (
+    {"dataset": "imagenette", "student": "resnet18", "pretrained": True, "val_fraction": 0.0}
+    | {"image_size": 224, "augment": "imagenet", "evaluation": "center-crop"}
+    | {"optimizer": "sgd", "lr": 0.01, "momentum": 0.9, "weight_decay": 0.0, "schedule": "constant", "epochs": 5, "batch_size": 32}
+    | {"shallow": "layer2.1", "deep": "layer4.1"}
+    | {"detach_deep": False, "train_projection": False, "best_by_training_accuracy": True}
+)
 
 RECIPE = Recipe(
     name="self_distillation",
@@ -79,28 +86,7 @@ RECIPE = Recipe(
     presets={
         "default": Preset("alpha = 0.5, the projection trained, the deep map detached"),
         "tutorial": Preset(
-            "the tutorial 'Knowledge Distillation Implementation 3/3': ResNet-18 with ImageNet weights, 5 epochs; its quirks on",
-            {
-                "dataset": "imagenette",
-                "student": "resnet18",
-                "pretrained": True,
-                "epochs": 5,
-                "batch_size": 32,
-                "optimizer": "sgd",
-                "lr": 0.01,
-                "momentum": 0.9,
-                "weight_decay": 0.0,
-                "schedule": "constant",
-                "augment": "imagenet",
-                "evaluation": "center-crop",
-                "image_size": 224,
-                "val_fraction": 0.0,
-                "shallow": "layer2.1",
-                "deep": "layer4.1",
-                "detach_deep": False,
-                "train_projection": False,
-                "best_by_training_accuracy": True,
-            },
+            "the tutorial 'Knowledge Distillation Implementation 3/3': ResNet-18 with ImageNet weights, 5 epochs; its quirks on", _TUTORIAL
         ),
     },
     distil=distil,

@@ -1,4 +1,4 @@
-"""Training on labels alone: the teacher where none is given, and the student that distillation is compared with."""
+"""Training on labels alone: the teacher if none is given, a teacher's heads, and the student that distillation is compared with."""
 
 from collections.abc import Callable, Mapping, Sequence
 
@@ -17,7 +17,7 @@ def supervised(
 ) -> Stages[nn.Module]:
     """One stage that trains `model` (images -> logits) with cross-entropy.
 
-    `hidden` says that some labels are: the mean over those that are not then couples the rows of a batch.
+    `hidden` says that some labels are hidden: the mean over the others couples the rows of a batch.
     """
     yield Stage(
         name,
@@ -31,11 +31,11 @@ def supervised(
     return model
 
 
-def heads(
+def train_heads(
     setup: Setup,
     model: nn.Module,
-    trained: nn.Module,
-    opinions: Callable[[Tensor], Sequence[Tensor]],
+    heads: nn.Module,
+    predict: Callable[[Tensor], Sequence[Tensor]],
     names: Sequence[str],
     *,
     metadata: Mapping[str, str] | None = None,
@@ -43,18 +43,18 @@ def heads(
     """One stage, HEADS, that trains classifiers on the maps of the frozen `model` with the sum of their cross-entropies.
 
     Args:
-        setup: whose teacher it is; all labels are shown.
-        model: the network below.
-        trained: the classifiers, one module.
-        opinions: images -> logits [B, C] of each.
-        names: of each; how well they do is listed by these.
-        metadata: kept with their weights.
+        setup: of the run; all labels are shown.
+        model: the teacher's network.
+        heads: the classifiers, one module.
+        predict: images -> logits [B, C] of each classifier.
+        names: of the classifiers, for metrics and the printed accuracies.
+        metadata: written into the file of their weights.
     """
     result = yield Stage(
         HEADS,
-        train=(trained,),
+        train=(heads,),
         frozen=(model,),
-        forward=lambda batch: {f"logits/{name}": logits for name, logits in zip(names, opinions(batch.images))},
+        forward=lambda batch: {f"logits/{name}": logits for name, logits in zip(names, predict(batch.images))},
         loss=lambda outputs, batch: {f"ce/{name}": cross_entropy(outputs[f"logits/{name}"], batch.labels, hidden=False) for name in names},
         data=setup.loaders(setup.teacher_training, all_labels=True),
         training=setup.teacher_training,
@@ -66,7 +66,7 @@ def heads(
 
 
 def teacher(setup: Setup, settings: object, given: Trained | None) -> Stages[Trained]:
-    """The given teacher as it is, or one trained on all labels; the method's own settings have no part in it."""
+    """Returns the given teacher, or trains one on all labels; the method's own settings are not used."""
     if given is not None:
         return given
     data = setup.loaders(setup.teacher_training, all_labels=True)
@@ -75,9 +75,8 @@ def teacher(setup: Setup, settings: object, given: Trained | None) -> Stages[Tra
 
 
 def alone(setup: Setup, *, label_smoothing: float = 0.0) -> Stages[Trained]:
-    """The student without a teacher: the same initial weights, images, labels, augmentation, optimizer and epochs."""
+    """Trains the student without a teacher: the same initial weights, images, labels, augmentation, optimizer and epochs."""
     data = setup.loaders(setup.training)
-    model = yield from supervised(
-        "alone", setup.student(), data, setup.training, label_smoothing=label_smoothing, hidden=setup.labels_hidden
-    )
+    hidden = setup.labels_hidden
+    model = yield from supervised("alone", setup.student(), data, setup.training, label_smoothing=label_smoothing, hidden=hidden)
     return Trained(model, setup.student_spec)

@@ -1,13 +1,16 @@
 """TAKD, teacher assistants (Mirzadeh et al., AAAI 2020, arXiv:1902.03393).
 
-A small student learns little from a far larger teacher. So the teacher distils an assistant of a size between the two, that one the
-next, and the last one the student. Every hop is plain distillation (kd.py) with the same settings and the same training.
+Use it when the teacher is so much larger that the student learns little from it, and there is time for further trainings.
+
+The teacher distils an assistant of a size between the two, that assistant distils the next one, and the last one distils the student.
+Every hop is plain distillation (kd.py) with the same settings and the same training.
+
+Presets: takd (the authors' CIFAR-100 example), dih (Asadian, Salehi-Abari 2021).
 """
 
 import functools
 import math
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -17,6 +20,7 @@ from kdfast.engine.random_state import derive
 from kdfast.models import ModelSpec, build, create, names, parameter_count
 from kdfast.recipes import kd
 from kdfast.recipes.recipe import Preset, Recipe, Setup, Stages, Trained, seeded
+from kdfast.recipes.trainings import DIH_README, TAKD
 
 
 @dataclass(frozen=True)
@@ -27,9 +31,8 @@ class Settings(kd.Settings):
     """Architectures from teacher to student; none: one of the student's family, midway between the two in parameters."""
 
 
-def distil(setup: Setup, settings: Settings, teacher: nn.Module | None) -> Stages[Trained]:
-    """A stage a hop."""
-    assert teacher is not None
+def distil(setup: Setup, settings: Settings, teacher: nn.Module) -> Stages[Trained]:
+    """One stage for each hop."""
     chain = settings.assistants or (midway(setup.student_spec, parameter_count(teacher)),)
     setup.say(f"  chain: {' -> '.join([setup.teacher_spec.name, *chain, setup.student_spec.name])}")
     for number, name in enumerate(chain, start=1):
@@ -41,20 +44,22 @@ def distil(setup: Setup, settings: Settings, teacher: nn.Module | None) -> Stage
 
 
 def midway(student: ModelSpec, teacher_size: int) -> str:
-    """The network of the student's family (its name but for the numbers) nearest to the middle of the two, by log of parameters.
+    """Returns the network of the student's family nearest to the middle of student and teacher, by log of parameters.
+
+    A family is all networks whose names differ in numbers only.
 
     Raises:
-        ValueError: the family has none between the student and a teacher of that many parameters.
+        ValueError: the family has none between the student and a teacher of `teacher_size` parameters.
     """
     own, family = _size(student), re.sub(r"\d+", "#", student.name)
-    relatives = {name: _size(replace(student, name=name)) for name in names() if re.sub(r"\d+", "#", name) == family}
+    sizes = {name: _size(replace(student, name=name)) for name in names() if re.sub(r"\d+", "#", name) == family}
     middle = (math.log(own) + math.log(teacher_size)) / 2
-    between = {name: abs(math.log(n) - middle) for name, n in relatives.items() if own < n < teacher_size}
-    if not between:
+    distances = {name: abs(math.log(n) - middle) for name, n in sizes.items() if own < n < teacher_size}
+    if not distances:
         raise ValueError(
             f"assistants must be named: there is none of {student.name}'s family between {own:,} and {teacher_size:,} parameters"
         )
-    return min(between, key=lambda name: between[name])
+    return min(distances, key=lambda name: distances[name])
 
 
 @functools.cache
@@ -62,24 +67,6 @@ def _size(spec: ModelSpec) -> int:
     with torch.device("meta"):
         return parameter_count(build(spec))
 
-
-_TAKD: Mapping[str, object] = {
-    "dataset": "cifar100",
-    "teacher_model": "resnet110",
-    "assistants": ("resnet20",),
-    "student": "resnet8",
-    "optimizer": "sgd",
-    "lr": 0.1,
-    "momentum": 0.9,
-    "weight_decay": 1e-4,
-    "batch_size": 128,
-    "epochs": 160,
-    "schedule": "steps",
-    "milestones": (80, 120),
-    "gamma": 0.1,
-    "augment": "cifar",
-    "val_fraction": 0.0,
-}
 
 RECIPE = Recipe(
     name="takd",
@@ -90,11 +77,11 @@ RECIPE = Recipe(
         "takd": Preset(
             "the authors' CIFAR-100 example, ResNet-110 to 20 to 8, 160 epochs; they search T and weight for every pair, here 5 and 0.5. "
             "Their code divides the KL by the number of classes as well, and begins at a tenth of its lr: neither is followed",
-            {**_TAKD, "temperature": 5.0, "kd_weight": 0.5, "ce_weight": 0.5},
+            {**TAKD, "temperature": 5.0, "kd_weight": 0.5, "ce_weight": 0.5},
         ),
         "dih": Preset(
             "Distilling Knowledge via Intermediate Classifiers' comparison: every hop its KD (its README's values)",
-            {**kd.DIH_README, "assistants": ("resnet20",), "temperature": 5.0, "kd_weight": 0.1, "ce_weight": 0.9},
+            {**DIH_README, "assistants": ("resnet20",), "temperature": 5.0, "kd_weight": 0.1, "ce_weight": 0.9},
         ),
     },
     distil=distil,

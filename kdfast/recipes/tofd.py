@@ -1,32 +1,35 @@
 """TOFD, task-oriented feature distillation (Zhang, Shi, Shi, Ma, Bao, NeurIPS 2020).
 
-Every stage of both networks gets a classifier: for each stage that follows it a separable convolution of stride 2, then average pool and
-one linear layer; the last stage's is the network's own. The teacher's are trained first, on its frozen maps. Then, with f the pooled
-features that a classifier reads and z its logits,
+Use it when the strongest signal from the teacher's features is worth a longer training: every stage of both networks gets a classifier.
+
+A stage's classifier is a separable convolution of stride 2 for each stage that follows it, then average pool and one linear layer; the
+last stage's classifier is the network's own. The teacher's are trained first, on its frozen maps. Then, with f the pooled features that
+a classifier reads and z its logits,
 
     loss = sum over stages j of [feature_weight |W_j f_sj - f_tj| + CE(z_sj, y) + soft CE(z_sj, z_tj; T_e)]
            + orthogonal_weight sum over j of [|W_j W_j' - I| + |W_j' W_j - I|]
 
 |.| is the norm of the whole matrix, not squared, not averaged; W_j has no bias; T_e = 1 + 3/250 (epoch + 1), and soft CE has no factor T^2.
-The first norm grows with the batch, as the authors have it; several processes each take that of their share.
+The first norm grows with the batch, as in the authors' code; each of several processes takes the norm of its own share.
+
+Presets: tofd (the authors' CIFAR-100 training), dih (Asadian, Salehi-Abari 2021).
 """
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from kdfast.data import Batch
+from kdfast.engine.ranges import check_ranges
 from kdfast.engine.stage import Mean, Outputs, Terms
 from kdfast.losses import TOFDLoss
 from kdfast.models import Taps, separable_head, tap_shapes
-from kdfast.recipes import kd
+from kdfast.recipes import supervised
 from kdfast.recipes.features import FeatureMaps, check_as_many, head_input
 from kdfast.recipes.recipe import Extended, Preset, Recipe, Setup, Stages, Trained, cross_entropy
-from kdfast.recipes.supervised import heads as train_on
-from kdfast.recipes.supervised import teacher as supervised_teacher
+from kdfast.recipes.trainings import DIH_README, TOFD
 
 
 @dataclass(frozen=True)
@@ -36,11 +39,11 @@ class Settings:
     feature_weight: float = 0.05
     """Weight of the features' distance."""
     orthogonal_weight: float = 0.03
-    """Weight of what keeps the maps between features orthogonal."""
+    """Weight of the term that keeps the maps between features orthogonal."""
     temperature: float = 1.0
     """T of the first epoch, before the growth."""
     temperature_growth: float = 3 / 250
-    """How much T grows an epoch, beginning with the first."""
+    """Growth of T in each epoch, the first included."""
     label_smoothing: float = 0.0
     """Label smoothing of the cross-entropies."""
     student_stages: tuple[str, ...] = ()
@@ -49,14 +52,10 @@ class Settings:
     """Modules of the teacher, as many; none: the ends of its stages."""
 
     def __post_init__(self) -> None:
-        if not self.temperature > 0:
-            raise ValueError(f"temperature must be positive, got {self.temperature}")
-        for name in ("feature_weight", "orthogonal_weight", "temperature_growth"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        check_ranges(self, positive=("temperature",), not_negative=("feature_weight", "orthogonal_weight", "temperature_growth"))
 
 
-class Opinions(Extended):
+class StageClassifiers(Extended):
     """A network with a classifier on each stage.
 
     Args:
@@ -65,9 +64,9 @@ class Opinions(Extended):
         classes: outputs of the classifiers.
 
     Attributes:
-        paths: the modules whose outputs the classifiers see.
+        paths: the modules whose outputs the classifiers read.
         heads: the classifiers of all stages but the last, which is the network's own.
-        sizes: numbers that each of them reads, the network's own last.
+        sizes: number of features that each classifier reads, the network's own last.
     """
 
     def __init__(self, model: nn.Module, named: tuple[str, ...], option: str, image_size: int, classes: int) -> None:
@@ -80,7 +79,7 @@ class Opinions(Extended):
         self.sizes = (*(channels[-1] for _ in self.heads), math.prod(read))
         self._tapped = Taps(model, (*maps.full, last))
 
-    def opinions(self, images: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+    def predict(self, images: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         """Images [B, 3, H, W] -> features [B, D_j] and logits [B, C] of every classifier, the network's own last."""
         logits, (*maps, last) = self._tapped(images)
         pairs = [head(F) for head, F in zip(self.heads, maps)]
@@ -88,77 +87,44 @@ class Opinions(Extended):
 
 
 def train_heads(setup: Setup, settings: Settings, given: Trained | None) -> Stages[Trained]:
-    """The teacher, given or trained, then its classifiers, on the sum of their cross-entropies."""
-    model, spec = yield from supervised_teacher(setup, settings, given)
-    teacher = Opinions(model, settings.teacher_stages, "teacher_stages", setup.data.image_size, setup.classes)
-    names = teacher.paths[:-1]
-    if not names:
-        return Trained(teacher, spec)
-
-    yield from train_on(setup, model, teacher.heads, lambda images: teacher.opinions(images)[1], names)
+    """Takes or trains the teacher, then trains its classifiers on the sum of their cross-entropies."""
+    model, spec = yield from supervised.teacher(setup, settings, given)
+    teacher = StageClassifiers(model, settings.teacher_stages, "teacher_stages", setup.data.image_size, setup.classes)
+    if names := teacher.paths[:-1]:
+        yield from supervised.train_heads(setup, model, teacher.heads, lambda images: teacher.predict(images)[1], names)
     return Trained(teacher, spec)
 
 
-def distil(setup: Setup, settings: Settings, teacher: nn.Module | None) -> Stages[Trained]:
+def distil(setup: Setup, settings: Settings, teacher: StageClassifiers) -> Stages[Trained]:
     """One stage: the student, its classifiers and the maps between features."""
-    assert isinstance(teacher, Opinions)
-    student = Opinions(setup.student(), settings.student_stages, "student_stages", setup.data.image_size, setup.classes)
+    student = StageClassifiers(setup.student(), settings.student_stages, "student_stages", setup.data.image_size, setup.classes)
     check_as_many(student.paths, teacher.paths)
-    task_oriented = TOFDLoss(
-        student.sizes, teacher.sizes, feature_weight=settings.feature_weight, orthogonal_weight=settings.orthogonal_weight
-    )
-    data, k = setup.loaders(setup.training), len(student.sizes)
+    weights = {"feature_weight": settings.feature_weight, "orthogonal_weight": settings.orthogonal_weight}
+    task_oriented = TOFDLoss(student.sizes, teacher.sizes, **weights)
+    data, last = setup.loaders(setup.training), len(student.sizes) - 1
 
     def forward(batch: Batch) -> Outputs:
         with torch.no_grad():
-            their_features, their_logits = teacher.opinions(batch.images)
-        features, logits = student.opinions(batch.images)
-        outputs = {"logits": logits[-1]} | {f"logits/{j}": z for j, z in enumerate(logits[:-1])}
+            teacher_features, teacher_logits = teacher.predict(batch.images)
+        features, logits = student.predict(batch.images)
+        outputs = {"logits": logits[last]} | {f"logits/{j}": z for j, z in enumerate(logits[:last])}
         outputs |= {f"features {j}": W(f) for j, (W, f) in enumerate(zip(task_oriented.maps, features))}
-        return outputs | {f"teacher {j}": z for j, z in enumerate(their_logits)} | {f"target {j}": f for j, f in enumerate(their_features)}
+        outputs |= {f"teacher {j}": z for j, z in enumerate(teacher_logits)}
+        return outputs | {f"target {j}": f for j, f in enumerate(teacher_features)}
 
     def loss(outputs: Outputs, batch: Batch) -> Terms:
-        logits = [*(outputs[f"logits/{j}"] for j in range(k - 1)), outputs["logits"]]
+        features, targets, teacher_logits = ([outputs[f"{n} {j}"] for j in range(last + 1)] for n in ("features", "target", "teacher"))
+        logits = [*(outputs[f"logits/{j}"] for j in range(last)), outputs["logits"]]
         T = settings.temperature + settings.temperature_growth * (data.train.state_dict()["epoch"] + 1)
         smoothing, hidden = settings.label_smoothing, setup.labels_hidden
         ce = [cross_entropy(z, batch.labels, label_smoothing=smoothing, hidden=hidden) for z in logits]
-        terms = task_oriented.terms(
-            [outputs[f"features {j}"] for j in range(k)],
-            [outputs[f"target {j}"] for j in range(k)],
-            logits,
-            [outputs[f"teacher {j}"] for j in range(k)],
-            temperature=T,
-        )
+        terms = task_oriented.terms(features, targets, logits, teacher_logits, temperature=T)
         return {"ce": Mean(torch.stack([one.value for one in ce]).sum(), ce[0].rows)} | terms
 
-    yield setup.stage(
-        "distil",
-        train=(student.model, student.heads, task_oriented),
-        frozen=(teacher,),
-        forward=forward,
-        loss=loss,
-        data=data,
-        couples_rows=True,
-    )
+    trained = (student.model, student.heads, task_oriented)
+    yield setup.stage("distil", train=trained, frozen=(teacher,), forward=forward, loss=loss, data=data, couples_rows=True)
     return Trained(student.model, setup.student_spec)
 
-
-_ORIGINAL: Mapping[str, object] = {
-    "dataset": "cifar100",
-    "optimizer": "sgd",
-    "lr": 0.1,
-    "momentum": 0.9,
-    "weight_decay": 5e-4,
-    "batch_size": 128,
-    "epochs": 250,
-    "schedule": "steps",
-    "milestones": (80, 160, 240),
-    "gamma": 0.1,
-    "augment": "cifar-cutout",
-    "val_fraction": 0.0,
-    "teacher_model": "resnet34_cifar",
-    "student": "resnet18_cifar",
-}
 
 RECIPE = Recipe(
     name="tofd",
@@ -166,10 +132,10 @@ RECIPE = Recipe(
     settings=Settings,
     presets={
         "default": Preset("feature 0.05, orthogonal 0.03, trained as suits the data set"),
-        "tofd": Preset("the authors' CIFAR-100 training: batch 128, 250 epochs, x 0.1 at 80/160/240, Cutout of 16 pixels", _ORIGINAL),
+        "tofd": Preset("the authors' CIFAR-100 training: batch 128, 250 epochs, x 0.1 at 80/160/240, Cutout of 16 pixels", TOFD),
         "dih": Preset(
             "Distilling Knowledge via Intermediate Classifiers' comparison: 200 epochs, x 0.2 at 60/120/180",
-            {**kd.DIH_README, "batch_size": 128, "gamma": 0.2},
+            {**DIH_README, "batch_size": 128, "gamma": 0.2},
         ),
     },
     distil=distil,

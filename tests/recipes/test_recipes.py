@@ -15,7 +15,7 @@ from kdfast.engine import Options, Run, Training
 from kdfast.engine.distributed import World
 from kdfast.engine.stage import as_means
 from kdfast.models import ModelSpec, create
-from kdfast.recipes import at, conkd, crd, dih, fitnets, kd, mhkd, plus, remembered, self_distillation, takd, tofd
+from kdfast.recipes import at, conkd, crd, dih, fitnets, kd, mhkd, plus, remembered, self_distillation, supervised, takd, tofd
 from kdfast.recipes.features import fingerprint
 from kdfast.recipes.recipe import Setup, Trained
 from tests.engine.test_engine import loaders, noise
@@ -314,17 +314,17 @@ def test_dih_uses_heads_of_a_run_again(tmp_path):
     made = headed(dih.Settings(), teacher)
     stage = next(dih.train_heads(setup(), dih.Settings(), Trained(teacher, ModelSpec("resnet14", 3))))
     assert stage.metadata["teacher"] == fingerprint(teacher)
-    path = tmp_path / "stages" / dih.HEADS / "best.safetensors"
-    with pytest.raises(ValueError, match="holds none: it is no run of recipe dih"):
+    path = tmp_path / "stages" / supervised.HEADS / "best.safetensors"
+    with pytest.raises(ValueError, match="holds none: it is not a run of recipe dih"):
         headed(settings, teacher)
     save_weights(nn.ModuleList([made.heads]), path, stage.metadata)
     again = headed(settings, teacher)
     assert all(torch.equal(a, b) for a, b in zip(made.heads.state_dict().values(), again.heads.state_dict().values()))
-    with pytest.raises(ValueError, match="are another teacher's"):
+    with pytest.raises(ValueError, match="holds another teacher's heads"):
         headed(settings, network(seed=1))
-    with pytest.raises(ValueError, match="are of other stages"):
+    with pytest.raises(ValueError, match="holds heads of other stages"):
         headed(replace(settings, teacher_stages=("layer1",)), teacher)
-    with pytest.raises(ValueError, match="heads are of one teacher: name it with --teacher"):
+    with pytest.raises(ValueError, match="heads belong to one teacher: name it with --teacher"):
         next(dih.train_heads(setup(), settings, None))
 
 
@@ -462,7 +462,7 @@ def test_a_teacher_is_asked_once_of_images_that_stay_the_same(recipe, tmp_path, 
         ("dih", {"alpha": ()}, "alpha must be from 0 to 1, one for all or one a classifier, got none"),
         ("dih", {"temperature": -1.0}, "temperature must be positive, got -1.0"),
         ("mhkd", {"alpha": 2.0}, "alpha must be from 0 to 1, got 2.0"),
-        ("mhkd", {"head_weight": -0.5}, "head_weight and head_padding must not be negative"),
+        ("mhkd", {"head_weight": -0.5}, "head_weight must not be negative"),
         ("tofd", {"temperature": 0.0}, "temperature must be positive"),
         ("tofd", {"feature_weight": -1.0}, "feature_weight must not be negative"),
     ],
@@ -486,7 +486,10 @@ def test_settings_out_of_range_are_named(recipe, options, message):
         ),
         (lambda: fitnets.distil(setup(), fitnets.Settings(teacher_hint="layer"), network()), "no module 'layer'; the nearest names are"),
         (lambda: at.distil(setup(), at.Settings(), nn.Sequential(nn.Flatten(), nn.Linear(192, 3))), "teacher_stages must be named"),
-        (lambda: dih.distil(setup(), dih.Settings(alpha=(0.0,)), headed(dih.Settings())), "alpha must be above 0 for one classifier"),
+        (
+            lambda: dih.distil(setup(), dih.Settings(alpha=(0.0,)), headed(dih.Settings())),
+            "alpha must be above 0 for at least one classifier",
+        ),
         (lambda: dih.train_heads(setup(), dih.Settings(alpha=(0.1, 0.2)), Trained(network(), ModelSpec("resnet14", 3))), "1 value or 4"),
     ],
 )
@@ -530,7 +533,7 @@ def test_terms_say_over_how_many_labels_they_are_means(monkeypatch):
         if hidden:
             monkeypatch.undo()
         made = setup(labels_hidden=hidden)
-        teacher = tofd.Opinions(network(), (), "teacher_stages", 8, 3)
+        teacher = tofd.StageClassifiers(network(), (), "teacher_stages", 8, 3)
         for stage in (
             next(mhkd.distil(made, settings, network())),
             next(tofd.distil(made, tofd.Settings(), teacher)),
