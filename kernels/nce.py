@@ -66,7 +66,7 @@ def _scores(v, bank, indices, column, columns, n, D, stride, per_T, WIDTH: tl.co
     rows = tl.load(bank + index[:, None] * stride + feature[None, :], mask=real[:, None] & (feature < D)[None, :], other=0.0)
     rows = rows.to(tl.float32)
     score = tl.sum(rows * v[None, :], 1) * per_T
-    return rows, tl.where(real & (score - score == 0), score, float("nan"))
+    return rows, tl.where(real & (tl.abs(score) < float("inf")), score, float("nan"))
 
 
 @triton.jit

@@ -165,6 +165,16 @@ def _product(
 
 
 @triton.jit
+def _rounded(S, real):
+    """S itself, where all columns are real: a choice between a product and m, which the compiler would fuse into fma(., ., -m).
+
+    m is the largest rounded product. A fused difference S - m is off by half a unit of S in the last place: from 2^31 on its power
+    overflows.
+    """
+    return tl.where(real[None, :], S, float("-inf"))
+
+
+@triton.jit
 def _bound(tops, blocks):
     """The largest of what _prepare left: of every |S_ij|, in units of log 2."""
     most = tl.full([1024], 0.0, tl.float32)
@@ -308,6 +318,8 @@ def _sums(
                 W += tl.sum(P, 1)
             if CAREFUL:
                 S = tl.where(real[None, :] & ((DUPLICATES > 1) | (row[:, None] != col[None, :])), S, float("-inf"))
+            elif not DIRECT:
+                S = _rounded(S, real)
             if not DIRECT:
                 larger = tl.minimum(tl.maximum(m, tl.max(S, 1)), -LOWEST)  # infinities are not to cancel
                 Z = Z * tl.exp2(m - larger)
@@ -430,6 +442,8 @@ def _pulls(
             itself = row[:, None] == col[None, :]
             if CAREFUL:
                 S = tl.where(real[None, :] & ((DUPLICATES > 1) | (row[:, None] != col[None, :])), S, float("-inf"))
+            elif not DIRECT:
+                S = _rounded(S, real)
             if DIRECT:
                 G = tl.exp2(S) * (si[:, None] * cj[None, :] + ci[:, None] * sj[None, :])
             else:
