@@ -205,11 +205,11 @@ def supcon_loss(
     contrast_labels: Tensor | None = None,
     temperature: float = 0.07,
     base_temperature: float | None = None,
-    contrast_mode: str = "all",
+    contrast_mode: supcon.ContrastMode = "all",
     self_positive: bool = False,
     duplicates: int = 1,
     normalize: bool = False,
-    reduction: str = "mean",
+    reduction: supcon.Reduction = "mean",
     group: "dist.ProcessGroup | None" = None,
     uneven: bool = False,
 ) -> Tensor:
@@ -261,12 +261,7 @@ def supcon_loss(
         TypeError: features or contrast are not floating, mask is complex or requires grad, or group is no process group.
         RuntimeError: on backward with create_graph=True.
     """
-    return supcon.supcon_loss(
-        features,
-        labels,
-        mask=mask,
-        contrast=contrast,
-        contrast_labels=contrast_labels,
+    options = supcon.Options(
         temperature=temperature,
         base_temperature=base_temperature,
         contrast_mode=contrast_mode,
@@ -277,6 +272,7 @@ def supcon_loss(
         group=group,
         uneven=uneven,
     )
+    return supcon.supcon_loss(features, labels, mask, contrast, contrast_labels, options)
 
 
 # ---- contrastive representation distillation -------------------------------------------------------------------------

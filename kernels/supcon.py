@@ -628,7 +628,7 @@ def forward(anchors: Tensor, others: Tensor, names: Tensor, mask: Tensor | None,
         setting: temperature, scale, duplicates, self_positive, normalize, copied.
 
     Returns:
-        The losses [N], float32, and what backward needs: m, Z and W, [N] each, and the names [N + M'], see dtype_of_names.
+        The losses [N], float32, and what backward needs: m, Z and W, [N] each, and the names [N + M'], see saved_like.
     """
     short_names = _short(names, mask)
     call = _Call(anchors, others, short_names, mask, setting)
@@ -719,15 +719,20 @@ def _readable(x: Tensor) -> Tensor:
     return x.clone(memory_format=torch.contiguous_format)
 
 
-def dtype_of_names(mask: Tensor | None) -> torch.dtype:
-    """Of the names that forward returns: with 2^31 elements of a mask, what is multiplied and added must be 64-bit."""
+def saved_like(losses: Tensor, anchors: Tensor, others: Tensor, names: Tensor, mask: Tensor | None) -> list[Tensor]:
+    """Makes empty tensors like those that forward returns beside the losses [N]."""
+    return [*(torch.empty_like(losses) for _ in range(3)), names.new_empty(names.shape, dtype=_dtype_of_names(mask))]
+
+
+def _dtype_of_names(mask: Tensor | None) -> torch.dtype:
+    """The dtype of the names that forward saves: 64-bit where offsets into the mask pass 2^31."""
     return torch.int32 if mask is None or mask.numel() < 2**31 else torch.int64
 
 
 def _short(names: Tensor, mask: Tensor | None) -> Tensor:
     """The names in 32 bits: as they are where they fit or index a mask, else the index of the first row of that name."""
     if mask is not None:
-        return names.to(dtype_of_names(mask), copy=True, memory_format=torch.contiguous_format)
+        return names.to(_dtype_of_names(mask), copy=True, memory_format=torch.contiguous_format)
     if names.dtype in (torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool):
         return names.to(torch.int32, copy=True, memory_format=torch.contiguous_format)  # an operator must not return what it was given
     first = torch.empty(len(names), dtype=torch.int32, device=names.device)

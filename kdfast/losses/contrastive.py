@@ -22,7 +22,7 @@ class SupContrastiveLoss(nn.Module):
 
     def __init__(self, temperature: float = 0.07, *, group: "dist.ProcessGroup | None" = None) -> None:
         super().__init__()
-        supcon.checked_choices(temperature)
+        supcon.Options(temperature=temperature)
         self.temperature = temperature
         self.group = group
 
@@ -55,13 +55,13 @@ class SupConLoss(nn.Module):
     def __init__(
         self,
         temperature: float = 0.07,
-        contrast_mode: str = "all",
+        contrast_mode: supcon.ContrastMode = "all",
         base_temperature: float = 0.07,
         *,
         group: "dist.ProcessGroup | None" = None,
     ) -> None:
         super().__init__()
-        supcon.checked_choices(temperature, base_temperature, contrast_mode)
+        supcon.Options(temperature, base_temperature, contrast_mode)
         self.temperature = temperature
         self.contrast_mode = contrast_mode
         self.base_temperature = base_temperature
@@ -120,7 +120,7 @@ class ConKDLoss(nn.Module):
         if variant not in ("readme", "notebook"):
             raise ValueError(f"ConKDLoss: variant must be 'readme' or 'notebook', got {variant!r}")
         KDLoss(temperature)
-        supcon.checked_choices(contrast_temperature)
+        supcon.Options(temperature=contrast_temperature)
         self.alpha = alpha
         self.temperature = temperature
         self.contrast_temperature = contrast_temperature

@@ -18,8 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kdfast.ops import backend
+from kdfast.ops import backend, checks
 from kdfast.ops.precision import arithmetic
+from kdfast.ops.registration import opaque
 
 _BLOCK = 262144  # elements, 1 MB of float32
 
@@ -33,7 +34,7 @@ def attention_transfer_loss(student_maps: Tensor | Sequence[Tensor], teacher_map
         # the feature tensor is pooled, not its map: pooling and the power do not commute
         size = min(student.shape[2], teacher.shape[2]), min(student.shape[3], teacher.shape[3])
         students[i], teachers[i] = _pooled(student, size), _pooled(teacher, size)
-    if _by_kernel(students, teachers):
+    if _kernel_runs(students, teachers):
         return _AttentionTransfer.apply(float(p), len(students), *students, *teachers)
     stages = []
     for student, teacher in zip(students, teachers):
@@ -46,7 +47,7 @@ def _pooled(features: Tensor, size: tuple[int, int]) -> Tensor:
     return features if tuple(features.shape[2:]) == size else F.adaptive_avg_pool2d(features, size)
 
 
-def _by_kernel(students: list[Tensor], teachers: list[Tensor]) -> bool:
+def _kernel_runs(students: list[Tensor], teachers: list[Tensor]) -> bool:
     """Whether the kernel runs; without a pixel or a channel the PyTorch form says what comes of that."""
     maps = (*students, *teachers)
     if any(features.numel() == 0 for features in maps):
@@ -121,60 +122,51 @@ class _AttentionTransfer(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, p: float, stages: int, *maps: Tensor) -> Tensor:
         wanted = list(ctx.needs_input_grad[2:])
-        run = _op if torch.compiler.is_compiling() else _loss_and_slopes
-        loss, *slopes = run(list(maps[:stages]), list(maps[stages:]), p, wanted)
+        loss, *slopes = _loss_and_slopes(list(maps[:stages]), list(maps[stages:]), p, wanted)
         ctx.save_for_backward(*(features for features, need in zip(maps, wanted) if need), *slopes)
         ctx.p, ctx.wanted = p, wanted
         return loss
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        compiling = torch.compiler.is_compiling()
-        if torch.is_grad_enabled() and not compiling:
-            raise RuntimeError("attention_transfer_loss has no second derivative: call backward() or grad() without create_graph=True")
+        checks.refuse_second_derivative("attention_transfer_loss")
         count = len(ctx.saved_tensors) // 2
-        run = _gradients_op if compiling else _gradients
-        gradients = iter(run(list(ctx.saved_tensors[:count]), list(ctx.saved_tensors[count:]), upstream, ctx.p))
+        gradients = iter(_gradients(list(ctx.saved_tensors[:count]), list(ctx.saved_tensors[count:]), upstream, ctx.p))
         return None, None, *[next(gradients) if need else None for need in ctx.wanted]
 
 
+def _empty_loss_and_slopes(students: list[Tensor], teachers: list[Tensor], p: float, wanted: list[bool]) -> list[Tensor]:
+    pixels = [x.shape[0] * x.shape[2] * x.shape[3] for x in (*students, *teachers)]
+    loss = students[0].new_empty((), dtype=torch.float32)
+    return [loss, *(loss.new_empty(n) for n, need in zip(pixels, wanted) if need)]
+
+
+@opaque("attention_transfer", _empty_loss_and_slopes)
 def _loss_and_slopes(students: list[Tensor], teachers: list[Tensor], p: float, wanted: list[bool]) -> list[Tensor]:
     module = backend.kernel("attention_map", *students, *teachers)
-    assert module is not None  # _by_kernel has asked
+    assert module is not None  # _kernel_runs has asked
     loss, slopes = module.loss_and_slopes(students, teachers, p, wanted)
     return [loss, *slopes]
 
 
+def _empty_gradients(maps: list[Tensor], slopes: list[Tensor], upstream: Tensor, p: float) -> list[Tensor]:
+    from kdfast.kernels import attention_map
+
+    return [attention_map.gradient_like(features) for features in maps]
+
+
+@opaque("attention_transfer_backward", _empty_gradients)
 def _gradients(maps: list[Tensor], slopes: list[Tensor], upstream: Tensor, p: float) -> list[Tensor]:
     from kdfast.kernels import attention_map  # whatever the backend is by now: the kernel has run forward
 
     return [attention_map.gradient(features, slope, upstream, p) for features, slope in zip(maps, slopes)]
 
 
-_op = torch.library.custom_op("kdfast::attention_transfer", _loss_and_slopes, mutates_args=())
-_gradients_op = torch.library.custom_op("kdfast::attention_transfer_backward", _gradients, mutates_args=())
-
-
-@_op.register_fake
-def _(students: list[Tensor], teachers: list[Tensor], p: float, wanted: list[bool]) -> list[Tensor]:
-    pixels = [x.shape[0] * x.shape[2] * x.shape[3] for x in (*students, *teachers)]
-    loss = students[0].new_empty((), dtype=torch.float32)
-    return [loss, *(loss.new_empty(n) for n, need in zip(pixels, wanted) if need)]
-
-
-@_gradients_op.register_fake
-def _(maps: list[Tensor], slopes: list[Tensor], upstream: Tensor, p: float) -> list[Tensor]:
-    from kdfast.kernels import attention_map
-
-    return [attention_map.gradient_like(features) for features in maps]
-
-
 # ---- checks ----------------------------------------------------------------------------------------------------------
 
 
 def _check(students: list[Tensor], teachers: list[Tensor], p: float) -> None:
-    if not p > 0:
-        raise ValueError(f"attention_transfer_loss: p must be positive, got {p}")
+    checks.positive_number("attention_transfer_loss: p", p)
     if not students or len(students) != len(teachers):
         raise ValueError(
             "attention_transfer_loss: student_maps and teacher_maps must be equally many, at least one, "
@@ -184,11 +176,9 @@ def _check(students: list[Tensor], teachers: list[Tensor], p: float) -> None:
         for name, features in (("student_maps", student), ("teacher_maps", teacher)):
             if features.ndim != 4:
                 raise ValueError(f"attention_transfer_loss: {name}[{i}] must be [B, C, H, W], got shape {tuple(features.shape)}")
-            if not features.is_floating_point():
-                raise TypeError(f"attention_transfer_loss: {name}[{i}] must be floating, got {features.dtype}")
+            checks.is_floating(f"attention_transfer_loss: {name}[{i}]", features)
         if student.shape[0] != teacher.shape[0]:
             raise ValueError(
                 f"attention_transfer_loss: teacher_maps[{i}] must hold the student's batch of {student.shape[0]}, got {teacher.shape[0]}"
             )
-        if student.device != teacher.device:
-            raise ValueError(f"attention_transfer_loss: teacher_maps[{i}] must be on the student's {student.device}, got {teacher.device}")
+        checks.is_on(f"attention_transfer_loss: teacher_maps[{i}]", teacher, "the student's", student.device)

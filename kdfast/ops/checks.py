@@ -1,5 +1,7 @@
 """Checks that the operators share. Each raises one sentence that names the argument."""
 
+import math
+from collections.abc import Sequence
 from numbers import Real
 from typing import Any, TypeVar
 
@@ -10,7 +12,7 @@ T = TypeVar("T", Tensor, Tensor | None)
 
 
 def number(name: str, value: Any) -> float:
-    """A hyper-parameter's value; a tensor of one element is read.
+    """Returns a hyper-parameter as a Python number; reads a tensor of one element.
 
     Raises:
         TypeError: it is no number, or a tensor that would have to get a gradient.
@@ -27,18 +29,59 @@ def number(name: str, value: Any) -> float:
     raise TypeError(f"{name} must be a number, got {value!r}")
 
 
+def positive_number(name: str, value: Any) -> float:
+    """Returns the number; raises ValueError unless it is positive and finite."""
+    value = number(name, value)
+    if not 0 < value < math.inf:
+        raise ValueError(f"{name} must be positive, got {value}")
+    return value
+
+
+def is_one_of(name: str, value: Any, choices: Sequence[str]) -> None:
+    """Raises ValueError unless the value is one of the choices, of which there are at least two."""
+    if value not in choices:
+        *first, last = map(repr, choices)
+        raise ValueError(f"{name} must be {', '.join(first)} or {last}, got {value!r}")
+
+
 def is_tensor(name: str, value: Any) -> None:
     """Raises TypeError unless the value is a tensor."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
 
 
+def is_floating(name: str, tensor: Tensor) -> None:
+    """Raises TypeError unless the tensor's dtype is floating."""
+    if not tensor.is_floating_point():
+        raise TypeError(f"{name} must be floating, got {tensor.dtype}")
+
+
+def is_on(name: str, tensor: Tensor, whose: str, device: torch.device) -> None:
+    """Raises ValueError unless the tensor is on the device; `whose` describes it."""
+    if tensor.device != device:
+        raise ValueError(f"{name} must be on {whose} {device}, got {tensor.device}")
+
+
+def is_in_range(name: str, indices: Tensor, size: int, what: str = "") -> None:
+    """Raises ValueError unless all indices are in [0, size). Only on the CPU: reading them elsewhere would wait for the device."""
+    if indices.device.type == "cpu" and indices.numel():
+        least, most = indices.aminmax()
+        if least < 0 or most >= size:
+            raise ValueError(f"{name} must be in [0, {size}){what}, got {int(least if least < 0 else most)}")
+
+
+def refuse_second_derivative(operator: str) -> None:
+    """Raises RuntimeError in a backward pass that is itself recorded (create_graph=True); compiled graphs cannot tell."""
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        raise RuntimeError(f"{operator} has no second derivative: call backward() or grad() without create_graph=True")
+
+
 def distinct(*tensors: T) -> tuple[T, ...]:
-    """The tensors; while compiling, one that stands there twice is a view the second time, for an autograd function to take it."""
+    """Returns the tensors; while compiling, a repeated tensor becomes a view, as autograd functions require."""
     if not torch.compiler.is_compiling():
         return tensors
     made: list[Any] = []
     for k, tensor in enumerate(tensors):
-        again = any(tensor is other for other in tensors[:k])
-        made.append(tensor.view_as(tensor) if tensor is not None and again else tensor)
+        repeated = any(tensor is other for other in tensors[:k])
+        made.append(tensor.view_as(tensor) if tensor is not None and repeated else tensor)
     return tuple(made)

@@ -21,14 +21,17 @@ whole bank and takes what was asked for: a product costs a twentieth of a gather
 
 import math
 from collections.abc import Callable, Iterator
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kdfast.ops import checks
 from kdfast.ops.backend import kernel
 from kdfast.ops.precision import arithmetic
+from kdfast.ops.registration import opaque
 
 EPS = 1e-7  # the authors'
 CHUNK = 2**20  # elements of gathered rows, or of products, that exist at once
@@ -86,8 +89,7 @@ def normalizer(anchors: Tensor, bank: Tensor, indices: Tensor, temperature: floa
     if Z is None:
         Z = torch.full((), UNSETTLED, dtype=arithmetic(anchors, bank), device=anchors.device)
     _check("normalizer", anchors, bank, indices, Z, temperature)
-    run = _normalizer_op if torch.compiler.is_compiling() else _normalizer
-    return run(anchors.detach(), bank, indices, Z, float(temperature))
+    return _normalizer(anchors.detach(), bank, indices, Z, float(temperature))
 
 
 def is_settled(Z: Tensor) -> Tensor:
@@ -99,36 +101,26 @@ def _check(name: str, anchors: Tensor, bank: Tensor, indices: Tensor, Z: Tensor,
     """Raises one sentence that names the argument. The range of indices is checked later, where their values are read."""
     if anchors.dim() != 2:
         raise ValueError(f"{name}: anchors must be [B, D], got shape {tuple(anchors.shape)}")
-    if bank.dim() != 2 or bank.shape[1] != anchors.shape[1] or bank.shape[0] == 0:
-        raise ValueError(f"{name}: bank must be [n, {anchors.shape[1]}] as the anchors are, with at least one row, got {tuple(bank.shape)}")
-    if indices.dim() != 2 or indices.shape[0] != anchors.shape[0] or indices.shape[1] == 0:
-        raise ValueError(
-            f"{name}: indices must be [{anchors.shape[0]}, 1 + K], for each anchor its positive and K negatives, got {tuple(indices.shape)}"
-        )
+    B, D = anchors.shape
+    if bank.dim() != 2 or bank.shape[1] != D or bank.shape[0] == 0:
+        raise ValueError(f"{name}: bank must be [n, {D}] as the anchors are, with at least one row, got {tuple(bank.shape)}")
+    if indices.dim() != 2 or indices.shape[0] != B or indices.shape[1] == 0:
+        wanted = f"[{B}, 1 + K], for each anchor its positive and K negatives"
+        raise ValueError(f"{name}: indices must be {wanted}, got {tuple(indices.shape)}")
     if Z.dim() != 0:
         raise ValueError(f"{name}: Z must be 0-dim, got shape {tuple(Z.shape)}")
     for argument, tensor in (("anchors", anchors), ("bank", bank), ("Z", Z)):
-        if not tensor.is_floating_point():
-            raise TypeError(f"{name}: {argument} must be floating, got {tensor.dtype}")
+        checks.is_floating(f"{name}: {argument}", tensor)
     if indices.dtype != torch.int64:
         raise TypeError(f"{name}: indices must be int64, got {indices.dtype}")
     for argument, tensor in (("bank", bank), ("indices", indices), ("Z", Z)):
-        if tensor.device != anchors.device:
-            raise ValueError(f"{name}: {argument} must be on the anchors' device {anchors.device}, got {tensor.device}")
+        checks.is_on(f"{name}: {argument}", tensor, "the anchors' device", anchors.device)
         if tensor.requires_grad:
             raise TypeError(f"{name}: {argument} must not require grad, for only the anchors get one")
-    if not 0 < temperature < math.inf:
-        raise ValueError(f"{name}: temperature must be positive, got {temperature}")
+    checks.positive_number(f"{name}: temperature", temperature)
 
 
-def _check_range(indices: Tensor, n: int) -> None:
-    if indices.device.type == "cpu" and indices.numel():
-        least, most = indices.aminmax()
-        if least < 0 or most >= n:
-            raise ValueError(f"nce_loss: indices must be in [0, {n}), rows of the bank, got {int(least if least < 0 else most)}")
-
-
-# ---- autograd --------------------------------------------------------------------------------------------------------
+# ---- autograd, and what torch.compile sees ---------------------------------------------------------------------------
 
 
 class _NCE(torch.autograd.Function):
@@ -141,67 +133,48 @@ class _NCE(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None, None, None]:
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            raise RuntimeError("nce_loss has no second derivative: call backward() or grad() without create_graph=True")
+        checks.refuse_second_derivative("nce_loss")
         (gradient,) = ctx.saved_tensors
         return (gradient * upstream).to(ctx.dtype), None, None, None, None
 
 
-def _run(anchors: Tensor, bank: Tensor, indices: Tensor, Z: Tensor, temperature: float, with_gradient: bool) -> tuple[Tensor, Tensor]:
-    run = _loss_op if torch.compiler.is_compiling() else _loss_and_gradient
-    return run(anchors, bank, indices, Z, temperature, with_gradient)
+def _kernel(anchors: Tensor, bank: Tensor, Z: Tensor) -> ModuleType | None:
+    module = kernel("nce", anchors, bank, Z)
+    return module if module is not None and anchors.shape[1] <= module.WIDEST else None
 
 
-def _loss_and_gradient(
+def _empty_loss_and_gradient(
     anchors: Tensor, bank: Tensor, indices: Tensor, Z: Tensor, temperature: float, with_gradient: bool
 ) -> tuple[Tensor, Tensor]:
-    """The loss [] and its gradient for the anchors, [B, D] or [0, D], by the backend in force."""
-    _check_range(indices, len(bank))
+    loss = anchors.new_empty((), dtype=arithmetic(anchors, bank, Z))
+    return loss, loss.new_empty(anchors.shape[0] if with_gradient else 0, anchors.shape[1])
+
+
+@opaque("nce_loss", _empty_loss_and_gradient)
+def _run(
+    anchors: Tensor, bank: Tensor, indices: Tensor, Z: Tensor, temperature: float, with_gradient: bool
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Computes the loss [] and its gradient for the anchors, [B, D] or [0, D], by the backend in force."""
+    checks.is_in_range("nce_loss: indices", indices, len(bank), ", rows of the bank")
     K, n = indices.shape[1] - 1, len(bank)
     log_b = math.log(K / n + EPS)
     constant = K * math.log1p(EPS * n / K) if K else 0.0
-    module = kernel("nce", anchors, bank, Z)
-    if module is not None and anchors.shape[1] <= module.WIDEST:
-        return module.loss_and_gradient(anchors, bank, indices, Z, temperature, log_b, constant, with_gradient)
-    return loss_and_gradient(anchors, bank, indices, Z, temperature, log_b, constant, with_gradient)
+    module = _kernel(anchors, bank, Z)
+    run = loss_and_gradient if module is None else module.loss_and_gradient
+    return run(anchors, bank, indices, Z, temperature, log_b, constant, with_gradient)
 
 
-def _normalizer(anchors: Tensor, bank: Tensor, indices: Tensor, Z: Tensor, temperature: float) -> Tensor:
-    """normalizer() by the backend in force; never Z itself, which its owner may overwrite."""
-    _check_range(indices, len(bank))
-    module = kernel("nce", anchors, bank, Z)
-    if module is not None and anchors.shape[1] <= module.WIDEST:
-        return module.normalizer(anchors, bank, indices, Z, temperature)
-    return mean_score(anchors, bank, indices, Z, temperature)
-
-
-# ---- what torch.compile sees -----------------------------------------------------------------------------------------
-
-
-@torch.library.custom_op("kdfast::nce_loss", mutates_args=())
-def _loss_op(
-    anchors: Tensor, bank: Tensor, indices: Tensor, Z: Tensor, temperature: float, with_gradient: bool
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    return _loss_and_gradient(anchors, bank, indices, Z, temperature, with_gradient)
-
-
-@_loss_op.register_fake
-def _(
-    anchors: Tensor, bank: Tensor, indices: Tensor, Z: Tensor, temperature: float, with_gradient: bool
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    dtype = arithmetic(anchors, bank, Z)
-    B, D = anchors.shape
-    return anchors.new_empty((), dtype=dtype), anchors.new_empty(B if with_gradient else 0, D, dtype=dtype)
-
-
-@torch.library.custom_op("kdfast::nce_normalizer", mutates_args=())
-def _normalizer_op(anchors: Tensor, bank: Tensor, indices: Tensor, Z: Tensor, temperature: float) -> Tensor:
-    return _normalizer(anchors, bank, indices, Z, temperature)
-
-
-@_normalizer_op.register_fake
-def _(anchors: Tensor, bank: Tensor, indices: Tensor, Z: Tensor, temperature: float) -> Tensor:
+def _empty_normalizer(anchors: Tensor, bank: Tensor, indices: Tensor, Z: Tensor, temperature: float) -> Tensor:
     return torch.empty_like(Z)
+
+
+@opaque("nce_normalizer", _empty_normalizer)
+def _normalizer(anchors: Tensor, bank: Tensor, indices: Tensor, Z: Tensor, temperature: float) -> Tensor:
+    """Computes normalizer() by the backend in force; never returns Z itself, which its owner may overwrite."""
+    checks.is_in_range("nce_loss: indices", indices, len(bank), ", rows of the bank")
+    module = _kernel(anchors, bank, Z)
+    run = mean_score if module is None else module.normalizer
+    return run(anchors, bank, indices, Z, temperature)
 
 
 # ---- in PyTorch ------------------------------------------------------------------------------------------------------

@@ -13,13 +13,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import kdfast
-from kdfast import losses, reference
+from kdfast import reference
 from kdfast.functional import crd_loss
 from kdfast.losses import CRDLoss
 from kdfast.losses import crd as crd_module
 from kdfast.ops import nce
 from tests.numeric import ALLOWANCE, DEVICE, FLOAT32_ERROR, INTERPRETED, KERNELS, error, value_and_gradients
 from tests.processes import in_processes
+
+pytestmark = pytest.mark.kernels
 
 # (B, n, K, D)
 SHAPES = [(1, 9, 4, 3), (3, 7, 2, 10), (5, 33, 7, 7), (4, 500, 64, 32), (2, 50, 129, 100), (7, 300, 1000, 33), (3, 1001, 257, 128)]
@@ -240,8 +242,8 @@ def test_compiles_without_graph_break_to_the_same_bits(dtype: torch.dtype) -> No
 @pytest.mark.parametrize("with_gradient", [True, False])
 def test_registered_operators_pass_opcheck(with_gradient: bool) -> None:
     anchors, bank, indices = problem(3, 20, 11, 8)
-    torch.library.opcheck(nce._loss_op, (anchors, bank, indices, torch.tensor(3.0), 0.07, with_gradient))
-    torch.library.opcheck(nce._normalizer_op, (anchors, bank, indices, torch.tensor(-1.0), 0.07))
+    torch.library.opcheck(torch.ops.kdfast.nce_loss.default, (anchors, bank, indices, torch.tensor(3.0), 0.07, with_gradient))
+    torch.library.opcheck(torch.ops.kdfast.nce_normalizer.default, (anchors, bank, indices, torch.tensor(-1.0), 0.07))
 
 
 def test_nothing_waits_for_the_device() -> None:
@@ -267,7 +269,6 @@ import resource, torch
 torch.set_num_threads(1)
 from kdfast.functional import crd_loss
 
-pytestmark = pytest.mark.kernels
 B, K, D, n = 64, 16384, 128, 20000
 rows = lambda count: torch.nn.functional.normalize(torch.randn(count, D), dim=1)
 student, teacher, banks = rows(B).requires_grad_(), rows(B).requires_grad_(), [rows(n), rows(n)]
@@ -493,8 +494,8 @@ def test_negatives_are_uniform_over_other_images() -> None:
 
 def test_draws_are_the_positive_and_its_negatives(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
-    original = losses.functional.crd_loss
-    monkeypatch.setattr(losses.functional, "crd_loss", lambda *a, **o: seen.append(a[4]) or original(*a, **o))
+    original = crd_module.functional.crd_loss
+    monkeypatch.setattr(crd_module.functional, "crd_loss", lambda *a, **o: seen.append(a[4]) or original(*a, **o))
     labels = torch.arange(40) % 3
     f_s, f_t, idx, _ = batches(1)[0]
     module(labels=labels)(f_s, f_t, idx)

@@ -308,10 +308,10 @@ def test_it_compiles_without_a_graph_break_and_to_the_same_bits(mode, layout):
 @pytest.mark.parametrize("wanted", [[True, False, True, True], [False] * 4])
 def test_registered_operators_pass_opcheck(wanted):
     students, teachers = [maps(2, 6, 4, 4), maps(3, 5, 2, 2, layout="channels_last")], [maps(2, 3, 4, 4), maps(3, 5, 2, 2, dtype=bf16)]
-    torch.library.opcheck(operator._op, (students, teachers, 2.0, wanted))
-    slopes = operator._op(students, teachers, 2.0, wanted)[1:]
+    torch.library.opcheck(torch.ops.kdfast.attention_transfer.default, (students, teachers, 2.0, wanted))
+    slopes = operator._loss_and_slopes(students, teachers, 2.0, wanted)[1:]
     features = [x for x, need in zip((*students, *teachers), wanted) if need]
-    torch.library.opcheck(operator._gradients_op, (features, slopes, torch.tensor(0.5), 2.0))
+    torch.library.opcheck(torch.ops.kdfast.attention_transfer_backward.default, (features, slopes, torch.tensor(0.5), 2.0))
 
 
 def test_a_compiled_graph_follows_the_backend(monkeypatch):

@@ -17,8 +17,11 @@ from torch import Tensor
 
 from kdfast import reference
 from kdfast.functional import supcon_loss
+from kdfast.ops.supcon import eager
 from kdfast.ops.supcon import op as operator
 from tests.numeric import ALLOWANCE, FLOAT32_ERROR, INTERPRETED, KERNELS, error, value_and_gradients
+
+pytestmark = pytest.mark.kernels
 
 # [B, D], [B, V, D] and more; beyond TILE = 512 rows the tiled form runs, up to there the matrix form
 SHAPES = [(3, 7), (257, 8), (65, 512), (20, 2, 10), (9, 3, 4, 5), (513, 10), (257, 2, 128), (600, 128), (40, 2048)]
@@ -169,7 +172,7 @@ def test_any_combination_matches_the_reference(**case: Any) -> None:
     upstream = torch.rand(shape, dtype=torch.float64) + 0.5
     exact = value_and_gradients(call(reference.supcon_loss), inputs, upstream)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(operator, "TILE", case["tile"])
+        patch.setattr(eager, "TILE", case["tile"])
         ours = value_and_gradients(call(supcon_loss), inputs, upstream)
     scale = 1 / case["temperature"] * inputs[0].square().sum(-1).max().item()  # terms of this size cancel
     for got, want in zip(ours, exact):
@@ -206,7 +209,7 @@ def test_copied_rows_count_like_the_anchors(tile: int, normalize: bool, self_pos
 
     upstream = torch.randn(N)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(operator, "TILE", tile)
+        patch.setattr(eager, "TILE", tile)
         once = value_and_gradients(lambda *x: operator._SupCon.apply(*x, names, None, setting), inputs, upstream)
         expected = value_and_gradients(repeated, inputs, upstream)
     for got, want in zip(once, expected):
@@ -307,7 +310,7 @@ def test_masks_as_the_original_takes_them() -> None:
     soft[3] = -1
     for tile in (512, 5):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(operator, "TILE", tile)
+            patch.setattr(eager, "TILE", tile)
             compare(lambda f, x: f(x, mask=soft, reduction="none"), [features])
 
 
@@ -357,7 +360,7 @@ def test_labels_may_be_filled_anew_before_backward(B: int) -> None:
 @pytest.mark.parametrize("tile", [512, 7])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_nan_and_infinity_are_not_hidden(tile: int, bad: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(operator, "TILE", tile)
+    monkeypatch.setattr(eager, "TILE", tile)
     features, labels = torch.randn(40, 6), torch.randint(0, 3, (40,))
     features[2, 1] = bad
     value, gradient = value_and_gradients(lambda x: supcon_loss(x, labels), [features])
@@ -406,11 +409,11 @@ def test_registered_operators_pass_opcheck(B: int, masked: bool) -> None:
     names = torch.arange(B) if masked else torch.randint(0, 3, (B + 2,))
     mask = torch.rand(B, B) if masked else None
     setting = (0.1, 1.5, 2, False, True, 0 if masked else 2)
-    losses, kept = operator._forward_op(anchors, others, names, mask, *setting)
+    losses, kept = operator._forward(anchors, others, names, mask, *setting)
     for for_others in (False, True):
-        arguments = (torch.rand_like(losses), anchors, others, names, mask, kept, for_others, *setting)
-        torch.library.opcheck(operator._backward_op, arguments)
-    torch.library.opcheck(operator._forward_op, (anchors, others, names, mask, *setting))
+        arguments = (torch.rand_like(losses), [anchors, others, names], mask, kept, for_others, *setting)
+        torch.library.opcheck(torch.ops.kdfast.supcon_backward.default, arguments)
+    torch.library.opcheck(torch.ops.kdfast.supcon_forward.default, (anchors, others, names, mask, *setting))
 
 
 def test_autocast_leaves_the_arithmetic_alone() -> None:
@@ -432,40 +435,11 @@ def test_only_what_requires_grad_gets_one() -> None:
         assert not supcon_loss(features).requires_grad
 
 
-def test_backward_runs_where_forward_ran(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A kernel module takes the place of the PyTorch form by its name alone, and its backward runs outside the block too."""
-    calls = []
-
-    class Module:
-        @staticmethod
-        def forward(*arguments: Any) -> Any:
-            calls.append("forward")
-            return operator.tiled_forward(*arguments)
-
-        @staticmethod
-        def backward(*arguments: Any) -> Any:
-            calls.append("backward")
-            return operator.tiled_backward(*arguments)
-
-    features, labels = unit(20, 2, 8), torch.randint(0, 3, (20,))
-    plain = value_and_gradients(lambda x: supcon_loss(x, labels), [features])
-    leaf = features.clone().requires_grad_()
-    with monkeypatch.context() as patch:
-        patch.setattr(operator, "kernel", lambda *_: Module)
-        value = supcon_loss(leaf, labels)
-    value.backward()
-    assert calls == ["forward", "backward"]
-    assert leaf.grad is not None
-    assert error(value, plain[0]) < FLOAT32_ERROR
-    assert error(leaf.grad, plain[1]) < FLOAT32_ERROR
-
-
 LIMITED = """
 import resource, torch
 torch.set_num_threads(1)
 from kdfast.functional import supcon_loss
 
-pytestmark = pytest.mark.kernels
 N, D = {N}, 128
 features = torch.nn.functional.normalize(torch.randn(N // 2, 2, D), dim=2).requires_grad_()
 labels = torch.randint(0, 10, (N // 2,))

@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from kdfast import reference
 from kdfast.functional import supcon_loss
 from kdfast.losses import ConKDLoss, SupConLoss, SupContrastiveLoss
-from kdfast.ops.supcon import op as operator
+from kdfast.ops.supcon import eager
 from tests.numeric import ALLOWANCE, DEVICE, FLOAT32_ERROR, error, value_and_gradients
 from tests.processes import in_processes
 
@@ -138,9 +138,9 @@ def _every_case(rank: int, world: int) -> dict[str, list[Tensor]]:
     for name, problem in problems(world).items():
         own, upstream = problem.rows(rank), problem.upstream()
         inputs = [problem.inputs[0][own], *problem.inputs[1:]]
-        for operator.TILE in TILES:
+        for eager.TILE in TILES:
             call = problem.call(supcon_loss, own, group=dist.group.WORLD, uneven=problem.uneven)
-            results[f"{name}, {operator.TILE}"] = value_and_gradients(call, inputs, None if upstream is None else upstream[own])
+            results[f"{name}, {eager.TILE}"] = value_and_gradients(call, inputs, None if upstream is None else upstream[own])
     return results
 
 

@@ -9,8 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+import kdfast
 from kdfast import reference
 from kdfast.functional import supcon_loss
+from kdfast.ops.supcon import eager
 from kdfast.ops.supcon import op as operator
 from tests.numeric import DEVICE, FLOAT32_ERROR, KERNELS, error, value_and_gradients
 from tests.ops.test_supcon import compare, unit
@@ -62,13 +64,13 @@ def test_rows_of_other_processes_count_as_often_as_at_home(normalize, self_posit
     got, kept = kernel.forward(anchors, others, names, None, setting)
     gradients = kernel.backward(upstream, anchors, others, names, None, kept, setting, True)
     exact = [x.double() for x in (anchors, others)]
-    want, kept = operator.tiled_forward(*exact, names, None, setting)
+    want, kept = eager._tiled_forward(*exact, names, None, setting)
     exact_gradients = operator.tiled_backward(upstream.double(), *exact, names, None, kept, setting, True)
     assert error(got, want) < FLOAT32_ERROR
     for a, b in zip(gradients, exact_gradients):
         assert error(a, b) < FLOAT32_ERROR
         assert error(a.roll(1, 0), b) > 0.1
-    unlike = operator.tiled_forward(*exact, names, None, setting._replace(copied=0))[0]
+    unlike = eager._tiled_forward(*exact, names, None, setting._replace(copied=0))[0]
     assert error(got, unlike) > 1e-4, "the copies would not be missed"
 
 
@@ -195,16 +197,21 @@ def test_compiled_graphs_expect_the_names_that_come(B):
     assert expected.dtype == kernel._short(torch.arange(4), torch.empty(1, dtype=torch.bool).expand(B, B)).dtype
 
 
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 @pytest.mark.parametrize("B", [20, 520])
-def test_a_compiled_backward_runs_where_forward_ran(B):
-    import kdfast
+@pytest.mark.parametrize(("forward", "backward"), [("torch", "auto"), ("auto", "torch")])
+def test_backward_runs_where_forward_ran(forward, backward, B, compiled):
+    def call(x):
+        return supcon_loss(x, labels)
 
     features, labels = unit(B, 8).requires_grad_(), torch.arange(B) % 3
-    compiled = torch.compile(lambda x: supcon_loss(x, labels), fullgraph=True, backend="aot_eager")
-    with kdfast.backend("torch"):
+    with kdfast.backend(forward):
         plain = torch.autograd.grad(supcon_loss(features, labels), features)[0]
-        value = compiled(features)
-    assert torch.equal(torch.autograd.grad(value, features)[0], plain)
+        value = (torch.compile(call, fullgraph=True, backend="aot_eager") if compiled else call)(features)
+    with kdfast.backend(backward):
+        assert torch.equal(torch.autograd.grad(value, features)[0], plain)
+        other = torch.autograd.grad(supcon_loss(features, labels), features)[0]
+    assert not torch.equal(other, plain), "the forms have the same bits: the test sees nothing"
 
 
 def test_precision_may_be_said_in_the_newer_way(monkeypatch):
