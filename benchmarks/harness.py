@@ -1,4 +1,4 @@
-"""One harness for all operators: a case is data, and measure() runs its variants in turn, checks each against float64 and times it.
+"""The harness of all operators: a case is data; measure() runs its variants in turn, checks each against float64 and times it.
 
 For every variant that runs here:
 
@@ -12,8 +12,8 @@ For every variant that runs here:
     launches      on a GPU: kernels of a call
     floor_share   floor_ms / device_ms, on the CPU floor_ms / call_ms
 
-A variant that is not installed, cannot run here or computes something else has `skipped`, the reason, instead. One that is meant to compute
-something else (Variant.other) is timed, and has neither errors nor a share of a floor that is not its own.
+A variant that is not installed, cannot run here or computes something else has only `skipped`, the reason. A variant that is meant to
+compute something else (Variant.other) is timed, and has neither errors nor a share of the floor.
 """
 
 import gc
@@ -30,7 +30,7 @@ from kdfast.benchmarks import timing
 
 OURS, EAGER, COMPILED, AUTOTUNED = "kdfast", "eager", "torch.compile", "torch.compile max-autotune"
 TIERS = ("quick", "usual", "long")
-WRONG = {torch.float32: 1e-3, torch.bfloat16: 0.25}  # an error beyond this is another formula, not rounding
+WRONG = {torch.float32: 1e-3, torch.bfloat16: 0.25, torch.float16: 0.05}  # an error beyond this is another formula, not rounding
 MOST_SETS = 64  # of buffers
 
 
@@ -38,8 +38,8 @@ class Step(NamedTuple):
     """A variant on one set of inputs.
 
     Attributes:
-        run: a call, as it is timed.
-        results: a call on untouched inputs, and what it computed: the value, then gradients.
+        run: the timed call.
+        results: makes a call on untouched inputs and returns the value, then the gradients.
         backward: runs the forward pass and returns the backward pass; None where there is none.
     """
 
@@ -57,7 +57,7 @@ class Variant:
         gpu: runs on a GPU only.
         synchronizes: makes the host wait, so that no CUDA graph can capture it.
         own_graphs: replays CUDA graphs of its own: no other can capture it, and its memory is reserved for good.
-        other: computes something else and is timed for orientation: its errors are not measured.
+        other: computes something else, and is timed for orientation without errors.
     """
 
     prepare: Callable[[], Callable[..., Step]]
@@ -79,7 +79,7 @@ class Case:
         device: where they are.
         bytes: the floor, what any version has to move.
         operations: floating-point operations; a multiply-add is two.
-        inputs: seed -> fresh random inputs, which nobody writes to.
+        inputs: seed -> fresh random inputs, which no variant writes to.
         exact: inputs -> what Step.results should give, in float64.
         variants: by name.
         tier: "quick", "usual" or "long", by how long it takes.
@@ -105,11 +105,84 @@ class Case:
         return self.variants[variant].prepare()(*self.inputs(0))
 
 
+class Call(NamedTuple):
+    """A small call of an operator, at odd sizes: checked in the interpreter and on GPUs, watched by sanitizers, held to contracts.
+
+    Attributes:
+        name: what is special about it.
+        inputs: seed -> fresh random inputs.
+        step: inputs -> a Step.
+        exact: inputs -> what Step.results should give, in float64; None where the result is random or coarse.
+        launches: most kernels that Step.run may launch, the one that fills the upstream gradient included; None: no promise.
+        loss: for torch.compile; None for an optimizer.
+    """
+
+    name: str
+    inputs: Callable[[int], Sequence[Any]]
+    step: Callable[..., Step]
+    exact: Callable[..., Sequence[Tensor]] | None
+    launches: int | None = None
+    loss: Callable[..., Tensor] | None = None
+
+
+class Launch(NamedTuple):
+    """One kernel launch whose machine code is read (codegen.py); the launcher is called on CPU tensors and nothing runs.
+
+    Attributes:
+        kernel: file in kernels/.
+        N, C: rows, and classes or features; for Lion 1 and elements.
+        dtypes: as the table names them.
+        variant: what is asked of the kernel.
+        call: calls the launcher.
+        moved: bytes of the [N, C] tensors that loads and stores ask for; operations for a walk over an N x N matrix.
+        floor: the least that any kernel could move.
+        function: the kernel that is meant, where the launcher launches several.
+        wide: 128-bit loads and stores that there must be, for a kernel that looks its tensors up in a table.
+    """
+
+    kernel: str
+    N: int
+    C: int
+    dtypes: str
+    variant: str
+    call: Callable[[], Any]
+    moved: int
+    floor: int
+    function: str | None = None
+    wide: tuple[int, int] = (0, 0)
+
+
 class Skipped(Exception):
     """A variant cannot be compared here; the message says why."""
 
 
 # ---- variants --------------------------------------------------------------------------------------------------------
+
+
+def in_float64(loss: Callable[..., Tensor]) -> Callable[..., Sequence[Tensor]]:
+    """Makes the exact results of a loss: its value and gradients on float64 copies of the inputs."""
+
+    def exact(*inputs: Any) -> Sequence[Tensor]:
+        return loss_step(loss)(*(_as_float64(x) for x in inputs)).results()
+
+    return exact
+
+
+def _as_float64(x: Any) -> Any:
+    if not isinstance(x, Tensor) or not x.is_floating_point():
+        return x
+    return x.detach().double().requires_grad_(x.requires_grad)
+
+
+def loss_call(
+    name: str,
+    inputs: Callable[[int], Sequence[Any]],
+    loss: Callable[..., Tensor],
+    exact: Callable[..., Tensor],
+    launches: int | None = None,
+) -> Call:
+    """A Call of a loss; `exact` is the reference, with the same arguments."""
+    return Call(name, inputs, loss_step(loss), in_float64(exact), launches, loss)
 
 
 def loss_step(loss: Callable[..., Tensor]) -> Callable[..., Step]:
@@ -188,7 +261,7 @@ def measure(case: Case, *, only: Collection[str] | None = None, rounds: int = 20
     for name in case.variants:
         if only is None or name in only:
             try:
-                makers[name], steps[name], rows[name] = _checked(case, name, inputs, exact)
+                makers[name], steps[name], rows[name] = _check(case, name, inputs, exact)
             except Skipped as reason:
                 rows[name] = {"skipped": str(reason)}
     del exact
@@ -196,17 +269,17 @@ def measure(case: Case, *, only: Collection[str] | None = None, rounds: int = 20
     seconds = timing.in_turn({name: step.run for name, step in steps.items()}, rounds=rounds, device=device)
     for name, step in steps.items():
         row, variant = rows[name], case.variants[name]
-        row["call_ms"] = _short(1e3 * statistics.median(seconds[name]))
-        row["speedup"] = _short(timing.speedup(seconds[OURS], seconds[name]))
+        row["call_ms"] = _round(1e3 * statistics.median(seconds[name]))
+        row["speedup"] = _round(timing.speedup(seconds[OURS], seconds[name]))
         if step.backward is not None:
-            row["backward_ms"] = _short(1e3 * timing.backward_seconds(step.backward, rounds=rounds, device=device))
+            row["backward_ms"] = _round(1e3 * timing.backward_seconds(step.backward, rounds=rounds, device=device))
         if not variant.own_graphs:
             row["memory"] = timing.peak_memory(step.run, device)
         if gpu and not (variant.own_graphs or variant.synchronizes):
-            row |= _on_device(case, makers[name], step, rounds)
+            row |= _time_on_device(case, makers[name], step, rounds)
         time_ms = row.get("device_ms") if gpu else row["call_ms"]
         if time_ms is not None and not variant.other:
-            row["floor_share"] = _short(1e3 * floor / time_ms)
+            row["floor_share"] = _round(1e3 * floor / time_ms)
     return {
         "operator": case.operator,
         "case": case.name,
@@ -215,15 +288,15 @@ def measure(case: Case, *, only: Collection[str] | None = None, rounds: int = 20
         "device": device.type,
         "bytes": case.bytes,
         "operations": case.operations,
-        "copy_bytes_per_s": _short(bandwidth),
-        "dense_operations_per_s": _short(rate),
-        "floor_ms": _short(1e3 * floor),
+        "copy_bytes_per_s": _round(bandwidth),
+        "dense_operations_per_s": _round(rate),
+        "floor_ms": _round(1e3 * floor),
         "variants": rows,
     }
 
 
-def _checked(case: Case, name: str, inputs: Sequence[Any], exact: Sequence[Tensor]) -> tuple[Callable[..., Step], Step, dict[str, Any]]:
-    """What makes the variant's Steps, the one on these inputs, and its errors; ours fails loudly, others are Skipped."""
+def _check(case: Case, name: str, inputs: Sequence[Any], exact: Sequence[Tensor]) -> tuple[Callable[..., Step], Step, dict[str, Any]]:
+    """Returns what makes the variant's Steps, the Step on these inputs, and its errors. Ours fails loudly, others are Skipped."""
     variant = case.variants[name]
     if variant.gpu and case.device.type != "cuda":
         raise Skipped("needs a GPU")
@@ -245,18 +318,18 @@ def _checked(case: Case, name: str, inputs: Sequence[Any], exact: Sequence[Tenso
         if name == OURS:
             raise AssertionError(f"{case}: {name} {sentence}")
         raise Skipped(sentence)
-    return make, step, {"value_error": _short(errors[0]), "gradient_error": _short(max(errors[1:]))}
+    return make, step, {"value_error": _round(errors[0]), "gradient_error": _round(max(errors[1:]))}
 
 
-def _on_device(case: Case, make: Callable[..., Step], step: Step, rounds: int) -> dict[str, Any]:
+def _time_on_device(case: Case, make: Callable[..., Step], step: Step, rounds: int) -> dict[str, Any]:
     """Device times, or why there are none."""
-    # together far larger than the cache, or as near to that as small cases come
+    # all sets together exceed the cache three times, as far as MOST_SETS of them can
     sets = min(MOST_SETS, math.ceil(3 * timing.cache_bytes() / case.bytes))
     try:
         runs = [step.run, *(make(*case.inputs(seed)).run for seed in range(1, sets))]
         return {
-            "device_ms": _short(1e3 * timing.device_seconds(runs, rounds=rounds)),
-            "cold_ms": _short(1e3 * timing.cold_seconds(step.run, rounds=rounds)),
+            "device_ms": _round(1e3 * timing.device_seconds(runs, rounds=rounds)),
+            "cold_ms": _round(1e3 * timing.cold_seconds(step.run, rounds=rounds)),
             "launches": timing.launches(step.run).total(),
         }
     except RuntimeError as failure:
@@ -270,11 +343,17 @@ def error(got: Tensor, exact: Tensor) -> float:
     return ((got.double() - exact).abs().max() / exact.abs().max()).item()
 
 
-def _short(x: float) -> float:
-    """Four digits: more are noise, and would change with every run."""
+def _round(x: float) -> float:
+    """Rounds to four digits: more are noise, and would change with every run."""
     return float(f"{x:.4g}")
 
 
 def dtype_name(dtype: torch.dtype) -> str:
     """torch.float32 -> "float32"."""
     return str(dtype).removeprefix("torch.")
+
+
+def short_names(*dtypes: torch.dtype) -> str:
+    """(torch.float32, torch.bfloat16) -> "fp32 bf16"; equal ones once."""
+    short = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int8: "int8"}
+    return " ".join(dict.fromkeys(short[dtype] for dtype in dtypes))

@@ -1,18 +1,10 @@
-"""Logit distillation without the logits, forward and backward: python -m kdfast.benchmarks.linear_kd [--device cuda].
+"""Logit distillation without the logits, forward and backward: from hidden states and weights, of which the student's get gradients.
 
-    ours      linear_kd_loss, in chunks of its own choice
-    unfused   kd_loss of two F.linear
-    eager     the loss as RepDistiller writes it, of two F.linear
-
-The student's hidden states and weight get gradients, the teacher's do not; both have D features. A step is 8 N C D operations: two
-products for logits, two for gradients. `peak_mb` is what a step holds at most beyond its inputs, gradients included: at least
-`gradients_mb`. `errors` are of the gradients of hidden states and weight against float64, max|x - exact| / max|exact|, on 64 rows in
-chunks of 16.
+The eager original is the loss as RepDistiller writes it, on two F.linear; "kd_loss of two F.linear" fuses the rows but keeps the logits.
+A step is 8 N C D operations: two products for logits, two for gradients.
 """
 
-import argparse
-import statistics
-from collections.abc import Callable
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -20,121 +12,81 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kdfast import reference
-from kdfast.benchmarks.timing import in_turn, peak_memory, speedup
+from kdfast.benchmarks import distill_kl
+from kdfast.benchmarks.harness import Call, Case, Launch, Variant, in_float64, loss_call, loss_step, loss_variants
+from kdfast.benchmarks.timing import CPU
 from kdfast.functional import kd_loss, linear_kd_loss
-from kdfast.ops.distill_kl.linear import Layer, default_rows
 
-# N, D, C, dtype
-CASES = {
-    "cpu": [
-        (512, 256, 1000, torch.float32),
-        (2048, 512, 1000, torch.float32),
-        (2048, 512, 1000, torch.bfloat16),
-        (512, 256, 32000, torch.float32),
-        (1024, 1024, 32000, torch.float32),
-        (1024, 1024, 32000, torch.bfloat16),
-        (512, 256, 131072, torch.float32),
-    ],
-    "cuda": [
-        (2048, 512, 1000, torch.bfloat16),
-        (4096, 1024, 32000, torch.float32),
-        (4096, 1024, 32000, torch.bfloat16),
-        (8192, 4096, 32000, torch.bfloat16),
-        (8192, 4096, 131072, torch.bfloat16),
-    ],
+SHAPES = {  # N, D, C
+    "cpu": {
+        "quick": [(512, 256, 1000)],
+        "usual": [(2048, 512, 1000), (512, 256, 32000)],
+        "long": [(1024, 1024, 32000), (512, 256, 131072)],
+    },
+    "cuda": {
+        "quick": [(2048, 512, 1000)],
+        "usual": [(4096, 1024, 32000)],
+        "long": [(8192, 4096, 32000), (8192, 4096, 131072)],
+    },
 }
 TEMPERATURE = 4.0
+UNFUSED = "kd_loss of two F.linear"
 
 
-def unfused(student_hidden: Tensor, student_weight: Tensor, teacher_hidden: Tensor, teacher_weight: Tensor) -> Tensor:
-    """The fused row operator on whole logits."""
-    return kd_loss(F.linear(student_hidden, student_weight), F.linear(teacher_hidden, teacher_weight), temperature=TEMPERATURE)
+def cases(device: torch.device, dtype: torch.dtype) -> Iterator[Case]:
+    """Every size."""
+    for tier, shapes in SHAPES[device.type].items():
+        for N, D, C in shapes:
+            yield case(N, D, C, dtype, device, tier)
 
 
-def eager(student_hidden: Tensor, student_weight: Tensor, teacher_hidden: Tensor, teacher_weight: Tensor) -> Tensor:
-    """The original's own operations."""
-    log_q = F.log_softmax(F.linear(student_hidden, student_weight) / TEMPERATURE, dim=1)
-    p = F.softmax(F.linear(teacher_hidden, teacher_weight) / TEMPERATURE, dim=1)
-    return F.kl_div(log_q, p, reduction="sum") * TEMPERATURE**2 / len(student_hidden)
+def case(N: int, D: int, C: int, dtype: torch.dtype = torch.float32, device: torch.device = CPU, tier: Any = "usual") -> Case:
+    """N rows of D features and C classes, for student and teacher."""
+    unfused = Variant(lambda: loss_step(lambda *x: kd_loss(*_logits(*x), temperature=TEMPERATURE)))
+    return Case(
+        operator="linear_kd_loss",
+        name=f"N {N:,}, D {D:,}, C {C:,}",
+        shape={"N": N, "D": D, "C": C},
+        dtype=dtype,
+        device=device,
+        bytes=3 * (N + C) * D * dtype.itemsize,  # hidden states and weights are read, the student's gradients are written
+        operations=8 * N * C * D,
+        inputs=lambda seed: _tensors(N, D, C, dtype, device, seed),
+        exact=in_float64(lambda *x: reference.linear_kd_loss(*x, temperature=TEMPERATURE)),
+        variants=loss_variants(original, lambda *x: linear_kd_loss(*x, temperature=TEMPERATURE), {UNFUSED: unfused}),
+        tier=tier,
+    )
 
 
-def ours(*tensors: Tensor, chunk_rows: int | None = None) -> Tensor:
-    """The library's."""
-    return linear_kd_loss(*tensors, temperature=TEMPERATURE, chunk_rows=chunk_rows)
+def _tensors(N: int, D: int, C: int, dtype: torch.dtype, device: torch.device, seed: int) -> list[Tensor]:
+    random = torch.Generator(device).manual_seed(seed)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=random, device=device)
+
+    student = [x.to(dtype).requires_grad_() for x in (draw(N, D), draw(C, D) * 2 / D**0.5)]
+    return [*student, *(x.to(dtype) for x in (draw(N, D), draw(C, D) * 2 / D**0.5))]
 
 
-def _step(loss: Callable[..., Tensor], tensors: list[Tensor]) -> Callable[[], None]:
-    """Forward and backward, into fresh gradients."""
-
-    def run() -> None:
-        for x in tensors:
-            x.grad = None
-        loss(*tensors).backward()
-
-    return run
+def _logits(student_hidden: Tensor, student_weight: Tensor, teacher_hidden: Tensor, teacher_weight: Tensor) -> tuple[Tensor, Tensor]:
+    return F.linear(student_hidden, student_weight), F.linear(teacher_hidden, teacher_weight)
 
 
-def _errors(loss: Callable[..., Tensor], tensors: list[Tensor]) -> list[float]:
-    """Of the gradients of the student's hidden states and weight."""
-    leaves = [x.detach().requires_grad_(x.requires_grad) for x in tensors]
-    exact_leaves = [x.detach().double().requires_grad_(x.requires_grad) for x in tensors]
-    got = torch.autograd.grad(loss(*leaves), leaves[:2])
-    exact = torch.autograd.grad(reference.linear_kd_loss(*exact_leaves, temperature=TEMPERATURE), exact_leaves[:2])
-    return [((a - b).abs().max() / b.abs().max()).item() for a, b in zip(got, exact)]
+def original(*tensors: Tensor) -> Tensor:
+    """The original's own operations on whole logits."""
+    return distill_kl.original(*_logits(*tensors), None, temperature=TEMPERATURE)
 
 
-def measure(N: int, D: int, C: int, dtype: torch.dtype, *, rounds: int = 20, device: str = "cpu") -> dict[str, Any]:
-    """Times, peak memory and errors of all variants on N rows of D features and C classes."""
-    where = torch.device(device)
-    tensors = [
-        x.to(dtype).requires_grad_(student)
-        for student in (True, False)
-        for x in (torch.randn(N, D, device=where), torch.randn(C, D, device=where) * 2 / D**0.5)
-    ]
-    losses = {"ours": ours, "unfused": unfused, "eager": eager}
-    steps = {name: _step(loss, tensors) for name, loss in losses.items()}
-    seconds = in_turn(steps, rounds=rounds, device=where)
-    for x in tensors:
-        x.grad = None
-    student, teacher = Layer(*tensors[:2], None), Layer(*tensors[2:], None)
-    few = [tensors[0][:64], tensors[1], tensors[2][:64], tensors[3]]
-    in_chunks = {**losses, "ours": lambda *x: ours(*x, chunk_rows=16)}
-    return {
-        "N": N,
-        "D": D,
-        "C": C,
-        "dtype": str(dtype).removeprefix("torch."),
-        "chunk_rows": min(N, default_rows(student, teacher, (True, True) + 4 * (False,), None)),
-        "operations": 8 * N * C * D,
-        "gradients_mb": (tensors[0].nbytes + tensors[1].nbytes) / 1e6,
-        "milliseconds": {name: 1e3 * statistics.median(values) for name, values in seconds.items()},
-        "speedup_over_unfused": speedup(seconds["ours"], seconds["unfused"]),
-        "speedup_over_eager": speedup(seconds["ours"], seconds["eager"]),
-        "peak_mb": {name: peak_memory(_step(loss, tensors), where) / 1e6 for name, loss in losses.items()},
-        "errors": {name: _errors(loss, few) for name, loss in in_chunks.items()},
-    }
+def calls(device: torch.device, dtype: torch.dtype) -> Iterator[Call]:
+    """Several chunks, the last one smaller."""
+    yield loss_call(
+        "50 x 16 x 1001, chunks of 20",
+        lambda seed: _tensors(50, 16, 1001, dtype, device, seed),
+        lambda *x: linear_kd_loss(*x, chunk_rows=20, standardize=True),
+        lambda *x: reference.linear_kd_loss(*x, standardize=True),
+    )
 
 
-def main() -> None:
-    """Prints a line a case and writes benchmarks/results/<device>-linear_kd.json."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--device", choices=CASES, default="cpu")
-    arguments = parser.parse_args()
-    torch.manual_seed(0)
-    cases = []
-    for N, D, C, dtype in CASES[arguments.device]:
-        case = measure(N, D, C, dtype, rounds=arguments.rounds, device=arguments.device)
-        cases.append(case)
-        variants = "   ".join(
-            f"{name} {case['milliseconds'][name]:9.2f} ms {case['peak_mb'][name]:8.1f} MB {max(case['errors'][name]):.1e}"
-            for name in case["milliseconds"]
-        )
-        print(f"{N:6d} x {D:<5d}x {C:<7d}{case['dtype']:9s}{variants}   {case['speedup_over_eager']:.2f}x eager", flush=True)
-    from kdfast.benchmarks.maintain import write_results
-
-    print(write_results(f"{arguments.device}-linear_kd", cases))
-
-
-if __name__ == "__main__":
-    main()
+def launches(target: str) -> Iterator[Launch]:
+    """None of its own: kd_loss's kernel runs on each chunk."""
+    return iter(())

@@ -1,22 +1,25 @@
-"""The Lion step for the harness: the parameters of ResNets, their many small tensors included, of a ViT, of LeNet-5, and single tensors.
+"""The Lion step: the parameters of ResNets with their many small tensors, of a ViT, of LeNet-5, and single tensors.
 
-Its value is the momentum after the first step, its gradient what the step did to the parameters.
+Its value is the momentum after the first step, its gradient the change of the parameters.
 """
 
 import importlib
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 import torchvision
 from torch import Tensor
 
 from kdfast import reference
-from kdfast.benchmarks.harness import COMPILED, EAGER, OURS, Case, Step, Variant
+from kdfast.benchmarks.harness import COMPILED, EAGER, OURS, Call, Case, Launch, Step, Variant, short_names
 from kdfast.benchmarks.timing import CPU
+from kdfast.ops.lion.op import Row, scales_of
 from kdfast.optim import Lion
 
-OPTIONS = {"lr": 1e-2, "weight_decay": 0.1}  # a rate at which the step stands out from rounding
+OPTIONS: dict[str, Any] = {"lr": 1e-2, "weight_decay": 0.1}  # a rate at which the step stands out from rounding
 PARAMETERS = {
     "cpu": {"quick": ["16 MB", "LeNet-5"], "usual": ["4 KB", "1 MB", "ResNet-18", "256 MB"], "long": ["ResNet-101", "ViT-B/16"]},
     "cuda": {"quick": ["ResNet-18"], "usual": ["ResNet-101", "ViT-B/16", "1024 MB"]},
@@ -51,11 +54,6 @@ def case(name: str, sizes: list[torch.Size], dtype: torch.dtype = torch.float32,
         params, grads = ([torch.randn(size, generator=random, device=device).to(dtype) for size in sizes] for _ in range(2))
         return [0.02 * p for p in params], grads
 
-    def exact(params: list[Tensor], grads: list[Tensor]) -> tuple[Tensor, Tensor]:
-        p, g = _flat(params).double(), _flat(grads).double()
-        after, momentum = reference.lion_step(p, g, torch.zeros_like(p), **OPTIONS)
-        return momentum, after - p
-
     elements = sum(size.numel() for size in sizes)
     return Case(
         operator="Lion",
@@ -66,65 +64,43 @@ def case(name: str, sizes: list[torch.Size], dtype: torch.dtype = torch.float32,
         bytes=5 * elements * dtype.itemsize,  # parameter, gradient and momentum are read, parameter and momentum written
         operations=10 * elements,  # decay 1, interpolation 3, sign 1, update 2, momentum 3
         inputs=inputs,
-        exact=exact,
+        exact=_exact,
         variants=_variants(device),
         tier=tier,
     )
 
 
 def _variants(device: torch.device) -> dict[str, Variant]:
-    def of(make: Callable[[list[Tensor]], torch.optim.Optimizer], compile: bool = False) -> Callable[..., Step]:
-        return lambda params, grads: _step(make, params, grads, compile)
+    def peer(name: str, *, needs: str | None = None, compile: bool = False, **options: Any) -> Callable[[], Callable[..., Step]]:
+        module, _, optimizer = name.rpartition(".")
 
-    def original() -> Callable[..., Any]:
-        from lion_pytorch import Lion
+        def prepare() -> Callable[..., Step]:
+            if needs is not None:
+                importlib.import_module(needs)
+            make = getattr(importlib.import_module(module), optimizer)
+            return partial(optimizer_step, partial(make, **OPTIONS, **options), compile=compile)
 
-        return lambda params: Lion(params, **OPTIONS)
-
-    def original_foreach() -> Callable[..., Any]:
-        from lion_pytorch.foreach import Lion
-
-        return lambda params: Lion(params, **OPTIONS)
-
-    def original_triton() -> Callable[..., Any]:
-        importlib.import_module("triton")  # lion_pytorch.triton ends the process where there is none
-        from lion_pytorch import Lion
-
-        # it autotunes for every number of elements in the first step and restores what that wrote: Step.results is its warm-up
-        return lambda params: Lion(params, **OPTIONS, use_triton=True)
-
-    def optimi() -> Callable[..., Any]:
-        from optimi import Lion
-
-        return lambda params: Lion(params, **OPTIONS, kahan_sum=False)  # what it does to 16-bit parameters unasked, and no other does
-
-    def timm() -> Callable[..., Any]:
-        from timm.optim import Lion
-
-        return lambda params: Lion(params, **OPTIONS)
-
-    def bitsandbytes() -> Callable[..., Any]:
-        from bitsandbytes.optim import Lion32bit
-
-        return lambda params: Lion32bit(params, **OPTIONS)
+        return prepare
 
     capturable = device.type == "cuda"
     return {
-        EAGER: Variant(lambda: of(original())),
-        COMPILED: Variant(lambda: of(original(), compile=True)),
-        "lion-pytorch foreach": Variant(lambda: of(original_foreach())),
-        "lion-pytorch Triton": Variant(lambda: of(original_triton()), gpu=True),
-        "torch-optimi": Variant(lambda: of(optimi())),
-        "timm": Variant(lambda: of(timm())),
-        "bitsandbytes": Variant(lambda: of(bitsandbytes()), synchronizes=True),
-        "AdamW (fused)": Variant(
-            lambda: of(lambda params: torch.optim.AdamW(params, **OPTIONS, fused=True, capturable=capturable)), other=True
-        ),
-        OURS: Variant(lambda: of(lambda params: Lion(params, **OPTIONS, capturable=capturable))),
+        EAGER: Variant(peer("lion_pytorch.Lion")),
+        COMPILED: Variant(peer("lion_pytorch.Lion", compile=True)),
+        "lion-pytorch foreach": Variant(peer("lion_pytorch.foreach.Lion")),
+        # it ends the process where there is no Triton, and tunes in its first step, which is Step.results
+        "lion-pytorch Triton": Variant(peer("lion_pytorch.Lion", needs="triton", use_triton=True), gpu=True),
+        "torch-optimi": Variant(peer("optimi.Lion", kahan_sum=False)),  # no other compensates 16-bit parameters unasked
+        "timm": Variant(peer("timm.optim.Lion")),
+        "bitsandbytes": Variant(peer("bitsandbytes.optim.Lion32bit"), synchronizes=True),
+        "AdamW (fused)": Variant(peer("torch.optim.AdamW", fused=True, capturable=capturable), other=True),
+        OURS: Variant(peer("kdfast.optim.Lion", capturable=capturable)),
     }
 
 
-def _step(make: Callable[[list[Tensor]], torch.optim.Optimizer], params: list[Tensor], grads: list[Tensor], compile: bool) -> Step:
+def optimizer_step(
+    make: Callable[[list[Tensor]], torch.optim.Optimizer], params: list[Tensor], grads: list[Tensor], *, compile: bool = False
+) -> Step:
+    """A Step of an optimizer on copies of parameters and gradients."""
     params = [torch.nn.Parameter(p.clone()) for p in params]
     for p, g in zip(params, grads):
         p.grad = g.clone()  # peers have been seen to use it as scratch
@@ -132,7 +108,7 @@ def _step(make: Callable[[list[Tensor]], torch.optim.Optimizer], params: list[Te
     run = torch.compile(optimizer.step) if compile else optimizer.step
 
     def results() -> tuple[Tensor, Tensor]:
-        before = _flat(params)
+        before = _flat(params).double()
         run()
         momenta = [next(s for s in optimizer.state[p].values() if isinstance(s, Tensor) and s.shape == p.shape) for p in params]
         return _flat(momenta), _flat(params).double() - before
@@ -142,3 +118,105 @@ def _step(make: Callable[[list[Tensor]], torch.optim.Optimizer], params: list[Te
 
 def _flat(tensors: list[Tensor]) -> Tensor:
     return torch.cat([x.detach().flatten() for x in tensors])
+
+
+# ---- small calls -----------------------------------------------------------------------------------------------------
+
+
+def calls(device: torch.device, dtype: torch.dtype) -> Iterator[Call]:
+    """Whole blocks and parts, aligned and unaligned tensors, every rounding and momentum; rounding at random has nothing exact."""
+    yield _call("plain", dtype, device, exact=dtype == torch.float32)
+    yield _call("lr on the device", dtype, device, exact=dtype == torch.float32, lr=torch.full((), OPTIONS["lr"], device=device))
+    yield _call("cautious, clipped", dtype, device, launches=None, cautious=True, max_grad_norm=1.0)
+    yield _call("int8 momentum", dtype, device, momentum_dtype=torch.int8)
+    if dtype != torch.float32:
+        yield _call(
+            "stochastic, cautious, int8 momentum", dtype, device, None, momentum_dtype=torch.int8, rounding="stochastic", cautious=True
+        )
+        yield _call("kahan", dtype, device, rounding="kahan")
+        yield _call("stochastic, float32 momentum", dtype, device, momentum_dtype=torch.float32, rounding="stochastic")
+
+
+def _call(name: str, dtype: torch.dtype, device: torch.device, launches: int | None = 1, *, exact: bool = False, **options: Any) -> Call:
+    sizes = (3, 2048, 5001, 4096)
+
+    def inputs(seed: int) -> tuple[list[Tensor], list[Tensor]]:
+        random = torch.Generator(device).manual_seed(seed)
+        params, grads = ([torch.randn(n + 1, generator=random, device=device).to(dtype) for n in sizes] for _ in range(2))
+        return [p[i % 2 :] for i, p in enumerate(params)], [g[i % 2 :] for i, g in enumerate(grads)]
+
+    make = partial(Lion, **(OPTIONS | options))
+    return Call(name, inputs, partial(optimizer_step, make), _exact if exact else None, launches)
+
+
+def _exact(params: list[Tensor], grads: list[Tensor]) -> tuple[Tensor, Tensor]:
+    p, g = _flat(params).double(), _flat(grads).double()
+    after, momentum = reference.lion_step(p, g, torch.zeros_like(p), **OPTIONS)
+    return momentum, after - p
+
+
+# ---- launches whose machine code is read -----------------------------------------------------------------------------
+
+
+class Request(NamedTuple):
+    """What a step asks for, as far as it changes the kernel."""
+
+    rounding: str = "nearest"
+    cautious: bool = False
+    scaled: bool = False  # by a loss scale or clipping, with a rate on the device
+
+
+REQUESTS = {
+    "plain": Request(),
+    "scaled, lr on device": Request(scaled=True),
+    "cautious": Request(cautious=True),
+    "stochastic": Request("stochastic"),
+    "kahan": Request("kahan"),
+    "kahan, cautious, scaled": Request("kahan", True, True),
+}
+ELEMENTS = 100_003  # of the tensor: whole blocks, and a last one that is not
+
+
+def launches(target: str) -> Iterator[Launch]:
+    """Every combination of dtypes that training has, with every rounding."""
+    fp32, bf16, fp16, int8 = torch.float32, torch.bfloat16, torch.float16, torch.int8
+    for dtypes in ((fp32, fp32, fp32), (fp32, fp32, bf16), (fp32, bf16, fp32), (fp32, fp32, int8)):
+        for request in ("plain", "scaled, lr on device", "cautious"):
+            yield from step_launches(target, request, *dtypes)
+    for dtypes in ((bf16, bf16, bf16), (bf16, bf16, fp32), (bf16, fp32, fp32), (bf16, bf16, int8), (fp16, fp16, fp16), (fp16, fp16, fp32)):
+        for request in ("plain", "stochastic", "kahan", "kahan, cautious, scaled"):
+            yield from step_launches(target, request, *dtypes)
+
+
+def step_launches(target: str, request: str, param: torch.dtype, grad: torch.dtype, momentum: torch.dtype) -> Iterator[Launch]:
+    """The step, and the count that a cautious step makes first."""
+    from kdfast.benchmarks.binaries import TARGETS
+    from kdfast.kernels import lion as kernel
+
+    r = REQUESTS[request]
+
+    def call() -> None:
+        p, g, m = (torch.zeros(ELEMENTS, dtype=dtype) for dtype in (param, grad, momentum))
+        row = Row(p, g, m, torch.zeros(scales_of(ELEMENTS)), torch.zeros_like(p), torch.zeros(()))
+        with mock.patch.object(kernel, "WARPS", kernel.warps(TARGETS[target].warp_size)):
+            kernel.step(
+                row, kernel.table([row]), [p, m], lr=torch.ones(()) if r.scaled else 1e-4, betas=(0.9, 0.99), weight_decay=0.1,
+                rounding=r.rounding, cautious=r.cautious, maximize=False,
+                grad_factor=torch.ones(()) if r.scaled else None, found_inf=torch.zeros(()) if r.scaled else None,
+            )  # fmt: skip
+
+    def size(dtypes: Sequence[torch.dtype]) -> int:
+        return sum(ELEMENTS * dtype.itemsize for dtype in dtypes)
+
+    def wide(dtypes: Sequence[torch.dtype]) -> int:
+        """Accesses of 128 bits by a thread of a whole block; 8 elements of int8 are fewer bits."""
+        return sum(kernel.ELEMENTS_A_THREAD * dtype.itemsize // 16 for dtype in dtypes)
+
+    kahan = r.rounding == "kahan"
+    counted = (grad, momentum)
+    loaded, stored = (param, grad, momentum, *[param] * kahan), (param, momentum, *[param] * kahan)
+    names = "/".join(short_names(dtype) for dtype in (param, grad, momentum))
+    if r.cautious:
+        yield Launch("lion", 1, ELEMENTS, names, request, call, size(counted), size(counted), "_count_moving", (wide(counted), 0))
+    moved = size(loaded) + size(stored)
+    yield Launch("lion", 1, ELEMENTS, names, request, call, moved, moved, "_step", (wide(loaded), wide(stored)))

@@ -239,7 +239,7 @@ def resnet18_step(device: torch.device, classes: int) -> Callable[[Batch], None]
     """A training step of torchvision's ResNet-18: bf16 autocast, channels last, SGD."""
     from torchvision.models import resnet18
 
-    model = resnet18(num_classes=classes).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    model = resnet18(num_classes=classes).to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
 
     def step(batch: Batch) -> None:

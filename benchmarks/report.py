@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from kdfast import files
 from kdfast.benchmarks.harness import COMPILED, EAGER, OURS
+from kdfast.benchmarks.operators import OPERATORS
 from kdfast.machine import describe
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-FAMILIES = ("kd_loss", "linear_kd_loss", "supcon_loss", "Lion", "attention_transfer_loss", "crd_loss")  # in this order
 COLOURS = {OURS: "#00795c", EAGER: "#b0305c", COMPILED: "#3d6fc4"}
 NAMES = {OURS: "kdfast", EAGER: "eager PyTorch", COMPILED: "its torch.compile"}
 
@@ -43,38 +43,27 @@ class Results(NamedTuple):
 
 
 def read(path: Path) -> Results:
-    """Operators' results, from `kdfast bench kernels --out`, `pytest benchmarks --benchmark-json`, gpu.py or linear_kd.py.
+    """Reads operators' results from `kdfast bench kernels --out`, `pytest benchmarks --benchmark-json` or maintain/gpu.py.
 
     Raises:
         ValueError: the file holds none.
     """
     try:
-        found = json.loads(path.read_text())
-        benchmarks = found.get("steps", {}).get("benchmarks", found).get("benchmarks")
-        cases = found.get("cases", []) if benchmarks is None else [benchmark["extra_info"] for benchmark in benchmarks]
-        cases = [_of_linear_kd(case) if "chunk_rows" in case else case for case in cases]
+        text = path.read_text()
+        try:
+            found = json.loads(text)
+        except json.JSONDecodeError:  # gpu.py writes a line per result, the machine first
+            found, *lines = map(json.loads, text.splitlines())
+            found["cases"] = lines
+        cases = found.get("cases") or [benchmark["extra_info"] for benchmark in found["benchmarks"]]
         cases = [case for case in cases if "variants" in case]
         machine, date = found.get("machine") or found["machine_info"], found.get("date") or found["datetime"][:10]
-    except (json.JSONDecodeError, AttributeError, KeyError, TypeError):
+    except (AttributeError, KeyError, TypeError, ValueError):
         cases = []
     if not cases:
         raise ValueError(f"{path} must hold results of `kdfast bench kernels` or `pytest benchmarks`, and it holds none")
     packages = ", ".join(f"{name} {version}" for name, version in machine.get("packages", {}).items())
     return Results(describe(machine, date), packages, cases)
-
-
-def _of_linear_kd(case: dict[str, Any]) -> dict[str, Any]:
-    """A case of linear_kd.py as harness.measure would have it."""
-    variants = {}
-    for name, milliseconds in case["milliseconds"].items():
-        variants[OURS if name == "ours" else {"unfused": "kd_loss of two F.linear"}.get(name, name)] = {
-            "call_ms": milliseconds,
-            "speedup": case.get(f"speedup_over_{name}", 1.0),
-            "memory": 1e6 * case["peak_mb"][name],
-            "gradient_error": max(case["errors"][name]),
-        }
-    shape = {key: case[key] for key in ("N", "D", "C")}
-    return {"operator": "linear_kd_loss", "case": "N {N:,}, D {D:,}, C {C:,}".format(**shape), **case, "shape": shape, "variants": variants}
 
 
 # ---- tables ----------------------------------------------------------------------------------------------------------
@@ -125,12 +114,12 @@ def _operator_table(cases: list[dict[str, Any]]) -> str:
 
 
 def _cases(results: Sequence[Results]) -> list[dict[str, Any]]:
-    """By operator, then by size."""
+    """All cases, by operator and then by size."""
     cases = [case for result in results for case in result.cases]
-    names = list(dict.fromkeys(case["operator"] for case in cases))
+    names, families = list(dict.fromkeys(case["operator"] for case in cases)), list(OPERATORS)
 
     def place(case: dict[str, Any]) -> tuple[Any, ...]:
-        return FAMILIES.index(_family(case)), names.index(case["operator"]), *reversed(case["shape"].values()), case["case"]
+        return families.index(_family(case)), names.index(case["operator"]), *reversed(case["shape"].values()), case["case"]
 
     return sorted(cases, key=place)
 
@@ -140,7 +129,7 @@ def _family(case: dict[str, Any]) -> str:
 
 
 def peers(case: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The other variants that were measured."""
+    """The measured variants other than ours."""
     return ((name, row) for name, row in case["variants"].items() if name != OURS and "call_ms" in row)
 
 
@@ -149,7 +138,7 @@ def _device_speedup(case: dict[str, Any], row: dict[str, Any]) -> float:
 
 
 def speedups(case: dict[str, Any], peer: str) -> str:
-    """In call time, and on a GPU in device time."""
+    """Formats ours over a peer in call time, and on a GPU in device time."""
     row = case["variants"].get(peer, {})
     if "call_ms" not in row:
         return "–"
@@ -160,19 +149,19 @@ def speedups(case: dict[str, Any], peer: str) -> str:
 
 
 def number(x: float | None) -> str:
-    """Three digits."""
+    """Formats a number with three digits."""
     if x is None:
         return "–"
     return f"{x:,.0f}" if x >= 100 else f"{x:.3g}"
 
 
 def percent(x: float | None) -> str:
-    """Of a share."""
+    """Formats a share as a percentage."""
     return "–" if x is None else f"{100 * x:.0f} %"
 
 
 def unmeasured(cases: Sequence[dict[str, Any]]) -> list[str]:
-    """Peers that could not be compared: why, and in how many cases."""
+    """Lists peers that could not be compared: why, and in how many cases."""
     why = Counter(
         f"{peer}{', on the device' if key == 'device_skipped' else ''}: {row[key]}"
         for case in cases
@@ -184,7 +173,7 @@ def unmeasured(cases: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def _sources(results: Sequence[Results]) -> str:
-    """What was measured on what; one machine need not be named for every operator."""
+    """Says on which machine each operator was measured; a single machine is named once."""
     operators: dict[str, list[str]] = {}
     for result in results:
         operators.setdefault(result.measured, []).extend(map(_family, result.cases))
@@ -204,7 +193,7 @@ def figures(results: Sequence[Results]) -> dict[str, str]:
 
 
 def digest(results: Sequence[Results]) -> str:
-    """Of the cases that figures are made from."""
+    """A hash of the cases that figures are made from."""
     return hashlib.sha256(json.dumps(_cases(results), sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -259,7 +248,7 @@ def _roofline_figure(cases: list[dict[str, Any]]) -> "Figure | None":
         rows = [(x, case, case["variants"].get(variant, {})) for x, case in zip(intensities, largest.values())]
         points = [(x, case["operations"] / row.get("device_ms", row["call_ms"]) / 1e6) for x, case, row in rows if "call_ms" in row]
         if points:
-            axes.scatter(*zip(*points), s=26, color=COLOURS[variant], linewidths=0, label=NAMES[variant])
+            axes.scatter([x for x, _ in points], [y for _, y in points], s=26, color=COLOURS[variant], linewidths=0, label=NAMES[variant])
     axes.set_xscale("log")
     axes.set_yscale("log")
     axes.set_ylim(bottom=axes.get_ylim()[0] / 30)  # room for names

@@ -4,18 +4,21 @@ Two views of N / 2 samples, 10 classes, unit rows, tau = 0.07. A training step c
 4 backward); rates are of those, whatever a variant really computes.
 """
 
-from collections.abc import Callable, Iterator
-from typing import Any
+import importlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import kdfast
 from kdfast import reference
-from kdfast.benchmarks.harness import Case, Variant, loss_step, loss_variants
+from kdfast.benchmarks.harness import Call, Case, Launch, Variant, in_float64, loss_call, loss_step, loss_variants, short_names
 from kdfast.benchmarks.timing import CPU
+from kdfast.functional import supcon_loss
 from kdfast.losses import SupConLoss
+from kdfast.ops.supcon.op import Setting
 
 SIZES = {
     "cpu": {
@@ -48,14 +51,10 @@ def case(N: int, D: int, dtype: torch.dtype = torch.float32, device: torch.devic
         features = F.normalize(torch.randn(N // 2, 2, D, generator=random, device=device), dim=2).to(dtype)
         return features.requires_grad_(), torch.randint(10, (N // 2,), generator=random, device=device)
 
-    def exact(features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        features = features.detach().double().requires_grad_()
+    def exact(features: Tensor, labels: Tensor) -> Tensor:
         if N <= LARGEST_MATRIX:
-            value = reference.supcon_loss(features, labels, temperature=TEMPERATURE)
-        else:
-            with kdfast.backend("torch"):  # in tiles; the tests hold it to the reference
-                value = kdfast.functional.supcon_loss(features, labels, temperature=TEMPERATURE)
-        return value.detach(), torch.autograd.grad(value, features)[0]
+            return reference.supcon_loss(features, labels, temperature=TEMPERATURE)
+        return supcon_loss(features, labels, temperature=TEMPERATURE)  # float64 runs in PyTorch, in tiles; tests hold it to the reference
 
     peers = {"pytorch-metric-learning": Variant(lambda: loss_step(_metric_learning()), synchronizes=True)}
     return Case(
@@ -67,7 +66,7 @@ def case(N: int, D: int, dtype: torch.dtype = torch.float32, device: torch.devic
         bytes=2 * N * D * dtype.itemsize,  # the features are read, their gradient is written
         operations=6 * N**2 * D,
         inputs=inputs,
-        exact=exact,
+        exact=in_float64(exact),
         variants=loss_variants(eager, SupConLoss(TEMPERATURE), peers),
         tier=tier,
     )
@@ -89,12 +88,118 @@ def eager(features: Tensor, labels: Tensor) -> Tensor:
 
 
 def _metric_learning() -> Callable[..., Tensor]:
-    from pytorch_metric_learning.distances import DotProductSimilarity
-    from pytorch_metric_learning.losses import SupConLoss as Peer
-
-    peer = Peer(TEMPERATURE, distance=DotProductSimilarity(normalize_embeddings=False))
+    distances, losses = (importlib.import_module(f"pytorch_metric_learning.{name}") for name in ("distances", "losses"))
+    peer = losses.SupConLoss(TEMPERATURE, distance=distances.DotProductSimilarity(normalize_embeddings=False))
 
     def loss(features: Tensor, labels: Tensor) -> Tensor:
         return peer(torch.cat(features.unbind(1)), labels.repeat(features.shape[1]))
 
     return loss
+
+
+# ---- small calls -----------------------------------------------------------------------------------------------------
+
+
+def calls(device: torch.device, dtype: torch.dtype) -> Iterator[Call]:
+    """Rows that are held and rows that are walked, labels and a mask, contrast rows that are no anchors."""
+    for D in (10, 128, 300):
+        yield _call(65, D, dtype, device)
+        if dtype != torch.float16:  # the gradient of a few rows among many is too small for it
+            yield _call(67, D, dtype, device, others=5, normalize=True, duplicates=2)
+        if dtype == torch.float32:
+            yield _call(65, D, dtype, device, others=3, masked=True, self_positive=True)
+    if device.type == "cuda":  # the interpreter would take a minute
+        yield _call(4099, 128, dtype, device)
+        yield _call(4099, 128, dtype, device, temperature=0.05)
+
+
+def _call(N: int, D: int, dtype: torch.dtype, device: torch.device, *, others: int = 0, masked: bool = False, **options: Any) -> Call:
+    def inputs(seed: int) -> list[Any]:
+        random = torch.Generator(device).manual_seed(seed)
+        features, contrast = (
+            F.normalize(torch.randn(rows, D, generator=random, device=device), dim=1).to(dtype).requires_grad_() for rows in (N, others)
+        )
+        labels = torch.randint(3, (N,), generator=random, device=device)
+        mask = torch.rand(N, N, generator=random, device=device) if masked else None
+        return [features, contrast if others else None, None if masked else labels, mask]
+
+    def ours(features: Tensor, contrast: Tensor | None, labels: Tensor | None, mask: Tensor | None) -> Tensor:
+        return supcon_loss(features, labels, mask=mask, contrast=contrast, **options)
+
+    def exact(features: Tensor, contrast: Tensor | None, labels: Tensor | None, mask: Tensor | None) -> Tensor:
+        return reference.supcon_loss(features, labels, mask=mask, contrast=contrast, **options)
+
+    words = [f"N {N}, D {D}", *([f"{others} other rows"] if others else []), *(["mask"] if masked else [])]
+    return loss_call(", ".join([*words, *(f"{name} {value}" for name, value in options.items())]), inputs, ours, exact)
+
+
+# ---- launches whose machine code is read -----------------------------------------------------------------------------
+
+
+class Request(NamedTuple):
+    """What a call of supcon_loss asks for, as far as it changes the kernels."""
+
+    normalize: bool = False
+    duplicates: int = 1
+    masked: bool = False
+    contrast: int = 0  # rows that are no anchors
+    precision: str = "highest"  # of float32 products
+
+
+REQUESTS = {
+    "labels": Request(),
+    "labels, tf32": Request(precision="high"),
+    "normalize, 2 views": Request(normalize=True, duplicates=2),
+    "mask, queue": Request(masked=True, contrast=64),
+    "mask, queue, tf32": Request(masked=True, contrast=64, precision="high"),
+}
+
+
+def launches(target: str) -> Iterator[Launch]:
+    """Every plan of both walks on the target, and the kernels beside them."""
+    fp32, bf16, fp16 = torch.float32, torch.bfloat16, torch.float16
+    for N in (1024, 8192):
+        for D in (64, 128, 256, 512, 2048):
+            for request in ("labels", "normalize, 2 views", "mask, queue"):
+                yield from step_launches(target, N, D, request, bf16)
+        for D in (64, 128, 256, 512):
+            for request in ("labels, tf32", "mask, queue, tf32"):
+                yield from step_launches(target, N, D, request, fp32)
+    for D in (64, 128, 512):
+        yield from step_launches(target, 8192, D, "labels", fp32)
+    yield from step_launches(target, 8192, 128, "labels", fp16)
+    for D, dtype in ((10, fp32), (128, bf16), (2048, bf16)):
+        yield from step_launches(target, 8192, D, "normalize, 2 views", dtype, ("_prepare", "_finish"))
+    yield from step_launches(target, 8192, 128, "labels", bf16, ("_first_of_name", "_losses", "_shares"))
+
+
+def step_launches(
+    target: str, N: int, D: int, request: str, dtype: torch.dtype, functions: Sequence[str] = ("_denominators", "_gradients")
+) -> Iterator[Launch]:
+    """Launches of one training step of the loss: the two walks, or those of the functions."""
+    from kdfast.benchmarks.binaries import SHARED_LIMIT
+    from kdfast.kernels import supcon as kernel
+
+    r = REQUESTS[request]
+    setting = Setting(0.07, 1.0, r.duplicates, False, r.normalize)
+    device = kernel.H100 if target == "sm_90" else kernel.Device(SHARED_LIMIT[target], tensor_memory=target == "sm_100")
+
+    def call() -> None:
+        before = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision(r.precision)
+        try:
+            with mock.patch.object(kernel, "_kind", return_value=device):
+                anchors, others = torch.zeros(N, D, dtype=dtype), torch.zeros(r.contrast, D, dtype=dtype)
+                names, mask = torch.zeros(N, dtype=torch.int64), torch.zeros(4, 4) if r.masked else None
+                saved = kernel.forward(anchors, others, names, mask, setting)[1]
+                kernel.backward(torch.ones(N), anchors, others, names, mask, saved, setting, r.contrast > 0)
+        finally:
+            torch.set_float32_matmul_precision(before)
+
+    precision = "ieee" if dtype == torch.float32 and r.precision == "highest" else "tf32"
+    slice = kernel.plans(N, -(-D // 8) * 8, dtype, precision, r.masked, device).slice
+    forward, backward = kernel.operations(N, D, slice)
+    counted = {"_denominators": (forward, forward), "_gradients": (backward, 4 * N**2 * D)}
+    for function in functions:
+        moved, floor = counted.get(function, (1, 1))
+        yield Launch("supcon", N, D, short_names(dtype), f"{request}, N {N}", call, moved, floor, function)

@@ -1,7 +1,7 @@
-"""Throughput of a distillation step on this machine, and where its time goes: kdfast bench train
+"""Throughput of a distillation step on this machine, and the time of its parts: kdfast bench train
 
-A step is the engine's: the recipe's own stage in channels_last and in autocast, one backward pass, one optimizer step. Its images are
-random and live on the device, so that the step is measured and not the loader; the engine's metrics are not in it.
+A step is the engine's: the recipe's own stage in channels_last and in autocast, one backward pass, one optimizer step. The images are
+random and stay on the device, so the loader is not measured, and neither are the engine's metrics.
 
     teacher      its forward pass
     student      the student's forward pass, its projection head's included
@@ -96,7 +96,7 @@ class Train:
 
 
 class Clock:
-    """Marks on the time line of a device, CUDA events on a GPU, so that setting one waits for nothing."""
+    """Marks points in a device's time; on a GPU they are CUDA events, so that a mark waits for nothing."""
 
     def __init__(self, device: torch.device):
         self._gpu = device.type == "cuda"
@@ -106,14 +106,14 @@ class Clock:
     def mark(self, part: str) -> None:
         """Ends a part here; "start" begins a step."""
         if self._gpu:
-            now = torch.cuda.Event(enable_timing=True)
+            now: Any = torch.cuda.Event(enable_timing=True)
             now.record()
         else:
             now = time.perf_counter()
         self._marks.append((part, now))
 
     def take(self) -> list[dict[str, float]]:
-        """Milliseconds of each part, a step an entry, and starts afresh. The device has to be done with them."""
+        """Returns the milliseconds of each part, one entry per step, and clears the marks. The device must have finished."""
         steps: list[dict[str, float]] = []
         for (_, before), (part, now) in zip([("", None), *self._marks], self._marks):
             if part == "start":
@@ -124,7 +124,7 @@ class Clock:
         return steps
 
 
-class _Marked(nn.Module):
+class _MarkedTeacher(nn.Module):
     """A teacher whose forward pass ends with a mark."""
 
     def __init__(self, model: nn.Module, clock: Clock):
@@ -141,7 +141,7 @@ class Step:
     """A side of the comparison: networks, losses and optimizer, ready to step on one batch again and again.
 
     Args:
-        options: with nothing left to choose.
+        options: as Train.on returns them.
         teacher: on the device.
         batch: on the device.
         plain: the originals' losses and optimizer.
@@ -153,7 +153,7 @@ class Step:
         # a step's time does not depend on the rate; at this one the weights stay where they are, however many steps fit
         training = Training(optimizer=options.optimizer, lr=1e-6, weight_decay=1e-4, batch_size=len(batch.labels))
         torch.manual_seed(0)  # both sides have the same weights
-        self.stage = _stage(options, training, _Marked(teacher, self.clock))
+        self.stage = _stage(options, training, _MarkedTeacher(teacher, self.clock))
         for module in (*self.stage.frozen, *self.stage.train):
             module.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.stage.set_modes(training=True)
@@ -172,7 +172,7 @@ class Step:
             # cut here, so that the losses' share of the backward pass counts as theirs
             leaves = {name: value.detach().requires_grad_(value.requires_grad) for name, value in outputs.items()}
             terms = self._loss(leaves, self._batch)
-        torch.stack([term.float() for term in terms.values()]).sum().backward()
+        torch.stack([term.float() for term in terms.values() if isinstance(term, Tensor)]).sum().backward()
         self.clock.mark("losses")
         pairs = [(outputs[name], leaf.grad) for name, leaf in leaves.items() if leaf.grad is not None]
         torch.autograd.backward([output for output, _ in pairs], [gradient for _, gradient in pairs])
@@ -257,17 +257,17 @@ def measure(options: Train, world: World) -> dict[str, Any]:
     """Both sides in turn.
 
     Args:
-        options: with nothing left to choose.
+        options: as Train.on returns them.
         world: the device to run on.
 
     Returns:
-        The options, for each side what `usual` says of its steps, and the speed-up: the median over pairs of steps of plain / kdfast.
+        The options, for each side its average_parts, and the speed-up: the median over pairs of steps of plain / kdfast.
     """
     torch.manual_seed(0)
-    size, device = options.image_size, world.device
-    images = torch.randn(options.batch_size, 3, size, size, device=device).contiguous(memory_format=torch.channels_last)
-    labels = torch.randint(options.classes, (options.batch_size,), device=device)
-    batch = Batch(images, labels, torch.arange(options.batch_size, device=device))
+    N, size, device = options.batch_size or 0, options.image_size or 0, world.device  # Train.on has chosen them
+    images = torch.randn(N, 3, size, size, device=device).contiguous(memory_format=torch.channels_last)
+    labels = torch.randint(options.classes, (N,), device=device)
+    batch = Batch(images, labels, torch.arange(N, device=device))
     teacher = create(str(options.teacher), options.classes)
     sides = {"kdfast": Step(options, teacher, batch, plain=False), "plain": Step(options, teacher, batch, plain=True)}
     for step in sides.values():
@@ -288,12 +288,12 @@ def measure(options: Train, world: World) -> dict[str, Any]:
                 torch.cuda.synchronize(device)
         rounds += 1
 
-    taken = {name: step.clock.take() for name, step in sides.items()}
-    result: dict[str, Any] = asdict(options) | {"steps": len(taken["kdfast"])}
+    times = {name: step.clock.take() for name, step in sides.items()}
+    result: dict[str, Any] = asdict(options) | {"steps": len(times["kdfast"])}
     del result["out"]
     for name, step in sides.items():
         optimizer = type(step.optimizer)
-        parts = usual(taken[name])
+        parts = average_parts(times[name])
         step_ms = sum(parts.values())
         result[name] = {
             "optimizer": f"{optimizer.__module__.split('.')[0]} {optimizer.__name__}",
@@ -303,13 +303,13 @@ def measure(options: Train, world: World) -> dict[str, Any]:
             "losses_and_optimizer": round((parts["losses"] + parts["optimizer"]) / step_ms, 5),
             "memory_bytes": memory[name],
         }
-    pairs = zip(taken["kdfast"], taken["plain"])
+    pairs = zip(times["kdfast"], times["plain"])
     result["speedup"] = round(statistics.median(sum(plain.values()) / sum(ours.values()) for ours, plain in pairs), 4)
     return result
 
 
-def usual(steps: list[dict[str, float]]) -> dict[str, float]:
-    """Each part's mean over the middle half of the steps by their whole time: unlike medians, these add up to a step."""
+def average_parts(steps: list[dict[str, float]]) -> dict[str, float]:
+    """Averages each part over the middle half of the steps, ordered by their whole time; unlike medians, these add up to a step."""
     ordered = sorted(steps, key=lambda parts: sum(parts.values()))
     middle = ordered[len(ordered) // 4 : len(ordered) - len(ordered) // 4]
     return {part: statistics.fmean(parts[part] for parts in middle) for part in PARTS}

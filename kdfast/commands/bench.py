@@ -28,7 +28,7 @@ BENCHES = {
     "report": "tables and figures from measured JSON",
 }
 
-_HELP = f"Any of {', '.join(operators.OPERATORS)}; {', '.join(f'{name} has {command}' for name, command in operators.ELSEWHERE.items())}."
+_HELP = f"Any of {', '.join(operators.OPERATORS)}."
 _Operators = Annotated[tuple[str, ...], tyro.conf.arg(help=_HELP, help_behavior_hint="(default: all)")]
 
 

@@ -156,8 +156,8 @@ def test_numbers_hold_together():
 def test_what_is_usual_leaves_out_the_steps_that_were_disturbed():
     calm = dict.fromkeys(PARTS, 1.0)
     disturbed = calm | {"backward": 50.0}
-    assert training.usual([calm, disturbed, calm, calm, calm | {"teacher": 0.1}]) == calm
-    assert training.usual([disturbed]) == disturbed
+    assert training.average_parts([calm, disturbed, calm, calm, calm | {"teacher": 0.1}]) == calm
+    assert training.average_parts([disturbed]) == disturbed
 
 
 def test_compiled_it_computes_the_same(monkeypatch):

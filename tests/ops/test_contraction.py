@@ -12,7 +12,7 @@ triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402
 from triton.runtime import driver  # noqa: E402
 
-from kdfast.benchmarks import codegen  # noqa: E402
+from kdfast.benchmarks import attention_map, binaries, codegen, nce, supcon  # noqa: E402
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="TRITON_INTERPRET=1: kernels are not compiled")
 
@@ -66,8 +66,8 @@ class Program:
         return [sources for name, _, sources in writers if name.startswith("fma")]
 
 
-def compiled(launch: codegen.Launch) -> Program:
-    driver.set_active(codegen._Absent(codegen.TARGETS["sm_90"]))
+def compiled(launch: binaries.Recorded) -> Program:
+    driver.set_active(binaries._AbsentDriver(binaries.TARGETS["sm_90"]))
     try:
         kernel = launch.function.warmup(*launch.arguments, grid=launch.grid, **launch.options)
     finally:
@@ -93,22 +93,22 @@ def _power(x, y, factor, BLOCK: tl.constexpr):
     ("function", "fault"), [pytest.param(_finite, "cancelled_products", id="finite"), pytest.param(_power, "fused_exponents", id="power")]
 )
 def test_planted_fault_is_found(function, fault):
-    with codegen.recorded() as launches:
+    with binaries.record_launches() as launches:
         function[(1,)](torch.zeros(64), torch.zeros(64), 0.3, BLOCK=64, enable_fp_fusion=True)
     assert getattr(compiled(launches[0]), fault)()
 
 
 CASES = [
-    *(codegen.nce_case(D, dtype, dtype, function) for D, dtype in ((10, fp32), (128, bf16)) for function in ("_losses", "_exponentials")),
-    *codegen.supcon_step("sm_90", 1024, 64, "labels", bf16),
-    *codegen.supcon_step("sm_90", 1024, 64, "mask, queue, tf32", fp32),
-    *codegen.attention_map_stage(codegen.Maps(64, 8, 8, True, bf16, 2.5), ("_energies", "_gradients", "_compare")),
+    *(nce.launch(D, dtype, dtype, function) for D, dtype in ((10, fp32), (128, bf16)) for function in ("_losses", "_exponentials")),
+    *supcon.step_launches("sm_90", 1024, 64, "labels", bf16),
+    *supcon.step_launches("sm_90", 1024, 64, "mask, queue, tf32", fp32),
+    *attention_map.stage_launches(attention_map.Maps(64, 8, 8, True, bf16, 2.5), ("_energies", "_gradients", "_compare")),
 ]
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.kernel}{case.function} {case.C} {case.dtypes} {case.variant}")
 def test_kernel_rounds_products_once(case):
-    program = compiled(codegen._launches([case])[0])
+    program = compiled(codegen.record([case])[0])
     assert program.writers
     assert not program.cancelled_products()
     # the largest similarity is subtracted from all: it must be rounded as they are

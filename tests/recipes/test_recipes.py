@@ -18,7 +18,7 @@ from kdfast.models import ModelSpec, create
 from kdfast.recipes import at, conkd, crd, dih, fitnets, kd, mhkd, plus, remembered, self_distillation, supervised, takd, tofd
 from kdfast.recipes.features import fingerprint
 from kdfast.recipes.recipe import Setup, Trained
-from tests.engine.small import loaders, noise
+from tests.engine.test_engine import loaders, noise
 
 TRAINING = Training(epochs=5, batch_size=16, lr=0.1, schedule="constant")
 STAGES = ("layer1", "layer2", "layer3")

@@ -1,0 +1,176 @@
+"""The GPU script without a GPU: its steps, its clock and its lines of results; stand-ins play the programs."""
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from kdfast import machine
+from kdfast.benchmarks import report
+from kdfast.benchmarks.maintain import checks, contracts, gpu
+from kdfast.benchmarks.maintain.gpu import Step
+
+SLEEP = "import time; time.sleep(60)"
+
+
+def python(code: str, *others: str) -> list[list[str]]:
+    return [[sys.executable, "-c", program] for program in (code, *others)]
+
+
+def run(tmp_path: Path, steps: list[Step], seconds: float = 300) -> tuple[bool, list[dict], dict[str, dict]]:
+    """Whether none failed, all lines, and the last line of each step."""
+    with (tmp_path / "gpu.json").open("w") as out:
+        good = gpu.run(steps, out, seconds)
+    lines = [json.loads(line) for line in (tmp_path / "gpu.json").read_text().splitlines()]
+    return good, lines, {line["step"]: line for line in lines if "status" in line}
+
+
+def test_step_that_crashes_hangs_or_is_missing_costs_only_itself(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu, "GRACE", 0.5)
+    steps = [
+        Step("good", 20, 1, python("print('{\"a\": 1}'); print('words')")),
+        Step("crash", 20, 1, python("import os; os.abort()")),
+        Step("hang", 1, 1, python("print('{\"so far\": 3}', flush=True); " + SLEEP)),
+        Step("missing program", 20, 1, [["no-such-program-here"]]),
+        Step("missing tool", 20, 1, []),
+        Step("not shown here", 20, 1, python("raise SystemExit(3)")),
+        Step("one of two", 20, 1, python("pass", "raise SystemExit(1)")),
+        Step("variables", 20, 1, python("import os; print(os.environ['X_TEST'])"), environment={"X_TEST": "5"}),
+    ]
+    good, lines, ends = run(tmp_path, steps)
+    assert not good
+    assert [line["status"] for line in ends.values()] == [
+        "passed", "failed", "out of time", "failed", "not available", "not available", "failed", "passed",
+    ]  # fmt: skip
+    assert lines[0]["machine"]["torch"] == torch.__version__
+    assert lines[1] == {"step": "good", "a": 1}
+    assert {"step": "hang", "so far": 3} in lines, "a result is written when it comes"
+    assert (ends["good"]["said"], ends["variables"]["said"]) == ('{"a": 1} | words', "5")
+    assert 1 <= ends["hang"]["seconds"] < 20
+
+
+def test_step_without_its_time_is_out_of_time_and_no_failure(tmp_path):
+    good, _, ends = run(tmp_path, [Step("quick", 5, 1, python("pass")), Step("long", 1000, 500, python("pass"))], 100)
+    assert good
+    assert ends["long"]["status"] == "out of time"
+    assert "it needs 500" in ends["long"]["said"]
+
+
+def test_steps_leave_later_ones_their_least(tmp_path, monkeypatch):
+    allowed = {}
+    monkeypatch.setattr(gpu, "execute", lambda step, seconds, write: allowed.update({step.name: seconds}) or ("passed", ""))
+    steps = [Step("short", 5, 5, [[]]), Step("greedy", 1000, 15, [[]]), Step("later", 1000, 50, [[]])]
+    run(tmp_path, steps, 200 + gpu.GRACE)
+    assert allowed == {"short": 5, "greedy": pytest.approx(150, abs=10), "later": pytest.approx(200, abs=10)}
+
+
+def test_process_that_ignores_the_interrupt_is_killed_with_its_children(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu, "GRACE", 0.2)
+    deaf = "import signal, time, subprocess, sys; signal.signal(signal.SIGINT, signal.SIG_IGN);"
+    parent = f"{deaf} p = subprocess.Popen([sys.executable, '-c', {f'{deaf} time.sleep(60)'!r}]); print(p.pid, flush=True); time.sleep(60)"
+    _, _, ends = run(tmp_path, [Step("deaf", 3, 1, python(parent))])
+    assert ends["deaf"]["status"] == "out of time"
+    for _ in range(50):
+        try:  # gone, or a zombie that has not been waited for
+            if Path(f"/proc/{int(ends['deaf']['said'])}/stat").read_text().rpartition(")")[2].split()[0] == "Z":
+                return
+        except FileNotFoundError:
+            return
+        time.sleep(0.1)
+    pytest.fail("the child still runs")
+
+
+@pytest.mark.parametrize("minutes", [6, 9])
+@pytest.mark.parametrize("steps", [gpu.first_steps, gpu.other_steps])
+def test_every_step_begins_within_six_minutes(steps, minutes):
+    assert all(step.least <= step.seconds for step in steps())
+    assert sum(step.least for step in steps()) <= 60 * minutes - gpu.GRACE
+
+
+def test_steps_are_in_the_order_of_a_first_contact():
+    assert [step.name for step in gpu.first_steps()] == ["compile", "values", "times", "calls", "ncu", "tests"]
+    names = [step.name for step in gpu.other_steps()]
+    assert names[: len(contracts.CONTRACTS)] == [f"contract/{name}" for name in contracts.CONTRACTS]
+    assert names[len(contracts.CONTRACTS) :] == [*gpu.SANITIZERS, "loaders", "training", "benchmarks"]
+
+
+def test_every_step_runs_a_check_that_exists(tmp_path, monkeypatch):
+    for tool in ("ncu", "compute-sanitizer"):
+        (tmp_path / tool).touch(mode=0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    run_by = {f"{gpu.MODULE}.checks": checks.CHECKS, f"{gpu.MODULE}.contracts": contracts.CONTRACTS}
+    for step in (*gpu.first_steps(), *gpu.other_steps()):
+        assert step.commands
+        for command in step.commands:
+            module, name = command[command.index("-m") + 1 :][:2] if "pytest" not in command else ("pytest", "tests")
+            assert name in run_by.get(module, ["tests"])
+    monkeypatch.setattr(gpu.shutil, "which", lambda *_, **__: None)
+    assert [step.name for step in (*gpu.first_steps(), *gpu.other_steps()) if not step.commands] == ["ncu", *gpu.SANITIZERS]
+
+
+CLEAN = "========= COMPUTE-SANITIZER\n========= ERROR SUMMARY: 0 errors"
+HAZARD = "========= RACECHECK SUMMARY: 1 hazard displayed (1 error, 0 warnings)"
+
+
+@pytest.mark.parametrize(
+    ("status", "output", "ended"),
+    [
+        pytest.param(0, CLEAN, "passed", id="clean"),
+        pytest.param(0, HAZARD.replace("1 hazard", "0 hazards"), "passed", id="no hazard"),
+        pytest.param(0, CLEAN.replace("0 errors", "2 errors"), "failed", id="errors"),
+        pytest.param(0, HAZARD, "failed", id="hazard"),
+        pytest.param(1, CLEAN, "failed", id="program failed"),
+        pytest.param(0, "========= Error: Device not supported.\n========= ERROR SUMMARY: 1 error", "not available", id="refused"),
+        pytest.param(255, "========= Error: Target application terminated early", "not available", id="terminated"),
+        pytest.param(1, "==ERROR== ERR_NVGPUCTRPERM", "not available", id="no permission for counters"),
+    ],
+)
+def test_tools_are_judged_by_their_own_count(status, output, ended):
+    assert gpu.judge_tool(status, output) == ended
+
+
+@pytest.mark.parametrize(
+    ("line", "result"),
+    [
+        pytest.param('{"operator": "x"}\n', {"operator": "x"}, id="result"),
+        pytest.param("{'no': 'json'}\n", None, id="no JSON"),
+        pytest.param(
+            "FAILED tests/x.py::test_y - assert 1 == 2\n", {"failed": "FAILED tests/x.py::test_y - assert 1 == 2"}, id="failed test"
+        ),
+        pytest.param('"0","python","_resident"\n', {"row": '"0","python","_resident"'}, id="row of ncu"),
+        pytest.param("123 passed in 5 s\n", None, id="words"),
+    ],
+)
+def test_results_are_found_in_the_output(line, result):
+    assert gpu.parse(line) == result
+
+
+def test_report_reads_the_lines(tmp_path):
+    measured = {"operator": "kd_loss (kd)", "case": "8 x 10", "variants": {"kdfast": {"call_ms": 1.0}}}
+    run(tmp_path, [Step("benchmarks", 20, 1, python(f"print({json.dumps(measured)!r})"))])
+    results = report.read(tmp_path / "gpu.json")
+    assert results.cases == [{"step": "benchmarks", **measured}]
+    assert f"PyTorch {torch.__version__}" in results.measured
+
+
+def test_without_a_gpu_there_is_one_sentence(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(sys, "argv", ["gpu", "--out", str(tmp_path / "x.json")])
+    with pytest.raises(SystemExit, match="sees no CUDA GPU"):
+        gpu.main()
+    assert not (tmp_path / "x.json").exists()
+
+
+def test_nvidia_smi_is_read(tmp_path, monkeypatch):
+    fake = tmp_path / "nvidia-smi"
+    fake.write_text("#!/bin/sh\necho 'NVIDIA H200, 580.159, 143771, 345, 1980, 3201, 3201, 75.20, 700.00, 31'\n")
+    fake.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    (facts,) = machine.gpus()
+    assert (facts["name"], facts["driver_version"], facts["clocks.max.sm"]) == ("NVIDIA H200", "580.159", "1980")
+    fake.write_text("#!/bin/sh\nexit 9\n")
+    assert machine.gpus() == []
