@@ -77,7 +77,9 @@ class RecipeTable(SphinxDirective):
     def run(self) -> list[nodes.Node]:
         """Parses the table where the directive stands."""
         lines = to_markdown(self.header, self.tabulate(self.arguments[0]))
-        return self.parse_text_to_nodes("\n".join(lines))
+        parsed = self.parse_text_to_nodes("\n".join(lines))
+        parsed[0]["classes"].append("names-first")  # kdfast.css keeps names in the first column whole
+        return parsed
 
 
 class RecipeOptions(RecipeTable):

@@ -141,7 +141,7 @@ def test_every_recipe_has_a_page_and_is_on_the_lists():
     for name in recipes.names():
         page = PAGES[f"docs/recipes/{name}.md"]
         for part in (
-            "**Use it when.**",
+            "**Use it when** ",
             "## Formula",
             f"{{recipe-options}} {name}\n",
             f"{{recipe-presets}} {name}\n",
