@@ -219,26 +219,21 @@ def supcon_loss(
 
         L_i = logsumexp_{j != i} S_ij - mean_{j in P_i} S_ij
 
-    An anchor without positives adds 0 (and counts in the mean, as in the authors' code), and so does a row that is alone. Features
-    of any length are taken as they are; no temperature makes the sum underflow. Bitwise reproducible on a CPU.
+    An anchor without positives has the loss 0 and counts in the mean, as in the authors' code. Features need not have unit length, and
+    no temperature makes the sum underflow. Bitwise reproducible on a CPU.
 
-    With a process group the anchors of this rank are contrasted with the rows of all its ranks, as if their batches were joined in the
-    order of the ranks. Every rank makes the same call with its own rows, and calls backward as often: both exchange rows, and one rank
-    that stays away leaves the others waiting. "mean" and "sum" give the joined batch's value on every rank, and gradients times the
-    number of ranks: DistributedDataParallel's average over ranks is then what one process has on the joined batch. Without it, sum
-    the gradients over ranks and divide by their number. "none" gives the losses of this rank's own anchors, and gradients as they
-    are: the local mean of ranks with equally many rows is right under that average. Gradients reach the rows of all ranks.
+    With a process group, anchors of this rank are contrasted with the rows of all ranks. All ranks call the loss and its backward
+    together. "mean" and "sum" return the joined batch's value, and gradients times the number of ranks: DistributedDataParallel,
+    which averages, then has one process's gradients on the joined batch. "none" returns the losses of this rank's anchors.
 
     Args:
-        features: [B, V, D], V views of B samples (further dimensions are flattened after the second), or [B, D], which counts as
-            `duplicates` equal views. float32, float64, bfloat16 or float16; any strides.
-        labels: one for each sample, [B], of any dtype; rows of one label are each other's positives. Without labels and mask,
-            the positives are the other views of the same sample (SimCLR).
-        mask: [B, B], bool, int or floating; instead of labels. Entry (i, j) weighs sample j among the positives of sample i. No
-            gradient reaches it.
-        contrast: [M, D], rows to contrast with that are no anchors, such as a queue; differentiable as the features are. Not
-            exchanged: with a group, give all ranks the same rows. Their gradient is scaled as that of the features.
-        contrast_labels: [M], their labels, with `labels`; without them these rows are nobody's positives.
+        features: [B, V, D], V views of B samples (further dimensions are flattened), or [B, D], which counts as `duplicates` equal
+            views. float32, float64, bfloat16 or float16; any strides.
+        labels: [B], of any dtype; rows of one label are each other's positives. Without labels and mask, the positives are the other
+            views of the same sample (SimCLR).
+        mask: [B, B], bool, int or floating, without gradient, instead of labels: entry (i, j) weighs j among the positives of i.
+        contrast: [M, D], rows to contrast with that are no anchors, such as a queue; differentiable. The same on all ranks.
+        contrast_labels: [M], with `labels`; without them these rows are no positives.
         temperature: positive.
         base_temperature: positive; the loss is multiplied by temperature / base_temperature. None: by 1.
         contrast_mode: "all": every view is an anchor; "one": only the first view of each sample is.
@@ -246,20 +241,25 @@ def supcon_loss(
         duplicates: how many equal views [B, D] stands for; 2 costs a quarter of the work of stacking the features twice.
         normalize: divides features and contrast by their L2 norms first (1e-12 at least).
         reduction: "mean" over all anchors, "sum" over them, or "none".
-        group: a torch.distributed.ProcessGroup, such as torch.distributed.group.WORLD; None, or one rank: this process alone. All
-            ranks hold equally many samples, and either all of them or none require grad.
-        uneven: lets ranks hold different numbers of samples, none at all too. They exchange these numbers first, for which the host
-            waits; torch.compile(fullgraph=True) therefore takes only False.
+        group: a torch.distributed.ProcessGroup whose ranks hold equally many samples. None: this process alone.
+        uneven: allows ranks with different numbers of samples, also none. The host waits for these numbers.
 
     Returns:
         A scalar, or for "none" [B, V] (V = duplicates for features [B, D]; [B] with contrast_mode "one"). float64 for float64
         features, float32 otherwise.
 
     Raises:
-        ValueError: a shape does not fit, labels and mask are given together, contrast_labels without labels or contrast,
-            a mask with a group of several ranks, uneven without a group, a temperature is not positive, or a choice is unknown.
-        TypeError: features or contrast are not floating, mask is complex or requires grad, or group is no process group.
-        RuntimeError: on backward with create_graph=True.
+        ValueError, TypeError: a shape, dtype, device or option does not fit.
+        RuntimeError: the gradient is itself differentiated (create_graph=True).
+
+    Example:
+        >>> import torch
+        >>> from kdfast.functional import supcon_loss
+        >>> features = torch.eye(4, requires_grad=True)
+        >>> loss = supcon_loss(features, torch.tensor([0, 0, 1, 1]), temperature=1.0)  # log 3
+        >>> loss.backward()
+        >>> print(f"{loss.item():.4f}", features.grad.shape)
+        1.0986 torch.Size([4, 4])
     """
     options = supcon.Options(
         temperature=temperature,
@@ -296,15 +296,15 @@ def crd_loss(
 
         L = -(1/B) sum_i [log(P_i0 / (P_i0 + m P_n + eps)) + sum_k log(m P_n / (P_ik + m P_n + eps))]
 
-    The rows that the indices name, [B, 1 + K, D], never exist at once: beyond the indices memory is up to six chunks of 4 MB, on a GPU
-    some parts of the gradient. Gradients are made in the forward pass; they flow to the embeddings that require them, not to the banks,
-    which may be overwritten before backward; there is no second derivative. CRDLoss keeps banks and constants, and draws the negatives.
+    The gathered rows [B, 1 + K, D] never exist at once: beyond the indices, memory is up to six chunks of 4 MB, on a GPU some parts of
+    the gradient. Gradients are made in the forward pass, so the banks may be overwritten before backward. They reach the embeddings
+    that require them, not the banks. CRDLoss keeps banks and constants, and draws the negatives.
 
     Args:
         student: [B, D], floating, normalized by the caller.
         teacher: [B, D]; its dtype may differ.
-        student_bank: [n, D], what the teacher is compared with.
-        teacher_bank: [n, D], what the student is compared with.
+        student_bank: [n, D]; the teacher is compared with it.
+        teacher_bank: [n, D]; the student is compared with it.
         indices: int64 [B, 1 + K], rows of the banks: for each sample first its own, then its negatives.
         student_Z: [], the constant of the student's scores; None: this batch's, n times its mean of exp(x . v / temperature).
         teacher_Z: [], of the teacher's scores.
@@ -318,6 +318,14 @@ def crd_loss(
             where reading indices would wait for the device, loss and gradients are NaN then.
         TypeError: embeddings or banks are not floating, indices are not int64, or a bank or a constant requires grad.
         RuntimeError: the gradient is itself differentiated (create_graph=True).
+
+    Example:
+        >>> import torch
+        >>> from kdfast.functional import crd_loss
+        >>> banks = torch.eye(3), torch.eye(3)
+        >>> indices = torch.tensor([[0, 1, 2], [1, 2, 0]])
+        >>> crd_loss(torch.eye(3)[:2], torch.eye(3)[:2], *banks, indices, temperature=1.0)
+        tensor(2.6418)
     """
     if student.dim() != 2 or teacher.shape != student.shape:
         shapes = f"{tuple(student.shape)} and {tuple(teacher.shape)}"
@@ -339,11 +347,11 @@ def crd_loss(
 def attention_transfer_loss(student_maps: Tensor | Sequence[Tensor], teacher_maps: Tensor | Sequence[Tensor], *, p: float = 2) -> Tensor:
     """Mean squared difference of attention maps ("Paying More Attention to Attention", ICLR 2017), summed over stages.
 
-    A map is the mean over channels of |F|^p, divided by its L2 norm over the pixels. Where a stage's sizes differ, the larger
-    feature tensor is adaptive-average-pooled to the smaller size first. Gradients reach whatever requires them.
+    A map is the mean over channels of |F|^p, divided by its L2 norm over the pixels. If the sizes of a stage differ, the larger
+    feature map is adaptive-average-pooled to the smaller size first. Gradients reach all maps that require them.
 
     Args:
-        student_maps: [B, C, H, W], or a sequence of such, one a stage; floating.
+        student_maps: [B, C, H, W], floating, or a sequence of such tensors, one a stage.
         teacher_maps: as many; C, H and W may differ from the student's.
         p: power, > 0.
 
@@ -353,6 +361,13 @@ def attention_transfer_loss(student_maps: Tensor | Sequence[Tensor], teacher_map
     Raises:
         ValueError: stages, batches or devices do not match, a map is not 4-D, or p is not positive.
         TypeError: a map is not floating.
+
+    Example:
+        >>> import torch
+        >>> from kdfast.functional import attention_transfer_loss
+        >>> student = torch.tensor([[[[1.0, 0.0]]]])  # attends to the left of two pixels, the teacher to both
+        >>> print(f"{attention_transfer_loss(student, torch.ones(1, 8, 1, 2)).item():.4f}")
+        0.2929
     """
     return attention_map.attention_transfer_loss(student_maps, teacher_maps, p=p)
 
@@ -366,6 +381,12 @@ def hint_loss(student: Tensor, teacher: Tensor) -> Tensor:
 
     Raises:
         ValueError: shapes differ.
+
+    Example:
+        >>> import torch
+        >>> from kdfast.functional import hint_loss
+        >>> hint_loss(torch.zeros(2, 3), torch.full((2, 3), 2.0))
+        tensor(4.)
     """
     if student.shape != teacher.shape:
         raise ValueError(f"hint_loss: teacher must have the student's shape {tuple(student.shape)}, got {tuple(teacher.shape)}")

@@ -1,7 +1,7 @@
-"""What each operator means, in plain PyTorch that works in any floating dtype: the oracle of the tests.
+"""The meaning of each operator, in plain PyTorch that works in any floating dtype: the oracle of the tests.
 
-Every function follows its paper line by line and is differentiated by autograd. None is clever, none checks its input
-(kdfast/ops does), and none is fast on purpose. N rows, C classes, D features, T temperature, tau contrastive temperature.
+Every function follows its paper line by line, and autograd differentiates it. None checks its input (kdfast/ops does), and speed does
+not matter here. N rows, C classes, D features, T temperature, tau contrastive temperature.
 """
 
 from collections.abc import Sequence
@@ -145,15 +145,22 @@ def supcon_loss(
     contrast_labels: Tensor | None = None,
     temperature: float = 0.07,
     base_temperature: float | None = None,
-    contrast_mode: str = "all",
+    contrast_mode: Literal["all", "one"] = "all",
     self_positive: bool = False,
     duplicates: int = 1,
     normalize: bool = False,
-    reduction: str = "mean",
+    reduction: Literal["mean", "sum", "none"] = "mean",
 ) -> Tensor:
     """Supervised contrastive loss (Khosla et al., 2020): features [B, V, D], or [B, D] as `duplicates` equal views.
 
     S = F F' / tau;  L_i = logsumexp_{j != i} S_ij - sum_j P_ij S_ij / sum_j P_ij;  P_ij = 1 for rows of one label, or the mask.
+    functional.supcon_loss describes the arguments.
+
+    Example:
+        >>> import torch
+        >>> from kdfast import reference
+        >>> reference.supcon_loss(torch.eye(4), torch.tensor([0, 0, 1, 1]), temperature=1.0)  # log 3
+        tensor(1.0986)
     """
     views = features[:, None].expand(-1, duplicates, -1) if features.ndim == 2 else features.flatten(2)
     B, V = views.shape[:2]
@@ -199,6 +206,12 @@ def crd_loss(anchors: Tensor, bank: Tensor, indices: Tensor, *, temperature: flo
     """One direction of CRD (Tian et al., ICLR 2020), as its code has it: anchors [B, D], a bank [n, D], indices [B, 1 + K].
 
     The first column of indices is the positive. Z None: the batch's mean score times n.
+
+    Example:
+        >>> import torch
+        >>> from kdfast import reference
+        >>> reference.crd_loss(torch.eye(3)[:1], torch.eye(3), torch.tensor([[0, 1, 2]]), temperature=1.0)
+        tensor(1.3209)
     """
     B, n, m = len(anchors), len(bank), indices.shape[1] - 1
     scores = (torch.einsum("bkd,bd->bk", bank[indices], anchors) / temperature).exp()
@@ -214,7 +227,14 @@ def crd_loss(anchors: Tensor, bank: Tensor, indices: Tensor, *, temperature: flo
 
 
 def attention_transfer_loss(student_maps: Sequence[Tensor], teacher_maps: Sequence[Tensor], p: float = 2) -> Tensor:
-    """Sum over stages of the mean squared difference of attention maps; features [B, C, H, W], the larger pooled to the smaller."""
+    """Sum over stages of the mean squared difference of attention maps; features [B, C, H, W], the larger pooled to the smaller.
+
+    Example:
+        >>> import torch
+        >>> from kdfast import reference
+        >>> reference.attention_transfer_loss([torch.tensor([[[[1.0, 0.0]]]])], [torch.ones(1, 8, 1, 2)])
+        tensor(0.2929)
+    """
     loss = torch.zeros((), dtype=student_maps[0].dtype, device=student_maps[0].device)
     for student, teacher in zip(student_maps, teacher_maps):
         size = min(student.shape[2], teacher.shape[2]), min(student.shape[3], teacher.shape[3])
@@ -259,6 +279,13 @@ def lion_step(
     """One step of Lion (Chen et al., 2023) on one tensor: parameter and momentum after it.
 
     init_lr divides the weight decay (lion-pytorch's decoupled_weight_decay); cautious: arXiv:2411.16085.
+
+    Example:
+        >>> import torch
+        >>> from kdfast import reference
+        >>> p, m = reference.lion_step(torch.ones(2), torch.tensor([3.0, -1.0]), torch.zeros(2), lr=0.5)
+        >>> p  # every element moves by lr, against its gradient's sign
+        tensor([0.5000, 1.5000])
     """
     beta1, beta2 = betas
     g = -g if maximize else g

@@ -1,4 +1,6 @@
-"""Supervised contrastive modules, and ConKD."""
+"""Modules for supervised contrastive losses, and ConKD."""
+
+from typing import Literal
 
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -9,15 +11,24 @@ from kdfast.losses.logits import KDLoss
 from kdfast.ops import checks
 from kdfast.ops.supcon import op as supcon
 
+__all__ = ["ConKDLoss", "SupConLoss", "SupContrastiveLoss"]
+
 
 class SupContrastiveLoss(nn.Module):
-    """ConKD-Lion README's class: features are normalized inside, and an anchor counts among its own positives.
+    """The class of ConKD-Lion's README: it normalizes the features, and an anchor counts among its own positives.
 
     L_i = logsumexp_{j != i} S_ij - mean_{j of i's class, i included} S_ij, S = F F' / temperature for unit rows F; the mean over i.
 
     Args:
         temperature: positive.
         group: contrasts with the rows of all its ranks, which call it together; see functional.supcon_loss.
+
+    Example:
+        >>> import torch
+        >>> from kdfast.losses import SupContrastiveLoss
+        >>> loss = SupContrastiveLoss(temperature=1.0)(torch.eye(4), torch.tensor([0, 0, 1, 1]))
+        >>> print(f"{loss:.4f}")  # log 3 - 1/2: the mean over the anchor itself (1) and the other row of its class (0)
+        0.5986
     """
 
     def __init__(self, temperature: float = 0.07, *, group: "dist.ProcessGroup | None" = None) -> None:
@@ -27,7 +38,7 @@ class SupContrastiveLoss(nn.Module):
         self.group = group
 
     def forward(self, features: Tensor, labels: Tensor) -> Tensor:
-        """The loss of features [B, D] of any length (embeddings, or logits as the README has it) and labels [B].
+        """Returns the loss of features [B, D] of any length (embeddings, or logits as in the README) and labels [B].
 
         Raises:
             ValueError, TypeError: as functional.supcon_loss.
@@ -35,21 +46,29 @@ class SupContrastiveLoss(nn.Module):
         return functional.supcon_loss(features, labels, temperature=self.temperature, self_positive=True, normalize=True, group=self.group)
 
     def extra_repr(self) -> str:
-        """What print(module) shows."""
+        """Describes the options for print(module)."""
         return f"temperature={self.temperature}"
 
 
 class SupConLoss(nn.Module):
-    """SupContrast's class ("Supervised Contrastive Learning", Khosla et al., NeurIPS 2020), also SimCLR's loss without labels.
+    """SupContrast's class ("Supervised Contrastive Learning", Khosla et al., NeurIPS 2020); without labels SimCLR's loss.
 
-    The same signature, inputs and values, and finite where the original divides by an exponential that underflowed: small
-    temperatures, features that are not normalized.
+    Signature, inputs and values are the original's. For small temperatures and features that are not normalized the original
+    underflows; this class stays finite.
 
     Args:
         temperature: positive.
         contrast_mode: "all": every view is an anchor; "one": only the first view of each sample is.
         base_temperature: positive; the loss is multiplied by temperature / base_temperature.
         group: contrasts with the rows of all its ranks, which call it together; see functional.supcon_loss. Takes no mask.
+
+    Example:
+        >>> import torch
+        >>> from kdfast.losses import SupConLoss
+        >>> views = torch.eye(4).view(2, 2, 4)  # two views of two samples
+        >>> loss = SupConLoss(temperature=1.0, base_temperature=1.0)(views, torch.tensor([0, 1]))
+        >>> print(f"{loss:.4f}")  # log 3
+        1.0986
     """
 
     def __init__(
@@ -68,7 +87,7 @@ class SupConLoss(nn.Module):
         self.group = group
 
     def forward(self, features: Tensor, labels: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
-        """The loss of features [B, V, ...], normalized by the caller, and labels [B] or a mask [B, B] or neither.
+        """Returns the loss of features [B, V, ...], normalized by the caller, and labels [B], a mask [B, B] or neither.
 
         Raises:
             ValueError, TypeError: as functional.supcon_loss; also if features have fewer than three dimensions.
@@ -87,7 +106,7 @@ class SupConLoss(nn.Module):
         )
 
     def extra_repr(self) -> str:
-        """What print(module) shows."""
+        """Describes the options for print(module)."""
         return f"temperature={self.temperature}, contrast_mode={self.contrast_mode!r}, base_temperature={self.base_temperature}"
 
 
@@ -100,11 +119,18 @@ class ConKDLoss(nn.Module):
         alpha: weight of the contrastive term.
         temperature: of the distillation.
         contrast_temperature: of the contrastive term.
-        variant: "readme": the contrastive term is SupContrastiveLoss. "notebook": it is SupConLoss of the features given
-            twice, as two equal views (computed as the quarter of that problem that it is); the caller normalizes the features,
-            and `teacher` and `student` are the embeddings, taken for logits.
+        variant: "readme": the contrastive term is SupContrastiveLoss. "notebook": it is SupConLoss of the features as two equal
+            views; the caller normalizes the features, and `teacher` and `student` are embeddings in the place of logits.
         group: contrasts with the rows of all its ranks, which call it together; see functional.supcon_loss. The distillation term
-            stays this rank's own, as averaging gradients over ranks wants it.
+            remains this rank's own, because gradients are averaged over ranks.
+
+    Example:
+        >>> import torch
+        >>> from kdfast.losses import ConKDLoss
+        >>> logits = torch.tensor([[2.0, 0.0], [0.0, 2.0]])  # equal logits leave the contrastive term: 0.15 * log 1
+        >>> loss = ConKDLoss(contrast_temperature=1.0)(logits, logits, torch.eye(2), torch.tensor([0, 0]))
+        >>> print(f"{loss:.4f}")  # minus 0.15 / 2: each row counts itself, with a similarity of 1, among its two positives
+        -0.0750
     """
 
     def __init__(
@@ -113,12 +139,11 @@ class ConKDLoss(nn.Module):
         temperature: float = 2.0,
         contrast_temperature: float = 0.07,
         *,
-        variant: str = "readme",
+        variant: Literal["readme", "notebook"] = "readme",
         group: "dist.ProcessGroup | None" = None,
     ) -> None:
         super().__init__()
-        if variant not in ("readme", "notebook"):
-            raise ValueError(f"ConKDLoss: variant must be 'readme' or 'notebook', got {variant!r}")
+        checks.is_one_of("ConKDLoss: variant", variant, ("readme", "notebook"))
         KDLoss(temperature)
         supcon.Options(temperature=contrast_temperature)
         self.alpha = alpha
@@ -128,7 +153,7 @@ class ConKDLoss(nn.Module):
         self.group = group
 
     def forward(self, teacher: Tensor, student: Tensor, features: Tensor, labels: Tensor) -> Tensor:
-        """The loss of teacher and student logits [B, C], the student's features [B, D] and labels [B].
+        """Returns the loss of teacher and student logits [B, C], the student's features [B, D] and labels [B].
 
         Raises:
             ValueError, TypeError: as functional.kd_loss and functional.supcon_loss; also if features are not [B, D], or the
@@ -151,7 +176,7 @@ class ConKDLoss(nn.Module):
         return distillation + self.alpha * contrastive
 
     def extra_repr(self) -> str:
-        """What print(module) shows."""
+        """Describes the options for print(module)."""
         return (
             f"alpha={self.alpha}, temperature={self.temperature}, contrast_temperature={self.contrast_temperature}, "
             f"variant={self.variant!r}"

@@ -13,23 +13,24 @@ from kdfast.losses.checks import check_not_swapped
 from kdfast.ops import checks, gather, nce
 from kdfast.ops.precision import at_least_float32
 
+__all__ = ["CRDLoss"]
+
 
 class CRDLoss(nn.Module):
-    """Contrastive representation distillation (Tian, Krishnan and Isola, ICLR 2020), as RepDistiller has it.
+    """Contrastive representation distillation (Tian, Krishnan and Isola, ICLR 2020), with RepDistiller's values.
 
-    Penultimate features of both networks are embedded (linear, then unit length). Every image has a row in two memory banks; the
-    student is compared with the teacher's bank and the teacher with the student's: functional.crd_loss has the formula. Rows of the
-    batch's images are updated after scoring, bank <- normalize(nce_m bank + (1 - nce_m) v); an image that is twice in a batch takes
-    its last embedding, and an embedding that is not finite leaves its row as it was. Z, one constant a direction, is set by the first
-    batch in training and stays.
+    Both networks' penultimate features are embedded (linear, then unit length). Every image has a row in two memory banks; the
+    student is compared with the teacher's bank and the teacher with the student's, see functional.crd_loss. After scoring, the rows of
+    the batch's images become normalize(nce_m bank + (1 - nce_m) v). An image that is twice in a batch takes its last embedding; an
+    embedding that is not finite changes nothing. Z, one constant a direction, is set by the first batch in training and then fixed.
 
     Negatives are drawn on the device, with replacement, from torch's generator: uniformly over the images of other classes, or without
-    `labels` over all other images. The embeddings' parameters are trained with the student: hand them to the optimizer. In eval mode
+    `labels` over all other images. The embeddings are trained with the student: give their parameters to the optimizer. In eval mode
     neither banks nor constants change. Banks and constants are in the state_dict, so that a checkpoint resumes with the same numbers.
 
-    Where torch.distributed is initialized with several ranks, all of them call the module together in training, with equally large
-    batches: the rows of all ranks go into the banks, and the first Z is the mean over ranks. So banks that start equal (as
-    DistributedDataParallel makes them, or one seed) stay equal, and are what one process has on the joined batch.
+    If torch.distributed is initialized with several ranks, all of them call the module together in training, with equally large
+    batches: the rows of all ranks go into the banks, and the first Z is the mean over ranks. Banks that start equal (by one seed or
+    DistributedDataParallel) stay equal, and are those of one process on the joined batch.
 
     Args:
         s_dim, t_dim: features of student and teacher.
@@ -47,6 +48,16 @@ class CRDLoss(nn.Module):
 
     Raises:
         ValueError: a number is out of range, or labels do not fit.
+
+    Example:
+        >>> import torch
+        >>> from kdfast.losses import CRDLoss
+        >>> criterion = CRDLoss(s_dim=64, t_dim=256, n_data=1000, nce_k=100)
+        >>> student = torch.rand(8, 64, requires_grad=True)
+        >>> loss = criterion(student, torch.rand(8, 256), torch.arange(8))
+        >>> loss.backward()
+        >>> print(loss.shape, criterion.memory_v1.shape)
+        torch.Size([]) torch.Size([1000, 128])
     """
 
     memory_v1: Tensor
@@ -74,8 +85,7 @@ class CRDLoss(nn.Module):
             raise ValueError(f"CRDLoss: n_data must be at least 2, or an image has no negatives, got {n_data}")
         if nce_k < 1:
             raise ValueError(f"CRDLoss: nce_k must be positive, got {nce_k}")
-        if not 0 < nce_t < math.inf:
-            raise ValueError(f"CRDLoss: nce_t must be positive, got {nce_t}")
+        checks.positive_number("CRDLoss: nce_t", nce_t)
         if not 0 <= nce_m <= 1:
             raise ValueError(f"CRDLoss: nce_m must be in [0, 1], got {nce_m}")
         self.n_data, self.nce_k, self.nce_t, self.nce_m = n_data, nce_k, nce_t, nce_m
@@ -86,8 +96,8 @@ class CRDLoss(nn.Module):
             self.register_buffer(name, torch.empty(n_data, feat_dim).uniform_(-bound, bound))
         for name in ("Z_v1", "Z_v2"):
             self.register_buffer(name, torch.tensor(nce.UNSETTLED))
-        # images sorted by class, and for every image where its class begins there and how large it is
-        tables = (None, None, None) if labels is None else self._sorted_by_class(labels)
+        # images sorted by class, and for every image the start and the size of its class there
+        tables = (None, None, None) if labels is None else self._sort_by_class(labels)
         for name, table in zip(("by_class", "class_start", "class_size"), tables):
             self.register_buffer(name, table, persistent=False)
 
@@ -100,7 +110,7 @@ class CRDLoss(nn.Module):
                 setattr(self, name, Z.to(moved.device, torch.promote_types(Z.dtype, torch.float32)))
         return self
 
-    def _sorted_by_class(self, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _sort_by_class(self, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         checks.is_tensor("CRDLoss: labels", labels)
         if labels.shape != (self.n_data,) or labels.is_floating_point() or labels.is_complex():
             raise ValueError(f"CRDLoss: labels must be [{self.n_data}] integers, got shape {tuple(labels.shape)}, {labels.dtype}")
@@ -111,9 +121,9 @@ class CRDLoss(nn.Module):
         return class_of.argsort(stable=True), starts[class_of], sizes[class_of]
 
     def forward(self, f_s: Tensor, f_t: Tensor, idx: Tensor, contrast_idx: Tensor | None = None) -> Tensor:
-        """The loss, 0-dim, of student features [B, s_dim ...], teacher features [B, t_dim ...] and the images' numbers idx [B].
+        """Returns the loss, 0-dim, of student features [B, s_dim ...], teacher features [B, t_dim ...] and the images' numbers idx [B].
 
-        contrast_idx, int64 [B, 1 + K], takes the place of drawn negatives: first the positive, which is idx, then negatives.
+        contrast_idx, int64 [B, 1 + K], replaces drawn negatives: first the positive, which is idx, then negatives.
 
         Raises:
             ValueError: shapes do not fit, an index is out of range (on a GPU the loss is NaN), or the teacher requires grad and the
@@ -128,20 +138,20 @@ class CRDLoss(nn.Module):
         return self.of_embeddings(self.embed_s(f_s), self.embed_t(f_t), idx, contrast_idx)
 
     def of_embeddings(self, v_s: Tensor, v_t: Tensor, idx: Tensor, contrast_idx: Tensor | None = None) -> Tensor:
-        """The loss where embed_s and embed_t have been called already, in a forward pass that has to hold all trained parameters.
+        """Returns the loss of embeddings, for training loops that call embed_s and embed_t in their own forward pass.
 
         Args:
             v_s: [B, feat_dim], embeddings of the student.
             v_t: [B, feat_dim], embeddings of the teacher.
             idx: [B] int64, the images' numbers.
-            contrast_idx: [B, 1 + K] int64 in place of drawn negatives, as in `forward`.
+            contrast_idx: [B, 1 + K] int64, as in `forward`.
 
         Raises:
             ValueError, TypeError: as `forward`.
         """
         self._check_indices(idx, len(v_s))
         if contrast_idx is None:
-            contrast_idx = torch.cat([idx[:, None], self._negatives(idx)], 1)
+            contrast_idx = torch.cat([idx[:, None], self._draw_negatives(idx)], 1)
         Z_s = nce.normalizer(v_s, self.memory_v2, contrast_idx, self.nce_t, self.Z_v1)
         Z_t = nce.normalizer(v_t, self.memory_v1, contrast_idx, self.nce_t, self.Z_v2)
         new_s, new_t = v_s.detach(), v_t.detach()
@@ -165,25 +175,23 @@ class CRDLoss(nn.Module):
             raise TypeError(f"CRDLoss: idx must be int64, got {idx.dtype}")
         if idx.shape != (B,):
             raise ValueError(f"CRDLoss: idx must be [{B}], got shape {tuple(idx.shape)}")
-        if idx.device.type == "cpu" and len(idx) and not torch.compiler.is_compiling():
-            least, most = idx.aminmax()
-            if least < 0 or most >= self.n_data:
-                raise ValueError(f"CRDLoss: idx must be in [0, {self.n_data}), got {int(least if least < 0 else most)}")
+        if not torch.compiler.is_compiling():
+            checks.is_in_range("CRDLoss: idx", idx, self.n_data)
 
-    def _negatives(self, idx: Tensor) -> Tensor:
-        """[B, nce_k] images other than idx, of other classes where there are labels."""
+    def _draw_negatives(self, idx: Tensor) -> Tensor:
+        """Draws [B, nce_k] images other than idx, of other classes if there are labels."""
         # a remainder of 62 bits: no image is likelier than another by more than n_data / 2^62
         draws = torch.randint(2**62, (len(idx), self.nce_k), device=idx.device)
         if self.by_class is None:
             other = draws.remainder_(self.n_data - 1)
             return other.add_(other >= idx[:, None])
-        idx = idx.clamp(0, self.n_data - 1)  # one out of range is the loss's to refuse
+        idx = idx.clamp(0, self.n_data - 1)  # the loss refuses an index out of range
         start, size = self.class_start[idx, None], self.class_size[idx, None]
         other = draws.remainder_(self.n_data - size)
-        return self.by_class[other.add_(size * (other >= start))]  # past the image's own class, which is one block
+        return self.by_class[other.add_(size * (other >= start))]  # skips the image's own class, which is one block
 
     def extra_repr(self) -> str:
-        """What print(module) shows beside the embeddings."""
+        """Describes the options for print(module)."""
         return f"n_data={self.n_data}, nce_k={self.nce_k}, nce_t={self.nce_t}, nce_m={self.nce_m}, labels={self.by_class is not None}"
 
 
@@ -201,12 +209,12 @@ class _Embedding(nn.Module):
 
 
 def _update(bank: Tensor, idx: Tensor, v: Tensor, momentum: float) -> None:
-    """Moves rows idx [B] of the bank towards v [B, D]; of equal idx the last one counts, whichever order a device writes in."""
-    idx = idx.clamp(0, len(bank) - 1)  # one out of range has made the loss NaN, and must not be written out of bounds
+    """Moves rows idx [B] of the bank towards v [B, D]; the last of equal idx counts, in whatever order a device writes."""
+    idx = idx.clamp(0, len(bank) - 1)  # an index out of range has made the loss NaN, and must not be written out of bounds
     ordered, order = idx.sort(stable=True)
     last = order[torch.searchsorted(ordered, idx, right=True) - 1]
     before = bank[idx]
     rows = F.normalize(momentum * before.to(v.dtype) + (1 - momentum) * v, dim=1).to(bank.dtype)
-    # a step that overflowed, which a GradScaler skips, must not stay in the bank
+    # an overflow, for which a GradScaler skips the step, must not stay in the bank
     rows = torch.where(rows.isfinite().all(1, keepdim=True), rows, before)
     bank.index_copy_(0, idx, rows[last])

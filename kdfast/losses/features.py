@@ -10,22 +10,30 @@ from kdfast.losses.checks import check_not_swapped
 from kdfast.ops import checks
 from kdfast.ops.precision import at_least_float32
 
+__all__ = ["AttentionTransferLoss", "HintLoss", "SelfDistillationLoss"]
+
 
 class AttentionTransferLoss(nn.Module):
     """Attention transfer ("Paying More Attention to Attention", ICLR 2017): see functional.attention_transfer_loss.
 
     Args:
         p: power of the activations, > 0. RepDistiller weighs the loss for p=2 by 1000.
+
+    Example:
+        >>> import torch
+        >>> from kdfast.losses import AttentionTransferLoss
+        >>> student, teacher = torch.rand(2, 16, 8, 8), torch.rand(2, 64, 8, 8)
+        >>> AttentionTransferLoss()([student], [teacher]).shape
+        torch.Size([])
     """
 
     def __init__(self, p: float = 2) -> None:
         super().__init__()
-        if not checks.number("AttentionTransferLoss: p", p) > 0:
-            raise ValueError(f"AttentionTransferLoss: p must be positive, got {p}")
+        checks.positive_number("AttentionTransferLoss: p", p)
         self.p = p
 
     def forward(self, student_maps: Tensor | Sequence[Tensor], teacher_maps: Tensor | Sequence[Tensor]) -> Tensor:
-        """The loss of feature maps [B, C, H, W], one a stage, of student and teacher; 0-dim.
+        """Returns the loss of the student's and the teacher's feature maps [B, C, H, W], one a stage; 0-dim.
 
         Raises:
             ValueError, TypeError: as functional.attention_transfer_loss; or the teacher requires grad and the student does not.
@@ -37,16 +45,16 @@ class AttentionTransferLoss(nn.Module):
         return functional.attention_transfer_loss(students, teachers, p=self.p)
 
     def extra_repr(self) -> str:
-        """What print(module) shows."""
+        """Describes the options for print(module)."""
         return f"p={self.p}"
 
 
 class HintLoss(nn.Module):
     """FitNets' hint (ICLR 2015): the mean squared difference of a regressed student feature map and the teacher's.
 
-    The regressor (convolution, batch norm, ReLU) is RepDistiller's and is trained with the student: hand its parameters to the
-    optimizer. Half or twice the teacher's size asks for a convolution of stride 2, 3x3 or transposed 4x4; any other student
-    size from the teacher's upwards for an unpadded convolution that shrinks it: 1x1 where the sizes are equal.
+    The regressor (convolution, batch norm, ReLU) is RepDistiller's and is trained with the student: give its parameters to the
+    optimizer. A student map of twice the teacher's size gets a 3x3 convolution of stride 2, one of half its size a transposed 4x4
+    convolution, and any other that is at least as large an unpadded convolution that shrinks it (1x1 for equal sizes).
 
     Args:
         student_shape, teacher_shape: (C, H, W).
@@ -54,6 +62,14 @@ class HintLoss(nn.Module):
 
     Raises:
         ValueError: no such regressor fits the sizes, or regressor=False and the shapes differ.
+
+    Example:
+        >>> import torch
+        >>> from kdfast.losses import HintLoss
+        >>> hint = HintLoss(student_shape=(16, 8, 8), teacher_shape=(64, 4, 4))
+        >>> loss = hint(torch.rand(2, 16, 8, 8), torch.rand(2, 64, 4, 4))
+        >>> print(hint.regressor[0].kernel_size, loss.shape)
+        (3, 3) torch.Size([])
     """
 
     def __init__(self, student_shape: tuple[int, int, int], teacher_shape: tuple[int, int, int], *, regressor: bool = True) -> None:
@@ -73,7 +89,7 @@ class HintLoss(nn.Module):
             self.regressor = nn.Identity()
 
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
-        """The loss of student and teacher features [B, C, H, W], of the shapes given; 0-dim.
+        """Returns the loss of student and teacher features [B, C, H, W], of the constructor's shapes; 0-dim.
 
         Raises:
             ValueError: shapes differ after the regressor, or the teacher requires grad and the student does not.
@@ -83,7 +99,7 @@ class HintLoss(nn.Module):
 
 
 def _resizing_convolution(student_shape: tuple[int, ...], teacher_shape: tuple[int, ...]) -> nn.Module:
-    """A convolution from (C, H, W) to (C', H', W')."""
+    """Returns a convolution from (C, H, W) to (C', H', W')."""
     (c, h, w), (channels, height, width) = student_shape, teacher_shape
     if (h, w) == (2 * height, 2 * width):
         return nn.Conv2d(c, channels, 3, stride=2, padding=1)
@@ -95,12 +111,12 @@ def _resizing_convolution(student_shape: tuple[int, ...], teacher_shape: tuple[i
 
 
 class SelfDistillationLoss(nn.Module):
-    """Self-distillation of an early feature map from a late one of the same network, beside cross-entropy.
+    """Self-distillation: an early feature map learns from a late one of the same network, beside the cross-entropy.
 
     alpha * MSE(bilinear(student_intermediate -> teacher's size), conv1x1(teacher_intermediate)) + (1 - alpha) * CE
 
-    The 1x1 convolution takes the teacher's channels to the student's. The tutorial that this follows leaves it at its random
-    initialization: hand the module's parameters to the optimizer, or do not.
+    The 1x1 convolution maps the teacher's channels to the student's. The original tutorial leaves it at its random initialization;
+    to train it, give the module's parameters to the optimizer.
 
     Args:
         alpha: weight of the feature term, in [0, 1].
@@ -109,6 +125,14 @@ class SelfDistillationLoss(nn.Module):
 
     Raises:
         ValueError: alpha is outside [0, 1].
+
+    Example:
+        >>> import torch
+        >>> from kdfast.losses import SelfDistillationLoss
+        >>> criterion = SelfDistillationLoss(alpha=0.5, student_channels=8, teacher_channels=16)
+        >>> logits, labels = torch.zeros(2, 10), torch.tensor([3, 7])
+        >>> criterion(logits, labels, torch.rand(2, 8, 16, 16), torch.rand(2, 16, 4, 4)).shape
+        torch.Size([])
     """
 
     def __init__(
@@ -122,7 +146,7 @@ class SelfDistillationLoss(nn.Module):
         self.projection = nn.Conv2d(teacher_channels, student_channels, kernel_size=1)
 
     def forward(self, student_logits: Tensor, labels: Tensor, student_intermediate: Tensor, teacher_intermediate: Tensor) -> Tensor:
-        """The loss of logits [B, K], labels [B], early features [B, C_s, H, W] and late features [B, C_t, H', W']; 0-dim.
+        """Returns the loss of logits [B, K], labels [B], early features [B, C_s, H, W] and late features [B, C_t, H', W']; 0-dim.
 
         Raises:
             ValueError: the feature maps' channels are not those given to the constructor.
@@ -131,7 +155,7 @@ class SelfDistillationLoss(nn.Module):
         return self.alpha * features + (1 - self.alpha) * F.cross_entropy(at_least_float32(student_logits), labels)
 
     def feature_term(self, student_intermediate: Tensor, teacher_intermediate: Tensor) -> Tensor:
-        """The first term without its weight, for loops that report the terms apart.
+        """Returns the first term without its weight, for loops that report each term.
 
         Raises:
             ValueError: the feature maps' channels are not those given to the constructor.
@@ -149,5 +173,5 @@ class SelfDistillationLoss(nn.Module):
         return functional.hint_loss(student, teacher)
 
     def extra_repr(self) -> str:
-        """What print(module) shows beside the convolution."""
+        """Describes the options for print(module)."""
         return f"alpha={self.alpha}, detach_teacher={self.detach_teacher}"

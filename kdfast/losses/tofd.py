@@ -9,12 +9,14 @@ from kdfast import functional
 from kdfast.losses.checks import check_not_swapped
 from kdfast.ops.precision import at_least_float32
 
+__all__ = ["TOFDLoss"]
+
 
 class TOFDLoss(nn.Module):
     """Task-oriented feature distillation (Zhang et al., NeurIPS 2020): the terms of J classifiers and of the maps between their features.
 
-    With f the features [B, D] that a classifier reads and z its logits, W_j a trained linear map without bias, |.| the norm of the whole
-    matrix (neither squared nor averaged: it grows with the batch, as the authors have it):
+    f are the features [B, D] that a classifier reads, z its logits, W_j is a trained linear map without bias, and |.| the norm of the
+    whole matrix (neither squared nor averaged: as in the authors' code, it grows with the batch):
 
         feature      feature_weight * sum_j |W_j f_sj - f_tj|
         soft         sum_j soft_cross_entropy(z_sj, z_tj, T)
@@ -26,6 +28,15 @@ class TOFDLoss(nn.Module):
 
     Raises:
         ValueError: not equally many features.
+
+    Example:
+        >>> import torch
+        >>> from kdfast.losses import TOFDLoss
+        >>> criterion = TOFDLoss(student_features=[16], teacher_features=[32])
+        >>> logits = torch.zeros(2, 10)
+        >>> terms = criterion([torch.rand(2, 16)], [torch.rand(2, 32)], [logits], [logits])
+        >>> print(sorted(terms), f"{terms['soft']:.4f}")  # log 10
+        ['feature', 'orthogonal', 'soft'] 2.3026
     """
 
     def __init__(
@@ -52,11 +63,11 @@ class TOFDLoss(nn.Module):
         *,
         temperature: float = 1.0,
     ) -> dict[str, Tensor]:
-        """The three terms by name, 0-dim each; beside them the authors add the J cross-entropies with the labels.
+        """Returns the three terms by name, 0-dim each; the authors add the J cross-entropies with the labels.
 
         Raises:
-            ValueError: as functional.soft_cross_entropy, not as many features or logits as maps, or a teacher's tensor requires grad and
-                the student's does not.
+            ValueError: as functional.soft_cross_entropy; also if there are not as many features or logits as maps, or a teacher's tensor
+                requires grad and the student's does not.
         """
         if len(student_features) != len(self.maps):
             raise ValueError(f"TOFDLoss: student_features must be {len(self.maps)}, got {len(student_features)}")
@@ -72,10 +83,10 @@ class TOFDLoss(nn.Module):
         *,
         temperature: float = 1.0,
     ) -> dict[str, Tensor]:
-        """The same, of features that `maps` have mapped already."""
-        given = [len(x) for x in (mapped, teacher_features, student_logits, teacher_logits)]
-        if given != [len(self.maps)] * 4:
-            raise ValueError(f"TOFDLoss: there must be {len(self.maps)} features and logits of student and teacher, got {given}")
+        """Returns the same for features that `maps` have mapped already."""
+        lengths = [len(x) for x in (mapped, teacher_features, student_logits, teacher_logits)]
+        if lengths != [len(self.maps)] * 4:
+            raise ValueError(f"TOFDLoss: there must be {len(self.maps)} features and logits of student and teacher, got {lengths}")
         for student, teacher in (*zip(mapped, teacher_features), *zip(student_logits, teacher_logits)):
             check_not_swapped(student, teacher)
         gaps = [torch.linalg.vector_norm(at_least_float32(f) - at_least_float32(t)) for f, t in zip(mapped, teacher_features)]
@@ -87,17 +98,17 @@ class TOFDLoss(nn.Module):
         }
 
     def skewness(self) -> Tensor:
-        """How far the maps are from orthogonal ones, without the weight: 0-dim."""
+        """Returns the distance of the maps from orthogonal ones, without the weight: 0-dim."""
         weights = [W.weight for W in self.maps if isinstance(W, nn.Linear)]
         return torch.stack([_skewness(W) + _skewness(W.mT) for W in weights]).sum()
 
     def extra_repr(self) -> str:
-        """What print(module) shows beside the maps."""
+        """Describes the options for print(module)."""
         return f"feature_weight={self.feature_weight}, orthogonal_weight={self.orthogonal_weight}"
 
 
 def _skewness(W: Tensor) -> Tensor:
-    """|W W' - I| (Frobenius), in float32 at least."""
+    """Returns |W W' - I| (Frobenius), in float32 at least."""
     W = at_least_float32(W)
     with torch.autocast(W.device.type, enabled=False):
         return torch.linalg.matrix_norm(W @ W.mT - torch.eye(len(W), dtype=W.dtype, device=W.device))

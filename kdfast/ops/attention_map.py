@@ -5,10 +5,10 @@
 
     backward, from dA:   da = (dA - A <A, dA>) / |a|,   dF = (p / C) |F|^(p-1) sign(F) da
 
-Floor: each feature map is read once forward, once backward, and its gradient written once; eager PyTorch also writes and reads
-|F|^p and two more tensors of that size. The Triton kernel (kernels/attention_map.py) moves that. The PyTorch form walks the batch in
-blocks that stay in the cache, or, for channels_last, reduces along the innermost dimension; torch.compile sees through its few tensor
-operations, so that only the kernel is registered. Where sizes differ, PyTorch pools the larger map before either form sees it.
+Floor: each feature map is read once forward and once backward, and its gradient written once; eager PyTorch also writes and reads
+|F|^p and two more tensors of that size. The Triton kernel (kernels/attention_map.py) reaches the floor. The PyTorch form walks the batch in
+blocks that fit the cache, or, for channels_last, reduces along the innermost dimension; torch.compile traces its few tensor operations,
+so only the kernel is registered. If sizes differ, PyTorch pools the larger map before either form sees it.
 """
 
 from collections.abc import Sequence
@@ -26,14 +26,14 @@ _BLOCK = 262144  # elements, 1 MB of float32
 
 
 def attention_transfer_loss(student_maps: Tensor | Sequence[Tensor], teacher_maps: Tensor | Sequence[Tensor], *, p: float = 2) -> Tensor:
-    """See kdfast.functional.attention_transfer_loss."""
+    """Computes kdfast.functional.attention_transfer_loss, which documents it."""
     students = [student_maps] if isinstance(student_maps, Tensor) else list(student_maps)
     teachers = [teacher_maps] if isinstance(teacher_maps, Tensor) else list(teacher_maps)
     _check(students, teachers, p)
     for i, (student, teacher) in enumerate(zip(students, teachers)):
         # the feature tensor is pooled, not its map: pooling and the power do not commute
         size = min(student.shape[2], teacher.shape[2]), min(student.shape[3], teacher.shape[3])
-        students[i], teachers[i] = _pooled(student, size), _pooled(teacher, size)
+        students[i], teachers[i] = _pool(student, size), _pool(teacher, size)
     if _kernel_runs(students, teachers):
         return _AttentionTransfer.apply(float(p), len(students), *students, *teachers)
     stages = []
@@ -43,12 +43,12 @@ def attention_transfer_loss(student_maps: Tensor | Sequence[Tensor], teacher_map
     return torch.stack(stages).sum()
 
 
-def _pooled(features: Tensor, size: tuple[int, int]) -> Tensor:
+def _pool(features: Tensor, size: tuple[int, int]) -> Tensor:
     return features if tuple(features.shape[2:]) == size else F.adaptive_avg_pool2d(features, size)
 
 
 def _kernel_runs(students: list[Tensor], teachers: list[Tensor]) -> bool:
-    """Whether the kernel runs; without a pixel or a channel the PyTorch form says what comes of that."""
+    """Tells if the kernel runs; the PyTorch form handles maps without pixels or channels."""
     maps = (*students, *teachers)
     if any(features.numel() == 0 for features in maps):
         return False
@@ -61,7 +61,7 @@ def _kernel_runs(students: list[Tensor], teachers: list[Tensor]) -> bool:
 
 
 class _AttentionMap(torch.autograd.Function):
-    """Features [B, C, H, W] to unit maps [B, H W], float32 for 16-bit features."""
+    """Turns features [B, C, H, W] into unit maps [B, H W], float32 for 16-bit features."""
 
     @staticmethod
     def forward(ctx: Any, features: Tensor, p: float) -> Tensor:
@@ -73,7 +73,7 @@ class _AttentionMap(torch.autograd.Function):
         return unit
 
     @staticmethod
-    @torch.autograd.function.once_differentiable  # create_graph says so in words instead of returning a wrong second gradient
+    @torch.autograd.function.once_differentiable  # a second derivative raises instead of being wrong
     def backward(ctx: Any, d_unit: Tensor) -> tuple[Tensor, None]:
         features, unit, norm = ctx.saved_tensors
         along = unit * (unit * d_unit).sum(dim=1, keepdim=True)
@@ -83,7 +83,7 @@ class _AttentionMap(torch.autograd.Function):
 
 
 def _channel_sum(features: Tensor, p: float) -> Tensor:
-    """Sum over channels of |F|^p, [B, H W], without a tensor of the features' size."""
+    """Sums |F|^p over channels, [B, H W], without a tensor of the features' size."""
     dtype = arithmetic(features)
     if features.is_contiguous(memory_format=torch.channels_last) and not features.is_contiguous():
         return torch.linalg.vector_norm(features, p, dim=1, dtype=dtype).pow(p).flatten(1)
@@ -113,11 +113,11 @@ def _blocks(x: Tensor, like: Tensor | None = None) -> tuple[Tensor, ...]:
     return x.split(max(1, _BLOCK * torch.get_num_threads() // max(1, like[:1].numel())))
 
 
-# ---- the kernel, and what torch.compile sees of it -------------------------------------------------------------------
+# ---- the kernel, one operator to torch.compile -----------------------------------------------------------------------
 
 
 class _AttentionTransfer(torch.autograd.Function):
-    """The loss, 0-dim, of `stages` students and then as many teachers."""
+    """Computes the loss, 0-dim, of `stages` students and then as many teachers."""
 
     @staticmethod
     def forward(ctx: Any, p: float, stages: int, *maps: Tensor) -> Tensor:
@@ -157,7 +157,7 @@ def _empty_gradients(maps: list[Tensor], slopes: list[Tensor], upstream: Tensor,
 
 @opaque("attention_transfer_backward", _empty_gradients)
 def _gradients(maps: list[Tensor], slopes: list[Tensor], upstream: Tensor, p: float) -> list[Tensor]:
-    from kdfast.kernels import attention_map  # whatever the backend is by now: the kernel has run forward
+    from kdfast.kernels import attention_map  # for any backend now in force: the kernel has run forward
 
     return [attention_map.gradient(features, slope, upstream, p) for features, slope in zip(maps, slopes)]
 

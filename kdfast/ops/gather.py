@@ -1,11 +1,11 @@
-"""Rows of other processes as contrasts: gathered forward, their gradients brought home backward.
+"""Exchange of rows between processes: gathered forward, their gradients returned to their owners backward.
 
-A rank is a process of the group. Every rank holds rows of its own, is given those of the others in the order of the ranks, and computes
-with both; so the gradient of a row is the sum of what all ranks have to say about it. `sizes` tells how many rows each rank holds. Where
-they differ, rows travel padded to the largest number, for the collectives that are fast everywhere want equal pieces.
+A rank is a process of the group. Every rank holds its own rows, receives the others' in the order of the ranks, and computes with both;
+so the gradient of a row is the sum over all ranks. `sizes` are the numbers of rows of the ranks. If they differ, rows are padded to the
+largest number, because the collectives that are fast everywhere need equal pieces.
 
-All functions are collective: every rank of the group calls them, in the same order, and with them their backward passes. Only
-`sizes_of_ranks` waits for the device. torch.compile traces the others.
+All functions are collective: every rank of the group calls them, and their backward passes, in the same order. Only `sizes_of_ranks`
+waits for the device. torch.compile traces the others.
 """
 
 from collections.abc import Sequence
@@ -15,38 +15,36 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from kdfast.ops import checks
 from kdfast.ops.precision import arithmetic
 
 
 def check_group(operator: str, group: Any) -> None:
-    """Raises TypeError where `group` is none."""
+    """Raises TypeError unless `group` is a process group."""
     if not (dist.is_available() and isinstance(group, dist.ProcessGroup)):
         raise TypeError(f"{operator}: group must be a torch.distributed.ProcessGroup or None, got {type(group).__name__}")
 
 
 def sizes_of_ranks(size: int, group: "dist.ProcessGroup", device: torch.device) -> list[int]:
-    """What every rank passed as `size`; reads from the device."""
+    """Returns every rank's `size`; reads from the device."""
     sizes = torch.empty(group.size(), dtype=torch.int64, device=device)
     dist.all_gather_into_tensor(sizes, torch.tensor([size], device=device), group=group)
     return sizes.tolist()
 
 
 def rows_of_others(rows: Tensor, sizes: list[int], group: "dist.ProcessGroup") -> Tensor:
-    """This rank's rows [n, D] -> those of all other ranks, in their order; differentiable once."""
+    """Sends this rank's rows [n, D]; returns the rows of all other ranks, in the order of the ranks; differentiable once."""
     return _RowsOfOthers.apply(rows, sizes, group)
 
 
 def names_of_others(names: Tensor, sizes: list[int], group: "dist.ProcessGroup") -> Tensor:
-    """This rank's names [n], of any dtype -> those of all other ranks, in their order."""
+    """Sends this rank's names [n], of any dtype; returns the names of all other ranks, in the order of the ranks."""
     as_bytes = names.detach().contiguous().view(-1, 1).view(torch.uint8)  # no backend sends every dtype
     return _exchange(as_bytes, sizes, group).view(names.dtype).view(-1)
 
 
 def of_all_ranks(tensors: Sequence[Tensor], group: "dist.ProcessGroup") -> list[Tensor]:
-    """Tensors [B, ...] of any dtypes, B > 0 alike on all ranks -> those of all ranks, [ranks * B, ...] in their order, in one exchange.
-
-    Without gradients.
-    """
+    """Joins tensors [B, ...] of any dtypes, with the same B > 0 on all ranks, to [ranks * B, ...] in one exchange, without gradients."""
     rows = len(tensors[0])
     as_bytes = [x.detach().contiguous().view(rows, -1).view(torch.uint8) for x in tensors]
     own = torch.cat(as_bytes, 1)
@@ -57,10 +55,10 @@ def of_all_ranks(tensors: Sequence[Tensor], group: "dist.ProcessGroup") -> list[
 
 
 def sum_over_ranks(value: Tensor, group: "dist.ProcessGroup") -> Tensor:
-    """The sum of all ranks' values [], the same bits on every rank.
+    """Sums all ranks' values []; every rank has the same bits.
 
-    Backward takes the sum of all ranks' upstream gradients to be `group.size()` times this rank's own: all of them start from the same
-    loss. That is also what averaging parameters' gradients over ranks asks for, since every rank only computes its share of them.
+    Backward multiplies the upstream gradient by `group.size()`: the sum over ranks, all of which start from the same loss. Averaging
+    parameters' gradients over ranks needs this factor too, since every rank only computes its share of them.
     """
     return _SumOverRanks.apply(value, group)
 
@@ -83,14 +81,11 @@ class _RowsOfOthers(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None]:
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # on every rank, or some would wait for the others
-            raise RuntimeError("rows of other ranks have no second derivative: call backward() or grad() without create_graph=True")
+        checks.refuse_second_derivative("supcon_loss")  # on every rank, or some would wait for the others
         sizes, rank = ctx.sizes, ctx.group.rank()
         most = max(sizes)
-        # 16-bit gradients are summed in float32: one rounding, however many ranks there are
-        parts = upstream.new_zeros(
-            most * len(sizes), upstream.shape[1], dtype=arithmetic(upstream)
-        )  # this rank's own part, and padding, stay 0
+        # this rank's own part and padding remain 0; 16-bit gradients are summed in float32: one rounding for any number of ranks
+        parts = upstream.new_zeros(most * len(sizes), upstream.shape[1], dtype=arithmetic(upstream))
         start = 0
         for r, size in enumerate(sizes):
             if r != rank:

@@ -1,7 +1,7 @@
 """Noise-contrastive estimation against a memory bank: checks, choice of backend, autograd, registration, and its PyTorch form in chunks.
 
-Each of B anchors v_i is compared with 1 + K rows x_ik of the bank, of n rows: first its positive, then negatives. As in CRD's code the
-noise is uniform, P_n = 1 / n, with m = K samples of it for each positive:
+Each of B anchors v_i is compared with 1 + K of the bank's n rows, x_ik: first its positive, then negatives. As in CRD's code the noise is
+uniform, P_n = 1 / n, with m = K samples of it for each positive:
 
     P_ik = exp(x_ik . v_i / T) / Z
     L    = -(1/B) sum_i [log(P_i0 / (P_i0 + m P_n + eps)) + sum_k log(m P_n / (P_ik + m P_n + eps))]
@@ -11,12 +11,12 @@ With b = m P_n + eps and t_ik = log(P_ik / b) = x_ik . v_i / T - log(Z b) it is 
     L       = (1/B) sum_i [softplus(-t_i0) + sum_k softplus(t_ik)] + K log1p(eps / (m P_n))
     dL/dv_i = 1 / (B T) [sum_k sigmoid(t_ik) x_ik - sigmoid(-t_i0) x_i0]
 
-so that a gathered row is needed once: the forward pass makes the gradient while the row is at hand, and backward only scales it. It is
-kept in float32 whatever the anchors' dtype: float16 would lose a mean's gradient before a GradScaler's factor lifts it.
+so a gathered row is read once: the forward pass computes the gradient from it too, and backward only scales that. The gradient is
+saved in float32 for every dtype of the anchors: float16 would lose a mean's gradient before a GradScaler's factor lifts it.
 
-The gathered rows, [B, 1 + K, D], are never whole. The kernel (kernels/nce.py) holds a tile of one anchor's. The PyTorch form gathers a
-chunk of columns at a time; or on a CPU, where the bank has not many more rows than an anchor asks for, it multiplies some anchors by the
-whole bank and takes what was asked for: a product costs a twentieth of a gathered row. reference.crd_loss is the meaning of all.
+The gathered rows [B, 1 + K, D] never exist at once. The kernel (kernels/nce.py) holds a tile of one anchor's rows. The PyTorch form
+gathers a chunk of columns at a time. On a CPU, if the bank has not many more rows than an anchor needs, it multiplies some anchors by the
+whole bank and selects the needed products: a product costs a twentieth of a gathered row. reference.crd_loss defines the values.
 """
 
 import math
@@ -35,8 +35,8 @@ from kdfast.ops.registration import opaque
 
 EPS = 1e-7  # the authors'
 CHUNK = 2**20  # elements of gathered rows, or of products, that exist at once
-DENSE = 8  # a bank of up to so many rows for each of an anchor's is multiplied whole (measured: equal at about 12),
-DENSE_ROWS = 2**16  # if it has no more than these: for larger ones too few anchors are multiplied at once
+DENSE = 8  # up to so many bank rows for each needed row, the bank is multiplied whole (measured: equal at about 12)
+DENSE_ROWS = 2**16  # larger banks are gathered from: too few anchors could be multiplied at once
 UNSETTLED = -1.0  # a normalizer that is not yet known, as in the authors' code
 
 
@@ -44,7 +44,7 @@ UNSETTLED = -1.0  # a normalizer that is not yet known, as in the authors' code
 
 
 def nce_loss(anchors: Tensor, bank: Tensor, indices: Tensor, Z: Tensor, temperature: float) -> Tensor:
-    """The loss of this file's head.
+    """Returns the loss above.
 
     Args:
         anchors: v, [B, D], floating.
@@ -69,19 +69,19 @@ def nce_loss(anchors: Tensor, bank: Tensor, indices: Tensor, Z: Tensor, temperat
 
 
 def normalizer(anchors: Tensor, bank: Tensor, indices: Tensor, temperature: float, Z: Tensor | None = None) -> Tensor:
-    """CRD's constant Z: n times the mean of exp(x_ik . v_i / T) over a batch; or the one given, if it is settled: positive and finite.
+    """Returns CRD's constant: Z itself if it is settled (positive and finite), else n times the batch's mean of exp(x_ik . v_i / T).
 
-    Whether it is settled is decided on the device; where it is, the kernel and the CPU read no rows.
+    The device decides; for a settled Z, the kernel and the CPU read no rows.
 
     Args:
-        anchors: [B, D], as in nce_loss; taken without their gradient.
+        anchors: [B, D], as in nce_loss; no gradient reaches them.
         bank: [n, D].
         indices: int64 [B, 1 + K].
         temperature: T > 0.
-        Z: [], floating, what is known of it; None: nothing.
+        Z: [], floating; None: not known.
 
     Returns:
-        0-dim, in Z's dtype, or the arithmetic's. NaN, which is unsettled, for no anchors.
+        0-dim, in the dtype of Z or of the arithmetic. NaN, which is unsettled, for no anchors.
 
     Raises:
         ValueError, TypeError: as nce_loss.
@@ -93,7 +93,7 @@ def normalizer(anchors: Tensor, bank: Tensor, indices: Tensor, temperature: floa
 
 
 def is_settled(Z: Tensor) -> Tensor:
-    """Whether Z is known, as a bool [] on its device: positive and finite, so that a first batch that overflowed does not count."""
+    """Tells, as a bool [] on its device, if Z is known: positive and finite, so that a first batch that overflowed does not count."""
     return Z.isfinite() & (Z > 0)
 
 
@@ -185,23 +185,23 @@ class _Part(NamedTuple):
 
     anchors: slice
     has_positives: bool  # in column 0
-    scores: Tensor  # [b, c], x . v / T, the caller's to overwrite: NaN where infinite, or where no such row is in the bank
+    scores: Tensor  # [b, c], x . v / T, which the caller may overwrite: NaN if infinite, or if the index is not in the bank
     pull: Callable[[Tensor], Tensor]  # weights [b, c] -> [b, D], the sum of weighted rows
 
 
 def _parts(v: Tensor, bank: Tensor, indices: Tensor, temperature: float) -> Iterator[_Part]:
-    """All scores, part by part."""
-    # the order in which weights of one row are added is fixed on a CPU alone
+    """Yields all scores, part by part."""
+    # only on a CPU does scatter_add_ add the weights of one row in a fixed order
     if v.device.type == "cpu" and bank.dtype == v.dtype and len(bank) <= min(DENSE * indices.shape[1], DENSE_ROWS):
         return _by_anchors(v, bank, indices, temperature)
     return _by_columns(v, bank, indices, temperature)
 
 
 def _by_anchors(v: Tensor, bank: Tensor, indices: Tensor, temperature: float) -> Iterator[_Part]:
-    """Some anchors at a time against the whole bank, of whose products those asked for are taken; indices have been checked."""
+    """Multiplies some anchors at a time by the whole bank and selects the needed products; indices have been checked."""
     n = len(bank)
     most = max(1, CHUNK // max(n, indices.shape[1]))
-    finite = bank.where(bank.isfinite(), 0.0) if not math.isfinite(bank.sum().item()) else bank  # a row that nobody asks for has weight 0
+    finite = bank.where(bank.isfinite(), 0.0) if not math.isfinite(bank.sum().item()) else bank  # a row that no index names has weight 0
     memory = v.new_empty(min(most, len(v)), n)
     for start in range(0, len(v), most):
         anchors = slice(start, min(start + most, len(v)))
@@ -219,13 +219,13 @@ def _by_anchors(v: Tensor, bank: Tensor, indices: Tensor, temperature: float) ->
 
 
 def _by_columns(v: Tensor, bank: Tensor, indices: Tensor, temperature: float) -> Iterator[_Part]:
-    """Some columns at a time of all anchors, their rows [B, c, D] gathered into the same memory every time."""
+    """Gathers the rows [B, c, D] of some columns of all anchors at a time, into the same memory."""
     (B, D), n = v.shape, len(bank)
     width = max(1, min(CHUNK // max(1, B * D), indices.shape[1]))
     memory = bank.new_empty(B * width, D)
     for start in range(0, indices.shape[1], width):
         index = indices[:, start : start + width]
-        there = (index >= 0) & (index < n)  # on a CPU all are: it was checked
+        inside = (index >= 0) & (index < n)  # all of them on a CPU, where they were checked
         rows = memory[: index.numel()]
         torch.index_select(bank, 0, index.clamp(0, n - 1).reshape(-1), out=rows)
         rows = rows.view(B, index.shape[1], D).to(v.dtype)
@@ -236,13 +236,13 @@ def _by_columns(v: Tensor, bank: Tensor, indices: Tensor, temperature: float) ->
         def pull(weights: Tensor, rows: Tensor = rows) -> Tensor:
             return torch.bmm(weights[:, None, :], rows, out=v.new_empty(B, 1, D)).squeeze(1)
 
-        yield _Part(slice(0, B), start == 0, scores.where(scores.isfinite() & there, math.nan), pull)
+        yield _Part(slice(0, B), start == 0, scores.where(scores.isfinite() & inside, math.nan), pull)
 
 
 def loss_and_gradient(
     anchors: Tensor, bank: Tensor, indices: Tensor, Z: Tensor, temperature: float, log_b: float, constant: float, with_gradient: bool
 ) -> tuple[Tensor, Tensor]:
-    """kernels/nce.py's function of this name, and in float64 where an input is."""
+    """Computes what kernels/nce.py's function of this name does; in float64 if an input is."""
     dtype, (B, D) = arithmetic(anchors, bank, Z), anchors.shape
     v = anchors.detach().to(dtype).contiguous()
     shift = Z.to(dtype).log() + log_b
@@ -263,8 +263,8 @@ def loss_and_gradient(
 
 
 def mean_score(anchors: Tensor, bank: Tensor, indices: Tensor, Z: Tensor, temperature: float) -> Tensor:
-    """kernels/nce.py's normalizer, and in float64 where an input is."""
-    if Z.device.type == "cpu" and is_settled(Z):  # another device's answer the host would wait for
+    """Computes what kernels/nce.py's normalizer does; in float64 if an input is."""
+    if Z.device.type == "cpu" and is_settled(Z):  # the host would wait for another device's answer
         return Z.clone()
     v = anchors.to(arithmetic(anchors, bank, Z)).contiguous()
     total = v.new_zeros(())

@@ -474,18 +474,18 @@ def chi_squared_is_plausible(counts: Tensor) -> bool:
 def test_negatives_are_uniform_over_other_classes(dtype: torch.dtype) -> None:
     labels = torch.tensor([7] * 3 + [2] * 11 + [9] * 16 + [4]).to(dtype)[torch.randperm(31)]
     loss = CRDLoss(2, 2, 31, labels=labels, nce_k=20_000)
-    drawn = loss._negatives(torch.arange(31))
+    drawn = loss._draw_negatives(torch.arange(31))
     assert drawn.shape == (31, 20_000)
     for i in range(31):
         others = (labels != labels[i]).nonzero()[:, 0]
         counts = drawn[i].bincount(minlength=31)
         assert counts.sum() == counts[others].sum()
         assert chi_squared_is_plausible(counts[others])
-    assert not torch.equal(drawn[0], loss._negatives(torch.arange(31))[0])
+    assert not torch.equal(drawn[0], loss._draw_negatives(torch.arange(31))[0])
 
 
 def test_negatives_are_uniform_over_other_images() -> None:
-    drawn = CRDLoss(2, 2, 31, nce_k=20_000)._negatives(torch.arange(31))
+    drawn = CRDLoss(2, 2, 31, nce_k=20_000)._draw_negatives(torch.arange(31))
     for i in range(31):
         counts = drawn[i].bincount(minlength=31)
         assert counts[i] == 0
