@@ -1,4 +1,4 @@
-"""Every recipe's loss against its formula written out in float64, its stages in their order, and what it refuses."""
+"""Every recipe's loss against its formula in float64, the order of its stages, and the settings that it refuses."""
 
 import json
 from dataclasses import replace
@@ -12,13 +12,12 @@ from torch.nn import functional as F
 from kdfast import recipes
 from kdfast.data import make_loaders
 from kdfast.engine import Options, Run, Training
-from kdfast.engine.distributed import World
 from kdfast.engine.stage import as_means
-from kdfast.models import ModelSpec, create
+from kdfast.models import ModelSpec, create, projection_head, save_weights
 from kdfast.recipes import at, conkd, crd, dih, fitnets, kd, mhkd, plus, remembered, self_distillation, supervised, takd, tofd
 from kdfast.recipes.features import fingerprint
 from kdfast.recipes.recipe import Setup, Trained
-from tests.engine.test_engine import loaders, noise
+from tests.engine.small import CPU, equal, hide_labels, loaders, noise
 
 TRAINING = Training(epochs=5, batch_size=16, lr=0.1, schedule="constant")
 STAGES = ("layer1", "layer2", "layer3")
@@ -52,21 +51,21 @@ def batch_of(stage):
 
 
 def in_double(stage):
-    """The stage with all its modules in float64 and evaluation mode, so that the same batch gives the same numbers twice."""
+    """Puts the stage's modules into float64 and evaluation mode, so that the same batch gives the same numbers twice."""
     for module in (*stage.train, *stage.frozen, *stage.memory):
         module.double().eval()
     return stage
 
 
 def seen(model, images, paths=STAGES):
-    """Logits, and what the modules at `paths` put out, then what the classifier reads."""
-    kept = {}
-    handles = [model.get_submodule(path).register_forward_hook(lambda m, i, o, path=path: kept.update({path: o})) for path in paths]
-    handles.append(model.linear.register_forward_pre_hook(lambda m, i: kept.update({"features": i[0]})))
+    """Logits, the outputs of the modules at `paths`, then the input of the classifier."""
+    outputs = {}
+    handles = [model.get_submodule(path).register_forward_hook(lambda m, i, o, path=path: outputs.update({path: o})) for path in paths]
+    handles.append(model.linear.register_forward_pre_hook(lambda m, i: outputs.update({"features": i[0]})))
     logits = model(images)
     for handle in handles:
         handle.remove()
-    return logits, *(kept[path] for path in (*paths, "features"))
+    return logits, *(outputs[path] for path in (*paths, "features"))
 
 
 def ce(logits, labels):
@@ -79,13 +78,6 @@ def kl(student, teacher, T):
     return T * T * (p * (p.log() - (student / T).log_softmax(1))).sum(1).mean()
 
 
-def total(stage, batch):
-    """The stage's loss, and the gradient of its trained parameters."""
-    terms = as_means(stage.loss(stage.forward(batch), batch), len(batch.labels))
-    loss = torch.stack([term.value.double() for term in terms.values()]).sum()
-    return loss, gradients(loss, stage)
-
-
 def gradients(loss, stage):
     parameters = [p for module in stage.train for p in module.parameters()]
     found = torch.autograd.grad(loss, parameters, allow_unused=True)
@@ -93,9 +85,10 @@ def gradients(loss, stage):
 
 
 def assert_same(stage, batch, expected):
-    """Value and gradient, and that a gradient of zeros or turned round would not pass."""
-    loss, gradient = total(stage, batch)
-    true = gradients(expected, stage)
+    """Compares value and gradient; a gradient of zeros or in reverse order would not pass."""
+    terms = as_means(stage.loss(stage.forward(batch), batch), len(batch.labels))
+    loss = torch.stack([term.value.double() for term in terms.values()]).sum()
+    gradient, true = gradients(loss, stage), gradients(expected, stage)
     assert loss.item() == pytest.approx(expected.item(), rel=2e-6)
     scale = true.abs().max()
     assert scale > 0
@@ -104,7 +97,7 @@ def assert_same(stage, batch, expected):
 
 
 def finished(generator, metrics=()):
-    """What a generator returns once its stages are done."""
+    """Runs a generator's stages without training; returns its result."""
     result = None
     while True:
         try:
@@ -196,9 +189,8 @@ def test_crd_takes_a_teacher_whose_head_has_layers():
 
 
 def test_crds_hidden_labels_are_classes_of_their_own():
-    data = noise()
-    labels = torch.where(torch.arange(80) % 4 > 0, -100, data.train.labels)
-    hidden = replace(data, train=replace(data.train, labels=labels))
+    hidden = hide_labels(torch.arange(80) % 4 > 0)
+    labels = hidden.train.labels
     made = setup(data=hidden, labels_hidden=True, make_loaders=lambda training, *_: make_loaders(hidden, batch_size=16))
     stage = next(crd.distil(made, crd.Settings(negatives=500), network()))
     (contrast,) = stage.memory
@@ -308,8 +300,6 @@ def test_dih_student_follows_all_classifiers(alpha):
 
 
 def test_dih_uses_heads_of_a_run_again(tmp_path):
-    from kdfast.models import save_weights
-
     teacher, settings = network(), dih.Settings(heads=tmp_path)
     made = headed(dih.Settings(), teacher)
     stage = next(dih.train_heads(setup(), dih.Settings(), Trained(teacher, ModelSpec("resnet14", 3))))
@@ -319,7 +309,7 @@ def test_dih_uses_heads_of_a_run_again(tmp_path):
         headed(settings, teacher)
     save_weights(nn.ModuleList([made.heads]), path, stage.metadata)
     again = headed(settings, teacher)
-    assert all(torch.equal(a, b) for a, b in zip(made.heads.state_dict().values(), again.heads.state_dict().values()))
+    assert equal(made.heads.state_dict(), again.heads.state_dict())
     with pytest.raises(ValueError, match="holds another teacher's heads"):
         headed(settings, network(seed=1))
     with pytest.raises(ValueError, match="holds heads of other stages"):
@@ -399,7 +389,7 @@ def test_a_student_without_a_linear_layer_takes_terms_that_read_its_logits():
     assert stage.loss(stage.forward(batch), batch).keys() == {"ce+kd", "plus lskd"}
 
 
-def test_a_teacher_that_the_recipe_has_asked_is_not_asked_again():
+def test_a_teacher_whose_answer_is_known_is_not_asked_again():
     class Asked(nn.Module):
         def forward(self, images):
             raise AssertionError("asked twice")
@@ -413,24 +403,24 @@ def test_a_teacher_that_the_recipe_has_asked_is_not_asked_again():
     assert stage.loss(outputs, batch).keys() == {"ce+kd", "plus kd"}
 
 
-# ---- a teacher that has answered already -----------------------------------------------------------------------------
+# ---- a teacher that is asked once ---------------------------------------------------------------------------------
 
 
 def trained(folder, recipe, settings, teacher, augment):
-    """The metrics of a training with these images, and how many images the teacher saw in it."""
+    """Trains with these images; returns the validation losses and the number of images that the teacher saw."""
     made = setup(make_loaders=lambda training, *_: make_loaders(noise(), batch_size=training.batch_size, train_transform=augment))
     seen = []
     asked = getattr(teacher, "model", teacher)
     handle = asked.register_forward_hook(lambda module, images, logits: seen.append(len(images[0])))
     folder.mkdir()
     torch.manual_seed(0)
-    Run(folder, World(0, 1, torch.device("cpu")), Options()).complete(recipe.distil(made, settings, teacher))
+    Run(folder, CPU, Options()).complete(recipe.distil(made, settings, teacher))
     handle.remove()
     return [json.loads(line)["val/loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()], sum(seen)
 
 
 @pytest.mark.parametrize("recipe", [kd, conkd, dih], ids=lambda module: module.RECIPE.name)
-def test_a_teacher_is_asked_once_of_images_that_stay_the_same(recipe, tmp_path, monkeypatch):
+def test_a_teacher_is_asked_once_about_images_that_stay_the_same(recipe, tmp_path, monkeypatch):
     settings = recipe.Settings()
     teacher = headed(settings) if recipe is dih else network().eval()
     losses, images = trained(tmp_path / "remembered", recipe, settings, teacher, "none")
@@ -443,7 +433,7 @@ def test_a_teacher_is_asked_once_of_images_that_stay_the_same(recipe, tmp_path, 
     assert losses == pytest.approx(every, rel=1e-4)
 
 
-# ---- what they refuse ------------------------------------------------------------------------------------------------
+# ---- refused settings -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -472,35 +462,35 @@ def test_settings_out_of_range_are_named(recipe, options, message):
         recipes.get(recipe).settings(**options)
 
 
-@pytest.mark.parametrize(
-    ("make", "message"),
-    [
-        (
-            lambda: at.distil(setup(), at.Settings(student_stages=("layer9",)), network()),
-            "no module 'layer9'; the nearest names are",
-        ),
-        (lambda: at.distil(setup(), at.Settings(student_stages=("layer1",)), network()), r"equally many stages, got 1 \(layer1\) and 3"),
-        (
-            lambda: at.distil(setup(), at.Settings(student_stages=("linear",)), network()),
-            r"linear must put out a feature map .*, got \[B, 3\]",
-        ),
-        (lambda: fitnets.distil(setup(), fitnets.Settings(teacher_hint="layer"), network()), "no module 'layer'; the nearest names are"),
-        (lambda: at.distil(setup(), at.Settings(), nn.Sequential(nn.Flatten(), nn.Linear(192, 3))), "teacher_stages must be named"),
-        (
-            lambda: dih.distil(setup(), dih.Settings(alpha=(0.0,)), headed(dih.Settings())),
-            "alpha must be above 0 for at least one classifier",
-        ),
-        (lambda: dih.train_heads(setup(), dih.Settings(alpha=(0.1, 0.2)), Trained(network(), ModelSpec("resnet14", 3))), "1 value or 4"),
-    ],
-)
-def test_stages_that_do_not_match_are_named(make, message):
+UNFIT = [
+    pytest.param(at, {"student_stages": ("layer9",)}, "no module 'layer9'; the nearest names are", id="no such module"),
+    pytest.param(at, {"student_stages": ("layer1",)}, r"equally many stages, got 1 \(layer1\) and 3", id="one stage and three"),
+    pytest.param(at, {"student_stages": ("linear",)}, r"linear must put out a feature map .*, got \[B, 3\]", id="no feature map"),
+    pytest.param(fitnets, {"teacher_hint": "layer"}, "no module 'layer'; the nearest names are", id="no such module for a hint"),
+]
+
+
+@pytest.mark.parametrize(("recipe", "options", "message"), UNFIT)
+def test_stages_that_do_not_match_are_named(recipe, options, message):
     with pytest.raises(ValueError, match=message):
-        next(make())
+        next(recipe.distil(setup(), recipe.Settings(**options), network()))
 
 
-@pytest.mark.parametrize(("size", "name"), [(64, "resnet8"), (224, "resnet18"), (32, "vgg11_cifar"), (32, "wrn_16_2")])
+def test_a_network_that_does_not_name_its_stages_needs_them_named():
+    with pytest.raises(ValueError, match="teacher_stages must be named"):
+        next(at.distil(setup(), at.Settings(), nn.Sequential(nn.Flatten(), nn.Linear(192, 3))))
+
+
+def test_dih_needs_an_alpha_for_each_classifier_and_one_above_0():
+    with pytest.raises(ValueError, match="alpha must be above 0 for at least one classifier"):
+        next(dih.distil(setup(), dih.Settings(alpha=(0.0,)), headed(dih.Settings())))
+    with pytest.raises(ValueError, match="1 value or 4"):
+        next(dih.train_heads(setup(), dih.Settings(alpha=(0.1, 0.2)), Trained(network(), ModelSpec("resnet14", 3))))
+
+
+@pytest.mark.parametrize(("size", "name"), [(64, "resnet8"), (96, "resnet18"), (32, "vgg11_cifar"), (32, "wrn_16_2")])
 def test_feature_recipes_fit_other_sizes_and_families(size, name):
-    """Heads and taps follow from a dummy image: no training here, only one batch through forward and loss."""
+    """Heads and taps follow from a dummy image: one batch through forward and loss, without training."""
     made = setup(name, name)
     made = replace(made, data=replace(made.data, image_size=size))
     images, labels = torch.randn(2, 3, size, size), torch.tensor([0, 2])
@@ -521,13 +511,9 @@ def test_feature_recipes_fit_other_sizes_and_families(size, name):
         assert all(term.value.isfinite() for term in terms.values())
 
 
-def test_terms_say_over_how_many_labels_they_are_means(monkeypatch):
-    """And where no label is hidden nothing is counted, which under torchrun all processes would have to wait for."""
-
-    def counted(value):
-        return pytest.fail("counted")
-
-    monkeypatch.setattr("kdfast.recipes.recipe.mean_over_processes", counted)
+def test_terms_know_the_number_of_their_labels(monkeypatch):
+    """If no label is hidden, nothing is counted: with torchrun the count would make all processes wait."""
+    monkeypatch.setattr("kdfast.recipes.recipe.mean_over_processes", lambda value: pytest.fail("counted"))
     settings = mhkd.Settings()
     for hidden in (False, True):
         if hidden:
@@ -543,17 +529,15 @@ def test_terms_say_over_how_many_labels_they_are_means(monkeypatch):
         ):
             batch = next(iter(stage.data.train))
             if hidden:
-                labels = torch.where(torch.arange(16) < 5, batch.labels, -100)
-                batch = batch._replace(labels=labels)
+                batch = batch._replace(labels=torch.where(torch.arange(16) < 5, batch.labels, -100))
             terms = as_means(stage.loss(stage.forward(batch), batch), 16)
             labelled = [name for name in terms if "ce" in name or name.startswith("teacher")]
             assert labelled
-            assert {name: int(term.rows) for name, term in terms.items()} == {
-                name: 5 if hidden and name in labelled else 16 for name in terms
-            }
+            rows = {name: 5 if hidden and name in labelled else 16 for name in terms}
+            assert {name: int(term.rows) for name, term in terms.items()} == rows
 
 
-def test_a_recipe_is_called_what_a_folder_can_be_and_has_a_default():
+def test_a_recipe_has_a_name_for_folders_and_a_default_preset():
     made = recipes.get("kd")
     with pytest.raises(ValueError, match=r"name must be letters, digits and _.*got 'a/b'"):
         replace(made, name="a/b")
@@ -563,9 +547,9 @@ def test_a_recipe_is_called_what_a_folder_can_be_and_has_a_default():
 
 @pytest.mark.parametrize("recipe", [kd, conkd, crd], ids=lambda module: module.RECIPE.name)
 def test_a_forward_pass_is_one_graph(recipe):
-    """What torch.compile makes of a stage's forward pass, before and after the teacher was asked."""
+    """torch.compile takes a stage's forward pass whole, before and after the teacher was asked."""
     torch._dynamo.reset()
-    stage = next(recipe.distil(setup(), recipe.Settings(), network().eval()))
+    stage = next(recipe.distil(setup(), recipe.Settings(), network("resnet8").eval()))
     stage.set_modes(training=True)
     batch = next(iter(stage.data.train))
     forward = torch.compile(stage.forward, backend="eager", fullgraph=True)
@@ -575,3 +559,16 @@ def test_a_forward_pass_is_one_graph(recipe):
         assert outputs["logits"].requires_grad
         assert not outputs["teacher"].requires_grad
         stage.prepare()
+
+
+def test_conkds_teacher_file_keeps_its_projection():
+    """A file that holds a projection is a teacher for every recipe; only conkd restores the projection."""
+    model, images = network().eval(), torch.randn(2, 3, 8, 8)
+    teacher = conkd.EmbeddingTeacher(model, projection_head(64))
+    tensors, facts = conkd.RECIPE.save_teacher(teacher)
+    assert facts == {"projection": "128"}
+    assert {name.partition(".")[0] for name in tensors.keys() - model.state_dict().keys()} == {"projection"}
+    restored = conkd.RECIPE.load_teacher(model, tensors, facts)
+    assert torch.equal(restored.embed(images), teacher.embed(images))
+    assert equal(kd.RECIPE.save_teacher(teacher)[0], model.state_dict())
+    assert kd.RECIPE.load_teacher(model, tensors, facts) is conkd.RECIPE.load_teacher(model, tensors, {}) is model
