@@ -1,0 +1,61 @@
+"""Stages as data: options and their ranges, learning rates, optimizers by name."""
+
+import pytest
+import torch
+from torch import nn
+
+from kdfast.engine import Training
+from kdfast.engine.schedule import make_optimizer
+from kdfast.engine.stage import lr_factor
+from kdfast.recipes import conkd
+from tests.engine.small import network, stage
+
+
+def rates(training: Training, lr_factor=lr_factor) -> list[float]:
+    return [round(lr_factor(training, epoch), 6) for epoch in range(training.epochs)]
+
+
+def test_schedules():
+    assert rates(Training(epochs=4, schedule="constant")) == [1, 1, 1, 1]
+    assert rates(Training(epochs=5, schedule="steps", milestones=(2, 4), gamma=0.1)) == [1, 1, 0.1, 0.1, 0.01]
+    cosine = rates(Training(epochs=4, schedule="cosine"))
+    assert cosine == [1.0, 0.853553, 0.5, 0.146447]
+    assert rates(Training(epochs=4, schedule="cosine"), conkd._lr_factor_from_one) == [*cosine[1:], 0.0]
+    assert rates(Training(epochs=4, schedule="cosine", final_lr=0.5))[2] == 0.75
+    assert rates(Training(epochs=5, schedule="cosine", warmup=3)) == [0.25, 0.5, 0.75, 1.0, 0.5]
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"epochs": 0}, "epochs must be at least 1, got 0"),
+        ({"batch_size": 0}, "batch_size must be at least 1"),
+        ({"lr": 0.0}, "lr must be positive"),
+        ({"weight_decay": -1.0}, "weight_decay must not be negative"),
+        ({"warmup": 240}, "warmup must be from 0 to below epochs"),
+        ({"ema": 1.0}, "ema must be between 0 and 1"),
+        ({"gamma": -1.0}, "gamma must be between 0 and 1, got -1.0"),
+        ({"momentum": 2.0}, "momentum must be between 0 and 1"),
+        ({"final_lr": 1.5}, "final_lr must be from 0 to 1"),
+        ({"early_stop": 0}, "early_stop must be at least 1"),
+        ({"clip_norm": 0.0}, "clip_norm must be positive"),
+        ({"clip_norm": float("nan")}, "clip_norm must be positive"),
+        ({"micro_batch": 0}, "micro_batch must be at least 1"),
+    ],
+)
+def test_options_out_of_range_are_named(values: dict, message: str):
+    with pytest.raises(ValueError, match=message):
+        Training(**values)
+
+
+def test_optimizers_by_name():
+    parameters = [nn.Parameter(torch.ones(3))]
+    names = {kind: type(make_optimizer(parameters, Training(optimizer=kind))).__name__ for kind in ("sgd", "adamw", "lion")}
+    assert names == {"sgd": "SGD", "adamw": "AdamW", "lion": "Lion"}
+
+
+@pytest.mark.parametrize(
+    ("best", "higher"), [("val/top1", True), ("val/top1/layer1", True), ("val/top5/x", True), ("val/loss", False), ("val/topology", False)]
+)
+def test_accuracies_are_better_when_higher(best: str, higher: bool):
+    assert stage("s", network(), best=best).higher_is_better == higher
