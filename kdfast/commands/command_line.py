@@ -76,7 +76,7 @@ def resolve(command: Literal["teacher", "distill", "compare"], arguments: Sequen
     table, source = _read_config(chosen)
     for name in ("recipe", "preset"):
         here, there = chosen[name], table.get(name)
-        if table and here not in (None, there):
+        if name in table and here not in (None, there):
             if not chosen["config"]:
                 raise ValueError(toml.foreign(Path(chosen["out"]), [f"{name} is {there} there and {here} here"]))
             raise ValueError(f"{name} is {here} on the command line and {there} in {source}: give one")

@@ -1,0 +1,313 @@
+"""kdfast distill and kdfast teacher: the run folder, the recipes, and given teachers."""
+
+import importlib.util
+import re
+import shutil
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+from torch.nn.modules.module import register_module_forward_pre_hook
+
+from kdfast.models import create, save_weights
+from kdfast.recipes.supervised import supervised
+from tests.commands.running import (
+    KD,
+    SHORT,
+    TEACHER,
+    TINY,
+    assert_same_run,
+    evaluate,
+    fail,
+    kdfast,
+    metrics_of,
+    read_json,
+    results_of,
+    stages_of,
+)
+
+# ---- a run folder ----------------------------------------------------------------------------------------------------
+
+
+def test_a_run_folder_holds_what_was_promised(finished: Path):
+    names = {p.name for p in finished.iterdir()}
+    assert names >= {"config.toml", "metrics.jsonl", "curves.png", "report.html", "results.json", "best.safetensors", "teacher.safetensors"}
+    assert "checkpoint.pt" not in names, "a finished run needs none"
+    results = results_of(finished)
+    assert len(results["arms"]["alone"]) == len(results["arms"]["distilled"]) == results["paired"]["n"] == 2
+    for arm in results["arms"]["distilled"]:
+        assert {"best/top1", "best/top5", "best/loss", "last/top1", "val/top1", "epoch", "train_images_per_s"} <= arm.keys()
+    assert sum(map(sum, results["confusion"]["distilled"])) == 2 * results["test_images"]
+    assert f"{100 * results['teacher']['top1']:.2f}" in (finished / "report.html").read_text()
+    assert results["arms"]["alone"][0]["best/loss"] != results["arms"]["distilled"][0]["best/loss"]
+
+
+def test_config_toml_repeats_the_run_to_the_bit(finished: Path, tmp_path: Path):
+    assert kdfast("distill", "--config", finished / "config.toml", "--out", tmp_path / "again") == 0
+    assert_same_run(tmp_path / "again", finished)
+    assert (tmp_path / "again" / "config.toml").read_text() == (finished / "config.toml").read_text()
+
+
+def test_a_run_is_logged_and_continued_in_its_logs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Logs write into the run folder, which has to be empty when the run begins."""
+    made: list[dict] = []
+    lines: list[dict] = []
+
+    def init(**keywords):
+        (Path(keywords["dir"]) / "wandb" / "run").mkdir(parents=True, exist_ok=True)  # as it does
+        made.append(keywords)
+        return SimpleNamespace(log=lines.append, finish=lambda exit_code: made[-1].update(ended=exit_code))
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
+    names = ["wandb", "tensorboard"] if importlib.util.find_spec("tensorboard") else ["wandb"]
+    run = tmp_path / "run"
+    arguments = ["distill", *KD, "--no-baseline", "--out", run, "--log", *names]
+    assert kdfast(*arguments) == 0
+    written = metrics_of(run)
+    assert [line[f"{of['stage']}/val/top1"] for line, of in zip(lines, written, strict=True)] == [of["val/top1"] for of in written]
+    assert kdfast(*arguments, "--resume") == 0
+    assert made[0]["id"] == made[1]["id"]
+    assert [of["ended"] for of in made] == [0, 0]
+    if "tensorboard" in names:
+        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+        events = EventAccumulator(str(run / "tensorboard"))
+        events.Reload()
+        shown = [event.value for event in events.Scalars(f"{written[0]['stage']}/val/top1")]
+        assert shown == pytest.approx([of["val/top1"] for of in written if of["stage"] == written[0]["stage"]])
+
+
+def test_few_labels_are_said_as_they_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    one_epoch = ["--epochs", 1, "--teacher-training.epochs", 1, "--no-baseline", "--label-fraction", 0.155]
+    assert kdfast("distill", *KD, *one_epoch, "--out", tmp_path / "run") == 0
+    shown = capsys.readouterr().out
+    assert "15.5% of them with their label for the student" in shown
+    assert "resnet8, 1 epoch, batch 64" in shown
+    assert "seed0/distil: 1 epoch in" in shown
+
+
+def test_without_validation_images_the_last_epoch_counts_and_is_saved(tmp_path: Path):
+    run = tmp_path / "run"
+    assert kdfast("distill", *KD, "--val-fraction", 0, "--epochs", 4, "--out", run) == 0
+    assert results_of(run)["kept"] == "last"
+    assert evaluate(run)["top1"] == results_of(run)["arms"]["distilled"][0]["last/top1"]
+    for stage in ("teacher", "seed0/alone", "seed0/distil"):
+        assert read_json(run / "stages" / stage / "stage.json")["kept"] == "last", stage
+
+
+# ---- the recipes -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("recipe", "more"),
+    [
+        pytest.param("conkd", "--micro-batch 16", id="conkd"),
+        pytest.param("kd", "--label-fraction 1.0 --ema 0.9 --optimizer adamw --schedule plateau", id="kd with labels, ema, adamw"),
+        pytest.param("at", "--plus lskd:weight=3 supcon", id="at plus two terms"),
+        *(
+            pytest.param(recipe, more, id=f"{recipe} {more}", marks=pytest.mark.slow)
+            for recipe, more in [
+                ("conkd", "--procedure readme"),
+                ("conkd", "--label-fraction 1.0 --label-smoothing 0.1"),
+                ("self_distillation", "--label-smoothing 0.1"),
+                ("self_distillation", "--plus supcon:weight=0.3,temperature=0.1"),
+                ("kd", "--precision bf16"),
+                ("kd", "--preset large-batch --warmup 0 --teacher-training.warmup 0"),
+                ("fitnets", "--procedure joint"),
+                ("takd", "--assistants resnet14 resnet8"),
+                ("crd", "--kd-weight 0.9 --plus supcon"),
+                ("crd", "--label-fraction 0.5 --micro-batch 16 --precision bf16 --ema 0.9"),
+                ("fitnets", ""),
+                ("mhkd", ""),
+                ("tofd", ""),
+            ]
+        ),
+    ],
+)
+def test_a_recipe_runs_to_a_report(recipe: str, more: str, tmp_path: Path):
+    assert kdfast("distill", "--recipe", recipe, *SHORT, *more.split(), "--out", tmp_path / "run") == 0
+    assert (tmp_path / "run" / "report.html").exists()
+
+
+NOTEBOOK = ["--procedure", "notebook", "--classify-epochs", "2", "--teacher-classify-epochs", "2", *SHORT]
+
+
+def test_conkds_notebook_procedure_runs_its_stages_and_its_weights_come_back(tmp_path: Path):
+    run = tmp_path / "run"
+    assert kdfast("distill", *NOTEBOOK, "--cosine-from-one", "--out", run) == 0
+    assert stages_of(run) == ["teacher/contrast", "teacher/classify", "seed0/distil", "seed0/classify"]
+    assert evaluate(run)["top1"] == results_of(run)["arms"]["distilled"][0]["best/top1"]
+    # the embedding teacher is not trained a second time
+    following = ["--teacher", run / "teacher.safetensors", "--out", tmp_path / "next"]
+    assert kdfast("distill", *NOTEBOOK, "--cosine-from-one", *following) == 0
+    assert stages_of(tmp_path / "next") == ["seed0/distil", "seed0/classify"]
+    assert not (tmp_path / "next" / "teacher.safetensors").exists()
+
+
+def test_the_notebooks_quirk_reports_the_classifier_that_it_saves(tmp_path: Path):
+    run = tmp_path / "run"
+    assert kdfast("distill", *NOTEBOOK, "--keep-last-classifier", "--classify-epochs", "3", "--out", run) == 0
+    assert results_of(run)["kept"] == "last"
+    assert evaluate(run)["top1"] == results_of(run)["arms"]["distilled"][0]["last/top1"]
+
+
+def test_dihs_heads_are_used_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    first, again, other = (tmp_path / name for name in ("first", "again", "other"))
+    options = ["distill", "--recipe", "dih", *SHORT]
+    assert kdfast(*options, "--out", first) == 0
+    assert re.search(r"heads, validation top-1: layer1 \S+ %, layer2 \S+ %, layer3 \S+ %", capsys.readouterr().out)
+    assert kdfast(*options, "--teacher", first / "teacher.safetensors", "--heads", first, "--out", again) == 0
+    assert stages_of(again) == ["seed0/distil"]
+    assert results_of(first)["arms"]["distilled"][0]["best/loss"] == results_of(again)["arms"]["distilled"][0]["best/loss"]
+    save_weights(create("resnet8", 10), other.with_suffix(".safetensors"), {})
+    wrong = ["--teacher", other.with_suffix(".safetensors"), "--heads", first, "--out", tmp_path / "wrong"]
+    assert "another teacher's" in fail(capsys, *options, *wrong)
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        pytest.param(["--recipe", "kd"], id="kd"),
+        pytest.param(["--procedure", "notebook", "--classify-epochs", 1], id="conkd", marks=pytest.mark.slow),
+    ],
+)
+def test_no_forward_pass_has_more_images_than_a_micro_batch(more: list, tmp_path: Path):
+    """In training, in validation, where a teacher is asked beforehand, and in tests."""
+    sizes = []
+    hook = register_module_forward_pre_hook(lambda module, inputs: sizes.append(len(inputs[0])) if isinstance(module, nn.Conv2d) else None)
+    both = [
+        "--max-images",
+        60,
+        "--micro-batch",
+        12,
+        "--teacher-training.micro-batch",
+        12,
+        "--augment",
+        "none",
+        "--label-fraction",
+        1.0,
+        "--seeds",
+        1,
+    ]
+    try:
+        assert kdfast("distill", *more, *TINY, *both, "--out", tmp_path / "run") == 0
+    finally:
+        hook.remove()
+    assert max(sizes) == 12
+
+
+@pytest.mark.usefixtures("own_recipes")
+def test_a_recipe_of_ones_own_is_distilled_resumed_and_evaluated(tmp_path: Path):
+    options = ["distill", "--recipe", "own_recipes:RECIPE", "--extra", 0.5, *SHORT]
+    assert kdfast(*options) == 0
+    run = tmp_path / "runs" / "mine-digits-resnet8"
+    assert results_of(run)["recipe"] == "mine"
+    config = (run / "config.toml").read_text()
+    assert 'recipe = "own_recipes:RECIPE"' in config
+    assert "extra = 0.5" in config
+    before = (run / "best.safetensors").read_bytes()
+    assert kdfast(*options, "--resume") == 0
+    assert (run / "best.safetensors").read_bytes() == before
+    evaluate(run)
+
+
+# ---- teachers --------------------------------------------------------------------------------------------------------
+
+
+def test_a_trained_teacher_serves_the_next_run(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    arguments = ["--recipe", "lskd", "--teacher", finished / "teacher.safetensors", *SHORT]
+    assert kdfast("distill", *arguments, "--out", tmp_path / "run") == 0
+    shown = capsys.readouterr().out
+    assert f"test top-1 {100 * results_of(finished)['teacher']['top1']:.2f} %" in shown
+    assert "effective weights" in shown
+    assert "teacher" not in stages_of(tmp_path / "run")
+
+
+def test_a_given_teacher_that_is_trained_further_is_saved_and_said_to_be(finished: Path, tmp_path: Path):
+    given = finished / "teacher.safetensors"
+    assert kdfast("distill", "--teacher", given, *NOTEBOOK, "--out", tmp_path / "run") == 0
+    results = results_of(tmp_path / "run")
+    assert results["teacher"]["source"] == f"{given}, trained further in this run"
+    assert any("not the one that was given" in note for note in results["notes"])
+    assert (tmp_path / "run" / "teacher.safetensors").exists()
+
+
+def test_a_teacher_at_chance_is_an_error_with_strict(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    options = ["--recipe", "kd", *SHORT, "--teacher-training.lr", "1e-9", "--out", tmp_path / "run"]
+    assert "the teacher is no better than chance" in fail(capsys, "distill", *options, "--strict")
+
+
+def test_a_teacher_of_other_classes_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    save_weights(create("resnet8", 7), tmp_path / "w.safetensors", {})
+    error = fail(capsys, "distill", *KD, "--teacher", tmp_path / "w.safetensors", "--out", tmp_path / "run")
+    assert "has 7 classes, but digits has 10" in error
+
+
+def test_the_teacher_command_says_the_numbers_of_eval(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    assert kdfast(*TEACHER, 2, "--out", tmp_path / "t") == 0
+    (shown,) = re.findall(r"^test top-1 (\S+) %", capsys.readouterr().out, re.MULTILINE)
+    assert shown == f"{100 * evaluate(tmp_path / 't')['top1']:.2f}"
+    assert not {"student_alone"} & results_of(tmp_path / "t").keys()
+
+
+def test_a_teacher_without_validation_images_is_that_of_the_last_epoch(tmp_path: Path):
+    assert kdfast(*TEACHER, 3, "--val-fraction", 0, "--out", tmp_path / "t") == 0
+    assert results_of(tmp_path / "t")["kept"] == "last"
+    saved, wanted = load_file(tmp_path / "t" / "best.safetensors"), load_file(tmp_path / "t" / "stages" / "teacher" / "last.safetensors")
+    assert all(torch.equal(value, wanted[f"0.{name}"]) for name, value in saved.items())
+
+
+@pytest.mark.parametrize("fraction", [0.2, 1.0])
+def test_the_teacher_command_divides_by_the_labels_of_the_whole_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fraction: float):
+    coupled = []
+
+    def observe(*arguments, **keywords):
+        stage = next(supervised(*arguments, **keywords))
+        coupled.append(stage.couples_rows)
+        yield stage
+        return stage.train[0]
+
+    monkeypatch.setattr("kdfast.commands.teacher.supervised", observe)
+    assert kdfast(*TEACHER, 1, "--label-fraction", fraction, "--micro-batch", 16, "--out", tmp_path / "t") == 0
+    assert coupled == [fraction < 1]
+
+
+# ---- image folders ---------------------------------------------------------------------------------------------------
+
+FOLDER = ["--recipe", "kd", "--seeds", 1, "--student", "resnet8", "--teacher-model", "resnet8", "--epochs", 1, "--image-size", 32]
+FOLDER += ["--teacher-training.epochs", 1, "--val-fraction", 0.3, "--batch-size", 4, "--teacher-training.batch-size", 4, "--workers", 0]
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> Path:
+    """An image folder of two classes."""
+    from torchvision.io import write_jpeg
+
+    folder = tmp_path / "images"
+    for part in ("train", "val"):
+        for kind in ("cat", "dog"):
+            (folder / part / kind).mkdir(parents=True)
+            for i in range(6):
+                write_jpeg(torch.randint(0, 256, (3, 40, 40), dtype=torch.uint8), str(folder / part / kind / f"{i}.jpg"))
+    return folder
+
+
+def test_an_image_folder_is_trained_on(images: Path, tmp_path: Path):
+    assert kdfast("distill", "--dataset", images, *FOLDER, "--out", tmp_path / "run") == 0
+    teacher = ["--model", "resnet8", "--epochs", 1, "--image-size", 32, "--val-fraction", 0.3, "--batch-size", 4, "--workers", 0]
+    assert kdfast("teacher", "--dataset", images, *teacher, "--out", tmp_path / "teacher") == 0
+
+
+def test_a_bad_image_folder_is_named(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    command = ["distill", *FOLDER, "--out", tmp_path / "run", "--dataset"]
+    (tmp_path / "empty").mkdir()
+    assert str(tmp_path / "empty") in fail(capsys, *command, tmp_path / "empty")
+    bad = images / "train" / "dog" / "3.jpg"
+    bad.write_bytes(bad.read_bytes()[:200])
+    assert "3.jpg" in fail(capsys, *command, images)
+    shutil.rmtree(images / "val" / "dog")
+    assert "dog" in fail(capsys, *command, images)

@@ -1,0 +1,93 @@
+"""Commands on a finished run: eval, predict, export, report."""
+
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+
+from kdfast.commands.config import DataOptions
+from kdfast.commands.evaluate import Images, _as_trained
+from kdfast.models import create, save_weights
+from tests.commands.running import evaluate, fail, kdfast, results_of
+
+
+def test_eval_repeats_the_runs_numbers(finished: Path, capsys: pytest.CaptureFixture[str]):
+    numbers = evaluate(finished)
+    chosen = max(results_of(finished)["arms"]["distilled"], key=lambda arm: arm["val/top1"])
+    assert numbers["top1"] == chosen["best/top1"]
+    assert numbers["images"] == 359
+    assert "rows: true class" in capsys.readouterr().out
+
+
+def test_eval_takes_given_options_over_the_runs(finished: Path, tmp_path: Path):
+    assert evaluate(finished, "--split", "val")["images"] == 359
+    assert evaluate(finished, "--split", "train")["images"] == 200
+    assert evaluate(finished, "--split", "train", "--max-images", 100, "--seed", 0, "--loader", "auto")["images"] == 100
+    path = tmp_path / "config.toml"
+    path.write_text('[data]\ndataset = "digits"\nval_fraction = 0.3\nloader = "torchvision"\nmax_images = 200\n[run]\nseed = 3\n')
+    trained, seed = _as_trained(path, Images(), None)
+    assert (trained.dataset, trained.val_fraction, trained.loader, trained.max_images, seed) == ("digits", 0.3, "torchvision", 200, 3)
+    given, seed = _as_trained(path, Images(val_fraction=0.1, loader="auto"), 0)  # also a default wins
+    assert (given.dataset, given.val_fraction, given.loader, given.max_images, seed) == ("digits", 0.1, "auto", 200, 0)
+    assert _as_trained(tmp_path / "none.toml", Images(dataset="digits"), None) == (DataOptions(dataset="digits"), 0)
+
+
+def test_predict_names_classes_and_bad_files(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    from torchvision.io import write_png
+
+    from kdfast.data import load
+
+    test = load("digits").test
+    for i in range(4):
+        write_png(test.read(i), str(tmp_path / f"{i}.png"))
+    assert kdfast("predict", finished, tmp_path, "--top", "2") == 0
+    shown = capsys.readouterr().out
+    assert all(f"{i}.png" in shown for i in range(4))
+    assert len(re.findall(r"\d %", shown)) == 8
+    (tmp_path / "1.png").write_bytes(b"")
+    assert kdfast("predict", finished, tmp_path, tmp_path / "gone.png", "--batch-size", 1) == 1
+    caught = capsys.readouterr()
+    assert [name in caught.out for name in ("0.png", "1.png", "2.png", "3.png")] == [True, False, True, True], "the others are predicted"
+    assert re.match(r"kdfast: 2 of 5 images cannot be read: \S+/1.png: [^;]+; \S+/gone.png: [^;]+\n$", caught.err)
+    (tmp_path / "empty").mkdir()
+    assert "no images in" in fail(capsys, "predict", finished, tmp_path / "empty")
+    assert "images: name image files or folders after the run, got none" in fail(capsys, "predict", finished)
+
+
+@pytest.mark.parametrize("kind", ["onnx", "pt2", "safetensors"])
+def test_export_agrees_with_pytorch(finished: Path, tmp_path: Path, kind: str, capsys: pytest.CaptureFixture[str]):
+    out = tmp_path / f"student.{kind}"
+    assert kdfast("export", finished, "--format", kind, "--out", out) == 0
+    assert float(re.search(r"agrees with PyTorch to (\S+)", capsys.readouterr().out)[1]) < 1e-5
+    assert out.stat().st_size > 100_000
+
+
+def test_report_is_made_again_and_compares_runs(finished: Path, tmp_path: Path):
+    copy = tmp_path / "copy"
+    shutil.copytree(finished, copy)
+    (copy / "report.html").unlink()
+    assert kdfast("report", copy, finished, "--out", tmp_path / "both.html") == 0
+    assert (copy / "report.html").read_text() == (finished / "report.html").read_text().replace("finished", "copy")
+    assert (tmp_path / "both.html").exists()
+
+
+def test_weights_of_another_architecture_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    save_weights(create("resnet14", 10), tmp_path / "w.safetensors", {})
+    error = fail(capsys, "eval", tmp_path / "w.safetensors", "--model", "resnet8", "--dataset", "digits")
+    assert re.search(r"w.safetensors does not fit ResNet: \d+ unexpected: layer1.1.bn1.bias", error)
+
+
+@pytest.mark.parametrize(
+    ("command", "more", "way_out"),
+    [
+        ("eval", ["--dataset", "digits"], "name it with --model"),
+        ("export", [], "name it with --model"),
+        ("predict", ["."], "needs weights that kdfast"),
+    ],
+    ids=["eval", "export", "predict"],
+)
+def test_weights_of_an_unknown_architecture_are_refused(command: str, more, way_out: str, tmp_path: Path, capsys):
+    save_weights(create("resnet8", 10), tmp_path / "w.safetensors", {})
+    error = fail(capsys, command, tmp_path / "w.safetensors", *more)
+    assert re.search(f"w.safetensors does not say which architecture it is of: .*{way_out}", error)

@@ -1,0 +1,87 @@
+"""What a run's results say: rows, the paired difference, the verdict."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kdfast.runs.summary import outcome, paired_difference, summary_rows, verdict
+from tests.report.making import make_run
+
+
+def test_paired_difference_is_students_interval() -> None:
+    # differences 1, 2, 3, 4, 5: mean 3, s = sqrt(2.5), t of 4 degrees of freedom at 0.975 is 2.776445 (any table)
+    found = paired_difference([0, 0, 0, 0, 0], [1, 2, 3, 4, 5])
+    reach = 2.776445 * math.sqrt(2.5) / math.sqrt(5)
+    assert (found["n"], found["mean"], found["differences"]) == (5, 3, [1, 2, 3, 4, 5])
+    assert found["low"] == pytest.approx(3 - reach, abs=1e-5)
+    assert found["high"] == pytest.approx(3 + reach, abs=1e-5)
+
+
+@pytest.mark.parametrize(("confidence", "quantile"), [(0.90, 6.313752), (0.95, 12.706205), (0.99, 63.656741)])
+def test_paired_difference_of_two_seeds(confidence: float, quantile: float) -> None:
+    found = paired_difference([0.5, 0.5], [0.6, 0.8], confidence)
+    assert found["high"] - found["mean"] == pytest.approx(quantile * 0.1, rel=1e-5)  # s = 0.2 / sqrt(2), n = 2
+    assert found["confidence"] == confidence
+
+
+def test_paired_difference_pairs() -> None:
+    # the seeds differ far more than the arms: an unpaired interval would hold zero
+    assert paired_difference([0.5, 0.7, 0.9], [0.51, 0.712, 0.909])["low"] > 0
+
+
+@pytest.mark.parametrize(("alone", "distilled", "confidence"), [([1.0], [1.0], 0.95), ([1, 2], [1, 2, 3], 0.95), ([1, 2], [1, 2], 1.0)])
+def test_paired_difference_refuses(alone: list[float], distilled: list[float], confidence: float) -> None:
+    with pytest.raises(ValueError, match="must"):
+        paired_difference(alone, distilled, confidence)
+
+
+def test_summary_rows(tmp_path: Path) -> None:
+    results: Any = make_run(tmp_path / "run", curves=False)
+    for run, top1 in zip(results["arms"]["alone"], (0.90, 0.92, 0.94, 0.96, 0.98)):
+        run["best/top1"] = top1
+    teacher, alone, distilled = summary_rows(results)
+    assert [row.name for row in (teacher, alone, distilled)] == ["teacher", "student alone", "student distilled"]
+    assert (teacher.top1, teacher.top1_std, teacher.parameters) == (0.9735, None, 44_549_160)
+    assert alone.top1 == pytest.approx(0.94)
+    assert alone.top1_std == pytest.approx(math.sqrt(0.001))  # sample: 4 in the denominator
+    assert (distilled.seeds, distilled.model, distilled.images_per_s) == (5, "resnet18", 4321.0)
+    results |= {"teacher": None, "arms": {"alone": [], "distilled": results["arms"]["distilled"][:1]}}
+    assert [(row.name, row.top1_std) for row in summary_rows(results)] == [("student distilled", None)]
+
+
+@pytest.mark.parametrize(
+    ("alone", "distilled", "said", "kind"),
+    [
+        pytest.param(
+            [0.90, 0.91], [0.92, 0.9312], "Distillation raised test accuracy by 2.1 points (95 % interval 1.3 to 2.8, 2 seeds).",
+            "raised", id="raised",
+        ),
+        pytest.param(
+            [0.92, 0.9312], [0.90, 0.91], "Distillation lowered test accuracy by 2.1 points (95 % interval 1.3 to 2.8, 2 seeds).",
+            "lowered", id="lowered",
+        ),
+        pytest.param(
+            [0.90, 0.91], [0.92, 0.90], "no difference that 2 seeds can show: +0.5 points (95 % interval -18.6 to +19.6)", "undecided",
+            id="undecided",
+        ),
+        pytest.param(
+            [0.9000, 0.91], [0.9004, 0.91041], "raised test accuracy by 0.04 points (95 % interval 0.03 to 0.05", "raised", id="decimals"
+        ),
+        pytest.param([0.9], [0.92], "+2.0 points against the 90.0 % without; one seed shows no spread", "unknown", id="one seed"),
+        pytest.param([], [0.92], "without a student trained alone", "unknown", id="no baseline"),
+        pytest.param([], [], "No student was distilled", "unknown", id="teacher only"),
+    ],
+)  # fmt: skip
+def test_the_verdict_claims_no_more_than_the_seeds_show(alone: list[float], distilled: list[float], said: str, kind: str) -> None:
+    arms = {"alone": [{"best/top1": x} for x in alone], "distilled": [{"best/top1": x} for x in distilled]}
+    results: Any = {"arms": arms, "paired": paired_difference(alone, distilled) if len(alone) > 1 else None}
+    assert said in verdict(results)
+    assert outcome(results) == kind
+
+
+def test_the_verdict_never_reads_as_zero_when_it_claims_a_difference() -> None:
+    results: Any = {"arms": {"alone": [{"best/top1": 0.9}] * 3, "distilled": [{"best/top1": 0.901}] * 3}}
+    results["paired"] = {"n": 3, "mean": 0.001, "low": 0.0002, "high": 0.0018, "confidence": 0.95, "differences": []}
+    assert verdict(results).endswith("by 0.10 points (95 % interval 0.02 to 0.18, 3 seeds).")
