@@ -1,1 +1,1 @@
-"""What the command line does, one command a file, callable from Python as well."""
+"""The commands of the command line, one file each; they can be called from Python as well."""

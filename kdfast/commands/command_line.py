@@ -32,11 +32,11 @@ Command = tuple[type, Callable[[Any], object]]  # its options and its function
 
 
 def run_one_of(group: str, helps: Mapping[str, str], find: Callable[[str], Command], arguments: Sequence[str]) -> None:
-    """Runs a command that has commands of its own, or prints what they are.
+    """Runs a command that has commands of its own, or lists them.
 
     Args:
         group: the command's name.
-        helps: what each of its commands does, by name.
+        helps: the purpose of each of its commands, by name.
         find: name -> command.
         arguments: the command line after the group.
 
@@ -106,7 +106,7 @@ def _peek(command: str, arguments: Sequence[str]) -> dict[str, Any]:
 
 
 def _read_config(chosen: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
-    """The config.toml that is named, or that of the run that is resumed, and its path; empty without either."""
+    """The table and the path of the config.toml: of --config, or of the run to resume; empty without either."""
     if chosen["config"]:
         return toml.read(Path(chosen["config"])), chosen["config"]
     if chosen["resume"] and chosen["out"]:
@@ -116,7 +116,7 @@ def _read_config(chosen: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
 
 
 def _with_epochs(table: Mapping[str, Any], chosen: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A config.toml's table with the command line's epochs in it, unless a warm-up is given there: toml.fill() then cuts the warm-up.
+    """A config.toml's table with the command line's epochs in it, if it gives no warm-up: toml.fill() then cuts the default warm-up.
 
     A text that is no number is left to the parser.
     """

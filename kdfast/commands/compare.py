@@ -16,14 +16,13 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, cast
 
-from rich import box
 from rich.console import Console
-from rich.table import Table
 
 from kdfast import files, machine, recipes, report
 from kdfast.commands.command_line import HELP, resolve, take
 from kdfast.commands.config import Distill, Teach, TeachRunOptions
 from kdfast.commands.distill import distill
+from kdfast.commands.tables import make_table
 from kdfast.commands.teacher import teach
 from kdfast.runs import comparison
 from kdfast.runs.results import Results, read
@@ -96,12 +95,7 @@ def _write(configs: Mapping[str, Distill[Any]], out: Path) -> None:
     files.write_json(out / "comparison.json", facts)
     files.write_text(out / "comparison.md", comparison.markdown(facts))
     page = report.write_comparison([out / name for name in configs], out / "comparison.html")
-    table = Table(box=box.SIMPLE_HEAD)
-    for column in comparison.COLUMNS:
-        table.add_column(column, justify="left" if column == comparison.COLUMNS[0] else "right")
-    for row in rows:
-        table.add_row(*comparison.cells(row))
-    Console().print(table)
+    Console().print(make_table(comparison.COLUMNS, map(comparison.cells, rows)))
     print(page)
 
 

@@ -22,7 +22,7 @@ Absent = Annotated[S, tyro.conf.Fixed, tyro.conf.Suppress]  # a field that is no
 
 
 def default_is(meaning: str) -> Any:
-    """Help for a field whose default is None or an empty text: what that stands for."""
+    """Help that shows `meaning` in place of a default of None or an empty text."""
     return tyro.conf.arg(help_behavior_hint=lambda default: f"(default: {meaning if default in ('None', repr('')) else default})")
 
 
@@ -191,7 +191,7 @@ _PHOTOGRAPHS = {
     "batch_size": 64,
 }
 
-# what suits each data set
+# values that suit each data set
 DATASETS: Mapping[str, Mapping[str, Any]] = {
     "digits": {
         "teacher_model": "resnet20",

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from rich import box
 from rich.table import Table
 from torch import nn
 
@@ -16,6 +15,7 @@ from kdfast.commands.command_line import resolve
 from kdfast.commands.config import Distill, parse_options
 from kdfast.commands.job import Job, teacher_results
 from kdfast.commands.session import Session, session
+from kdfast.commands.tables import make_table
 from kdfast.engine import Evaluation, StageResult
 from kdfast.models import ModelSpec, build, parameter_count
 from kdfast.recipes.features import fingerprint
@@ -236,7 +236,7 @@ class Distillation(Job[Distill[Any]]):
         if alone and len(distilled) > 1:
             results["paired"] = report.paired_difference(top1["alone"], top1["distilled"])
         page = self.record(results, chosen.model, chosen.spec)
-        self.session.console.rich.print(make_table(results))
+        self.session.console.rich.print(closing_table(results))
         self.say(report.verdict(results))
         self.say(f"student: {self.session.folder / 'best.safetensors'}")
         self.say(f"report:  {page}")
@@ -246,15 +246,13 @@ class Distillation(Job[Distill[Any]]):
         return {"model": self.config.student, "parameters": parameter_count(arm[0].model), "images_per_s": speed}
 
 
-def make_table(results: Results) -> Table:
+def closing_table(results: Results) -> Table:
     """Returns the closing table: teacher, student alone, student distilled."""
-    table = Table(box=box.SIMPLE_HEAD)
-    for column in ("", "network", "test top-1", "parameters", "images/s"):
-        table.add_column(column, justify="left" if column in ("", "network") else "right")
+    rows = []
     for row in report.summary_rows(results):
         spread = f" ± {percent(row.top1_std)}" if row.top1_std is not None else ""
-        table.add_row(row.name, row.model, f"{percent(row.top1)}{spread} %", number(row.parameters), number(row.images_per_s))
-    return table
+        rows.append((row.name, row.model, f"{percent(row.top1)}{spread} %", number(row.parameters), number(row.images_per_s)))
+    return make_table(("", "network", "test top-1", "parameters", "images/s"), rows, left=2)
 
 
 def _sum_confusions(arm: Sequence[TrainedStudent], kept: Kept) -> Matrix | None:

@@ -7,15 +7,14 @@ from typing import Annotated, Literal
 
 import torch
 import tyro
-from rich import box
 from rich.console import Console
-from rich.table import Table
 
 from kdfast import files
 from kdfast.commands import toml
 from kdfast.commands.command_line import parse
 from kdfast.commands.config import FLAT, DataOptions, Loader, default_is, parse_options
 from kdfast.commands.images import load_data
+from kdfast.commands.tables import make_table
 from kdfast.data import make_loaders
 from kdfast.engine import Evaluation, evaluate, join
 from kdfast.models import parameter_count
@@ -28,7 +27,7 @@ RUNS = default_is("the run's")
 
 @dataclass(frozen=True)
 class Images:
-    """The images and their preparation; an option that is not given is as in the run's training, else the usual one."""
+    """The images and their preparation; an option without a value is as in the run's training, else the usual one."""
 
     dataset: Annotated[str | None, RUNS] = None
     """Data set by name (kdfast list datasets), or the path of an image folder."""
@@ -145,10 +144,9 @@ def _print(console: Console, model: str, parameters: int, dataset: str, split: s
     )
     if len(classes) > MATRIX_CLASSES:
         return
-    table = Table(box=box.SIMPLE_HEAD, title="rows: true class, columns: predicted", title_justify="left", title_style="dim")
-    table.add_column("")
-    for k in range(len(classes)):
-        table.add_column(str(k), justify="right")
-    for k, (name, row) in enumerate(zip(classes, result.confusion)):
-        table.add_row(f"{k} {name}", *(f"[bold]{n}[/bold]" if k == j else (str(n) if n else "·") for j, n in enumerate(row)))
-    console.print(table)
+    rows = [
+        (f"{k} {name}", *(f"[bold]{n}[/bold]" if k == j else (str(n) if n else "·") for j, n in enumerate(row)))
+        for k, (name, row) in enumerate(zip(classes, result.confusion))
+    ]
+    console.print("rows: true class, columns: predicted", style="dim")
+    console.print(make_table(["", *map(str, range(len(classes)))], rows))

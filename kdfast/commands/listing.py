@@ -2,13 +2,13 @@
 
 from collections.abc import Sequence
 
-from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from kdfast import data, models, recipes
 from kdfast.commands.command_line import HELP
 from kdfast.commands.config import DATASETS
+from kdfast.commands.tables import make_table
 
 
 def run(arguments: Sequence[str]) -> None:
@@ -26,46 +26,37 @@ def run(arguments: Sequence[str]) -> None:
     Console().print(tables[arguments[0]]())
 
 
-def _table(*columns: str) -> Table:
-    table = Table(box=box.SIMPLE_HEAD)
-    for column in columns:
-        table.add_column(column, overflow="fold")
-    return table
-
-
 def _recipes() -> Table:
-    table = _table("recipe", "method", "presets")
-    for name in recipes.names():
-        recipe = recipes.get(name)
-        table.add_row(name, recipe.title, ", ".join(recipe.presets))
-    table.add_row("package.module:RECIPE", "your own: a kdfast.recipes.Recipe", "")
-    return table
+    found = [(name, recipes.get(name)) for name in recipes.names()]
+    rows = [(name, recipe.title, ", ".join(recipe.presets)) for name, recipe in found]
+    own = ("package.module:RECIPE", "your own: a kdfast.recipes.Recipe", "")
+    return make_table(("recipe", "method", "presets"), [*rows, own], left=3)
 
 
 def _presets() -> Table:
-    table = _table("recipe", "preset", "source", "values")
-    for name in recipes.names():
-        for preset, content in recipes.get(name).presets.items():
-            values = ", ".join(f"{key} {value}" for key, value in content.values.items())
-            table.add_row(name, preset, content.source, values)
-    return table
+    rows = [
+        (name, preset, content.source, ", ".join(f"{key} {value}" for key, value in content.values.items()))
+        for name in recipes.names()
+        for preset, content in recipes.get(name).presets.items()
+    ]
+    return make_table(("recipe", "preset", "source", "values"), rows, left=4)
 
 
 def _models() -> Table:
-    table = _table("model", "parameters (10 classes)")
-    for name in models.names():
-        own = name in models.zoo.NETWORKS
-        count = f"{models.parameter_count(models.create(name, 10)):,}" if own else "torchvision's"
-        table.add_row(name, count)
-    table.add_row("package.module:function", "your own: called with num_classes and the options")
-    return table
+    rows = [(name, _size(name)) for name in models.names()]
+    own = ("package.module:function", "your own: called with num_classes and the options")
+    return make_table(("model", "parameters (10 classes)"), [*rows, own], left=2)
+
+
+def _size(name: str) -> str:
+    return f"{models.parameter_count(models.create(name, 10)):,}" if name in models.zoo.NETWORKS else "torchvision's"
 
 
 def _datasets() -> Table:
-    table = _table("dataset", "teacher", "student", "default training")
+    rows = []
     for name in data.names():
         values = DATASETS[name]
         training = f"{values.get('epochs', 240)} epochs, {values.get('optimizer', 'sgd')} lr {values.get('lr', 0.05):g}"
-        table.add_row(name, values["teacher_model"], values["student"], training)
-    table.add_row("PATH", "", "", "an image folder: train/val, train/test or all three, or class folders")
-    return table
+        rows.append((name, values["teacher_model"], values["student"], training))
+    own = ("PATH", "", "", "an image folder: train/val, train/test or all three, or class folders")
+    return make_table(("dataset", "teacher", "student", "default training"), [*rows, own], left=4)

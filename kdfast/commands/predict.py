@@ -7,11 +7,10 @@ from typing import Annotated
 
 import torch
 import tyro
-from rich import box
 from rich.console import Console
-from rich.table import Table
 
 from kdfast.commands.command_line import parse
+from kdfast.commands.tables import make_table
 from kdfast.data import DataError, evaluation_transform
 from kdfast.data.images import EXTENSIONS, decode
 from kdfast.engine import join
@@ -92,10 +91,7 @@ def _files(given: Path) -> list[Path]:
 
 
 def _print(answers: dict[Path, list[tuple[str, float]]]) -> None:
-    table = Table(box=box.SIMPLE_HEAD)
-    table.add_column("image", overflow="fold")
-    for k in range(len(next(iter(answers.values())))):
-        table.add_column("most likely" if k == 0 else f"{k + 1}.")
-    for path, best in answers.items():
-        table.add_row(str(path), *(f"{name} {percent(probability, 1)} %" for name, probability in best))
-    Console().print(table)
+    places = len(next(iter(answers.values())))
+    columns = ["image", "most likely", *(f"{k}." for k in range(2, places + 1))]
+    rows = [(str(path), *(f"{name} {percent(probability, 1)} %" for name, probability in best)) for path, best in answers.items()]
+    Console().print(make_table(columns, rows, left=len(columns)))

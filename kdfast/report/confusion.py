@@ -12,18 +12,23 @@ LISTED_CHANGES = 10
 
 
 class ClassRow(NamedTuple):
-    """One true class. Recalls are fractions of its test images, over all seeds."""
+    """One true class.
+
+    Attributes:
+        name: of the class.
+        images: its test images, counted once for every seed.
+        teacher: fraction of them that is right; so `alone` and `distilled`.
+        change: distilled - alone.
+        cells: by predicted class: images, depth of colour from 0 to 1, whether that is the true class.
+    """
 
     name: str
     images: int
-    """With every seed counted."""
     teacher: float | None
     alone: float | None
     distilled: float | None
     change: float | None
-    """distilled - alone."""
     cells: list[tuple[int, float, bool]]
-    """By predicted class: images, depth of colour from 0 to 1, whether that is the true class."""
 
 
 def describe_confusion(results: Results) -> dict[str, Any] | None:

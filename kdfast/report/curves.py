@@ -170,25 +170,15 @@ def _label(axes: "Axes", means: Sequence[tuple[Line, Sequence[int], Sequence[flo
     for i in reversed(range(len(heights))):
         heights[i] = ceiling = min(heights[i], ceiling - gap)
     for (line, epoch, value, _), height in zip(ends, heights):
-        axes.annotate(
-            _short(line.name),
-            (epoch, value),
-            (1.02, height),
-            textcoords="axes fraction",
-            color=PALETTE[line.colour],
-            fontsize=11,
-            va="center",
-            annotation_clip=False,
-            parse_math=False,
-            arrowprops={
-                "arrowstyle": "-",
-                "color": PALETTE[line.colour],
-                "linewidth": 0.6,
-                "alpha": 0.5,
-                "shrinkB": 0,
-                "shrinkA": 1,
-            },
-        )
+        arrow = {"arrowstyle": "-", "color": PALETTE[line.colour], "linewidth": 0.6, "alpha": 0.5, "shrinkB": 0, "shrinkA": 1}
+        text: dict[str, Any] = {
+            "color": PALETTE[line.colour],
+            "fontsize": 11,
+            "va": "center",
+            "annotation_clip": False,
+            "parse_math": False,
+        }
+        axes.annotate(_short(line.name), (epoch, value), (1.02, height), textcoords="axes fraction", arrowprops=arrow, **text)
 
 
 def _short(name: str) -> str:

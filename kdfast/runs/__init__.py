@@ -1,1 +1,1 @@
-"""What a run is on disk: its files, what they say, and how to read them back."""
+"""A run on disk: its files, their content, and functions that read them back."""

@@ -1,4 +1,4 @@
-"""A trained classifier as a file: weights with all that it takes to use them (architecture, classes, how images are prepared)."""
+"""A trained classifier as a file: weights, with the architecture, the classes and the preparation of images in the header."""
 
 import json
 from collections.abc import Mapping
@@ -21,7 +21,7 @@ Statistics = tuple[Channels, Channels]  # mean and standard deviation of each ch
 
 @dataclass(frozen=True)
 class Preparation:
-    """How an image becomes the network's input."""
+    """The way from an image to the network's input."""
 
     mean: Channels
     std: Channels
@@ -31,22 +31,31 @@ class Preparation:
 
 @dataclass(frozen=True)
 class Classifier:
-    """A network in eval mode and what belongs to it; classes and preparation are None where a bare weights file does not say."""
+    """A network in eval mode, and the content of its file.
+
+    Attributes:
+        model: the network.
+        spec: its architecture.
+        classes: names of the classes; None if the file does not have them.
+        preparation: of its images; None if the file does not have it.
+        normalization: mean and deviation that its weights expect, if they are known.
+        path: of the file.
+        facts: this library's part of the file's header; {} without one.
+        state: the file's tensors.
+    """
 
     model: nn.Module
     spec: ModelSpec
     classes: tuple[str, ...] | None
     preparation: Preparation | None
     normalization: Statistics | None
-    """What its weights expect, where that is known."""
     path: Path
     facts: Mapping[str, Any]
-    """What the file's header says; empty where it is not this library's."""
     state: Mapping[str, Tensor]
 
 
 def statistics(name: str) -> Statistics:
-    """Mean and standard deviation of a normalization by name.
+    """Returns mean and standard deviation of a normalization by name.
 
     Raises:
         ValueError: there is none of that name.
@@ -68,7 +77,7 @@ def save(
 
 
 def find(run_or_weights: str | Path) -> Path:
-    """The weights file that a run folder or a path stands for.
+    """Returns the weights file of a run folder, or the path itself if it is a file.
 
     Raises:
         ValueError: there is none.
@@ -96,11 +105,11 @@ def load(
     """Loads a classifier.
 
     Args:
-        run_or_weights: a run folder, a file that this library wrote, or anyone's weights file.
-        model: architecture of anyone's weights; a file of this library knows its own and ignores this.
-        options: of that architecture, over those that the weights' names and shapes show.
-        num_classes: where the weights' shapes do not show it.
-        otherwise: what a user can do where a file does not say its architecture and `model` is None.
+        run_or_weights: a run folder, a file that this library wrote, or another weights file.
+        model: architecture of another weights file; a file of this library names its own and ignores this.
+        options: of that architecture, over the options that the weights' names and shapes show.
+        num_classes: for weights whose shapes do not show it.
+        otherwise: advice for the error if neither the file nor `model` names the architecture.
 
     Raises:
         ValueError: no such file, no architecture known, or weights of another architecture (the names are listed).
@@ -135,12 +144,12 @@ def load(
 
 
 class Renormalized(nn.Module):
-    """A network fed with images that were normalized for another: x * scale + shift undoes the one and does the other.
+    """A network for images that were normalized differently: x * scale + shift replaces one normalization by the other.
 
     Args:
         model: expects images normalized by `expected`.
-        given: mean and deviation that the images come with.
-        expected: mean and deviation that the model was trained with.
+        given: mean and deviation that the images were normalized by.
+        expected: mean and deviation of the model's training.
     """
 
     scale: Tensor

@@ -1,6 +1,6 @@
 """A run folder, read back.
 
-config.toml      what was asked for
+config.toml      the options
 metrics.jsonl    one line an epoch and stage: losses by term, validation loss and accuracy, seconds, images/s
 results.json     accuracy on the test images, written when the run ends
 """
@@ -23,13 +23,17 @@ Role = Literal["teacher", "alone", "distilled"]
 
 @dataclass(frozen=True)
 class Curve:
-    """One training of one stage."""
+    """One training of one stage.
+
+    Attributes:
+        stage: its name without the seed: "teacher", "alone", "distil", ...
+        seed: of the student; None for a teacher.
+        epochs: lines of metrics.jsonl, by epoch.
+    """
 
     stage: str
-    """Without its seed: "teacher", "alone", "distil", ..."""
     seed: int | None
     epochs: list[dict[str, Any]]
-    """Lines of metrics.jsonl, by epoch."""
 
     def series(self, key: str) -> tuple[list[int], list[float]]:
         """Returns the epochs that have `key`, and its values there."""
@@ -47,17 +51,23 @@ class Curve:
 
 @dataclass(frozen=True)
 class RunFolder:
-    """The content of a run folder."""
+    """The content of a run folder.
+
+    Attributes:
+        path: of the folder.
+        config: tables of config.toml.
+        curves: every training, in the order in which they first ran.
+        unreadable: lines of metrics.jsonl that are no JSON: a run killed while it wrote leaves one.
+        written: time at which metrics.jsonl last grew.
+        results: None while the run is unfinished.
+    """
 
     path: Path
     config: dict[str, Any]
     curves: list[Curve]
     unreadable: int
-    """Lines of metrics.jsonl that are no JSON: a run killed while it wrote leaves one."""
     written: datetime | None
-    """When metrics.jsonl last grew."""
     results: Results | None
-    """None: the run is unfinished."""
 
 
 def read_run(folder: Path) -> RunFolder:

@@ -1,4 +1,4 @@
-"""results.json: what a finished run measured. One writer and one reader, with a typed schema.
+"""results.json, the measurements of a finished run: a typed schema with one writer and one reader.
 
 Accuracies are fractions of the test images, losses are nats, times are seconds.
 """
@@ -18,19 +18,17 @@ Matrix = list[list[int]]
 
 
 class Network(TypedDict):
-    """A network and its speed."""
+    """A network and its speed at inference."""
 
     model: str
     parameters: int | None
     images_per_s: float | None
-    """Inference."""
 
 
 class Teacher(Network):
-    """The teacher and its test numbers."""
+    """The teacher and its test numbers; `source` is "trained in this run" or the path that was given."""
 
     source: str
-    """"trained in this run", or the path that was given."""
     top1: float
     top5: float
     loss: float
@@ -84,7 +82,11 @@ class Paired(TypedDict):
 
 
 class Results(TypedDict):
-    """The whole file."""
+    """The whole file.
+
+    `val_is_test`: validation and test images are the same. `kept`: the epoch whose weights were kept and judge the run, by default "best".
+    `student` is None for a run that trained only a teacher.
+    """
 
     recipe: str
     preset: str
@@ -93,12 +95,9 @@ class Results(TypedDict):
     test_images: int
     label_fraction: float
     val_is_test: bool
-    """Validation and test images are the same."""
     kept: NotRequired[Kept]
-    """Which epoch's weights were kept, and judge the run; without it "best"."""
     teacher: Teacher | None
     student: Network | None
-    """None: the run trained a teacher only."""
     student_alone: NotRequired[Network | None]
     arms: Arms
     confusion: Confusion
@@ -130,7 +129,7 @@ def read(folder: Path) -> Results | None:
 
 
 def kept(results: Results) -> Kept:
-    """Returns which epoch's weights judge the run."""
+    """Returns the epoch whose weights judge the run."""
     return results.get("kept") or "best"
 
 

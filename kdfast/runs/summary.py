@@ -1,4 +1,4 @@
-"""What a run's results say: one row a network, the paired difference, and a verdict in one sentence.
+"""A summary of a run's results: one row a network, the paired difference, and a verdict in one sentence.
 
 The student alone and the student distilled share their seeds, hence initial weights and the order of images, so what distillation adds
 is the mean of the paired differences d_i = distilled_i - alone_i over n seeds, with Student's t interval
@@ -20,24 +20,31 @@ Outcome = Literal["raised", "lowered", "undecided", "unknown"]
 
 
 class SummaryRow(NamedTuple):
-    """One line of the closing table. Accuracies are fractions of the test images, with the weights that were kept."""
+    """One line of the closing table. Accuracies are fractions of the test images, with the weights that were kept.
+
+    Attributes:
+        name: "teacher", "student alone" or "student distilled".
+        model: architecture.
+        top1: mean over seeds.
+        top1_std: sample standard deviation over seeds; None for a single one.
+        top5: mean over seeds.
+        loss: mean cross-entropy over seeds, nats.
+        parameters: of the network.
+        images_per_s: inference.
+        seeds: number of seeds.
+        each: top-1 by seed.
+    """
 
     name: str
-    """"teacher", "student alone" or "student distilled"."""
     model: str
     top1: float
-    """Mean over seeds."""
     top1_std: float | None
-    """Sample standard deviation over seeds; None for a single one."""
     top5: float | None
     loss: float | None
-    """Mean cross-entropy over seeds, nats."""
     parameters: int | None
     images_per_s: float | None
-    """Inference."""
     seeds: int
     each: tuple[float, ...]
-    """top-1 by seed."""
 
 
 def summary_rows(results: Results) -> list[SummaryRow]:
@@ -56,18 +63,9 @@ def summary_rows(results: Results) -> list[SummaryRow]:
 
 
 def _row(name: str, network: Network, top1: Sequence[float], top5: Iterable[float | None], loss: Iterable[float | None]) -> SummaryRow:
-    return SummaryRow(
-        name,
-        network["model"],
-        statistics.fmean(top1),
-        statistics.stdev(top1) if len(top1) > 1 else None,
-        mean(top5),
-        mean(loss),
-        network.get("parameters"),
-        network.get("images_per_s"),
-        len(top1),
-        tuple(top1),
-    )
+    middle, spread = statistics.fmean(top1), statistics.stdev(top1) if len(top1) > 1 else None
+    size, speed = network.get("parameters"), network.get("images_per_s")
+    return SummaryRow(name, network["model"], middle, spread, mean(top5), mean(loss), size, speed, len(top1), tuple(top1))
 
 
 def mean(values: Iterable[float | None]) -> float | None:

@@ -15,20 +15,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 
 from kdfast.models import create, save_weights
 from kdfast.recipes.supervised import supervised
-from tests.commands.running import (
-    KD,
-    SHORT,
-    TEACHER,
-    TINY,
-    assert_same_run,
-    evaluate,
-    fail,
-    kdfast,
-    metrics_of,
-    read_json,
-    results_of,
-    stages_of,
-)
+from tests.commands.running import KD, SHORT, TEACHER, TINY, assert_same_run, evaluate, fail, kdfast, metrics_of, results_of, stages_of
 
 # ---- a run folder ----------------------------------------------------------------------------------------------------
 
@@ -96,7 +83,7 @@ def test_without_validation_images_the_last_epoch_counts_and_is_saved(tmp_path: 
     assert results_of(run)["kept"] == "last"
     assert evaluate(run)["top1"] == results_of(run)["arms"]["distilled"][0]["last/top1"]
     for stage in ("teacher", "seed0/alone", "seed0/distil"):
-        assert read_json(run / "stages" / stage / "stage.json")["kept"] == "last", stage
+        assert '"kept": "last"' in (run / "stages" / stage / "stage.json").read_text(), stage
 
 
 # ---- the recipes -----------------------------------------------------------------------------------------------------

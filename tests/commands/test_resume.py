@@ -14,18 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.commands.running import (
-    KD,
-    KD_SEEDS,
-    SHORT,
-    TEACHER,
-    assert_same_run,
-    fail,
-    kdfast,
-    metrics_of,
-    results_of,
-    run_and_kill,
-)
+from tests.commands.running import KD, KD_SEEDS, SHORT, TEACHER, assert_same_run, fail, kdfast, metrics_of, results_of, run_and_kill
 
 
 def wait_for_epochs(run: Path, count: int) -> None:
