@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
 from torch.nn.modules.module import register_module_forward_pre_hook
@@ -272,14 +273,13 @@ FOLDER += ["--teacher-training.epochs", 1, "--val-fraction", 0.3, "--batch-size"
 @pytest.fixture
 def images(tmp_path: Path) -> Path:
     """An image folder of two classes."""
-    from torchvision.io import write_jpeg
-
     folder = tmp_path / "images"
     for part in ("train", "val"):
         for kind in ("cat", "dog"):
             (folder / part / kind).mkdir(parents=True)
             for i in range(6):
-                write_jpeg(torch.randint(0, 256, (3, 40, 40), dtype=torch.uint8), str(folder / part / kind / f"{i}.jpg"))
+                pixels = torch.randint(0, 256, (40, 40, 3), dtype=torch.uint8)
+                Image.fromarray(pixels.numpy()).save(folder / part / kind / f"{i}.jpg")
     return folder
 
 
