@@ -30,6 +30,7 @@ from kdfast.data import (
     DataError,
     ImageData,
     Loader,
+    LoaderOptions,
     ResidentLoader,
     Split,
     TorchvisionLoader,
@@ -175,17 +176,18 @@ _Named = dict[tuple[str, int], Loader]
 
 def _ours(data: ImageData, transform: Transform, options: Loaders, workers: list[int], device: torch.device) -> _Named:
     """Our loaders that can serve these images, by name and number of workers."""
-    every: dict[str, Any] = {"shuffle": True, "seed": 0, "device": device}
-    made: _Named = {
-        ("torchvision", count): TorchvisionLoader(data.train, transform, options.batch_size, workers=count, **every) for count in workers
-    }
+
+    def make(loader: type[Any], count: int) -> Loader:
+        return loader(data.train, transform, LoaderOptions(options.batch_size, shuffle=True, device=device, workers=count))
+
+    made: _Named = {("torchvision", count): make(TorchvisionLoader, count) for count in workers}
     if data.train.pixels is not None or device.type == "cuda":  # files on the CPU: it would resize what it need not decode, no faster
-        made["resident", 0] = ResidentLoader(data.train, transform, options.batch_size, **every)
+        made["resident", 0] = make(ResidentLoader, 0)
     if data.train.paths is not None and dali_installed():
         from kdfast.data.loaders.dali import DaliLoader
 
         threads = max(1, workers[-1])
-        made["dali", threads] = DaliLoader(data.train, transform, options.batch_size, workers=threads, **every)
+        made["dali", threads] = make(DaliLoader, threads)
     return made
 
 

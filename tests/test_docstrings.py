@@ -11,28 +11,6 @@ MODULES = [f"kdfast{name}" for name in ["", ".functional", ".losses", ".optim", 
 
 # has no example yet; this set only shrinks
 WITHOUT_EXAMPLE: set[str] = {
-    "kdfast.data.Batch",
-    "kdfast.data.Checked",
-    "kdfast.data.DaliLoader",
-    "kdfast.data.DataError",
-    "kdfast.data.ImageData",
-    "kdfast.data.Loader",
-    "kdfast.data.Loaders",
-    "kdfast.data.Normalize",
-    "kdfast.data.ResidentLoader",
-    "kdfast.data.Split",
-    "kdfast.data.TorchvisionLoader",
-    "kdfast.data.Transform",
-    "kdfast.data.check",
-    "kdfast.data.evaluation_names",
-    "kdfast.data.evaluation_transform",
-    "kdfast.data.hide_labels",
-    "kdfast.data.load",
-    "kdfast.data.make_loaders",
-    "kdfast.data.names",
-    "kdfast.data.training_names",
-    "kdfast.data.training_transform",
-    "kdfast.data.usable",
     "kdfast.optim.Lion",
 }
 

@@ -1,18 +1,19 @@
-"""Random changes of images that keep their size: of one image by torchvision, and of a batch with numbers of each image's own.
+"""Random changes of images that keep their size: of one image by torchvision, and of a batch where every image has its own numbers.
 
-Both forms of a step do the same to an image given the same numbers; torchvision's batched functions do the work wherever one set of
-parameters holds for several images, and code of our own only where every image has its own. Numbers are drawn on the CPU and sent
-after the images: nothing here waits for a GPU.
+Both forms of a step do the same to an image given the same numbers. torchvision's batched functions do the work wherever several images
+share their parameters; the code here handles the rest. Numbers are drawn on the CPU and sent after the images, so nothing waits for a GPU.
 """
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from kdfast.data.extras import need
 from kdfast.data.seeding import Draws
 
 
@@ -21,34 +22,34 @@ class Step:
 
     random: ClassVar[bool] = True
 
-    def alone(self, image: Tensor) -> Tensor:
+    def transform_image(self, image: Tensor) -> Tensor:
         """uint8 [3, H, W] -> the same, drawing from torch's default generator."""
         raise NotImplementedError
 
-    def batch(self, images: Tensor, draws: Draws) -> Tensor:
+    def transform_batch(self, images: Tensor, draws: Draws) -> Tensor:
         """uint8 [B, 3, H, W], on any device -> the same."""
         raise NotImplementedError
 
 
 class Shift(Step):
-    """A random crop, as large as the image, of the image padded by `padding` pixels, with zeros or mirrored."""
+    """A random crop, as large as the image, of the image padded by `padding` pixels: zeros, or the mirrored image."""
 
     def __init__(self, padding: int, *, reflect: bool = False) -> None:
         self.padding, self.reflect = padding, reflect
 
-    def alone(self, image: Tensor) -> Tensor:
-        # torchvision's RandomCrop does the same in ten times the time, which on an 8x8 or 32x32 image is most of the epoch
+    def transform_image(self, image: Tensor) -> Tensor:
+        # torchvision's RandomCrop takes ten times as long, which is most of an epoch of 8x8 or 32x32 images
         p, (H, W) = self.padding, image.shape[-2:]
         top, left = torch.randint(2 * p + 1, (2,)).tolist()
         if self.reflect:
-            return image.index_select(-2, _mirrored(top - p, H)).index_select(-1, _mirrored(left - p, W))
+            return image.index_select(-2, _mirror(top - p, H, H)).index_select(-1, _mirror(left - p, W, W))
         return F.pad(image, (p, p, p, p))[..., top : top + H, left : left + W]
 
-    def batch(self, images: Tensor, draws: Draws) -> Tensor:
+    def transform_batch(self, images: Tensor, draws: Draws) -> Tensor:
         p, (H, W) = self.padding, images.shape[-2:]
         top, left = (draws.below(2 * p + 1).to(images.device, non_blocking=True) for _ in range(2))
         if self.reflect:
-            rows, columns = (_mirrored(-p, side + 2 * p, side).to(images.device, non_blocking=True) for side in (H, W))
+            rows, columns = (_mirror(-p, side + 2 * p, side).to(images.device, non_blocking=True) for side in (H, W))
             padded = images.index_select(2, rows).index_select(3, columns)
         else:
             padded = F.pad(images, (p, p, p, p))
@@ -56,65 +57,62 @@ class Shift(Step):
         return windows[torch.arange(len(images), device=images.device), :, top, left]
 
 
-def _mirrored(start: int, count: int, size: int | None = None) -> Tensor:
-    """Start .. start + count - 1 as positions in 0 .. size - 1, mirrored at both ends without repeating the edge; size: count."""
-    size = count if size is None else size
+def _mirror(start: int, count: int, size: int) -> Tensor:
+    """Start .. start + count - 1 as positions in 0 .. size - 1, mirrored at both ends without repeating the edge."""
     position = torch.arange(start, start + count).abs()
     return torch.where(position < size, position, 2 * (size - 1) - position)
 
 
 class Flip(Step):
-    """Left to right, half of the time."""
+    """Mirrors left and right, half of the time."""
 
-    def alone(self, image: Tensor) -> Tensor:
+    def transform_image(self, image: Tensor) -> Tensor:
         return image.flip(-1) if torch.rand(()).item() < 0.5 else image
 
-    def batch(self, images: Tensor, draws: Draws) -> Tensor:
-        return torch.where(_beside(self.chosen(draws), images), images.flip(-1), images)
+    def transform_batch(self, images: Tensor, draws: Draws) -> Tensor:
+        return torch.where(_expand(self.choose(draws), images), images.flip(-1), images)
 
-    def chosen(self, draws: Draws) -> Tensor:
-        """Which images are flipped: bool [B], CPU."""
+    def choose(self, draws: Draws) -> Tensor:
+        """The images to flip: bool [B], CPU."""
         return draws.uniform(1)[:, 0] < 0.5
 
 
 class Cutout(Step):
-    """A square of `side` pixels, whose middle may be any pixel, is painted over (DeVries and Taylor, arXiv:1708.04552).
+    """Paints over a square of `side` pixels, whose middle may be any pixel (DeVries and Taylor, arXiv:1708.04552).
 
     Args:
-        side: of the square; what lies beyond the image's edge is lost.
+        side: of the square; its part beyond the image's edge is lost.
         color: bytes; the original's zeros, which come after normalization, are the mean color.
     """
 
     def __init__(self, side: int, color: tuple[int, int, int]) -> None:
         self.side, self.color = side, torch.tensor(color, dtype=torch.uint8).view(3, 1, 1)
 
-    def alone(self, image: Tensor) -> Tensor:
+    def transform_image(self, image: Tensor) -> Tensor:
         middle = [torch.randint(side, ()) for side in image.shape[-2:]]
-        return torch.where(self._covered(image, *middle), self.color, image)
+        return torch.where(self._mask(image, *middle), self.color, image)
 
-    def batch(self, images: Tensor, draws: Draws) -> Tensor:
-        middle = [_beside(draws.below(side), images) for side in images.shape[-2:]]
-        return torch.where(self._covered(images, *middle), self.color.to(images.device, non_blocking=True), images)
+    def transform_batch(self, images: Tensor, draws: Draws) -> Tensor:
+        middle = [_expand(draws.below(side), images) for side in images.shape[-2:]]
+        return torch.where(self._mask(images, *middle), self.color.to(images.device, non_blocking=True), images)
 
-    def _covered(self, images: Tensor, y: Tensor, x: Tensor) -> Tensor:
+    def _mask(self, images: Tensor, y: Tensor, x: Tensor) -> Tensor:
         (H, W), half = images.shape[-2:], self.side // 2
         rows, columns = torch.arange(H, device=images.device)[:, None], torch.arange(W, device=images.device)
         return (rows >= y - half) & (rows < y - half + self.side) & (columns >= x - half) & (columns < x - half + self.side)
 
 
 class Rotation(Step):
-    """By up to `degrees` to either side, nearest pixels, zeros around."""
+    """Rotates by up to `degrees` to either side: nearest pixels, zeros around."""
 
     def __init__(self, degrees: float) -> None:
         self.degrees = degrees
 
-    def alone(self, image: Tensor) -> Tensor:
-        from torchvision.transforms.v2 import RandomRotation
+    def transform_image(self, image: Tensor) -> Tensor:
+        return need("torchvision.transforms.v2").RandomRotation(self.degrees)(image)
 
-        return RandomRotation(self.degrees)(image)
-
-    def batch(self, images: Tensor, draws: Draws) -> Tensor:
-        return _warp(images, _turn(self.degrees * (2 * draws.uniform(1)[:, 0] - 1)))
+    def transform_batch(self, images: Tensor, draws: Draws) -> Tensor:
+        return _warp(images, _rotate(self.degrees * (2 * draws.uniform(1)[:, 0] - 1)))
 
 
 class ColorJitter(Step):
@@ -123,105 +121,96 @@ class ColorJitter(Step):
     def __init__(self, strength: float) -> None:
         self.strength = strength
 
-    def alone(self, image: Tensor) -> Tensor:
-        from torchvision.transforms import v2
+    def transform_image(self, image: Tensor) -> Tensor:
+        return need("torchvision.transforms.v2").ColorJitter(*(self.strength,) * 4)(image)
 
-        return v2.ColorJitter(*(self.strength,) * 4)(image)
-
-    def batch(self, images: Tensor, draws: Draws) -> Tensor:
+    def transform_batch(self, images: Tensor, draws: Draws) -> Tensor:
         amount = self.strength * (2 * draws.uniform(4) - 1)
         order = draws.uniform(4).argsort(dim=1)
         images = images.clone()
         for place in range(4):
-            for k, change in enumerate((_brightness, _contrast, _saturation, _hue)):
-                _change(images, order[:, place] == k, lambda part, x, change=change: change(part, _beside(x, part)), amount[:, k])
+            for k, change in enumerate((change_brightness, change_contrast, change_saturation, change_hue)):
+                _apply_where(order[:, place] == k, images, change, amount[:, k])
         return images
 
 
 class RandAugment(Step):
-    """`count` operations after one another, each drawn from fourteen, at one magnitude (Cubuk et al., arXiv:1909.13719): torchvision's.
+    """`count` operations in a row, each drawn from fourteen, at one magnitude (Cubuk et al., arXiv:1909.13719): torchvision's.
 
     Args:
         count: operations an image.
         magnitude: 0 to 30.
     """
 
+    OPERATIONS = 14
+
     def __init__(self, count: int, magnitude: int) -> None:
         self.count, self.magnitude = count, magnitude
 
-    def alone(self, image: Tensor) -> Tensor:
-        from torchvision.transforms.v2 import RandAugment
+    def transform_image(self, image: Tensor) -> Tensor:
+        return need("torchvision.transforms.v2").RandAugment(self.count, self.magnitude)(image)
 
-        return RandAugment(self.count, self.magnitude)(image)
-
-    def batch(self, images: Tensor, draws: Draws) -> Tensor:
+    def transform_batch(self, images: Tensor, draws: Draws) -> Tensor:
         images = images.clone()
         for _ in range(self.count):
-            operation, sign = draws.below(_OPERATIONS), 1 - 2.0 * draws.below(2)
+            operation, sign = draws.below(self.OPERATIONS), 1 - 2.0 * draws.below(2)
             self.apply(images, operation, sign)
         return images
 
     def apply(self, images: Tensor, operation: Tensor, sign: Tensor) -> None:
-        """One operation an image, in place.
+        """Applies one operation to each image, in place.
 
         Args:
             images: uint8 [B, 3, H, W].
             operation: int64 [B], CPU: 0 identity; 1, 2 shear; 3, 4 translation; 5 rotation; 6 brightness; 7 saturation; 8 contrast;
                 9 sharpness; 10 posterize; 11 solarize; 12 autocontrast; 13 equalize.
-            sign: float64 [B], CPU, 1 or -1: of the magnitude, where that has one.
+            sign: float64 [B], CPU, 1 or -1, for the operations whose magnitude has a sign.
         """
-        from torchvision.transforms.v2 import functional
-
+        functional = need("torchvision.transforms.v2.functional")
         share = self.magnitude / 30
         factor = 0.9 * share
-        matrices = _operations_matrices(images, operation, sign, share)
-        _change(images, (operation >= 1) & (operation <= 5), _warp, matrices)
-        for k, blend in ((6, _brightness), (7, _saturation), (8, _contrast)):
-            _change(images, operation == k, lambda part, x, blend=blend: blend(part, _beside(x, part)), factor * sign)
+        _apply_where((operation >= 1) & (operation <= 5), images, _warp, self._make_matrices(images, operation, sign))
+        for k, change in ((6, change_brightness), (7, change_saturation), (8, change_contrast)):
+            _apply_where(operation == k, images, change, factor * sign)
         for s in (-1, 1):
-            _change(images, (operation == 9) & (sign == s), lambda part, _, s=s: functional.adjust_sharpness(part, 1 + s * factor), sign)
-        bits, threshold = 8 - round(4 * share), 255 * (1 - share)
-        _change(images, operation == 10, lambda part, _: functional.posterize(part, bits), sign)
-        _change(images, operation == 11, lambda part, _: functional.solarize(part, threshold), sign)
-        _change(images, operation == 12, lambda part, _: functional.autocontrast(part), sign)
-        _change(images, operation == 13, lambda part, _: functional.equalize(part), sign)
+            _apply_where((operation == 9) & (sign == s), images, partial(functional.adjust_sharpness, sharpness_factor=1 + s * factor))
+        _apply_where(operation == 10, images, partial(functional.posterize, bits=8 - round(4 * share)))
+        _apply_where(operation == 11, images, partial(functional.solarize, threshold=255 * (1 - share)))
+        _apply_where(operation == 12, images, functional.autocontrast)
+        _apply_where(operation == 13, images, functional.equalize)
+
+    def _make_matrices(self, images: Tensor, operation: Tensor, sign: Tensor) -> Tensor:
+        """float64 [B, 2, 3] for _warp(): operations 1 to 5, the identity for all others."""
+        (H, W), share = images.shape[-2:], self.magnitude / 30
+        matrix = _rotate(torch.where(operation == 5, 30 * share * sign, 0.0))
+        shear = 0.3 * share * sign
+        for k, row, column, middle in ((1, 0, 1, H / 2), (2, 1, 0, W / 2)):  # about the upper left corner, not the middle
+            matrix[:, row, column] = torch.where(operation == k, shear, matrix[:, row, column])
+            matrix[:, row, 2] += torch.where(operation == k, shear * middle, 0.0)
+        for k, row, side in ((3, 0, W), (4, 1, H)):
+            matrix[:, row, 2] -= torch.where(operation == k, (150 / 331 * side * share * sign).trunc(), 0.0)
+        return matrix
 
 
-_OPERATIONS = 14
+# ---- operations on a batch -------------------------------------------------------------------------------------------
 
 
-def _operations_matrices(images: Tensor, operation: Tensor, sign: Tensor, share: float) -> Tensor:
-    """float64 [B, 2, 3] for _warp(): RandAugment's operations 1 to 5, the identity for all others."""
-    H, W = images.shape[-2:]
-    matrix = _turn(torch.where(operation == 5, 30 * share * sign, 0.0))
-    shear = 0.3 * share * sign
-    for k, row, column, middle in ((1, 0, 1, H / 2), (2, 1, 0, W / 2)):  # about the upper left corner, not the middle
-        matrix[:, row, column] = torch.where(operation == k, shear, matrix[:, row, column])
-        matrix[:, row, 2] += torch.where(operation == k, shear * middle, 0.0)
-    for k, row, side in ((3, 0, W), (4, 1, H)):
-        matrix[:, row, 2] -= torch.where(operation == k, (150 / 331 * side * share * sign).trunc(), 0.0)
-    return matrix
-
-
-# ---- what is done to a batch -----------------------------------------------------------------------------------------
-
-
-def _beside(values: Tensor, images: Tensor) -> Tensor:
+def _expand(values: Tensor, images: Tensor) -> Tensor:
     """[B] -> [B, 1, 1, 1] on the images' device, float32 if floating."""
     values = values.float() if values.is_floating_point() else values
     return values.to(images.device, non_blocking=True)[:, None, None, None]
 
 
-def _change(images: Tensor, chosen: Tensor, change: Callable[..., Tensor], parameters: Tensor) -> None:
-    """Replaces the chosen images (bool [B], CPU, so that nothing waits for a GPU) by change(images, parameters) of them."""
+def _apply_where(chosen: Tensor, images: Tensor, change: Callable[..., Tensor], *parameters: Tensor) -> None:
+    """Replaces the chosen images (bool [B], CPU, so that nothing waits for a GPU) by change(images, *parameters) of them."""
     positions = chosen.nonzero()[:, 0]
     if len(positions) == 0:
         return
     there = positions.to(images.device, non_blocking=True)
-    images[there] = change(images[there], parameters[positions])
+    images[there] = change(images[there], *(values[positions] for values in parameters))
 
 
-def _turn(degrees: Tensor) -> Tensor:
+def _rotate(degrees: Tensor) -> Tensor:
     """Rotations about the middle, for _warp(): float64 [B] -> [B, 2, 3]."""
     angle = degrees * (math.pi / 180)
     zero = torch.zeros_like(angle)
@@ -229,7 +218,7 @@ def _turn(degrees: Tensor) -> Tensor:
 
 
 def _warp(images: Tensor, matrices: Tensor) -> Tensor:
-    """Moves pixels: what is at (x, y) afterwards was at matrix @ (x, y, 1) before, pixels from the middle; nearest, zeros around."""
+    """Moves pixels: the pixel at (x, y) comes from matrix @ (x, y, 1), in pixels from the middle; nearest, zeros around."""
     H, W = images.shape[-2:]
     device = images.device
     half = torch.tensor([[W / 2], [H / 2]])
@@ -241,19 +230,22 @@ def _warp(images: Tensor, matrices: Tensor) -> Tensor:
     return F.grid_sample(images.float(), grid, mode="nearest", padding_mode="zeros", align_corners=False).to(torch.uint8)
 
 
-def _brightness(images: Tensor, amount: Tensor) -> Tensor:
-    return images.mul(1 + amount).clamp_(0, 255).to(torch.uint8)
+def change_brightness(images: Tensor, amount: Tensor) -> Tensor:
+    """uint8 [B, 3, H, W] times 1 + amount (float [B], as in the three functions below)."""
+    return images.mul(1 + _expand(amount, images)).clamp_(0, 255).to(torch.uint8)
 
 
-def _saturation(images: Tensor, amount: Tensor) -> Tensor:
-    return _blend(images, _grey(images), 1 + amount)
+def change_saturation(images: Tensor, amount: Tensor) -> Tensor:
+    """Away from grey by 1 + amount."""
+    return _blend(images, _to_grey(images), 1 + _expand(amount, images))
 
 
-def _contrast(images: Tensor, amount: Tensor) -> Tensor:
-    return _blend(images, _grey(images).mean(dim=(1, 2, 3), keepdim=True), 1 + amount)
+def change_contrast(images: Tensor, amount: Tensor) -> Tensor:
+    """Away from the mean brightness by 1 + amount."""
+    return _blend(images, _to_grey(images).mean(dim=(1, 2, 3), keepdim=True), 1 + _expand(amount, images))
 
 
-def _grey(images: Tensor) -> Tensor:
+def _to_grey(images: Tensor) -> Tensor:
     """The brightness of every pixel, whole numbers: float32 [B, 1, H, W]."""
     red, green, blue = images.unbind(1)
     return red.mul(0.2989).add_(green, alpha=0.587).add_(blue, alpha=0.114).floor_()[:, None]
@@ -263,20 +255,20 @@ def _blend(images: Tensor, others: Tensor, share: Tensor) -> Tensor:
     return images.mul(share).add_(others * (1 - share)).clamp_(0, 255).to(torch.uint8)
 
 
-def _hue(images: Tensor, amount: Tensor) -> Tensor:
-    """Turns the hue by amount * 360 degrees (the hexagonal HSV model), value and saturation kept."""
+def change_hue(images: Tensor, amount: Tensor) -> Tensor:
+    """Turns the hue by amount * 360 degrees in the hexagonal HSV model; value and saturation stay."""
     rgb = images.float() / 255
     low, value = rgb.amin(1, keepdim=True), rgb.amax(1, keepdim=True)
     chroma = value - low
     red, green, blue = rgb.split(1, dim=1)
-    some = chroma.clamp(min=1e-12)
+    divisor = chroma.clamp(min=1e-12)
     hue = torch.where(
         value == red,
-        (green - blue) / some,
-        torch.where(value == green, 2 + (blue - red) / some, 4 + (red - green) / some),
+        (green - blue) / divisor,
+        torch.where(value == green, 2 + (blue - red) / divisor, 4 + (red - green) / divisor),
     )
-    sextant = hue + 6 * amount
-    # a channel falls from full to none and rises again over the six sextants, each channel from a place of its own
+    sextant = hue + 6 * _expand(amount, images)
+    # over the six sextants each channel falls from full to none and rises again; their starts differ
     place = torch.cat([(sextant + start).remainder_(6) for start in (5, 3, 1)], dim=1)
     rgb = value - chroma * torch.minimum(place, 4 - place).clamp(0, 1)
-    return (rgb * (256 - 1e-3)).to(torch.uint8)  # torchvision's way from 0..1 to bytes
+    return (rgb * (256 - 1e-3)).to(torch.uint8)  # torchvision's conversion from 0..1 to bytes

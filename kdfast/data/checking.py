@@ -1,9 +1,10 @@
-"""One look at every image file before anything trains: which are bad and why, how large the others are, and who can decode them.
+"""A check of every image file before training: the bad ones and their reasons, the sizes of the others, and who can decode them.
 
-A file is decoded in full, since half of the damaged ones have a sound header. That costs the time of an epoch's decoding, once: what
-was found is kept with the file's size and time of modification, and while these stay the file is not opened again.
+A file is decoded in full, because half of the damaged ones have a sound header. This takes the decoding time of one epoch, once: the
+outcome is kept with the file's size and time of modification, and a file that has not changed is not opened again.
 """
 
+import gzip
 import hashlib
 import json
 import multiprocessing
@@ -13,50 +14,52 @@ import stat
 import threading
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from kdfast import files
 from kdfast.data.datasets import cache_folder
-from kdfast.data.images import PLAIN, decode_kind
+from kdfast.data.images import PLAIN, decode_with_kind
 from kdfast.data.protocol import DataError
 from kdfast.data.splits import ImageData, Split
 from kdfast.machine import cores
 
-VERSION = 1
-"""Of the files that keep what was found, and of what decode_kind() says: to be raised where either changes."""
-ALONE = 10.0
-"""Seconds of decoding for which no other processes are started: importing torch takes them some of these."""
+VERSION = 2
+"""Of the cache files and of the kinds of decode_with_kind(): to be raised when either changes."""
+FEW = 500
+"""Files that are decoded in this process: others would take seconds to import torch."""
 SAVE_EVERY = 60.0
 """Seconds of decoding that a crash may cost."""
 CHUNK = 32
 """Files that a process gets at a time."""
-NAMED = 20
+SHOWN = 20
 """Bad files that are named in full."""
 
 Progress = Callable[[int, int], None]
-"""Called with the files decoded so far, and all that are to be decoded."""
-
-_SIZE, _TIME, _HEIGHT, _WIDTH, _TEXT = range(5)  # columns of a table of files; the last is a position among kinds and reasons
+"""Called with the number of files decoded so far and the number of all files to decode."""
 
 
 @dataclass(frozen=True, eq=False)
 class Checked:
-    """What n image files are.
+    """The outcome of a check of n image files.
 
     Attributes:
-        sizes: int32 [n, 2], height and width; zeros where the file is bad.
-        kinds: n formats, "jpeg" where every JPEG decoder sees the same image; "" where the file is bad.
+        sizes: int32 [n, 2], height and width; zeros for a bad file.
+        kinds: n formats, "jpeg" if every JPEG decoder sees the same image; "" for a bad file.
         bad: reason of every bad file, by its path, in the order of the paths.
-        decoded: how many files were opened now; the others were known.
+        decoded: the number of files that were opened; the others were known.
+
+    Example:
+        >>> kdfast.data.check(["absent.png"]).bad
+        {'absent.png': 'the image cannot be opened: No such file or directory'}
     """
 
     sizes: Tensor
@@ -68,36 +71,52 @@ class Checked:
 def check(paths: Sequence[str], *, workers: int | None = None, cache: bool = True, progress: Progress | None = None) -> Checked:
     """Decodes every file that is not known yet.
 
-    What takes a few seconds is done in this process, more in others, which import the main module anew: a script then needs its
+    More than 500 files are decoded by several processes. These import the main module again, so a script needs its
     `if __name__ == "__main__"`.
 
     Args:
         paths: n file names; one may come twice.
         workers: processes; None: one a core; 1: this process alone.
-        cache: use what earlier checks have found, and keep what this one finds, in ~/.cache/kdfast.
-        progress: called now and then; what it raises ends the check, and what was found until then is kept.
+        cache: use the outcomes of earlier checks, and keep those of this one, in ~/.cache/kdfast.
+        progress: called now and then; an exception from it ends the check, and the outcomes until then are kept.
 
     Raises:
         DataError: workers is not positive, or a process died.
+
+    Example:
+        >>> checked = kdfast.data.check([])
+        >>> checked.sizes.shape, checked.bad
+        (torch.Size([0, 2]), {})
     """
     if workers is not None and workers < 1:
         raise DataError(f"workers must be at least 1, got {workers}")
-    absolute = [os.path.abspath(path) for path in paths]
-    place = {name: i for i, name in enumerate(dict.fromkeys(absolute))}
-    record = _Record(list(place), cache=cache)
-    pending = record.unknown()
-    if pending:
-        try:
-            _decode(record, pending, workers or cores(), progress)
-        finally:
-            record.save()
-    table = record.table[np.array([place[name] for name in absolute], np.int64)]
-    good = table[:, _HEIGHT] > 0
-    texts = [record.texts[text] for text in table[:, _TEXT].tolist()]
+    names = [os.path.abspath(path) for path in paths]
+    stamps = {name: _read_stamp(name) for name in names}
+    store = _Cache(stamps if cache else ())
+    found = {name: outcome for name, outcome in store.read().items() if outcome[:2] == stamps.get(name)}
+    pending = [name for name in stamps if name not in found]
+    done = 0
+
+    def put(chunk: list[str], looks: list[_Look]) -> None:
+        nonlocal done
+        for name, look in zip(chunk, looks):
+            found[name] = _Outcome(*stamps[name], look.height, look.width, look.text)
+            if look.lasting and stamps[name][0] >= 0:
+                store.add(name, found[name])
+        done += len(chunk)
+        if progress is not None:
+            progress(done, len(pending))
+
+    try:
+        _decode(pending, workers or cores(), put)
+    finally:
+        if pending:
+            store.save()
+    outcomes = [found[name] for name in names]
     return Checked(
-        torch.from_numpy(table[:, [_HEIGHT, _WIDTH]].astype(np.int32)),
-        tuple(text if fine else "" for text, fine in zip(texts, good.tolist())),
-        {paths[i]: texts[i] for i in np.flatnonzero(~good).tolist()},
+        torch.tensor([(outcome.height, outcome.width) for outcome in outcomes], dtype=torch.int32).reshape(-1, 2),
+        tuple(outcome.text if outcome.height else "" for outcome in outcomes),
+        {path: outcome.text for path, outcome in zip(paths, outcomes) if not outcome.height},
         len(pending),
     )
 
@@ -111,18 +130,23 @@ def usable(
     progress: Progress | None = None,
     list_to: Path | None = None,
 ) -> ImageData:
-    """The data set without its bad files, with `sizes` and `plain` of all others; images in memory pass untouched.
+    """The data set without its bad files, with `sizes` and `plain` of all others; images in memory stay as they are.
 
     Args:
         data: of kdfast.data.load().
-        max_bad_files: how many bad files are left out without complaint.
+        max_bad_files: how many bad files may be left out without an error.
         workers: processes; None: one a core.
         progress: as check() calls it.
-        say: gets a line on the bad files that were left out.
-        list_to: a file for all bad files and their reasons, a line each with a tab between; written where there are any.
+        say: gets a line about the bad files that were left out.
+        list_to: a file for all bad files and their reasons, a line each with a tab between; written if there are any.
 
     Raises:
         DataError: more files are bad, or a class has no others.
+
+    Example:
+        >>> data = kdfast.data.load("digits")
+        >>> kdfast.data.usable(data) is data
+        True
     """
     if max_bad_files < 0:
         raise DataError(f"max_bad_files must be at least 0, got {max_bad_files}")
@@ -135,26 +159,23 @@ def usable(
         files.write_text(list_to, "".join(f"{path}\t{reason}\n" for path, reason in bad.items()))
     if len(bad) > max_bad_files:
         count = "1 image file is bad" if len(bad) == 1 else f"{len(bad):,} image files are bad"
-        raise DataError(f"{data.name}: {count}, where --max-bad-files allows {max_bad_files:,}: {_named(bad, 5)}")
+        raise DataError(f"{data.name}: {count}, where --max-bad-files allows {max_bad_files:,}: {_list_bad(bad, 5)}")
     if bad:
-        say(f"{data.name}: left out {len(bad):,} bad image {'file' if len(bad) == 1 else 'files'}: {_named(bad, NAMED)}")
+        say(f"{data.name}: left out {len(bad):,} bad image {'file' if len(bad) == 1 else 'files'}: {_list_bad(bad, SHOWN)}")
     plain = torch.tensor([kind == PLAIN for kind in checked.kinds])
     lengths = [len(split) for split in splits.values()]
-    made = {
-        key: _good(replace(split, sizes=sizes, plain=alike))
-        for (key, split), sizes, alike in zip(splits.items(), checked.sizes.split(lengths), plain.split(lengths))
-    }
-    train, val, test = (made.get(id(split), split) for split in (data.train, data.val, data.test))
+    parts = zip(splits.items(), checked.sizes.split(lengths), plain.split(lengths))
+    good = {key: _drop_bad(replace(split, sizes=sizes, plain=alike), sizes) for (key, split), sizes, alike in parts}
+    train, val, test = (good.get(id(split), split) for split in (data.train, data.val, data.test))
     return replace(data, train=train, val=val, test=test)
 
 
-def _good(split: Split) -> Split:
-    assert split.sizes is not None  # just filled in
-    good = split.sizes[:, 0] > 0
+def _drop_bad(split: Split, sizes: Tensor) -> Split:
+    good = sizes[:, 0] > 0
     return split if good.all() else split.subset(good.nonzero().flatten())
 
 
-def _named(bad: Mapping[str, str], shown: int) -> str:
+def _list_bad(bad: Mapping[str, str], shown: int) -> str:
     """'a.jpg (reason), b.jpg (reason) and 7 more'."""
     more = f" and {len(bad) - shown:,} more" if len(bad) > shown else ""
     return ", ".join(f"{path} ({reason})" for path, reason in list(bad.items())[:shown]) + more
@@ -164,66 +185,48 @@ def _named(bad: Mapping[str, str], shown: int) -> str:
 
 
 class _Look(NamedTuple):
-    """What one file is: its size in pixels and its kind, or zeros and the reason why it is bad."""
+    """One decoded file: its size in pixels and its kind, or zeros and the reason why it is bad."""
 
     height: int
     width: int
     text: str
     lasting: bool
-    """Whether it is so until the file changes; a file that could not be opened may be readable next time."""
+    """The outcome holds until the file changes. A file that could not be opened may be readable next time."""
 
 
-def _look(path: str) -> _Look:
-    try:
-        image, kind = decode_kind(path)
-    except DataError as error:
-        return _Look(0, 0, str(error).removeprefix(f"{path}: "), not isinstance(error.__cause__, OSError))
-    return _Look(image.shape[1], image.shape[2], kind, True)
-
-
-def _looks(paths: list[str]) -> list[_Look]:
+def _look_at(paths: list[str]) -> list[_Look]:
+    looks = []
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # what Pillow only warns about is an image
-        return [_look(path) for path in paths]
+        warnings.simplefilter("ignore")  # a file that Pillow only warns about is an image
+        for path in paths:
+            try:
+                image, kind = decode_with_kind(path)
+                looks.append(_Look(image.shape[1], image.shape[2], kind, True))
+            except DataError as error:
+                looks.append(_Look(0, 0, str(error).removeprefix(f"{path}: "), not isinstance(error.__cause__, OSError)))
+    return looks
 
 
-def _decode(record: "_Record", pending: list[int], workers: int, progress: Progress | None) -> None:
-    """Fills in the rows `pending`."""
-    start, done = time.monotonic(), 0
-
-    def alone() -> bool:
-        spent = time.monotonic() - start
-        return workers == 1 or spent < ALONE / 10 or (done > 0 and spent / done * (len(pending) - done) < ALONE)
-
-    def count(rows: list[int], looks: list[_Look]) -> None:
-        nonlocal done
-        record.put(rows, looks)
-        done += len(rows)
-        if progress is not None:
-            progress(done, len(pending))
-
-    while done < len(pending) and alone():
-        count(pending[done : done + 1], _looks([record.names[pending[done]]]))
-    if done == len(pending):
+def _decode(names: list[str], workers: int, put: Callable[[list[str], list[_Look]], None]) -> None:
+    """Decodes files, and calls put(names, looks) for some of them at a time."""
+    if workers == 1 or len(names) <= FEW:
+        for name in names:
+            put([name], _look_at([name]))
         return
-    rest = pending[done:]
     # forked from a process without threads: a fork of this one could inherit a lock that one of torch's threads holds
-    methods = multiprocessing.get_all_start_methods()
-    context = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
-    if "forkserver" in methods:
+    method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
+    context = multiprocessing.get_context(method)
+    if method == "forkserver":
         context.set_forkserver_preload([__name__, "torchvision.io", "PIL.Image"])  # imported once, not by each
-    pool = ProcessPoolExecutor(min(workers, -(-len(rest) // CHUNK)), context, _begin_worker)
+    chunks = [names[k : k + CHUNK] for k in range(0, len(names), CHUNK)]
+    pool = ProcessPoolExecutor(min(workers, len(chunks)), context, _begin_worker)
     try:
-        tasks = {}
-        for k in range(0, len(rest), CHUNK):
-            rows = rest[k : k + CHUNK]
-            tasks[pool.submit(_looks, [record.names[i] for i in rows])] = rows
+        tasks = {pool.submit(_look_at, chunk): chunk for chunk in chunks}
         for task in as_completed(tasks):
-            count(tasks[task], task.result())
+            put(tasks[task], task.result())
     except BrokenProcessPool:
-        if progress is not None:
-            progress(done, len(pending))  # a signal to all processes has reached the caller as well, who may know better
-        raise DataError("a process that checks image files died, often for want of memory; try fewer workers") from None
+        put([], [])  # a signal to all processes has reached the caller too, whose progress() may know the true reason
+        raise DataError("a process that checks image files died, often for lack of memory; try fewer workers") from None
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -231,22 +234,32 @@ def _decode(record: "_Record", pending: list[int], workers: int, progress: Progr
 def _begin_worker() -> None:
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the main process, which ends the pool
-    threading.Thread(target=_end_with_the_main_process, daemon=True).start()
+    threading.Thread(target=_end_with_main_process, daemon=True).start()
 
 
-def _end_with_the_main_process() -> None:
-    """A worker whose main process was killed would wait for work for ever: it holds both ends of that pipe."""
+def _end_with_main_process() -> None:
+    """Ends a worker whose main process was killed; it would wait for work for ever, since it holds both ends of that pipe."""
     parent = multiprocessing.parent_process()
     assert parent is not None  # this is a worker
     parent.join()
     os._exit(1)
 
 
-# ---- what is known of files -----------------------------------------------------------------------------------------------------
+# ---- known files ----------------------------------------------------------------------------------------------------------------
 
 
-def _stamp(path: str) -> tuple[int, int]:
-    """Size in bytes and time of modification in ns; -1 where there is no regular file to have them."""
+class _Outcome(NamedTuple):
+    """One file in the cache."""
+
+    bytes: int  # of the file; -1: no regular file
+    time: int  # of its modification, ns
+    height: int  # 0: it is bad
+    width: int
+    text: str  # its kind, or the reason why it is bad
+
+
+def _read_stamp(path: str) -> tuple[int, int]:
+    """Size in bytes and time of modification in ns; -1 if there is no such regular file."""
     try:
         status = os.stat(path)
     except OSError:
@@ -254,94 +267,45 @@ def _stamp(path: str) -> tuple[int, int]:
     return (status.st_size, status.st_mtime_ns) if stat.S_ISREG(status.st_mode) else (-1, -1)
 
 
-def _file(root: str) -> Path:
-    return cache_folder() / "checks" / f"{hashlib.sha256(os.fsencode(root)).hexdigest()[:24]}.npz"
+class _Cache:
+    """The outcomes of earlier checks, by absolute path.
 
+    There is one file for each folder that was the deepest one to hold all files of a check: compressed JSON, whose checksum shows damage.
+    If two processes write it, the last one wins, and the next check repeats the work of the other.
 
-def _read(root: str) -> tuple[list[str], Any, list[str]]:
-    """Names, table (int64 [n, 5]) and texts of the cache's file for the files below `root`.
-
-    Raises:
-        Exception: of nearly any kind; the file is missing, damaged (the archive has checksums) or another version's.
-    """
-    with np.load(_file(root), allow_pickle=False) as content:
-        facts = json.loads(content["facts"].tobytes())
-        if (facts["version"], facts["root"]) != (VERSION, root):
-            raise ValueError("another version's, or another folder's")
-        prefix = os.path.join(root, "")
-        names = [prefix + name for name in os.fsdecode(content["names"].tobytes()).split("\0")]
-        table, texts = content["table"], facts["texts"]
-    if table.shape != (len(names), 5) or not 0 <= table[:, _TEXT].min() <= table[:, _TEXT].max() < len(texts):
-        raise ValueError("its parts do not fit")
-    return names, table, texts
-
-
-class _Record:
-    """What is known of some files: the part of the cache that is about them, and what a check adds to it.
-
-    The cache has one file for each folder that was the deepest one to hold all files of a check: an .npz with the names, one after
-    another, the table and, as JSON, the texts. A million files take a second or so. Of two processes that write it the last one wins,
-    and what the other found is found again.
+    Args:
+        names: absolute paths of the files to check; empty: keep nothing.
     """
 
-    def __init__(self, names: list[str], *, cache: bool) -> None:
-        self.names = names
-        self.table = np.zeros((len(names), 5), np.int64)
-        self.texts: list[str] = []
-        self._lasting = np.zeros(len(names), bool)  # rows to be kept
-        self._root: str | None = None
-        self._others: tuple[list[str], Any] = [], self.table[:0]
-        self.table[:, [_SIZE, _TIME]] = np.array([_stamp(name) for name in names], np.int64).reshape(-1, 2)
-        if cache and names:
-            # what the first and the last in order begin with, all begin with
-            self._root = os.path.commonpath([os.path.dirname(min(names)), os.path.dirname(max(names))])
-            self._recall(self._root)
-        self._text = {text: i for i, text in enumerate(self.texts)}
+    def __init__(self, names: Collection[str]) -> None:
+        self._outcomes: dict[str, _Outcome] = {}
         self._saved = time.monotonic()
+        ends = [os.path.dirname(end(names)) for end in (min, max)] if names else []
+        self._root = os.path.commonpath(ends) if ends else ""  # the beginning of the first and the last name is that of all
+        self._path = cache_folder() / "checks" / f"{hashlib.sha256(os.fsencode(self._root)).hexdigest()[:24]}.json.gz"
 
-    def _recall(self, root: str) -> None:
+    def read(self) -> Mapping[str, _Outcome]:
+        """The known outcomes; none if the file is missing, damaged or of another version or folder."""
         try:
-            known, table, self.texts = _read(root)
-        except Exception:  # as _read says; then nothing is known
-            return
-        row_of = {name: row for row, name in enumerate(known)}
-        rows = np.array([row_of.pop(name, -1) for name in self.names])
-        others = list(row_of.values())
-        self._others = list(row_of), table[others]
-        self._lasting = (rows >= 0) & (self.table[:, :_HEIGHT] == table[rows, :_HEIGHT]).all(axis=1)
-        self.table[self._lasting] = table[rows[self._lasting]]
+            content = json.loads(gzip.decompress(self._path.read_bytes()))
+            if self._root and (content["version"], content["root"]) == (VERSION, self._root):
+                self._outcomes = {os.path.join(self._root, name): _Outcome(*outcome) for name, outcome in content["files"].items()}
+        except Exception:  # a damaged file can raise nearly any exception
+            pass
+        return self._outcomes
 
-    def unknown(self) -> list[int]:
-        """The rows of files that are new, or not as they were."""
-        return np.flatnonzero(~self._lasting).tolist()
-
-    def put(self, rows: list[int], looks: list[_Look]) -> None:
-        """Fills in rows, and saves where the last time is long ago."""
-        for row, look in zip(rows, looks):
-            text = self._text.setdefault(look.text, len(self.texts))
-            if text == len(self.texts):
-                self.texts.append(look.text)
-            self.table[row, _HEIGHT:] = look.height, look.width, text
-            self._lasting[row] = look.lasting and self.table[row, _SIZE] >= 0
+    def add(self, name: str, outcome: _Outcome) -> None:
+        """Adds an outcome, and saves all if the last time is long ago."""
+        self._outcomes[name] = outcome
         if time.monotonic() - self._saved > SAVE_EVERY:
             self.save()
 
     def save(self) -> None:
-        """Writes what lasts; where the cache cannot be written, the next check takes as long as this one, no more."""
+        """Writes the file. If it cannot be written, the next check decodes again."""
         self._saved = time.monotonic()
-        rows = np.flatnonzero(self._lasting)
-        if self._root is None or not len(rows):
+        if not self._root or not self._outcomes:
             return
         start = len(os.path.join(self._root, ""))
-        names = [self.names[row] for row in rows.tolist()] + self._others[0]
-        facts = json.dumps({"version": VERSION, "root": self._root, "texts": self.texts})
-        try:
-            with files.replacing(_file(self._root)) as temporary:
-                np.savez(
-                    temporary,
-                    facts=np.frombuffer(facts.encode(), np.uint8),
-                    names=np.frombuffer(b"\0".join(os.fsencode(name[start:]) for name in names), np.uint8),
-                    table=np.concatenate([self.table[rows], self._others[1]]),
-                )
-        except OSError:
-            pass
+        content = {"version": VERSION, "root": self._root, "files": {name[start:]: outcome for name, outcome in self._outcomes.items()}}
+        with suppress(OSError):
+            files.write_bytes(self._path, gzip.compress(json.dumps(content).encode(), compresslevel=1))

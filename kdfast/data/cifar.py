@@ -16,7 +16,7 @@ from kdfast.data.splits import Split
 
 @dataclass(frozen=True)
 class Files:
-    """The names of the files, and of what they hold."""
+    """The names of the files, and the keys in them."""
 
     train: tuple[str, ...]
     test: str
@@ -38,7 +38,7 @@ _ALLOWED: dict[tuple[str, str], Any] = {
 
 
 class _Unpickler(pickle.Unpickler):
-    """Refuses every name but those that the official files hold: a pickle can call whatever function it names."""
+    """Refuses every name that the official files do not hold: a pickle can call any function it names."""
 
     def find_class(self, module: str, name: str) -> Any:
         try:
@@ -51,7 +51,7 @@ def _unpickle(path: Path) -> dict[str, Any]:
     try:
         with path.open("rb") as file:
             content = _Unpickler(file, encoding="latin1").load()
-    except Exception as error:  # a damaged pickle can raise nearly anything
+    except Exception as error:  # a damaged pickle can raise nearly any exception
         raise DataError(f"{path}: not an official CIFAR batch: {error or type(error).__name__}") from None
     if not isinstance(content, dict):
         raise DataError(f"{path}: not an official CIFAR batch: it holds a {type(content).__name__}, not a dictionary")
@@ -75,15 +75,11 @@ def _read_batch(path: Path, labels_key: str) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(pixels.reshape(-1, 3, 32, 32).copy()), torch.tensor(labels, dtype=torch.int64)
 
 
-def _split(batches: list[tuple[Tensor, Tensor]]) -> Split:
-    return Split(torch.cat([labels for _, labels in batches]), pixels=torch.cat([pixels for pixels, _ in batches]))
-
-
 def read(folder: Path, files: Files) -> tuple[Split, Split, tuple[str, ...]]:
     """The training images, the test images and the class names; training files may be missing, but not all of them.
 
     Raises:
-        DataError: a needed file is missing or is not what it should be.
+        DataError: a needed file is missing or not an official one.
     """
     present = [name for name in files.train if (folder / name).is_file()]
     missing = [name for name in (files.test, files.meta) if not (folder / name).is_file()] + ([] if present else [files.train[0]])
@@ -92,9 +88,9 @@ def read(folder: Path, files: Files) -> tuple[Split, Split, tuple[str, ...]]:
     if len(present) < len(files.train):
         note = f"{folder}: {len(present)} of {len(files.train)} training batches are present; training uses those"
         warnings.warn(note, stacklevel=2)
-    train = _split([_read_batch(folder / name, files.labels) for name in present])
-    test = _split([_read_batch(folder / files.test, files.labels)])
+    pixels, labels = map(torch.cat, zip(*(_read_batch(folder / name, files.labels) for name in present)))
+    test_pixels, test_labels = _read_batch(folder / files.test, files.labels)
     names = _unpickle(folder / files.meta).get(files.names)
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise DataError(f"{folder / files.meta}: not an official CIFAR file: expected a list '{files.names}' of class names")
-    return train, test, tuple(names)
+    return Split(labels, pixels=pixels), Split(test_labels, pixels=test_pixels), tuple(names)

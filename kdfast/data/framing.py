@@ -1,7 +1,7 @@
-"""From images of any size to size x size: which part of an image is seen, and how it is resampled.
+"""From images of any size to size x size: the visible part of an image, and its resampling.
 
-A framing says for each image what to cut out, to what to resize it, and which window of that is kept. Loaders that decode on a GPU
-or hold images there ask for those numbers; torchvision's own transform of one image is the reference beside them.
+A framing computes for each image the part to cut out, the size to resize it to, and the window to keep. Loaders that decode on a GPU or
+hold images there use these numbers; torchvision's transform of one image is the reference beside them.
 """
 
 import math
@@ -10,19 +10,20 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
+from kdfast.data.extras import need
 from kdfast.data.seeding import Draws
 
 
 class Frames(NamedTuple):
-    """What is seen of each of B images; int64 [B], pixels, on the CPU."""
+    """The visible part of each of B images; int64 [B], pixels, on the CPU."""
 
-    top: Tensor  # of the part that is cut out
+    top: Tensor  # of the part to cut out
     left: Tensor
     height: Tensor
     width: Tensor
-    rows: Tensor  # what it is resized to
+    rows: Tensor  # its size after resizing
     columns: Tensor
-    down: Tensor  # where in that the window of size x size begins
+    down: Tensor  # the first row of the window of size x size in the resized part
     right: Tensor
     size: int
 
@@ -39,27 +40,25 @@ class Framing:
     def __init__(self, size: int) -> None:
         self.size = size
 
-    def alone(self, image: Tensor) -> Tensor:
-        """uint8 [3, H, W] -> uint8 [3, size, size], drawing from torch's default generator; not random, it takes [B, 3, H, W] too."""
+    def transform_image(self, image: Tensor) -> Tensor:
+        """uint8 [3, H, W] -> uint8 [3, size, size], drawing from torch's default generator. If not random, it takes [B, 3, H, W] too."""
         raise NotImplementedError
 
     def frames(self, sizes: Tensor, draws: Draws) -> Frames:
-        """What is seen of images of these sizes: int64 [B, 2], height and width."""
+        """The visible parts of images of these sizes: int64 [B, 2], height and width."""
         raise NotImplementedError
 
 
 class Squash(Framing):
-    """Resizes with antialiasing, whatever the aspect ratio; leaves alone what has that size."""
+    """Resizes with antialiasing, whatever the aspect ratio; an image of that size stays as it is."""
 
     random = False
 
-    def alone(self, image: Tensor) -> Tensor:
+    def transform_image(self, image: Tensor) -> Tensor:
         size = [self.size, self.size]
         if list(image.shape[-2:]) == size:
             return image
-        from torchvision.transforms.v2 import functional
-
-        return functional.resize(image, size, antialias=True)
+        return need("torchvision.transforms.v2.functional").resize(image, size, antialias=True)
 
     def frames(self, sizes: Tensor, draws: Draws) -> Frames:
         H, W = sizes.unbind(1)
@@ -75,10 +74,9 @@ class ResizedCrop(Framing):
     RATIO = 3 / 4, 4 / 3
     TRIES = 10
 
-    def alone(self, image: Tensor) -> Tensor:
-        from torchvision.transforms.v2 import RandomResizedCrop
-
-        return RandomResizedCrop(self.size, self.AREA, self.RATIO, antialias=True)(image)
+    def transform_image(self, image: Tensor) -> Tensor:
+        crop = need("torchvision.transforms.v2").RandomResizedCrop
+        return crop(self.size, self.AREA, self.RATIO, antialias=True)(image)
 
     def frames(self, sizes: Tensor, draws: Draws) -> Frames:
         H, W = sizes[:, :1], sizes[:, 1:]
@@ -88,7 +86,7 @@ class ResizedCrop(Framing):
         ratio = (low + (high - low) * v).exp()
         width, height = (area * ratio).sqrt().round().long(), (area / ratio).sqrt().round().long()
         fits = (width > 0) & (width <= W) & (height > 0) & (height <= H)
-        # where no try fits, which only happens in long images: the largest middle part of the extreme ratio
+        # if no try fits, which only happens in long images: the largest middle part of the extreme ratio
         width = torch.cat([width, torch.minimum(W, (H * self.RATIO[1]).round().long())], dim=1)
         height = torch.cat([height, torch.minimum(H, (W / self.RATIO[0]).round().long())], dim=1)
         chosen = torch.cat([fits, torch.ones_like(H, dtype=torch.bool)], dim=1).byte().argmax(dim=1, keepdim=True)
@@ -111,9 +109,8 @@ class CenterCrop(Framing):
         """Pixels of the shorter side before the middle is cut out."""
         return round(self.size * 256 / 224)
 
-    def alone(self, image: Tensor) -> Tensor:
-        from torchvision.transforms import v2
-
+    def transform_image(self, image: Tensor) -> Tensor:
+        v2 = need("torchvision.transforms.v2")
         return v2.CenterCrop(self.size)(v2.Resize(self.shorter, antialias=True)(image))
 
     def frames(self, sizes: Tensor, draws: Draws) -> Frames:
@@ -126,33 +123,26 @@ class CenterCrop(Framing):
 
 
 def resample(images: Tensor, frames: Frames) -> Tensor:
-    """What the frames show of each image, antialiased as by torchvision: both directions as one matrix product each.
+    """Resizes the visible part of each image, antialiased as by torchvision: one matrix product for each direction.
 
     Args:
-        images: uint8 [B, 3, H, W]; an image smaller than H x W stands at the upper left of its place.
+        images: uint8 [B, 3, H, W]; an image smaller than H x W stands in the upper left corner.
         frames: of the B images.
 
     Returns:
-        uint8 [B, 3, size, size], on the images' device; `images` itself where every frame shows just that.
+        uint8 [B, 3, size, size], on the images' device; `images` itself if every frame shows a whole image.
     """
-    if _shows_all(images, frames):
-        return images
     H, W = images.shape[-2:]
+    if H == W == frames.size and all(bool((part == H).all()) for part in (frames.height, frames.width, frames.rows, frames.columns)):
+        return images
     vertical = _weights(frames.top, frames.height, frames.rows, frames.down, frames.size, H, images.device)
     horizontal = _weights(frames.left, frames.width, frames.columns, frames.right, frames.size, W, images.device)
-    shown = vertical[:, None] @ images.float() @ horizontal[:, None].mT
-    return shown.round_().clamp_(0, 255).to(torch.uint8)
-
-
-def _shows_all(images: Tensor, frames: Frames) -> bool:
-    H, W = images.shape[-2:]
-    if frames.size != H or frames.size != W:
-        return False
-    return all(bool((part == H).all()) for part in (frames.height, frames.width, frames.rows, frames.columns))
+    resampled = vertical[:, None] @ images.float() @ horizontal[:, None].mT
+    return resampled.round_().clamp_(0, 255).to(torch.uint8)
 
 
 def _weights(start: Tensor, length: Tensor, resized: Tensor, skipped: Tensor, out: int, source: int, device: torch.device) -> Tensor:
-    """float32 [B, out, source]: the share of each source pixel in each pixel shown, a triangle as wide as the scale, at least 1."""
+    """float32 [B, out, source]: the share of each source pixel in each pixel of the result, a triangle as wide as the scale, at least 1."""
     start, length, resized, skipped = (
         x.to(device, torch.float32, non_blocking=True)[:, None, None] for x in (start, length, resized, skipped)
     )
@@ -160,5 +150,5 @@ def _weights(start: Tensor, length: Tensor, resized: Tensor, skipped: Tensor, ou
     center = start + (skipped + torch.arange(out, device=device)[:, None] + 0.5) * scale  # [B, out, 1]
     position = torch.arange(source, device=device) + 0.5
     weight = (1 - (position - center).abs() / scale.clamp(min=1)).clamp_(min=0)
-    weight *= (position > start) & (position < start + length)  # nothing from beyond the part that is cut out
+    weight *= (position > start) & (position < start + length)  # nothing from beyond the part to cut out
     return weight / weight.sum(dim=2, keepdim=True)

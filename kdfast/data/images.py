@@ -1,24 +1,27 @@
 """Image files: finding them in a folder, and decoding one to three channels of uint8.
 
-JPEG goes through torchvision's decoder, which gives the very pixels of Pillow in less time; all else, and every file that
-decoder refuses, goes through Pillow, whose convert("RGB") says what greyscale, palette, CMYK and transparent images become.
+JPEG goes through torchvision's decoder, which gives the very pixels of Pillow in less time. All other formats, and every file that this
+decoder refuses, go through Pillow: its convert("RGB") decides how greyscale, palette, CMYK and transparent images look.
 """
 
 import io
 import os
 import stat
 from pathlib import Path
+from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from kdfast.data.extras import need
 from kdfast.data.protocol import DataError
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 PLAIN = "jpeg"
 """The kind of a file in which every JPEG decoder sees the same image."""
 LARGEST = 178_956_970
-"""Pixels. Pillow calls more a decompression bomb, and so do we for JPEG, whose decoder would take the memory and then look."""
+"""Pixels. Pillow calls a larger image a decompression bomb. The same limit holds for JPEG, whose decoder allocates before it checks."""
 
 _TOO_LARGE = f"the image is too large: at most {LARGEST:,} pixels are read"
 _JPEG = b"\xff\xd8"
@@ -29,29 +32,29 @@ def decode(path: str) -> Tensor:
     """Reads one image file.
 
     Args:
-        path: any file that Pillow reads; of an animation, its first frame.
+        path: any file that Pillow reads; an animation gives its first frame.
 
     Returns:
         uint8 [3, H, W], stored channels last.
 
     Raises:
-        DataError: the file is missing, no regular file, empty, truncated, no image or larger than LARGEST. Its cause is an OSError
-            where the file could not be opened, so that another attempt may end otherwise.
+        DataError: the file is missing, not a regular file, empty, truncated, no image or larger than LARGEST. Its cause is an OSError if
+            the file could not be opened, so another attempt may succeed.
     """
-    return decode_kind(path)[0]
+    return decode_with_kind(path)[0]
 
 
-def decode_kind(path: str) -> tuple[Tensor, str]:
-    """What decode() gives, and what the file is.
+def decode_with_kind(path: str) -> tuple[Tensor, str]:
+    """The image of decode(), and the kind of the file.
 
-    The kind is PLAIN for greyscale and YCbCr JPEG, else the format in Pillow's words, such as "png"; "other jpeg" for CMYK, RGB and
-    what torchvision's decoder refuses.
+    The kind is PLAIN for greyscale and YCbCr JPEG, "other jpeg" for CMYK, RGB and every JPEG that torchvision's decoder refuses, else the
+    format in Pillow's words, such as "png".
     """
-    data = _contents(path)
+    data = read_file(path)
     if not data:
         raise DataError(f"{path}: the image file is empty (0 bytes)")
     if data.startswith(_JPEG):
-        width, height, plain = _jpeg_header(data)
+        width, height, plain = _read_jpeg_header(data)
         if width * height > LARGEST:
             raise DataError(f"{path}: {_TOO_LARGE}, this one claims {width} x {height}")
         image = _decode_jpeg(data)
@@ -60,9 +63,30 @@ def decode_kind(path: str) -> tuple[Tensor, str]:
     return _decode_with_pillow(path, data)
 
 
-def _contents(path: str) -> bytes:
+def has_standard_pixels(path: str) -> bool:
+    """Whether the header promises that every decoder gives the pixels of decode(): PLAIN JPEG, and PNG of 8 bits grey or colour.
+
+    Palettes, transparency, 16 bits and all other formats, of which there are many variants, are not promised.
+    """
+    Image = need("PIL.Image")
     try:
-        # asked before it is opened: opening a FIFO that nobody writes to would wait for ever
+        data = read_file(path)
+        if data.startswith(_JPEG):
+            return _read_jpeg_header(data).plain
+        with Image.open(io.BytesIO(data)) as image:
+            return image.format == "PNG" and image.tile[0].args in ("L", "RGB") and "transparency" not in image.info
+    except Exception:  # Pillow's plugins raise exceptions of any type; decode() gives the reason
+        return False
+
+
+def read_file(path: str) -> bytes:
+    """The content of a regular file.
+
+    Raises:
+        DataError: it cannot be opened.
+    """
+    try:
+        # asked before it is opened: opening a FIFO without a writer would block for ever
         if not stat.S_ISREG(os.stat(path).st_mode):
             raise DataError(f"{path}: the image cannot be opened: it is no regular file")
         return Path(path).read_bytes()
@@ -72,8 +96,14 @@ def _contents(path: str) -> bytes:
         raise DataError(f"{path}: the image cannot be opened: {reason}") from error
 
 
-def _jpeg_header(data: bytes) -> tuple[int, int, bool]:
-    """Width and height, and whether the colours are grey or YCbCr, which decoders agree on; zeros where there is no header to be read."""
+class _JpegHeader(NamedTuple):
+    width: int
+    height: int
+    plain: bool
+
+
+def _read_jpeg_header(data: bytes) -> _JpegHeader:
+    """The size, and whether the colours are grey or YCbCr, which decoders agree on; zeros if there is no readable header."""
     position, transform = 2, None
     while position + 4 <= len(data) and data[position] == 0xFF:
         marker, length = data[position + 1], int.from_bytes(data[position + 2 : position + 4])
@@ -83,21 +113,19 @@ def _jpeg_header(data: bytes) -> tuple[int, int, bool]:
             continue
         if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC) and len(body) >= 6:  # a frame; those three are tables
             height, width, components = int.from_bytes(body[1:3]), int.from_bytes(body[3:5]), body[5]
-            # without Adobe's word on it libjpeg goes by the components' names
+            # without Adobe's marker libjpeg goes by the names of the components
             rgb = transform == 0 or (transform is None and body[6::3] == b"RGB")
-            return width, height, marker in _FRAMES and (components == 1 or (components == 3 and not rgb))
+            return _JpegHeader(width, height, marker in _FRAMES and (components == 1 or (components == 3 and not rgb)))
         if marker == 0xEE and body.startswith(b"Adobe") and len(body) >= 12:
             transform = body[11]
         position += 2 + length
-    return 0, 0, False
+    return _JpegHeader(0, 0, False)
 
 
 def _decode_jpeg(data: bytes) -> Tensor | None:
-    """uint8 [3, H, W], or None for CMYK and for files that the decoder refuses: Pillow then has the last word."""
-    from torchvision.io import decode_jpeg
-
+    """uint8 [3, H, W]; None for CMYK and for files that the decoder refuses, which Pillow then decodes or refuses."""
     try:
-        image = decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8))
+        image = need("torchvision.io").decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8))
     except RuntimeError:
         return None
     if len(image) == 1:
@@ -106,19 +134,17 @@ def _decode_jpeg(data: bytes) -> Tensor | None:
 
 
 def _decode_with_pillow(path: str, data: bytes) -> tuple[Tensor, str]:
-    import numpy as np
-    from PIL import Image, UnidentifiedImageError
-
+    Image = need("PIL.Image")
     try:
         with Image.open(io.BytesIO(data)) as file:
-            image: Image.Image = file
+            image = file
             kind = (file.format or "unknown").lower()
             if image.mode.startswith("I"):  # 16-bit grey, which convert("RGB") would clip at 255: a white image
                 image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
             if image.mode == "P" and "transparency" in image.info:  # the same pixels without Pillow's warning
                 image = image.convert("RGBA")
             pixels = np.array(image.convert("RGB"))
-    except UnidentifiedImageError:
+    except Image.UnidentifiedImageError:
         raise DataError(f"{path}: not an image, or in a format that Pillow cannot read") from None
     except Image.DecompressionBombError:
         raise DataError(f"{path}: {_TOO_LARGE}") from None
@@ -128,39 +154,37 @@ def _decode_with_pillow(path: str, data: bytes) -> tuple[Tensor, str]:
     return torch.from_numpy(pixels).permute(2, 0, 1), f"other {PLAIN}" if kind == PLAIN else kind
 
 
-def size(path: str) -> tuple[int, int]:
-    """Height and width of an image, pixels, from the head of its file.
+def read_size(path: str) -> tuple[int, int]:
+    """Height and width of an image, pixels, from its file's header.
 
     Raises:
         DataError: the file is missing or no image.
     """
-    from PIL import Image
-
     try:
-        with Image.open(path) as image:
+        with need("PIL.Image").open(path) as image:
             return image.height, image.width
     except OSError as error:  # UnidentifiedImageError is one
         raise DataError(f"{path}: the size of the image cannot be read: {error.strerror or error}") from None
 
 
-def subfolders(folder: Path) -> list[Path]:
-    """The folders directly in `folder`, by name; hidden ones are left out."""
+def list_subfolders(folder: Path) -> list[Path]:
+    """The folders directly in `folder`, by name, without hidden ones."""
     return sorted(entry for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
 
 
 def find(folder: Path) -> list[str]:
     """All files in `folder` and below that have an image's ending, in an order that does not depend on the file system.
 
-    What is in them, and whether they are files at all, is for decode() to say, or for kdfast.data.check().
+    Their content is not looked at: see decode() and kdfast.data.check().
 
     Raises:
         DataError: a folder cannot be read.
     """
     found = []
     walked = set()
-    for parent, folders, files in os.walk(folder, onerror=_unreadable, followlinks=True):
+    for parent, folders, files in os.walk(folder, onerror=_refuse_folder, followlinks=True):
         status = os.stat(parent)
-        if (status.st_dev, status.st_ino) in walked:  # a link back to a folder above would be walked round and round
+        if (status.st_dev, status.st_ino) in walked:  # a link to a folder above would never end
             folders.clear()
             continue
         walked.add((status.st_dev, status.st_ino))
@@ -171,5 +195,5 @@ def find(folder: Path) -> list[str]:
     return found
 
 
-def _unreadable(error: OSError) -> None:
+def _refuse_folder(error: OSError) -> None:
     raise DataError(f"{error.filename}: the folder cannot be read: {error.strerror}") from None

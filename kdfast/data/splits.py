@@ -1,8 +1,8 @@
-"""Images with labels, and how they are divided: stratified, seeded, the same on every machine.
+"""Images with labels, and their division: stratified, seeded, the same on every machine.
 
-Stratified choice. Image j = 0, 1, ... of a class of n images, in that class' seeded random order, has the key (j + 1/2) / n, and
-the first of every class the key 0. The images with the least keys are chosen. That is Sainte-Laguë's apportionment: exactly as
-many images as asked for, at least one a class, and every class within one image or so of its share.
+Stratified choice. Image j = 0, 1, ... of a class of n images, in that class' seeded random order, has the key (j + 1/2) / n; the first
+image of every class has the key 0. The images with the least keys are chosen. This is Sainte-Laguë's apportionment: exactly the requested
+number of images, at least one a class, and every class within one image or so of its share.
 """
 
 from concurrent.futures import ThreadPoolExecutor
@@ -11,15 +11,15 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from kdfast.data.images import decode, size
+from kdfast.data.images import decode, read_size
 from kdfast.data.protocol import DataError
-from kdfast.data.seeding import generator
+from kdfast.data.seeding import make_generator
 
 HIDDEN = -100
-"""The label of an image whose class the student must not see; what PyTorch's losses ignore by default."""
+"""The label of an image whose class the student must not see; PyTorch's losses ignore it by default."""
 
 VALIDATION, TEST, FEWER, LABELS, ORDER = range(5)
-"""What a random choice is for: choices with one seed but different purposes are independent."""
+"""Purposes of random choices: choices with one seed but different purposes are independent."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,10 +28,20 @@ class Split:
 
     Attributes:
         labels: int64 [n]; -100 where hidden.
-        pixels: uint8 [n, 3, H, W], where the images are in memory.
-        paths: n file names, where they are not.
-        sizes: int32 [n, 2], height and width of each file, where kdfast.data.usable() has looked.
-        plain: bool [n], whether every JPEG decoder sees the file's image alike, where it has looked.
+        pixels: uint8 [n, 3, H, W], if the images are in memory.
+        paths: n file names, if they are not.
+        sizes: int32 [n, 2], height and width of each file; known after kdfast.data.usable().
+        plain: bool [n], whether every JPEG decoder sees the file's image alike; known after kdfast.data.usable().
+
+    Raises:
+        DataError: the numbers of images and labels differ.
+
+    Example:
+        >>> split = kdfast.data.Split(torch.tensor([0, 1, 0]), pixels=torch.zeros(3, 3, 8, 8, dtype=torch.uint8))
+        >>> len(split), split.read(1).shape
+        (3, torch.Size([3, 8, 8]))
+        >>> split.subset(torch.tensor([2, 1])).labels
+        tensor([0, 1])
     """
 
     labels: Tensor
@@ -60,11 +70,11 @@ class Split:
         assert self.paths is not None  # one of the two is there
         return decode(self.paths[i])
 
-    def measured(self) -> Tensor:
-        """Heights and widths, pixels: int64 [n, 2]; those of files that were not checked are read from their heads.
+    def measure(self) -> Tensor:
+        """Heights and widths, pixels: int64 [n, 2]; files that were not checked are opened to read their headers.
 
         Raises:
-            DataError: a file has no head that says so.
+            DataError: a file's header cannot be read.
         """
         if self.pixels is not None:
             return torch.tensor(self.pixels.shape[-2:]).expand(len(self), 2)
@@ -72,7 +82,7 @@ class Split:
             return self.sizes.long()
         assert self.paths is not None  # one of the two is there
         with ThreadPoolExecutor() as threads:
-            return torch.tensor(list(threads.map(size, self.paths)))
+            return torch.tensor(list(threads.map(read_size, self.paths)))
 
     def subset(self, indices: Tensor) -> "Split":
         """The images at these positions (int64 [m]), in this order."""
@@ -90,13 +100,23 @@ class ImageData:
     """A data set ready for training and evaluation.
 
     Attributes:
-        name: as it was asked for.
+        name: in the registry of data sets; "folder" for a path.
         classes: names, unique; labels are positions in them.
-        train, val, test: the three splits; `test` is touched for final numbers only.
+        train, val, test: the three splits; `test` is used for final numbers only.
         mean, std: of the pixels scaled to 0..1, three channels each.
         image_size: side of the square images that the default transforms make, pixels.
-        val_is_test: the validation split is the test split, so that the best epoch is chosen on it.
+        val_is_test: the validation split is the test split, so the best epoch is chosen on it.
         train_transform, eval_transform: names in kdfast.data.transforms that suit these images.
+
+    Raises:
+        DataError: fewer than two classes, a label out of range, or a class without images in a split.
+
+    Example:
+        >>> split = kdfast.data.Split(torch.tensor([0, 1]), pixels=torch.zeros(2, 3, 8, 8, dtype=torch.uint8))
+        >>> half = (0.5,) * 3
+        >>> data = kdfast.data.ImageData("mine", ("cat", "dog"), split, split, split, half, half, 8, True, "none", "none")
+        >>> data.classes[data.test.labels[1]]
+        'dog'
     """
 
     name: str
@@ -112,46 +132,42 @@ class ImageData:
     eval_transform: str
 
     def __post_init__(self) -> None:
-        if len(self.classes) < 2:
-            raise DataError(f"{self.name}: at least 2 classes are needed, found {len(self.classes)}: {', '.join(self.classes) or 'none'}")
-        for part in ("train", "val", "test"):
-            self._check(part, getattr(self, part).labels)
-
-    def _check(self, part: str, labels: Tensor) -> None:
-        """Labels are in range, and every class is there."""
         C = len(self.classes)
-        wrong = labels[((labels < 0) | (labels >= C)) & (labels != HIDDEN)]
-        if len(wrong):
-            raise DataError(f"{self.name}: labels of {part} must be 0 to {C - 1} for {C} classes, got {wrong[0].item()}")
-        missing = absent(labels, self.classes)
-        if missing:
-            raise DataError(f"{self.name}: no image of {missing} in {part}")
+        if C < 2:
+            raise DataError(f"{self.name}: at least 2 classes are needed, found {C}: {', '.join(self.classes) or 'none'}")
+        for part in ("train", "val", "test"):
+            labels = getattr(self, part).labels
+            wrong = labels[((labels < 0) | (labels >= C)) & (labels != HIDDEN)]
+            if len(wrong):
+                raise DataError(f"{self.name}: labels of {part} must be 0 to {C - 1} for {C} classes, got {wrong[0].item()}")
+            missing = list_missing(labels, self.classes)
+            if missing:
+                raise DataError(f"{self.name}: no image of {missing} in {part}")
 
 
-def absent(labels: Tensor, classes: tuple[str, ...]) -> str:
-    """The classes that no label is of, in words; empty where there are none."""
-    counts = torch.bincount(labels[labels >= 0], minlength=len(classes))
-    missing = [classes[c] for c in (counts == 0).nonzero().flatten().tolist()]
-    return _listing("class", "classes", missing) if missing else ""
+def list_missing(labels: Tensor, classes: tuple[str, ...]) -> str:
+    """The classes without a label, as "class 'a'" or "classes 'a', 'b'"; empty if there are none."""
+    return _list_classes(torch.bincount(labels[labels >= 0], minlength=len(classes)) == 0, classes)
 
 
-def _listing(one: str, many: str, names: list[str], shown: int = 5) -> str:
-    """'class 'a'', 'classes 'a', 'b' and 7 more'."""
+def _list_classes(chosen: Tensor, classes: tuple[str, ...], shown: int = 5) -> str:
+    """For example "classes 'a', 'b' and 7 more"; empty if none is chosen (bool [C])."""
+    names = [classes[c] for c in chosen.nonzero().flatten().tolist()]
     more = f" and {len(names) - shown} more" if len(names) > shown else ""
-    return f"{one if len(names) == 1 else many} {', '.join(map(repr, names[:shown]))}{more}"
+    return f"{'class' if len(names) == 1 else 'classes'} {', '.join(map(repr, names[:shown]))}{more}" if names else ""
 
 
-def stratified(labels: Tensor, count: int, *, seed: int, purpose: int) -> tuple[Tensor, Tensor]:
-    """Chooses `count` images, of every class in proportion and at least one.
+def choose_stratified(labels: Tensor, count: int, *, seed: int, purpose: int) -> tuple[Tensor, Tensor]:
+    """Chooses `count` images: of every class in proportion, and at least one.
 
     Args:
         labels: int64 [n].
-        count: how many, from the number of classes present to n.
+        count: from the number of classes present to n.
         seed: same seed, same choice.
         purpose: VALIDATION, TEST, FEWER or LABELS.
 
     Returns:
-        Positions of the chosen and of the others, both int64 and ascending.
+        Positions of the chosen images and of the others, both int64 and ascending.
 
     Raises:
         DataError: `count` is out of range.
@@ -159,7 +175,7 @@ def stratified(labels: Tensor, count: int, *, seed: int, purpose: int) -> tuple[
     present = labels.unique().tolist()
     if not len(present) <= count <= len(labels):
         raise DataError(f"cannot choose {count} of {len(labels)} images with at least one of each of {len(present)} classes")
-    random = generator(seed, purpose)
+    random = make_generator(seed, purpose)
     positions, keys = [], []
     for label in present:
         members = (labels == label).nonzero().flatten()
@@ -171,34 +187,34 @@ def stratified(labels: Tensor, count: int, *, seed: int, purpose: int) -> tuple[
     return order[:count].sort().values, order[count:].sort().values
 
 
-def carve(split: Split, count: int, *, seed: int, purpose: int, classes: tuple[str, ...]) -> tuple[Split, Split]:
-    """Divides a split into `count` images chosen by stratified() and the others; every class keeps an image in both.
+def divide(split: Split, count: int, *, seed: int, purpose: int, classes: tuple[str, ...]) -> tuple[Split, Split]:
+    """Divides a split into `count` images of choose_stratified() and the others; every class has an image in both.
 
     Raises:
         DataError: a class has one image only, or `count` is too small or too large.
     """
     sizes = torch.bincount(split.labels, minlength=len(classes))
-    single = [classes[c] for c in (sizes == 1).nonzero().flatten().tolist()]
+    single = _list_classes(sizes == 1, classes)
     if single:
-        raise DataError(f"{_listing('class', 'classes', single)} with 1 image: at least 2 are needed to divide the images into splits")
-    chosen, others = stratified(split.labels, max(count, int((sizes > 0).sum())), seed=seed, purpose=purpose)
+        raise DataError(f"{single} with 1 image: at least 2 are needed to divide the images into splits")
+    chosen, others = choose_stratified(split.labels, max(count, int((sizes > 0).sum())), seed=seed, purpose=purpose)
     return split.subset(chosen), split.subset(others)
 
 
-def mixed(split: Split, *, seed: int) -> Split:
+def shuffle(split: Split, *, seed: int) -> Split:
     """The same images in a random order: batches in the order of folders would hold one class, which contrastive losses cannot judge."""
-    return split.subset(torch.randperm(len(split), generator=generator(seed, ORDER)))
+    return split.subset(torch.randperm(len(split), generator=make_generator(seed, ORDER)))
 
 
-def fewer(split: Split, count: int, *, seed: int) -> Split:
-    """`count` images chosen by stratified(), or all where there are no more."""
+def limit(split: Split, count: int, *, seed: int) -> Split:
+    """`count` images of choose_stratified(), or all if there are no more."""
     if count >= len(split):
         return split
-    return split.subset(stratified(split.labels, count, seed=seed, purpose=FEWER)[0])
+    return split.subset(choose_stratified(split.labels, count, seed=seed, purpose=FEWER)[0])
 
 
 def hide_labels(split: Split, fraction: float, *, seed: int) -> Split:
-    """What a semi-labelled student sees: a fixed, stratified part of the images with their label, all others with -100.
+    """The split of a semi-labelled student: a fixed, stratified part of the images keeps its label, all others get -100.
 
     Args:
         split: fully labelled.
@@ -207,11 +223,16 @@ def hide_labels(split: Split, fraction: float, *, seed: int) -> Split:
 
     Raises:
         DataError: `fraction` is out of range.
+
+    Example:
+        >>> split = kdfast.data.Split(torch.tensor([0, 1, 0, 1]), pixels=torch.zeros(4, 3, 8, 8, dtype=torch.uint8))
+        >>> kdfast.data.hide_labels(split, 0.5, seed=0).labels
+        tensor([   0,    1, -100, -100])
     """
     if not 0 < fraction <= 1:
         raise DataError(f"hide_labels: fraction must be above 0 and at most 1, got {fraction}")
     count = max(round(fraction * len(split)), len(split.labels.unique()))
-    visible, _ = stratified(split.labels, count, seed=seed, purpose=LABELS)
+    visible, _ = choose_stratified(split.labels, count, seed=seed, purpose=LABELS)
     labels = torch.full_like(split.labels, HIDDEN)
     labels[visible] = split.labels[visible]
     return replace(split, labels=labels)

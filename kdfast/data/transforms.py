@@ -1,13 +1,13 @@
 """From a decoded image to the network's input, by name: augmentation or resizing on uint8, then normalization to float32.
 
-A transform is a list of steps, each of which has two forms: of one uint8 image, drawing from torch's default generator, by
-torchvision; and of a batch on any device, with numbers of each image's own. Normalization is (pixel / 255 - mean) / std, done for a
-whole batch at once and on its device, so that images travel between processes and to the GPU as bytes.
+A transform is a list of steps, each of which has two forms: for one uint8 image, by torchvision, drawing from torch's default generator;
+and for a batch on any device, where every image has its own numbers. Normalization, (pixel / 255 - mean) / std, is done for a whole batch
+on its device, so images travel between processes and to the GPU as bytes.
 
     training        none            squash only
                     digits          squash, shift by up to 1/8 of the side
-                    cifar           squash, shift by up to 4 pixels, where zeros come in, flip
-                    cifar-reflect   the same, but the mirrored image comes in
+                    cifar           squash, shift by up to 4 pixels with zeros at the border, flip
+                    cifar-reflect   the same with the mirrored image at the border
                     cifar-cutout    as cifar, then a square of 16 pixels painted over
                     tiny            as cifar, for Tiny-ImageNet's 64x64
                     imagenet        random resized crop, flip: torchvision's defaults
@@ -17,7 +17,9 @@ whole batch at once and on its device, so that images travel between processes a
                     squash          squash only
                     center-crop     shorter side to 256/224 of image_size, middle image_size x image_size
 
-Squash, here, is resizing to image_size x image_size whatever the aspect ratio; it costs nothing where the image has that size.
+Squash is resizing to image_size x image_size whatever the aspect ratio; an image of that size stays as it is.
+
+To add one, add it to NORMALIZATIONS, TRAINING or EVALUATION and to the table above.
 """
 
 from collections.abc import Callable
@@ -44,7 +46,13 @@ NORMALIZATIONS: dict[str, tuple[Channels, Channels]] = {
 
 
 class Normalize(nn.Module):
-    """uint8 [..., 3, H, W] -> (x / 255 - mean) / std as x * scale + shift, in float32, then in `dtype`."""
+    """uint8 [..., 3, H, W] -> (x / 255 - mean) / std as x * scale + shift, in float32, then in `dtype`.
+
+    Example:
+        >>> normalize = kdfast.data.Normalize((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+        >>> normalize(torch.tensor([0, 255], dtype=torch.uint8).expand(3, 1, 2))[0]
+        tensor([[-1.,  1.]])
+    """
 
     scale: Tensor
     shift: Tensor
@@ -68,6 +76,12 @@ class Transform:
     Attributes:
         steps: one after another; a Framing, if any, is the first.
         mean, std: of pixels scaled to 0..1.
+
+    Example:
+        >>> transform = kdfast.data.training_transform("cifar", 32, *kdfast.data.NORMALIZATIONS["cifar10"])
+        >>> image = torch.zeros(3, 32, 32, dtype=torch.uint8)
+        >>> transform(image).shape, transform(image).dtype, transform.random
+        (torch.Size([3, 32, 32]), torch.float32, True)
     """
 
     steps: tuple[Framing | Step, ...]
@@ -80,9 +94,9 @@ class Transform:
         return any(step.random for step in self.steps)
 
     def augment(self, image: Tensor) -> Tensor:
-        """uint8 [3, H, W] -> uint8 [3, h, w], by torchvision; not random, it takes [B, 3, H, W] as well."""
+        """uint8 [3, H, W] -> uint8 [3, h, w], by torchvision. If not random, it takes [B, 3, H, W] as well."""
         for step in self.steps:
-            image = step.alone(image)
+            image = step.transform_image(image)
         return image
 
     def __call__(self, image: Tensor) -> Tensor:
@@ -91,13 +105,23 @@ class Transform:
 
 
 def training_names() -> tuple[str, ...]:
-    """The names that training_transform() takes."""
-    return tuple(_TRAINING)
+    """The names that training_transform() takes.
+
+    Example:
+        >>> kdfast.data.training_names()[:3]
+        ('none', 'digits', 'cifar')
+    """
+    return tuple(TRAINING)
 
 
 def evaluation_names() -> tuple[str, ...]:
-    """The names that evaluation_transform() takes."""
-    return tuple(_EVALUATION)
+    """The names that evaluation_transform() takes.
+
+    Example:
+        >>> kdfast.data.evaluation_names()
+        ('none', 'squash', 'center-crop')
+    """
+    return tuple(EVALUATION)
 
 
 def training_transform(name: str, image_size: int, mean: Channels, std: Channels) -> Transform:
@@ -105,57 +129,60 @@ def training_transform(name: str, image_size: int, mean: Channels, std: Channels
 
     Raises:
         DataError: no such name, or image_size is not positive.
+
+    Example:
+        >>> transform = kdfast.data.training_transform("imagenet", 64, *kdfast.data.NORMALIZATIONS["imagenet"])
+        >>> transform(torch.zeros(3, 90, 120, dtype=torch.uint8)).shape
+        torch.Size([3, 64, 64])
     """
-    return _build("training", _TRAINING, name, image_size, mean, std)
+    return _build("training", TRAINING, name, image_size, mean, std)
 
 
 def evaluation_transform(name: str, image_size: int, mean: Channels, std: Channels) -> Transform:
-    """The evaluation transform of this name; the result is image_size x image_size, but for "none".
+    """The evaluation transform of this name; the result is image_size x image_size, except for "none".
 
     Raises:
         DataError: no such name, or image_size is not positive.
+
+    Example:
+        >>> transform = kdfast.data.evaluation_transform("center-crop", 64, *kdfast.data.NORMALIZATIONS["imagenet"])
+        >>> transform(torch.zeros(3, 90, 120, dtype=torch.uint8)).shape
+        torch.Size([3, 64, 64])
     """
-    return _build("evaluation", _EVALUATION, name, image_size, mean, std)
+    return _build("evaluation", EVALUATION, name, image_size, mean, std)
 
 
-_Builder = Callable[[int, Channels], "list[Framing | Step]"]
+Builder = Callable[[int, Channels], "list[Framing | Step]"]
+"""(image_size, mean) -> steps."""
 
 
-def _conkd_teacher(size: int, mean: Channels) -> list[Framing | Step]:
-    return [Squash(size), RandAugment(5, 14), Shift(16)]
-
-
-def _conkd_student(size: int, mean: Channels) -> list[Framing | Step]:
-    return [*_conkd_teacher(size, mean), Flip(), Rotation(10), ColorJitter(0.2)]
-
-
-def _cifar_cutout(size: int, mean: Channels) -> list[Framing | Step]:
+def _cut_out(size: int, mean: Channels) -> list[Framing | Step]:
     red, green, blue = (round(255 * m) for m in mean)
     return [Squash(size), Shift(4), Flip(), Cutout(16, (red, green, blue))]
 
 
-_TRAINING: dict[str, _Builder] = {
+TRAINING: dict[str, Builder] = {
     "none": lambda size, mean: [Squash(size)],
     "digits": lambda size, mean: [Squash(size), Shift(max(1, size // 8))],
     "cifar": lambda size, mean: [Squash(size), Shift(4), Flip()],
     "cifar-reflect": lambda size, mean: [Squash(size), Shift(4, reflect=True), Flip()],
-    "cifar-cutout": _cifar_cutout,
+    "cifar-cutout": _cut_out,
     "tiny": lambda size, mean: [Squash(size), Shift(4), Flip()],
     "imagenet": lambda size, mean: [ResizedCrop(size), Flip()],
-    "conkd-teacher": _conkd_teacher,
-    "conkd-student": _conkd_student,
+    "conkd-teacher": lambda size, mean: [Squash(size), RandAugment(5, 14), Shift(16)],
+    "conkd-student": lambda size, mean: [Squash(size), RandAugment(5, 14), Shift(16), Flip(), Rotation(10), ColorJitter(0.2)],
 }
 
-_EVALUATION: dict[str, _Builder] = {
+EVALUATION: dict[str, Builder] = {
     "none": lambda size, mean: [],
     "squash": lambda size, mean: [Squash(size)],
     "center-crop": lambda size, mean: [CenterCrop(size)],
 }
 
 
-def _build(kind: str, builders: dict[str, _Builder], name: str, image_size: int, mean: Channels, std: Channels) -> Transform:
+def _build(purpose: str, builders: dict[str, Builder], name: str, image_size: int, mean: Channels, std: Channels) -> Transform:
     if name not in builders:
-        raise DataError(f"{kind} transform must be one of {', '.join(builders)}, got {name!r}")
+        raise DataError(f"{purpose} transform must be one of {', '.join(builders)}, got {name!r}")
     if image_size < 1:
         raise DataError(f"image_size must be at least 1, got {image_size}")
     return Transform(tuple(builders[name](image_size, mean)), mean, std)

@@ -12,7 +12,7 @@ from PIL import Image
 
 from kdfast.benchmarks import loaders
 from kdfast.benchmarks.loaders import Loaders, make_photographs, run
-from kdfast.data import Batch, ResidentLoader, Split, load, training_transform
+from kdfast.data import Batch, LoaderOptions, ResidentLoader, Split, load, training_transform
 from kdfast.data.loaders import dali_installed
 
 
@@ -91,7 +91,8 @@ def test_named_data_sets_are_found_beside_each_other(real_data):
 
 def test_waiting_is_what_a_slow_loader_adds():
     split = Split(torch.zeros(40, dtype=torch.int64), pixels=torch.zeros(40, 3, 8, 8, dtype=torch.uint8))
-    loader = ResidentLoader(split, training_transform("cifar", 8, (0.5,) * 3, (0.5,) * 3), 4, shuffle=True, seed=0)
+    transform, options = training_transform("cifar", 8, (0.5,) * 3, (0.5,) * 3), LoaderOptions(4, shuffle=True)
+    loader = ResidentLoader(split, transform, options)
 
     class Slow(ResidentLoader):
         def _batches(self, requests):
@@ -104,7 +105,7 @@ def test_waiting_is_what_a_slow_loader_adds():
 
     cpu = torch.device("cpu")
     assert loaders.waiting_share(loader, step, cpu) < 0.2
-    slow = Slow(split, training_transform("cifar", 8, (0.5,) * 3, (0.5,) * 3), 4, shuffle=True, seed=0)
+    slow = Slow(split, transform, options)
     assert 0.35 < loaders.waiting_share(slow, step, cpu) < 0.65
 
 

@@ -7,12 +7,12 @@ import torch
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional
 
-from kdfast.data import augment, evaluation_transform, training_names, training_transform
+from kdfast.data import augment, training_names, training_transform
 from kdfast.data.augment import ColorJitter, Cutout, Flip, RandAugment, Rotation, Shift
 from kdfast.data.framing import CenterCrop, ResizedCrop, Squash, resample
-from kdfast.data.seeding import Draws
+from kdfast.data.seeding import Draws, mix
+from tests.data.samples import HALF
 
-HALF = ((0.5,) * 3, (0.5,) * 3)
 OPERATIONS = (
     *("Identity", "ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate", "Brightness"),
     *("Color", "Contrast", "Sharpness", "Posterize", "Solarize", "AutoContrast", "Equalize"),
@@ -31,7 +31,7 @@ def draws(n, *key):
 
 
 def difference(a, b):
-    """Largest difference, and the mean: grey levels."""
+    """Largest and mean difference, grey levels."""
     d = (a.int() - b.int()).abs()
     return d.max().item(), d.float().mean().item()
 
@@ -44,6 +44,13 @@ def test_draws_depend_on_key_image_and_count_alone():
     apart = Draws(1, 2, index=torch.tensor([9]))
     assert torch.equal(torch.cat([apart.uniform(1), apart.uniform(3)], dim=1)[0], together[1])
     assert not torch.equal(Draws(1, 3, index=torch.tensor([9])).uniform(4)[0], together[1])
+
+
+def test_seeds_of_neighbours_are_unrelated():
+    seeds = {mix(a, b, c) % 2**32 for a in range(10) for b in range(10) for c in range(100)}
+    assert len(seeds) >= 9_990, "the generator uses the low 32 bits: hardly any may coincide"
+    assert mix(0, 1) != mix(1, 0)
+    assert mix(-1) == mix(2**64 - 1)
 
 
 def test_draws_are_uniform_and_unrelated():
@@ -65,7 +72,7 @@ def test_draws_are_uniform_and_unrelated():
 def test_resizing_is_torchvisions_within_a_grey_level(step, shape):
     images = photographs(3, *shape)
     frames = step.frames(torch.tensor([shape] * 3), draws(3))
-    most, mean = difference(resample(images, frames), step.alone(images))
+    most, mean = difference(resample(images, frames), step.transform_image(images))
     assert most <= 1
     assert mean < 0.3  # torchvision rounds once more, between the two directions
 
@@ -74,7 +81,7 @@ def test_resizing_is_torchvisions_within_a_grey_level(step, shape):
 def test_crops_of_images_of_all_sizes_are_torchvisions_within_a_grey_level(size):
     singles = [photographs(1, h, w, seed=h)[0] for h, w in ((40, 56), (70, 33), (20, 20), (90, 90))] * 4
     sizes = torch.tensor([image.shape[-2:] for image in singles])
-    padded = torch.full((len(singles), 3, 90, 90), 255, dtype=torch.uint8)  # what is beside an image must not be seen
+    padded = torch.full((len(singles), 3, 90, 90), 255, dtype=torch.uint8)  # pixels beside an image must not be seen
     for place, image in zip(padded, singles):
         place[:, : image.shape[1], : image.shape[2]] = image
     frames = ResizedCrop(size).frames(sizes, draws(len(singles)))
@@ -87,7 +94,7 @@ def test_crops_of_images_of_all_sizes_are_torchvisions_within_a_grey_level(size)
         assert mean < 0.3  # torchvision rounds once more, between the two directions
 
 
-def test_resampling_what_is_shown_whole_gives_the_images_themselves():
+def test_resampling_whole_images_gives_the_images_themselves():
     images = photographs(2, 32, 32)
     assert resample(images, Squash(32).frames(torch.tensor([[32, 32]] * 2), draws(2))) is images
 
@@ -100,20 +107,20 @@ def test_crop_windows_are_distributed_as_torchvisions():
     theirs = [v2.RandomResizedCrop(32).make_params([torch.empty(3, H, W)]) for _ in range(n)]
     their = {key: torch.tensor([float(p[key]) for p in theirs]) for key in ("top", "left", "height", "width")}
     ours = {key: getattr(frames, key).float() for key in their}
-    for values in (
-        lambda p: p["height"] * p["width"] / (H * W),
-        lambda p: (p["width"] / p["height"]).log(),
-        lambda p: p["top"] / (H - p["height"]).clamp(min=1),
-        lambda p: p["left"] / (W - p["width"]).clamp(min=1),
-    ):
-        a, b = values(ours), values(their)
+
+    def measure(p):
+        """Area, aspect, and the relative place of the window."""
+        places = p["top"] / (H - p["height"]).clamp(min=1), p["left"] / (W - p["width"]).clamp(min=1)
+        return p["height"] * p["width"] / (H * W), (p["width"] / p["height"]).log(), *places
+
+    for a, b in zip(measure(ours), measure(their)):
         quantiles = torch.linspace(0.05, 0.95, 19)
         spread = (b.quantile(0.95) - b.quantile(0.05)).item()
         assert (a.quantile(quantiles) - b.quantile(quantiles)).abs().max() < 0.04 * spread  # about 3.5 deviations
 
 
 @pytest.mark.parametrize("shape", [(10, 400), (400, 10)], ids=str)
-def test_where_no_crop_fits_the_middle_is_taken(shape):
+def test_the_middle_is_taken_if_no_crop_fits(shape):
     frames = ResizedCrop(8).frames(torch.tensor([shape] * 50), draws(50))
     torch.manual_seed(0)
     theirs = {tuple(v2.RandomResizedCrop(8).make_params([torch.empty(3, *shape)]).values()) for _ in range(50)}
@@ -127,9 +134,9 @@ def test_where_no_crop_fits_the_middle_is_taken(shape):
 @pytest.mark.parametrize(("name", "most_off"), [("brightness", 0), ("contrast", 1), ("saturation", 1), ("hue", 1)])
 def test_colors_change_as_by_torchvision(name, most_off):
     images = torch.cat([photographs(6), torch.randint(256, (2, 3, 40, 56), dtype=torch.uint8)])
-    images[0] = 77  # grey, where hue is nowhere
+    images[0] = 77  # grey, which has no hue
     amount = torch.linspace(-0.45, 0.45, len(images))
-    ours = getattr(augment, f"_{name}")(images, amount[:, None, None, None])
+    ours = getattr(augment, f"change_{name}")(images, amount)
     adjust = getattr(functional, f"adjust_{name}")
     theirs = torch.stack([adjust(image, float(a) if name == "hue" else 1 + float(a)) for image, a in zip(images, amount)])
     most, mean = difference(ours, theirs)
@@ -160,7 +167,7 @@ def test_randaugment_draws_every_operation_and_sign_alike():
     seen = []
     step = RandAugment(2, 14)
     step.apply = lambda images, operation, sign: seen.append(operation + 14 * (sign > 0))
-    step.batch(torch.zeros(14_000, 3, 1, 1, dtype=torch.uint8), draws(14_000))
+    step.transform_batch(torch.zeros(14_000, 3, 1, 1, dtype=torch.uint8), draws(14_000))
     counts = torch.stack(seen).flatten().bincount(minlength=28)
     assert (counts / 1000 - 1).abs().max() < 0.16  # 5 deviations
 
@@ -168,14 +175,14 @@ def test_randaugment_draws_every_operation_and_sign_alike():
 def test_rotations_are_torchvisions_and_reach_both_ends():
     images, step = photographs(400, 17, 17), Rotation(10)
     angle = 10 * (2 * draws(400).uniform(1)[:, 0] - 1)
-    ours = step.batch(images, draws(400))
+    ours = step.transform_batch(images, draws(400))
     theirs = torch.stack([functional.rotate(image, float(a)) for image, a in zip(images, angle)])
     assert (ours != theirs).float().mean() < 1e-4
     assert angle.min() < -9.5
     assert angle.max() > 9.5
 
 
-def test_jitter_is_the_four_changes_in_an_order_of_each_images_own():
+def test_jitter_applies_the_four_changes_in_an_order_for_each_image():
     images, strength = photographs(200, 8, 8), 0.2
     numbers = draws(200)
     amount, order = strength * (2 * numbers.uniform(4) - 1), numbers.uniform(4).argsort(dim=1)
@@ -185,8 +192,8 @@ def test_jitter_is_the_four_changes_in_an_order_of_each_images_own():
             adjust = (functional.adjust_brightness, functional.adjust_contrast, functional.adjust_saturation, functional.adjust_hue)[k]
             image = adjust(image, factors[k] + (k != 3))
         expected.append(image)
-    most, mean = difference(ColorJitter(strength).batch(images, draws(200)), torch.stack(expected))
-    assert most <= 6  # what rounds differently is multiplied by what follows
+    most, mean = difference(ColorJitter(strength).transform_batch(images, draws(200)), torch.stack(expected))
+    assert most <= 6  # later changes multiply a difference in rounding
     assert mean < 0.05
     assert len({tuple(turns) for turns in order.tolist()}) == 24
 
@@ -194,7 +201,7 @@ def test_jitter_is_the_four_changes_in_an_order_of_each_images_own():
 @pytest.mark.parametrize("reflect", [False, True])
 def test_shifts_are_windows_of_the_padded_image(reflect):
     images = photographs(300, 12, 12)
-    ours = Shift(4, reflect=reflect).batch(images, draws(300))
+    ours = Shift(4, reflect=reflect).transform_batch(images, draws(300))
     padded = torch.nn.functional.pad(images.float(), (4,) * 4, mode="reflect" if reflect else "constant").to(torch.uint8)
     numbers = draws(300)
     top, left = numbers.below(9).tolist(), numbers.below(9).tolist()
@@ -204,16 +211,16 @@ def test_shifts_are_windows_of_the_padded_image(reflect):
 
 def test_half_of_the_images_are_flipped_whole():
     images = photographs(2000, 4, 6)
-    ours, chosen = Flip().batch(images, draws(2000)), Flip().chosen(draws(2000))
+    ours, chosen = Flip().transform_batch(images, draws(2000)), Flip().choose(draws(2000))
     assert torch.equal(ours[chosen], images[chosen].flip(-1))
     assert torch.equal(ours[~chosen], images[~chosen])
     assert 900 < chosen.sum() < 1100
 
 
-@pytest.mark.parametrize("form", ["alone", "batch"])
+@pytest.mark.parametrize("form", ["image", "batch"])
 def test_cutout_paints_a_square_anywhere(form):
     images, step = torch.zeros(500, 3, 32, 32, dtype=torch.uint8), Cutout(16, (10, 20, 30))
-    out = step.batch(images, draws(500)) if form == "batch" else torch.stack([step.alone(image) for image in images])
+    out = step.transform_batch(images, draws(500)) if form == "batch" else torch.stack([step.transform_image(image) for image in images])
     painted = out[:, 0] == 10
     assert torch.equal(out, painted[:, None] * torch.tensor([10, 20, 30], dtype=torch.uint8).view(3, 1, 1))
     rows, columns = painted.any(2).sum(1), painted.any(1).sum(1)
@@ -229,19 +236,18 @@ def test_both_forms_of_every_transform_agree_in_the_mean(name):
     transform = training_transform(name, 32, *HALF)
     numbers, batch = draws(n, 5), images
     for step in transform.steps:
-        frames = isinstance(step, Squash | ResizedCrop)
-        batch = resample(batch, step.frames(torch.tensor([[32, 32]]).expand(n, 2), numbers)) if frames else step.batch(batch, numbers)
+        if isinstance(step, Squash | ResizedCrop):
+            batch = resample(batch, step.frames(torch.tensor([[32, 32]]).expand(n, 2), numbers))
+        else:
+            batch = step.transform_batch(batch, numbers)
     assert batch.shape == images.shape
     assert batch.dtype == torch.uint8
     torch.manual_seed(1)
     alone = torch.stack([transform.augment(image) for image in images])
-    for statistic in (lambda x: x.mean((1, 2, 3)), lambda x: x.std((1, 2, 3)), lambda x: (x[..., 1:] - x[..., :-1]).abs().mean((1, 2, 3))):
-        a, b = statistic(batch.float()), statistic(alone.float())
+
+    def measure(x):
+        return x.mean((1, 2, 3)), x.std((1, 2, 3)), (x[..., 1:] - x[..., :-1]).abs().mean((1, 2, 3))
+
+    for a, b in zip(measure(batch.float()), measure(alone.float())):
         error = math.hypot(a.std().item(), b.std().item()) / math.sqrt(n)
         assert abs(a.mean() - b.mean()) < 4 * error + 0.1
-
-
-def test_random_says_whether_a_transform_draws():
-    assert training_transform("imagenet", 32, *HALF).random
-    assert not training_transform("none", 32, *HALF).random
-    assert not evaluation_transform("center-crop", 32, *HALF).random

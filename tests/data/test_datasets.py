@@ -1,19 +1,19 @@
 """Data sets by name, from small files made here: what is read, how it is divided, and one clear sentence for each thing wrong."""
 
-import io
 import pickle
-import shutil
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from kdfast.data import DataError, Split, hide_labels, load, names
+from kdfast.data import DataError, Split, evaluation_names, hide_labels, load, names, training_names
 from kdfast.data import datasets as module
 from kdfast.data.cifar import CIFAR10
 from kdfast.data.images import decode
-from kdfast.data.splits import FEWER, TEST, carve, stratified
+from kdfast.data.splits import FEWER, TEST, choose_stratified, divide
+from kdfast.data.transforms import NORMALIZATIONS
+from tests.data.samples import encode
 
 
 def pixels(height=12, width=16, seed=0):
@@ -69,11 +69,11 @@ MODES = {"RGB": "jpg", "L": "jpg", "CMYK": "jpg", "P": "png", "RGBA": "png", "LA
 
 
 @pytest.mark.parametrize(("mode", "ending"), MODES.items(), ids=list(MODES))
-def test_every_mode_becomes_what_pillow_says(tmp_path, mode, ending):
+def test_every_mode_becomes_rgb_as_in_pillow(tmp_path, mode, ending):
     path = tmp_path / f"image.{ending}"
     Image.fromarray(pixels()).convert(mode).save(path)
     with Image.open(path) as image:
-        assert image.mode == mode, "the file is not what this test is about"
+        assert image.mode == mode, "Pillow has changed the mode"
         expected = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
     got = decode(str(path))
     assert got.dtype == torch.uint8
@@ -93,35 +93,21 @@ def test_a_palette_with_transparency_gives_no_warning(tmp_path, recwarn):
     assert not recwarn
 
 
-@pytest.mark.parametrize("ending", ["jpg", "png"])
-@pytest.mark.parametrize("kept", [0.02, 0.5, 0.9])
-def test_a_truncated_image_is_named(tmp_path, ending, kept):
-    buffer = io.BytesIO()
-    Image.fromarray(pixels(200, 200)).save(buffer, format={"jpg": "JPEG", "png": "PNG"}[ending])
-    path = tmp_path / f"cut.{ending}"
-    path.write_bytes(buffer.getvalue()[: int(kept * len(buffer.getvalue()))])
-    with pytest.raises(DataError, match=rf"cut\.{ending}: ") as caught:
-        decode(str(path))
-    assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    ("content", "says"), [(b"", r"empty \(0 bytes\)"), (b"<html>no</html>", "not an image"), (None, "cannot be opened")]
-)
-def test_no_image_is_named(tmp_path, content, says):
-    path = tmp_path / "image.jpg"
-    if content is not None:
-        path.write_bytes(content)
-    with pytest.raises(DataError, match=rf"image\.jpg: .*{says}"):
-        decode(str(path))
+@pytest.mark.parametrize("form", ["JPEG", "PNG"])
+@pytest.mark.parametrize("share", [0.02, 0.5, 0.9])
+def test_a_truncated_image_is_named(tmp_path, form, share):
+    content = encode(form, Image.fromarray(pixels(200, 200)))
+    (tmp_path / "cut").write_bytes(content[: int(share * len(content))])
+    with pytest.raises(DataError, match=r"^.*cut: [^\n]*$"):
+        decode(str(tmp_path / "cut"))
 
 
 # ---- dividing -------------------------------------------------------------------------------------------------------------------
 
 
-def test_stratified_takes_exactly_as_many_and_every_class_its_share():
+def test_stratified_choice_gives_every_class_its_share():
     labels = torch.repeat_interleave(torch.arange(4), torch.tensor([400, 200, 100, 3]))[torch.randperm(703)]
-    chosen, others = stratified(labels, 70, seed=1, purpose=TEST)
+    chosen, others = choose_stratified(labels, 70, seed=1, purpose=TEST)
     assert torch.equal(torch.cat([chosen, others]).sort().values, torch.arange(703))
     taken = torch.bincount(labels[chosen], minlength=4)
     assert taken.sum() == 70
@@ -129,30 +115,30 @@ def test_stratified_takes_exactly_as_many_and_every_class_its_share():
     assert taken[3] == 1, "a small class keeps an image"
 
 
-def test_stratified_depends_on_seed_and_purpose_only():
+def test_stratified_choice_depends_on_seed_and_purpose_only():
     labels = torch.arange(10).repeat(20)
-    first, _ = stratified(labels, 50, seed=0, purpose=TEST)
+    first, _ = choose_stratified(labels, 50, seed=0, purpose=TEST)
     torch.randn(3)
-    assert torch.equal(first, stratified(labels, 50, seed=0, purpose=TEST)[0])
-    assert not torch.equal(first, stratified(labels, 50, seed=1, purpose=TEST)[0])
-    assert not torch.equal(first, stratified(labels, 50, seed=0, purpose=FEWER)[0])
+    assert torch.equal(first, choose_stratified(labels, 50, seed=0, purpose=TEST)[0])
+    assert not torch.equal(first, choose_stratified(labels, 50, seed=1, purpose=TEST)[0])
+    assert not torch.equal(first, choose_stratified(labels, 50, seed=0, purpose=FEWER)[0])
 
 
-def test_stratified_is_the_same_in_every_version_of_pytorch():
-    chosen, _ = stratified(torch.arange(3).repeat(10), 6, seed=0, purpose=TEST)
+def test_stratified_choice_is_the_same_in_every_version_of_pytorch():
+    chosen, _ = choose_stratified(torch.arange(3).repeat(10), 6, seed=0, purpose=TEST)
     assert chosen.tolist() == [4, 8, 11, 21, 22, 27]
 
 
 @pytest.mark.parametrize("count", [2, 31])
-def test_stratified_names_an_impossible_count(count):
+def test_stratified_choice_names_an_impossible_count(count):
     with pytest.raises(DataError, match=f"cannot choose {count} of 30 images .* 3 classes"):
-        stratified(torch.arange(3).repeat(10), count, seed=0, purpose=TEST)
+        choose_stratified(torch.arange(3).repeat(10), count, seed=0, purpose=TEST)
 
 
-def test_carve_names_a_class_with_one_image():
+def test_divide_names_a_class_with_one_image():
     split = Split(torch.tensor([0, 0, 1]), pixels=torch.zeros(3, 3, 2, 2, dtype=torch.uint8))
     with pytest.raises(DataError, match="class 'b' with 1 image"):
-        carve(split, 1, seed=0, purpose=TEST, classes=("a", "b"))
+        divide(split, 1, seed=0, purpose=TEST, classes=("a", "b"))
 
 
 def test_hide_labels_keeps_a_stratified_part_and_the_images():
@@ -176,11 +162,6 @@ def test_hide_labels_names_a_bad_fraction(fraction):
         hide_labels(load("digits").train, fraction, seed=0)
 
 
-def test_a_split_needs_as_many_images_as_labels():
-    with pytest.raises(DataError, match="got 2 images and 3 labels"):
-        Split(torch.zeros(3, dtype=torch.int64), paths=("a", "b"))
-
-
 # ---- digits ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -200,7 +181,7 @@ def test_digits_are_divided_60_20_20_and_stratified():
     assert scaled.std().item() == pytest.approx(data.std[0], abs=1e-3)
 
 
-def test_the_seed_divides_digits():
+def test_the_seed_decides_the_division_of_digits():
     assert torch.equal(load("digits", seed=1).test.pixels, load("digits", seed=1).test.pixels)
     assert not torch.equal(load("digits", seed=1).test.pixels, load("digits", seed=2).test.pixels)
 
@@ -220,23 +201,30 @@ def test_max_images_takes_a_stratified_part_of_train_only():
 
 
 @pytest.mark.parametrize(
-    ("options", "says"),
+    ("options", "message"),
     [
-        ({"val_fraction": 1.0}, "val_fraction must be"),
-        ({"val_fraction": -0.1}, "val_fraction must be"),
-        ({"max_images": 0}, "max_images must be"),
-        ({"max_images": 5}, "cannot choose 5 of 1079 images"),
+        pytest.param({"val_fraction": 1.0}, "val_fraction must be", id="val_fraction 1"),
+        pytest.param({"val_fraction": -0.1}, "val_fraction must be", id="val_fraction -0.1"),
+        pytest.param({"max_images": 0}, "max_images must be", id="max_images 0"),
+        pytest.param({"max_images": 5}, "cannot choose 5 of 1079 images", id="max_images 5"),
+        pytest.param({"name": "mnist"}, r"'mnist'; known names: digits, cifar10, .*folder", id="name"),
+        pytest.param({"name": "no/where"}, "dataset no/where: there is no such path", id="path"),
+        pytest.param({"name": __file__}, "is a file: expected a folder of images", id="file"),
+        pytest.param({"name": "folder"}, "folder: name the folder of images with --data-dir", id="no folder"),
+        pytest.param({"name": "folder", "data_dir": "nowhere"}, "--data-dir nowhere is not a folder", id="absent folder"),
     ],
 )
-def test_bad_options_are_named(options, says):
-    with pytest.raises(DataError, match=says):
-        load("digits", **options)
+def test_bad_options_are_named(options, message):
+    with pytest.raises(DataError, match=message):
+        load(**{"name": "digits"} | options)
 
 
-def test_an_unknown_name_lists_the_known_ones():
-    with pytest.raises(DataError, match=r"'mnist'; known names: digits, cifar10, .*folder"):
-        load("mnist")
+def test_the_registries_fit_together():
     assert names()[0] == "digits"
+    for source in module.DATASETS.values():
+        assert source.normalization in NORMALIZATIONS
+        assert source.train_transform in training_names()
+        assert source.eval_transform in evaluation_names()
 
 
 # ---- folders --------------------------------------------------------------------------------------------------------------------
@@ -265,7 +253,7 @@ def test_the_order_of_the_file_system_changes_nothing(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("held_out", ["val", "valid", "test"])
-def test_two_folders_the_second_is_test_and_val_comes_from_train(tmp_path, held_out):
+def test_the_second_of_two_folders_is_test_and_val_comes_from_train(tmp_path, held_out):
     class_folders(tmp_path / "train", {"ant": 30, "bee": 20})
     class_folders(tmp_path / held_out, {"ant": 3, "bee": 4})
     data = load("folder", data_dir=tmp_path, val_fraction=0.2)
@@ -290,60 +278,30 @@ def test_a_class_may_be_called_train(tmp_path):
     assert load("folder", data_dir=tmp_path).classes == ("car", "train")
 
 
-def broken_folder(root, what):
-    class_folders(root / "train", {"ant": 4, "bee": 4})
-    class_folders(root / "val", {"ant": 2, "bee": 2})
-    match what:
-        case "class missing in val":
-            shutil.rmtree(root / "val" / "bee")
-        case "class without images in val":
-            [path.unlink() for path in (root / "val" / "bee").iterdir()]
-        case "class without images in train":
-            [path.unlink() for path in (root / "train" / "ant").iterdir()]
-        case "class not in train":
-            class_folders(root / "val", {"cat": 1})
-        case "no images":
-            [path.unlink() for path in root.glob("*/*/*.png")]
-        case "no class folders":
-            [shutil.rmtree(path) for path in (root / "train").iterdir()]
-        case "images without class folders":
-            [shutil.rmtree(path) for path in (root / "train").iterdir()]
-            Image.fromarray(pixels()).save(root / "train" / "a.png")
-        case "one class":
-            [shutil.rmtree(root / part / "bee") for part in ("train", "val")]
-        case "train alone":
-            shutil.rmtree(root / "val")
-        case "one image a class":
-            [(root / "train" / "bee" / f"{i:03d}.png").unlink() for i in range(3)]
-
-
+# images of each class of train/ and of val/ (0: an empty class folder), and the message
 WRONG = {
-    "class missing in val": "val: no image of class 'bee'",
-    "class without images in val": "val: no image of class 'bee'",
-    "class without images in train": "train: no image of class 'ant'",
-    "class not in train": r"val: class 'cat' is not among the 2 classes of train/",
-    "no images": r"train: no images in its 2 class folders; known endings: \.jpg",
-    "no class folders": "train: expected one folder a class with images inside, found none: it is empty of images",
-    "images without class folders": "train: expected one folder a class .* it holds images directly",
-    "one class": "at least 2 classes are needed, found 1: ant",
-    "train alone": "has train/ but neither val/ nor test/",
-    "one image a class": "class 'bee' with 1 image",
+    "class missing in val": ({"ant": 4, "bee": 4}, {"ant": 2}, "val: no image of class 'bee'"),
+    "class without images in val": ({"ant": 4, "bee": 4}, {"ant": 2, "bee": 0}, "val: no image of class 'bee'"),
+    "class without images in train": ({"ant": 0, "bee": 4}, {"ant": 2, "bee": 2}, "train: no image of class 'ant'"),
+    "class not in train": ({"ant": 4, "bee": 4}, {"ant": 2, "bee": 2, "cat": 1}, "val: class 'cat' is not among the 2 classes of train/"),
+    "no images": ({"ant": 0, "bee": 0}, {"ant": 0}, r"train: no images in its 2 class folders; known endings: \.jpg"),
+    "no class folders": ({}, {"ant": 2}, "train: expected one folder a class with images inside, found none: it is empty of images"),
+    "images without class folders": ({".": 1}, {"ant": 2}, "train: expected one folder a class .* it holds images directly"),
+    "one class": ({"ant": 4}, {"ant": 2}, "at least 2 classes are needed, found 1: ant"),
+    "train alone": ({"ant": 4, "bee": 4}, None, "has train/ but neither val/ nor test/"),
+    "one image a class": ({"ant": 4, "bee": 1}, {"ant": 2, "bee": 2}, "class 'bee' with 1 image"),
 }
 
 
-@pytest.mark.parametrize(("what", "says"), WRONG.items(), ids=list(WRONG))
-def test_a_broken_folder_gets_one_sentence(tmp_path, what, says):
-    broken_folder(tmp_path, what)
-    with pytest.raises(DataError, match=says) as caught:
+@pytest.mark.parametrize(("train", "val", "message"), WRONG.values(), ids=list(WRONG))
+def test_a_broken_folder_gets_one_sentence(tmp_path, train, val, message):
+    for part, counts in (("train", train), ("val", val)):
+        if counts is not None:
+            (tmp_path / part).mkdir()
+            class_folders(tmp_path / part, counts)
+    with pytest.raises(DataError, match=message) as caught:
         load("folder", data_dir=tmp_path)
     assert "\n" not in str(caught.value)
-
-
-def test_folder_needs_a_folder(tmp_path):
-    with pytest.raises(DataError, match="--data-dir"):
-        load("folder")
-    with pytest.raises(DataError, match="nowhere is not a folder"):
-        load("folder", data_dir=tmp_path / "nowhere")
 
 
 # ---- named folders of images ----------------------------------------------------------------------------------------------------
@@ -373,21 +331,25 @@ def test_tiny_imagenet_reads_the_official_layout(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("text", "says"), [("000.JPEG\tn77\t0\n", r"val_annotations\.txt, line 1: .*'000.JPEG\\tn77"), ("", "file is empty")]
+    ("text", "message"),
+    [
+        pytest.param("000.JPEG\tn77\t0\n", r"val_annotations\.txt, line 1: .*'000.JPEG\\tn77", id="class"),
+        pytest.param("", "file is empty", id="empty"),
+    ],
 )
-def test_tiny_imagenet_names_a_bad_annotation(tmp_path, text, says):
+def test_tiny_imagenet_names_a_bad_annotation(tmp_path, text, message):
     (tiny_folder(tmp_path) / "val" / "val_annotations.txt").write_text(text)
-    with pytest.raises(DataError, match=says):
+    with pytest.raises(DataError, match=message):
         load("tiny-imagenet", data_dir=tmp_path)
 
 
 @pytest.mark.parametrize("name", ["cifar10", "cifar100", "tiny-imagenet", "imagenette"])
-def test_what_is_absent_says_what_was_looked_for(tmp_path, name):
+def test_an_absent_data_set_is_described(tmp_path, name):
     with pytest.raises(DataError, match=rf"{name} was not found: looked for .* in {tmp_path} \(--data-dir\)"):
         load(name, data_dir=tmp_path, download=False)
 
 
-def test_no_network_says_what_to_do(tmp_path, monkeypatch):
+def test_a_failed_download_says_what_to_do(tmp_path, monkeypatch):
     import torchvision.datasets.utils as utils
 
     def no_network(*_args, **_options):
@@ -402,9 +364,9 @@ def test_the_archives_are_torchvisions():
     from torchvision import datasets
 
     for name, theirs in (("cifar10", datasets.CIFAR10), ("cifar100", datasets.CIFAR100)):
-        ours = module._SOURCES[name].archive
-        assert (ours.url, ours.md5, ours.folder) == (theirs.url, theirs.tgz_md5, theirs.base_folder)
-    ours = module._SOURCES["imagenette"].archive
+        ours = module.DATASETS[name]
+        assert (ours.url, ours.md5, ours.folders) == (theirs.url, theirs.tgz_md5, (theirs.base_folder,))
+    ours = module.DATASETS["imagenette"]
     assert (ours.url, ours.md5) == datasets.Imagenette._ARCHIVES["160px"]
 
 
@@ -454,19 +416,23 @@ def test_a_pickle_that_would_run_code_is_refused(tmp_path):
     assert not target.exists()
 
 
+CIFAR_ALL = tuple(range(1, 1 + len(CIFAR10.train)))
+UNOFFICIAL = "data_batch_1: not an official CIFAR batch: expected 'data'"
+
+
 @pytest.mark.parametrize(
-    ("changes", "says"),
+    ("changes", "message"),
     [
-        ({"labels": [0, 1, 10] * 13 + [0]}, "labels of train must be 0 to 9 for 10 classes, got 10"),
-        ({"labels": [0]}, "data_batch_1: not an official CIFAR batch: expected 'data'"),
-        ({"labels": None}, "data_batch_1: not an official CIFAR batch: expected 'data'"),
-        ({"data": np.zeros((40, 100), np.uint8)}, "data_batch_1: not an official CIFAR batch: expected 'data'"),
-        ({"data": np.zeros((40, 3072), np.float32)}, "data_batch_1: not an official CIFAR batch: expected 'data'"),
+        pytest.param({"labels": [0, 1, 10] * 13 + [0]}, "labels of train must be 0 to 9 for 10 classes, got 10", id="range"),
+        pytest.param({"labels": [0]}, UNOFFICIAL, id="one label"),
+        pytest.param({"labels": None}, UNOFFICIAL, id="no labels"),
+        pytest.param({"data": np.zeros((40, 100), np.uint8)}, UNOFFICIAL, id="shape"),
+        pytest.param({"data": np.zeros((40, 3072), np.float32)}, UNOFFICIAL, id="dtype"),
     ],
 )
-def test_a_wrong_batch_is_named(tmp_path, changes, says):
-    cifar_folder(tmp_path, batches=(1, 2, 3, 4, 5), **changes)
-    with pytest.raises(DataError, match=says):
+def test_a_wrong_batch_is_named(tmp_path, changes, message):
+    cifar_folder(tmp_path, batches=CIFAR_ALL, **changes)
+    with pytest.raises(DataError, match=message):
         load("cifar10", data_dir=tmp_path, val_fraction=0)
 
 
@@ -475,9 +441,6 @@ def test_a_damaged_batch_is_named(tmp_path, content):
     (cifar_folder(tmp_path, batches=CIFAR_ALL) / "data_batch_3").write_bytes(content)
     with pytest.raises(DataError, match=r"data_batch_3: not an official CIFAR batch: \S+"):
         load("cifar10", data_dir=tmp_path)
-
-
-CIFAR_ALL = tuple(range(1, 1 + len(CIFAR10.train)))
 
 
 @pytest.mark.parametrize("missing", ["test_batch", "data_batch_1"])

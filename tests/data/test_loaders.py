@@ -1,126 +1,396 @@
-"""What the three loaders promise together: labels, counts and order alike, on one and two ranks, over a folder with bad files in it."""
+"""The contract of the three loaders: order, ranks, resuming, views, formats, errors; options, and the choice between loaders."""
 
 from pathlib import Path
 
 import pytest
 import torch
 
-from kdfast.data import DataError, load, make_loaders, usable
-from kdfast.data.loaders import dali_installed
-from tests.data.test_check import BAD, GOOD, SPECIAL, encoded, picture, plant
+from kdfast.data import (
+    HIDDEN,
+    DataError,
+    ImageData,
+    Loader,
+    LoaderOptions,
+    Split,
+    evaluation_transform,
+    hide_labels,
+    load,
+    make_loaders,
+    training_names,
+    training_transform,
+    usable,
+)
+from kdfast.data.loaders import CLASSES, choose_loader, dali_installed
+from tests.data.samples import (
+    BAD,
+    GOOD,
+    HALF,
+    SPECIAL,
+    encode,
+    join_images,
+    join_index,
+    make_loader,
+    make_noise,
+    make_split,
+    plant,
+    same,
+    write_photographs,
+    write_pngs,
+    write_sizes,
+)
 
 NAMES = [
     "resident",
     "torchvision",
     pytest.param("dali", marks=pytest.mark.skipif(not dali_installed(), reason="NVIDIA DALI is not installed: pip install kdfast[dali]")),
 ]
+every_loader = pytest.mark.parametrize("name", NAMES)
+AUGMENT = training_transform("imagenet", 32, *HALF)
+PLAIN = evaluation_transform("squash", 32, *HALF)
 
 
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    """Two classes of good files of all kinds and sizes in train/ and val/, and every kind of bad file in one of them."""
-    for split in ("train", "val"):
-        for kind in ("cat", "dog"):
-            (tmp_path / split / kind).mkdir(parents=True)
-            for i in range(7):
-                (tmp_path / split / kind / f"{i}.jpg").write_bytes(encoded("JPEG", picture(24 + i, 32 - i, seed=i)))
-    for name, (content, _) in GOOD.items():
-        (tmp_path / "train" / "cat" / name).write_bytes(content)
-    for name in [*BAD, *SPECIAL]:
-        plant(tmp_path / "train" / "dog" / "bad", name)
-    return tmp_path
+@pytest.fixture(scope="module")
+def split(tmp_path_factory):
+    return write_photographs(tmp_path_factory.mktemp("photographs"), 22)
 
 
-def loaders(folder: Path, name: str, **options):
-    data = usable(load(str(folder), val_fraction=0), max_bad_files=len(BAD) + len(SPECIAL), say=lambda line: None)
-    return data, make_loaders(data, batch_size=4, image_size=16, loader=name, workers=1, **options)
+# ---- order, ranks, position -----------------------------------------------------------------------------------------------------
 
 
-def test_at_least_twelve_kinds_are_planted_and_each_is_named(folder: Path):
-    said: list[str] = []
-    usable(load(str(folder), val_fraction=0), max_bad_files=99, say=said.append)
-    assert len(BAD) + len(SPECIAL) >= 12
-    assert all(" ".join(said).count(f"{name} (") == 1 for name in [*BAD, *SPECIAL])
-    with pytest.raises(DataError, match=r"14 image files are bad, where --max-bad-files allows 13"):
-        usable(load(str(folder), val_fraction=0), max_bad_files=13)
+@every_loader
+def test_order_and_labels_depend_on_seed_and_epoch_alone(split, name):
+    loader, reference = (make_loader(kind, split, AUGMENT, seed=3) for kind in (name, "torchvision"))
+    assert isinstance(loader, Loader)
+    orders = []
+    for epoch in (0, 4):
+        for one in (loader, reference):
+            one.set_epoch(epoch)
+        batches = list(loader)
+        orders.append([batch.index.tolist() for batch in batches])
+        assert orders[-1] == [batch.index.tolist() for batch in reference]
+        assert all(torch.equal(batch.labels, split.labels[batch.index]) for batch in batches)
+        assert all(batch.labels.dtype == batch.index.dtype == torch.int64 for batch in batches)
+    assert orders[0] != orders[1]
+    assert orders[0] != [batch.index.tolist() for batch in make_loader(name, split, AUGMENT, seed=4)]
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_no_loader_meets_a_bad_file(folder: Path, name: str):
-    data, made = loaders(folder, name)
-    assert not any("/bad/" in path for path in data.train.paths)
-    for loader, split in ((made.train, data.train), (made.test, data.test)):
-        seen = [batch for _ in range(2) for batch in loader]
-        assert all(batch.images.shape[1:] == (3, 16, 16) and batch.images.isfinite().all() for batch in seen)
-        assert all(torch.equal(batch.labels, split.labels[batch.index]) for batch in seen)
+@every_loader
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+@pytest.mark.parametrize("drop_last", [False, True])
+def test_every_image_comes_once_an_epoch(split, name, world_size, drop_last):
+    ranks = [make_loader(name, split, PLAIN, rank=rank, world_size=world_size, drop_last=drop_last) for rank in range(world_size)]
+    epochs = [list(loader) for loader in ranks]
+    assert [len(epoch) for epoch in epochs] == [len(loader) for loader in ranks]
+    assert [sum(len(batch.labels) for batch in epoch) for epoch in epochs] == [loader.samples for loader in ranks]
+    assert all(len(batch.images) == len(batch.labels) == len(batch.index) for epoch in epochs for batch in epoch)
+    index = join_index(*epochs)
+    assert len(index.unique()) == len(index) == (22 if not drop_last else {1: 20, 2: 16, 3: 12}[world_size])
 
 
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("world_size", [1, 2])
-def test_every_sample_once_an_epoch_on_all_ranks(folder: Path, name: str, world_size: int):
-    ranks = [loaders(folder, name, rank=rank, world_size=world_size)[1] for rank in range(world_size)]
-    for part in ("train", "val", "test"):
-        index = torch.cat([batch.index for made in ranks for batch in getattr(made, part)])
-        assert len(index) == len(index.unique()) == sum(getattr(made, part).samples for made in ranks)
-        if part != "train":  # training leaves out what fills no batch
-            assert index.sort().values.tolist() == list(range(14))
+@pytest.mark.parametrize("n", [2, 8, 11, 13, 16])
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_ranks_share_few_images_without_repetition(n, world_size):
+    ranks = [
+        make_loader("resident", make_split(n), PLAIN, 2, shuffle=False, rank=rank, world_size=world_size) for rank in range(world_size)
+    ]
+    assert join_index(*ranks).sort().values.tolist() == list(range(n))
+    assert sum(loader.samples for loader in ranks) == n
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_order_and_labels_are_the_same_in_all(folder: Path, name: str):
-    (_, ours), (_, theirs) = loaders(folder, name, seed=3), loaders(folder, "torchvision", seed=3)
+def test_batches_of_ranks_join_to_the_batches_of_one_process():
+    one = make_loader("torchvision", make_split(30), AUGMENT, 8, drop_last=True)
+    two = [make_loader("torchvision", make_split(30), AUGMENT, 4, rank=rank, world_size=2, drop_last=True) for rank in range(2)]
+    joined = [tuple(torch.cat(parts) for parts in zip(*pair)) for pair in zip(*two)]
+    assert same(list(one), joined)
+    assert len(joined) == 3
+
+
+@pytest.mark.parametrize(("n", "world_size", "sizes"), [(10, 1, [4, 4]), (3, 1, [3]), (7, 2, [3]), (17, 2, [4, 4]), (2, 2, [1])])
+def test_drop_last_keeps_ranks_even_and_never_empties_the_epoch(n, world_size, sizes):
+    for rank in range(world_size):
+        loader = make_loader("resident", make_split(n), PLAIN, rank=rank, world_size=world_size, drop_last=True)
+        assert [len(batch.labels) for batch in loader] == sizes
+        assert (len(loader), loader.samples) == (len(sizes), sum(sizes))
+
+
+@every_loader
+@pytest.mark.parametrize("done", [0, 1, 3, 6])
+def test_resuming_gives_the_very_next_batch(split, name, done):
+    loader = make_loader(name, split, AUGMENT)
+    loader.set_epoch(2)
+    whole = list(loader)
+    first = make_loader(name, split, AUGMENT)
+    first.set_epoch(2)
+    running = iter(first)
+    got = [next(running) for _ in range(done)]
+    state = first.state_dict()
+    assert state == {"epoch": 2, "batch": done}, "batches handed out, whatever was prefetched"
+    second = make_loader(name, split, AUGMENT)
+    second.load_state_dict(state)
+    assert same(got + list(second), whole)
+    if done < len(whole):
+        assert same(got + list(first), whole), "so does the interrupted loader itself"
+
+
+@every_loader
+def test_an_epoch_can_be_left_and_begun_again(split, name):
+    loader = make_loader(name, split, AUGMENT)
+    loader.set_epoch(4)
+    whole = list(loader)
+    assert same(list(loader), whole), "iterating again starts the epoch over"
     for _ in range(2):
-        for a, b in zip(ours.train, theirs.train, strict=True):
-            assert torch.equal(a.index, b.index)
-            assert torch.equal(a.labels, b.labels)
-    for a, b in zip(ours.test, theirs.test, strict=True):
-        assert torch.equal(a.index, b.index)
-        grey = (a.images - b.images).abs().mean() * 255 * 0.225  # ImageNet's least deviation
-        assert grey < 1
+        loader.set_epoch(4)
+        assert same([next(iter(loader))], whole[:1])
+    loader.set_epoch(4)
+    assert same(list(loader), whole)
+    assert loader.state_dict() == {"epoch": 4, "batch": 6}
+    restored = make_loader(name, split, AUGMENT)
+    restored.load_state_dict(loader.state_dict())
+    assert list(restored) == [], "an epoch that was complete when saved has no rest"
+    assert len(list(restored)) == 6
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_all_images_in_order_on_every_rank(folder: Path, name: str):
-    data, made = loaders(folder, name, rank=1, world_size=2, seed=3)
-    assert not made.train.deterministic
-    assert made.val.deterministic
-    made.train.set_epoch(2)
-    batches = {int(i): image for batch in made.train for i, image in zip(batch.index, batch.images)}
-    made.train.set_epoch(2)
-    iteration = iter(made.train)
-    next(iteration)
-    iteration.close()
-    found = list(made.train.in_order())
-    assert torch.cat([batch.index for batch in found]).tolist() == list(range(len(data.train)))
-    assert torch.equal(torch.cat([batch.labels for batch in found]), data.train.labels)
-    assert torch.equal(made.train.labels, data.train.labels)
-    images = torch.cat([batch.images for batch in found])
-    assert all(torch.equal(images[i], image) for i, image in batches.items()), "of the epoch under way"
-    assert made.train.state_dict() == {"epoch": 2, "batch": 1}
-    rest = torch.cat([batch.index for batch in made.train])
-    assert len(rest) == made.train.samples - 4, "the epoch goes on"
+def test_a_state_of_another_split_is_an_error():
+    with pytest.raises(DataError, match="batch 9, but an epoch has 2 batches"):
+        make_loader("resident", make_split(6), PLAIN).load_state_dict({"epoch": 0, "batch": 9})
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_a_micro_batch_is_the_most_that_a_network_is_given_without_a_gradient(folder: Path, name: str):
-    _, whole = loaders(folder, name)
-    _, made = loaders(folder, name, micro_batch=3)
-    for part, most in ((made.train, 4), (made.val, 4), (made.test, 3), (made.train.in_order(), 3), (made.val.in_order(), 3)):
-        assert max(len(batch.labels) for batch in part) == most
-    for a, b in ((made.test, whole.test), (made.val.in_order(), whole.val.in_order())):
-        assert torch.equal(torch.cat([batch.images for batch in a]), torch.cat([batch.images for batch in b]))
+@every_loader
+def test_in_order_gives_all_images_on_every_rank(split, name):
+    loader = make_loader(name, split, AUGMENT, rank=1, world_size=2, micro_batch=3)
+    assert not loader.deterministic
+    assert make_loader(name, split, PLAIN).deterministic
+    loader.set_epoch(2)
+    images = {int(i): image for batch in loader for i, image in zip(batch.index, batch.images)}
+    loader.set_epoch(2)
+    next(iter(loader))
+    found = list(loader.in_order())
+    assert max(len(batch.labels) for batch in found) == 3
+    assert join_index(found).tolist() == list(range(22))
+    assert torch.equal(torch.cat([batch.labels for batch in found]), split.labels)
+    assert torch.equal(loader.labels, split.labels)
+    assert all(torch.equal(join_images(found)[i], image) for i, image in images.items()), "as the epoch under way has them"
+    assert loader.state_dict() == {"epoch": 2, "batch": 1}
+    assert len(join_index(loader)) == loader.samples - 4, "the epoch goes on"
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_a_resumed_epoch_goes_on_with_the_very_next_sample(folder: Path, name: str):
-    _, made = loaders(folder, name)
-    whole = list(made.train)
-    _, begun = loaders(folder, name)
-    for batch, _ in zip(begun.train, range(2)):
-        assert len(batch.labels) == 4
-    _, again = loaders(folder, name)
-    again.train.load_state_dict(begun.train.state_dict())
-    rest = list(again.train)
-    done = begun.train.state_dict()["batch"]
-    assert len(rest) == len(whole) - done
-    assert all(torch.equal(x, y) for a, b in zip(rest, whole[done:]) for x, y in zip(a, b))
+@every_loader
+def test_the_random_state_is_untouched(split, name):
+    state = torch.get_rng_state()
+    for _ in make_loader(name, split, training_transform("conkd-student", 32, *HALF)):
+        assert torch.equal(state, torch.get_rng_state())
+    assert torch.equal(state, torch.get_rng_state())
+
+
+# ---- images ---------------------------------------------------------------------------------------------------------------------
+
+
+@every_loader
+def test_augmentation_depends_on_seed_epoch_and_image_alone(split, name):
+    def collect(epoch=0, **options):
+        loader = make_loader(name, split, AUGMENT, **options)
+        loader.set_epoch(epoch)
+        return {int(i): image for batch in loader for i, image in zip(batch.index, batch.images)}
+
+    one = collect()
+    for options in ({"batch_size": 5}, {"rank": 1, "world_size": 2}, {"shuffle": False}):
+        others = collect(**options)
+        assert all(torch.allclose(image, one[i], atol=0.02) for i, image in others.items()), "a rounding where sizes are mixed otherwise"
+    for options in ({"epoch": 1}, {"seed": 1}):
+        assert any(not torch.equal(image, one[i]) for i, image in collect(**options).items())
+
+
+@every_loader
+def test_two_views_are_two_augmentations(split, name):
+    one, two = list(make_loader(name, split, AUGMENT)), list(make_loader(name, split, AUGMENT, views=2))
+    assert two[0].images.shape == (4, 2, 3, 32, 32)
+    assert same([(b.images,) for b in one], [(b.images[:, 0],) for b in two])
+    assert any(not torch.equal(b.images[:, 0], b.images[:, 1]) for b in two)
+    with pytest.raises(DataError, match="2 views of an image need a transform that draws random numbers"):
+        make_loader(name, split, PLAIN, views=2)
+
+
+@every_loader
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("augmentation", ["imagenet", "cifar-cutout"])
+def test_dtype_and_memory_format(split, name, dtype, channels_last, augmentation):
+    transform = training_transform(augmentation, 32, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    images = next(iter(make_loader(name, split, transform, dtype=dtype, channels_last=channels_last))).images
+    assert images.is_contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+    exact = next(iter(make_loader(name, split, transform, channels_last=channels_last))).images
+    assert exact.dtype == torch.float32
+    assert torch.equal(images, exact.to(dtype)), "rounded once"
+
+
+def test_memory_images_are_normalized():
+    images = join_images(make_loader("torchvision", make_split(5), evaluation_transform("none", 8, *HALF), shuffle=False))
+    assert torch.allclose(images, (make_split(5).pixels / 255 - 0.5) / 0.5, atol=1e-6)
+
+
+@every_loader
+def test_a_broken_image_is_one_sentence_that_names_it(tmp_path, name):
+    split, _ = write_pngs(tmp_path, 9)
+    for transform in (AUGMENT, PLAIN):
+        loader = make_loader(name, split, transform)
+        (tmp_path / "6.png").write_bytes((tmp_path / "6.png").read_bytes()[:60])
+        with pytest.raises(DataError, match=r"^.*6\.png: the image cannot be read: [^\n]*$"):
+            list(loader)
+
+
+@every_loader
+def test_different_sizes_need_a_transform_that_resizes(tmp_path, name):
+    with pytest.raises(DataError, match=r"images differ in size \(10x8 and 8x9\)"):
+        list(make_loader(name, write_sizes(tmp_path), evaluation_transform("none", 8, *HALF)))
+
+
+# ---- a folder with bad files ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> ImageData:
+    """Two classes of good files of all kinds and sizes, and every kind of bad file in one of them, which the check leaves out."""
+    root: Path = tmp_path_factory.mktemp("folder")
+    for part in ("train", "val"):
+        for kind in ("cat", "dog"):
+            (root / part / kind).mkdir(parents=True)
+            for i in range(7):
+                (root / part / kind / f"{i}.jpg").write_bytes(encode("JPEG", make_noise(24 + i, 32 - i, seed=i)))
+    for name in GOOD:
+        plant(root / "train" / "cat", name)
+    for name in [*BAD, *SPECIAL]:
+        plant(root / "train" / "dog" / "bad", name)
+    loaded, said = load(str(root), val_fraction=0), []
+    with pytest.raises(DataError, match=r"14 image files are bad, where --max-bad-files allows 13"):
+        usable(loaded, max_bad_files=13)
+    good = usable(loaded, max_bad_files=14, say=said.append)
+    assert all(" ".join(said).count(f"{name} (") == 1 for name in [*BAD, *SPECIAL])
+    assert not any("/bad/" in path for path in good.train.paths)
+    return good
+
+
+@every_loader
+def test_no_loader_meets_a_bad_file(data, name):
+    made = make_loaders(data, batch_size=4, image_size=16, loader=name, workers=0)
+    whole = [join_images(made.test), join_images(made.val.in_order())]
+    small = make_loaders(data, batch_size=4, image_size=16, loader=name, workers=0, micro_batch=3)
+    for part, most in ((small.train, 4), (small.val, 4), (small.test, 3), (small.train.in_order(), 3), (small.val.in_order(), 3)):
+        batches = list(part)
+        assert max(len(batch.labels) for batch in batches) == most
+        assert all(batch.images.shape[1:] == (3, 16, 16) and batch.images.isfinite().all() for batch in batches)
+    assert torch.equal(join_images(small.test), whole[0])
+    assert torch.equal(join_images(small.val.in_order()), whole[1])
+    reference = join_images(make_loaders(data, batch_size=4, image_size=16, loader="torchvision", workers=0).test)
+    assert (whole[0] - reference).abs().mean() * 255 * 0.225 < 1, "within a grey level; 0.225 is ImageNet's least deviation"
+
+
+# ---- options and make_loaders ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        pytest.param({"batch_size": 0}, "batch_size and views must be at least 1, got 0 and 1", id="batch size"),
+        pytest.param({"views": 0}, "batch_size and views must be at least 1, got 4 and 0", id="views"),
+        pytest.param({"micro_batch": 0}, "micro_batch must be at least 1, got 0", id="micro batch"),
+        pytest.param({"workers": -1}, "workers must be at least 0, got -1", id="workers"),
+        pytest.param({"rank": 2, "world_size": 2}, "rank 2 of 2", id="rank"),
+        pytest.param({"dtype": torch.float64}, r"dtype must be .*, got torch.float64", id="dtype"),
+        pytest.param({"world_size": 9, "drop_last": True}, "3 images cannot be shared by 9 ranks", id="world size"),
+    ],
+)
+def test_a_bad_option_is_named(options, message):
+    with pytest.raises(DataError, match=message):
+        make_loader("resident", make_split(3), PLAIN, **options)
+
+
+def test_an_empty_split_is_refused():
+    with pytest.raises(DataError, match="empty split"):
+        make_loader("resident", make_split(3).subset(torch.tensor([], dtype=torch.int64)), PLAIN)
+
+
+def test_make_loaders_follows_the_data_set():
+    data, said = load("digits"), []
+    loaders = make_loaders(data, batch_size=64, say=said.append)
+    assert said == ["resident loader: the images are in memory"]
+    assert [loader.samples for loader in loaders] == [1024, 359, 359]
+    assert torch.equal(join_index(loaders.val), torch.arange(359)), "evaluation does not shuffle"
+    images = join_images(loaders.test)
+    assert images.mean().abs() < 0.05
+    assert abs(images.std().item() - 1) < 0.05
+    same_options = make_loaders(data, LoaderOptions(batch_size=32), batch_size=64)
+    assert same(list(same_options.train), list(loaders.train)), "keywords replace fields of the options"
+
+
+@every_loader
+def test_make_loaders_takes_names_sizes_and_a_part_of_the_labels(split, name):
+    data = ImageData("x", ("a", "b", "c"), split, split, split, *HALF, 32, False, "imagenet", "center-crop")
+    options = {"train_transform": "cifar", "eval_transform": "squash", "image_size": 14, "normalization": "half", "label_fraction": 0.25}
+    loaders = make_loaders(data, batch_size=8, loader=name, views=2, **options)
+    assert all(type(loader) is CLASSES[name] for loader in loaders)
+    batches = list(loaders.train)
+    assert batches[0].images.shape == (8, 2, 3, 14, 14)
+    assert next(iter(loaders.val)).images.shape == (8, 3, 14, 14)
+    assert join_images(batches).min() >= -1
+    assert (loaders.train.labels == HIDDEN).sum() == 16
+    assert loaders.val.labels.min() >= 0, "evaluation sees every label"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        pytest.param({"normalization": "cifar"}, r"normalization must be one of imagenet, .* got 'cifar'", id="normalization"),
+        pytest.param({"train_transform": "digit"}, "training transform must be one of", id="transform"),
+        pytest.param({"loader": "fast"}, "loader must be one of auto, dali, resident, torchvision, got 'fast'", id="loader"),
+    ],
+)
+def test_make_loaders_names_an_unknown_name(options, message):
+    with pytest.raises(DataError, match=message):
+        make_loaders(load("digits"), batch_size=8, **options)
+
+
+def test_hidden_labels_are_handed_out_hidden():
+    hidden = hide_labels(make_split(30), 0.2, seed=0)
+    labels = torch.cat([batch.labels for batch in make_loader("resident", hidden, AUGMENT)])
+    assert (labels == HIDDEN).sum() == 24
+
+
+def test_auto_names_its_choice_and_the_reason(tmp_path, monkeypatch):
+    memory, (on_disk, _) = make_split(6), write_pngs(tmp_path, 6)
+    augment, plain = training_transform("cifar", 8, *HALF), evaluation_transform("squash", 8, *HALF)
+    parts, cpu, gpu = [(on_disk, augment), (on_disk, plain)], torch.device("cpu"), torch.device("cuda")
+    assert choose_loader([(memory, augment)], cpu) == ("resident", "the images are in memory")
+    installed = {"nvidia", "nvidia.dali"}
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name if name in installed else None)
+    assert choose_loader(parts, cpu) == ("dali", "image files, and DALI is installed")
+    monkeypatch.setattr("kdfast.data.loaders.free_bytes", lambda device: 2**30)
+    assert choose_loader(parts, gpu) == ("resident", "the images take 0.0 of 1.0 GiB free on cuda")
+    monkeypatch.setattr("kdfast.data.loaders.free_bytes", lambda device: 1000)
+    assert choose_loader(parts, gpu)[0] == "dali"
+    installed.clear()
+    name, why = choose_loader(parts, cpu)
+    assert name == "torchvision"
+    assert "kdfast[dali]" in why
+
+
+@pytest.mark.parametrize("name", training_names())
+def test_resident_and_torchvision_give_batches_of_one_form(name, tmp_path):
+    split, _ = write_pngs(tmp_path, 5)
+    ours, theirs = (list(make_loader(kind, split, training_transform(name, 8, *HALF))) for kind in ("resident", "torchvision"))
+    assert same([(b.index, b.labels) for b in ours], [(b.index, b.labels) for b in theirs])
+    assert [(b.images.shape, b.images.dtype) for b in ours] == [(b.images.shape, b.images.dtype) for b in theirs]
+
+
+@pytest.mark.data
+def test_real_imagenette_through_workers(real_data):
+    data = load("imagenette", data_dir=real_data, max_images=64)
+    train, val, _ = make_loaders(data, batch_size=16, workers=2, image_size=64)
+    assert sum(len(batch.labels) for batch in train) == 64
+    batch = next(iter(val))
+    assert batch.images.shape == (16, 3, 64, 64)
+    assert batch.images.abs().max() < 3
+
+
+def test_a_split_needs_as_many_images_as_labels():
+    with pytest.raises(DataError, match="got 2 images and 3 labels"):
+        Split(torch.zeros(3, dtype=torch.int64), paths=("a", "b"))

@@ -1,8 +1,8 @@
-"""A data set that lives on the device as uint8: no files, no workers; a batch is an indexing and a few batched operations.
+"""A data set that stays on the device as uint8: no files, no workers; a batch is one indexing and a few batched operations.
 
-What a transform does to every image alike in all epochs (resizing, say) is done once, by torchvision, when the images are put there.
-What it draws is drawn for a whole batch at once: the numbers of image i in epoch e are a function of (seed, e, i), so that batch
-size and ranks change nothing.
+The part of a transform that is the same for an image in all epochs (resizing, for example) is done once, by torchvision, when the images
+are put there. Random numbers are drawn for a whole batch at once: the numbers of image i in epoch e are a function of (seed, e, i), so
+batch size and ranks change nothing.
 """
 
 import functools
@@ -16,7 +16,8 @@ from torch import Tensor
 
 from kdfast.data.augment import Step
 from kdfast.data.framing import Framing, Squash, resample
-from kdfast.data.loaders.ordered import AUGMENTATION, OrderedLoader, Request, neighbours, refuse_different
+from kdfast.data.loaders.options import LoaderOptions
+from kdfast.data.loaders.ordered import AUGMENTATION, OrderedLoader, Request, check_same_size, interleave
 from kdfast.data.protocol import Batch, DataError
 from kdfast.data.seeding import Draws
 from kdfast.data.splits import Split
@@ -31,24 +32,31 @@ class ResidentLoader(OrderedLoader):
     """Images in device memory.
 
     Args:
-        split, transform, batch_size, options: as OrderedLoader.
+        split, transform, options: as for every loader; options.workers has no effect.
 
     Raises:
-        DataError: as OrderedLoader; the images do not fit into the device's free memory; a file cannot be read; images differ in
-            size and the transform does not make them alike.
+        DataError: as OrderedLoader; the images do not fit into the device's free memory; a file cannot be read; images differ in size and
+            the transform does not resize them.
+
+    Example:
+        >>> split = kdfast.data.Split(torch.tensor([0, 1, 0]), pixels=torch.zeros(3, 3, 8, 8, dtype=torch.uint8))
+        >>> transform = kdfast.data.training_transform("cifar", 8, *kdfast.data.NORMALIZATIONS["half"])
+        >>> loader = kdfast.data.ResidentLoader(split, transform, kdfast.data.LoaderOptions(batch_size=2, views=2))
+        >>> next(iter(loader)).images.shape
+        torch.Size([2, 2, 3, 8, 8])
     """
 
-    def __init__(self, split: Split, transform: Transform, batch_size: int, **options: Any) -> None:
-        super().__init__(split, transform, batch_size, **options)
-        self._once, self._steps = _once_and_each_time(split, transform)
-        _refuse_what_does_not_fit(split, self._once, self._device)
+    def __init__(self, split: Split, transform: Transform, options: LoaderOptions) -> None:
+        super().__init__(split, transform, options)
+        self._once, self._steps = _separate_constant_part(split, transform)
+        _check_memory(split, self._once, self._device)
         if not any(isinstance(step, Framing) for step in transform.steps):
-            refuse_different(split.measured())
+            check_same_size(split.measure())
 
     @functools.cached_property
     def _images(self) -> "_Store":
         """Decoded when the first batch is asked for: not every loader that is made is used."""
-        return _stored(self._split, self._once, self._device)
+        return _find_store(self._split, self._once, self._device)
 
     @functools.cached_property
     def _labels(self) -> Tensor:
@@ -58,25 +66,25 @@ class ResidentLoader(OrderedLoader):
         for epoch, positions in requests:
             index = torch.tensor(positions)
             there = index.to(self._device, non_blocking=True)
-            yield Batch(self._finished(self._augmented(epoch, index, there)), self._labels[there], there)
+            yield Batch(self._finish(self._augment(epoch, index, there)), self._labels[there], there)
 
-    def _augmented(self, epoch: int, index: Tensor, there: Tensor) -> Tensor:
+    def _augment(self, epoch: int, index: Tensor, there: Tensor) -> Tensor:
         """uint8 [B * views, 3, h, w]."""
         images = self._images.take(index, there)
         if not self._steps:
             return images
         sizes = self._images.sizes[index]
         views = []
-        for view in range(self._views):
-            draws, seen = Draws(self._seed, AUGMENTATION, epoch, view, index=index), images
+        for view in range(self._options.views):
+            draws, seen = Draws(self._options.seed, AUGMENTATION, epoch, view, index=index), images
             for step in self._steps:
-                seen = resample(seen, step.frames(sizes, draws)) if isinstance(step, Framing) else step.batch(seen, draws)
+                seen = resample(seen, step.frames(sizes, draws)) if isinstance(step, Framing) else step.transform_batch(seen, draws)
             views.append(seen)
-        return neighbours(views)
+        return interleave(views)
 
 
-def _once_and_each_time(split: Split, transform: Transform) -> tuple[Framing | None, tuple[Framing | Step, ...]]:
-    """The framing that is the same in all epochs, where there is one and it changes anything, and the other steps."""
+def _separate_constant_part(split: Split, transform: Transform) -> tuple[Framing | None, tuple[Framing | Step, ...]]:
+    """The framing that is the same in all epochs, if there is one and it changes anything, and the other steps."""
     first, *others = transform.steps or (None,)
     if not isinstance(first, Framing) or first.random:
         return None, transform.steps
@@ -84,15 +92,15 @@ def _once_and_each_time(split: Split, transform: Transform) -> tuple[Framing | N
     return None if idle else first, tuple(others)
 
 
-# ---- the store -------------------------------------------------------------------------------------------------------
+# ---- images on the device ----------------------------------------------------------------------------------------------
 
 
 class _Store:
-    """n uint8 images on a device, as one tensor where they are of one size.
+    """n uint8 images on a device, as one tensor if they have one size.
 
     Attributes:
         sizes: int64 [n, 2], height and width, on the CPU.
-        origin: the pixels or paths that they are of, kept so that its id is not given to another.
+        origin: their pixels or paths, referenced so that its id stays its own.
     """
 
     def __init__(self, images: Tensor | list[Tensor], origin: object) -> None:
@@ -100,7 +108,7 @@ class _Store:
         self.sizes = torch.tensor([image.shape[-2:] for image in images])
 
     def take(self, index: Tensor, there: Tensor) -> Tensor:
-        """uint8 [B, 3, H, W]; images that are smaller than the largest of the batch stand at the upper left, zeros beside them.
+        """uint8 [B, 3, H, W]; images smaller than the largest of the batch stand in the upper left corner, with zeros beside them.
 
         Args:
             index: int64 [B], CPU.
@@ -117,45 +125,45 @@ class _Store:
 
 
 _STORES: "weakref.WeakValueDictionary[tuple[Any, ...], _Store]" = weakref.WeakValueDictionary()
-_KEPT: "weakref.WeakKeyDictionary[Split, list[_Store]]" = weakref.WeakKeyDictionary()
-"""Stages of a run have loaders of their own, but the same images: a store lives as long as a split that it is of."""
+_OWNERS: "weakref.WeakKeyDictionary[Split, list[_Store]]" = weakref.WeakKeyDictionary()
+"""The stages of a run have their own loaders of the same images: a store lives as long as one of its splits."""
 
 
-def _stored(split: Split, once: Framing | None, device: torch.device) -> _Store:
-    """The split's images on the device, `once` applied; those that are there already where they are."""
+def _find_store(split: Split, once: Framing | None, device: torch.device) -> _Store:
+    """The split's images on the device after the framing `once`; images that are there already are shared."""
     origin = split.paths if split.pixels is None else split.pixels
     key = (id(origin), type(once), once and once.size, device)
     store = _STORES.get(key)
     if store is None:
-        _STORES[key] = store = _Store(_framed(split, once, device), origin)
-    kept = _KEPT.setdefault(split, [])
-    if store not in kept:
-        kept.append(store)
+        _STORES[key] = store = _Store(_load_images(split, once, device), origin)
+    stores = _OWNERS.setdefault(split, [])
+    if store not in stores:
+        stores.append(store)
     return store
 
 
-def _framed(split: Split, once: Framing | None, device: torch.device) -> Tensor | list[Tensor]:
-    """The images, decoded and framed: one tensor where they are of one size."""
-    frame: Callable[[Tensor], Tensor] = (lambda image: image) if once is None else once.alone
+def _load_images(split: Split, once: Framing | None, device: torch.device) -> Tensor | list[Tensor]:
+    """Decodes and frames the images: one tensor if they have one size."""
+    frame: Callable[[Tensor], Tensor] = (lambda image: image) if once is None else once.transform_image
     if split.pixels is not None:
         whole = split.pixels if once is None else torch.cat([frame(part) for part in split.pixels.split(1024)])
         return whole.to(device)
-    sizes = split.measured() if once is None else torch.tensor([[once.size, once.size]])
+    sizes = split.measure() if once is None else torch.tensor([[once.size, once.size]])
     (height, width), *others = sizes.unique(dim=0).tolist()
-    with ThreadPoolExecutor(cores()) as threads:  # decoding and resizing leave Python's lock
+    with ThreadPoolExecutor(cores()) as threads:  # decoding and resizing release Python's lock
         images = threads.map(lambda i: frame(split.read(i)), range(len(split)))
         if others:
             return [image.contiguous().to(device) for image in images]
-        dense = torch.empty(len(split), 3, height, width, dtype=torch.uint8, device=device)  # filled, not stacked: that takes twice as much
+        dense = torch.empty(len(split), 3, height, width, dtype=torch.uint8, device=device)  # filled; stacking would take twice as much
         for place, image in zip(dense, images):
             place.copy_(image)
         return dense
 
 
-def _refuse_what_does_not_fit(split: Split, once: Framing | None, device: torch.device) -> None:
+def _check_memory(split: Split, once: Framing | None, device: torch.device) -> None:
     if split.pixels is not None and once is None and split.pixels.device == device:
         return  # they are there
-    needed, free = _bytes(split, once), free_bytes(device)
+    needed, free = _count_bytes(split, once), free_bytes(device)
     if free is not None and needed > HEADROOM * free:
         raise DataError(
             f"{len(split)} images take {needed / 2**30:.2f} GiB, and {device} has {free / 2**30:.2f} GiB free, of which "
@@ -164,20 +172,20 @@ def _refuse_what_does_not_fit(split: Split, once: Framing | None, device: torch.
 
 
 def resident_bytes(split: Split, transform: Transform) -> int:
-    """What the images of a split take on a device, bytes."""
-    return _bytes(split, _once_and_each_time(split, transform)[0])
+    """Bytes that the images of a split take on a device."""
+    return _count_bytes(split, _separate_constant_part(split, transform)[0])
 
 
-def _bytes(split: Split, once: Framing | None) -> int:
+def _count_bytes(split: Split, once: Framing | None) -> int:
     if once is not None:
         return 3 * once.size**2 * len(split)
     if split.pixels is not None:
         return split.pixels.numel()
-    return 3 * int(split.measured().prod(dim=1).sum())
+    return 3 * int(split.measure().prod(dim=1).sum())
 
 
 def free_bytes(device: torch.device) -> int | None:
-    """Free memory of a device; None where that cannot be told."""
+    """Free memory of a device; None if the system does not tell."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     try:

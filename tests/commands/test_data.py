@@ -1,0 +1,173 @@
+"""kdfast data, and the check of image files by the commands that train: what it prints, and what stops it."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from kdfast import cli
+from kdfast.data import check
+from kdfast.data.images import find
+from tests.data.samples import GOOD, REASONS, TWO_BAD, plant, write_class_folders
+
+
+def kdfast(*arguments: object) -> int:
+    return cli.main([str(a) for a in arguments])
+
+
+@pytest.fixture
+def mixture(tmp_path: Path) -> Path:
+    """A folder with every kind of good and bad file."""
+    for name in [*REASONS, *GOOD]:
+        plant(tmp_path / "mixture", name)
+    return tmp_path / "mixture"
+
+
+def test_info_shows_classes_sizes_formats_and_bad_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    assert kdfast("data", "info", write_class_folders(tmp_path / "i", TWO_BAD), "--val-fraction", 0.25) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    for expected in ("cat 6 2 8", "dog 6 2 8", "2 classes 12 4 16"):
+        assert expected in shown
+    assert "smallest 30 x 24, median 34 x 24, largest 37 x 24" in shown or "smallest 30 x 24, median 33 x 24, largest 37 x 24" in shown
+    assert "formats: jpeg 29, png 1" in shown
+    assert "bad files: 2" in shown
+    assert kdfast("data", "info", "digits") == 0
+    assert "all 8 x 8" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("allowed", "status"), [(0, 1), (1, 1), (2, 0)])
+def test_check_fails_with_too_many_bad_files(tmp_path: Path, capsys: pytest.CaptureFixture[str], allowed: int, status: int):
+    assert kdfast("data", "check", write_class_folders(tmp_path / "i", TWO_BAD), "--max-bad-files", allowed) == status
+    shown = capsys.readouterr()
+    assert all(shown.out.count(name) == 1 for name in TWO_BAD)
+    assert "images/s" in shown.out
+    assert "32 image files" in shown.out
+    assert ("2 bad image files, where --max-bad-files allows" in shown.err) == bool(status)
+
+
+def test_check_names_every_bad_file(mixture: Path, capsys: pytest.CaptureFixture[str]):
+    assert kdfast("data", "check", mixture) == 1
+    shown = capsys.readouterr().out
+    assert all(shown.count(f"/{name}: ") == 1 for name in REASONS)
+    assert not any(name in shown for name in GOOD)
+
+
+def test_check_needs_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    assert kdfast("data", "check", "digits") == 0
+    assert "in memory" in capsys.readouterr().out
+    assert kdfast("data", "check", tmp_path) == 1
+    assert "no image files" in capsys.readouterr().err
+
+
+def test_preview_draws_a_sheet(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    root, out = write_class_folders(tmp_path / "i", {"train/cat/0.jpg": "zero.jpg"}), tmp_path / "sheet.png"
+    options = ["--image-size", 80, "--count", 3, "--transform", "cifar", "--out", out]
+    assert kdfast("data", "preview", root, *options) == 0
+    shown = capsys.readouterr().out
+    rows = [line.split()[2:] for line in shown.splitlines()[:3]]
+    assert [kind for kind, _ in rows] == ["dog", "cat", "dog"], "the first cat cannot be read"
+    assert all(f"/train/{kind}/" in path for kind, path in rows)
+    with Image.open(out) as sheet:
+        assert (sheet.format, sheet.size) == ("PNG", (7 * 82 - 2, 3 * 82 - 2))
+        pixels = np.asarray(sheet)
+    cells = [pixels[:80, 82 * k : 82 * k + 80] for k in range(7)]
+    assert sum((cells[0] != cell).any() for cell in cells[1:]) >= 5, "draws differ from the image"
+    assert len({cell.tobytes() for cell in cells}) >= 6, "and from one another"
+    first = out.read_bytes()
+    assert kdfast("data", "preview", root, *options) == 0
+    assert out.read_bytes() == first, "the seed decides"
+    assert kdfast("data", "preview", root, "--transform", "none", "--count", 0) == 1
+    assert kdfast("data", "preview", root, "--transform", "swirl", "--out", tmp_path / "n.png") == 1
+    assert not (tmp_path / "n.png").exists()
+
+
+def test_data_needs_a_known_command(capsys: pytest.CaptureFixture[str]):
+    assert kdfast("data", "clean") == 1
+    assert "data knows info, check, preview, got 'clean'" in capsys.readouterr().err
+    assert kdfast("data") == 0
+    assert "preview" in capsys.readouterr().out
+
+
+TINY = ["--seeds", 1, "--student", "resnet8", "--epochs", 1, "--image-size", 16, "--val-fraction", 0.3, "--workers", 0, "--warmup", 0]
+TINY += ["--recipe", "kd", "--no-baseline", "--teacher-model", "resnet8", "--batch-size", 4]
+TINY += ["--teacher-training.epochs", 1, "--teacher-training.warmup", 0, "--teacher-training.batch-size", 4]
+
+
+def test_a_run_names_bad_files_before_it_trains_or_leaves_them_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    root, run = write_class_folders(tmp_path / "i", {"train/dog/3.jpg": "zero.jpg"}), tmp_path / "run"
+    assert kdfast("distill", "--dataset", root, *TINY, "--out", run) == 1
+    error = capsys.readouterr().err
+    assert error.count("train/dog/3.jpg (the image file is empty (0 bytes))") == 1
+    assert "--max-bad-files" in error
+    assert not (run / "config.toml").exists(), "the folder was taken"
+    assert kdfast("distill", "--dataset", root, *TINY, "--out", run, "--max-bad-files", 1) == 0
+    assert "left out 1 bad image file: " in capsys.readouterr().out
+    assert any("3.jpg" in note for note in json.loads((run / "results.json").read_text())["notes"])
+    assert "max_bad_files = 1" in (run / "config.toml").read_text()
+    assert kdfast("eval", run) == 0
+    assert "left out 1 bad image file: " in capsys.readouterr().out
+
+
+def test_a_stop_request_ends_the_check(mixture: Path):
+    from rich.console import Console
+
+    from kdfast.commands.images import checking
+    from kdfast.engine import Interrupted
+    from kdfast.engine.interrupt import StopRequest
+
+    stop = StopRequest()
+    stop.signal_number = signal.SIGTERM
+    with pytest.raises(Interrupted, match="SIGTERM"), checking(Console(quiet=True), stop) as progress:
+        check(find(mixture), progress=progress)
+
+
+RANK = """
+import importlib, sys
+from rich.console import Console
+from kdfast.commands import images
+from kdfast.commands.config import DataOptions
+from kdfast.engine import join
+
+if __name__ == "__main__":
+    module = importlib.import_module("kdfast.data.checking")
+    images.BEAT_EVERY = 0.0
+    world = join("cpu")
+    if world.rank == 1:
+        def fail(path):
+            raise SystemExit("the second process opened a file")
+        module.decode_with_kind = fail
+    for allowed in (1, 0):
+        try:
+            data, notes = images.load_data(DataOptions(dataset=sys.argv[1], max_bad_files=allowed), 0, world, Console(soft_wrap=True))
+            print("rank", world.rank, len(data.train), len(notes), flush=True)
+        except ValueError as error:
+            print("rank", world.rank, "3.jpg" in str(error), flush=True)
+        world.barrier()
+    world.close()
+"""
+
+
+def test_under_torchrun_one_process_checks_and_the_others_open_nothing(tmp_path: Path):
+    root = write_class_folders(tmp_path / "i", {"train/dog/3.jpg": "zero.jpg"})
+    (tmp_path / "script.py").write_text(RANK)
+    with socket.socket() as s:
+        s.bind(("localhost", 0))
+        port = s.getsockname()[1]
+    places = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
+    places["PYTHONPATH"] = str(Path(__file__).parents[2])
+    command = [sys.executable, str(tmp_path / "script.py"), str(root)]
+    running = []
+    for rank in ("0", "1"):
+        environment = {**os.environ, **places, "RANK": rank, "LOCAL_RANK": rank, "XDG_CACHE_HOME": str(tmp_path / "xdg")}
+        running.append(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment))
+    shown = [process.communicate(timeout=120) for process in running]
+    lines = [line for out, _ in shown for line in out.splitlines() if line.startswith("rank")]
+    assert lines == ["rank 0 13 1", "rank 0 True", "rank 1 13 1", "rank 1 True"], shown
+    assert sum(out.count("left out 1") for out, _ in shown) == 1, "one process speaks"

@@ -1,0 +1,314 @@
+"""The check of image files: a bad file is named once with its reason, and a known file is not opened again."""
+
+import errno
+import os
+import shutil
+import signal
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from kdfast import files
+from kdfast.data import Checked, DataError, Split, check, load, usable
+from kdfast.data.images import LARGEST, decode, find
+from tests.data.samples import BAD, GOOD, REASONS, SPECIAL, TWO_BAD, encode, make_noise, plant, write_class_folders
+
+MODULE = sys.modules["kdfast.data.checking"]
+
+
+@pytest.fixture(autouse=True)
+def _no_hanging():
+    """A check that opened a FIFO would wait for a writer for ever."""
+    if not hasattr(signal, "alarm"):
+        yield
+        return
+    before = signal.signal(signal.SIGALRM, lambda *_: pytest.fail("the test hangs"))
+    signal.alarm(120)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
+
+
+def fail(*_: object) -> None:
+    raise AssertionError("a file was opened")
+
+
+@pytest.fixture
+def mixture(tmp_path: Path) -> list[str]:
+    """Every kind of good and bad file."""
+    for name in [*REASONS, *GOOD]:
+        plant(tmp_path / "mixture", name)
+    return find(tmp_path / "mixture")
+
+
+def same(a: Checked, b: Checked) -> bool:
+    return torch.equal(a.sizes, b.sizes) and (a.kinds, a.bad) == (b.kinds, b.bad)
+
+
+# ---- one file -------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", REASONS)
+def test_a_bad_file_is_named_once_with_its_reason(tmp_path: Path, name: str):
+    path = str(plant(tmp_path, name))
+    assert find(tmp_path) == [path]
+    with pytest.raises(DataError, match=rf"^{path}: [^\n]*({REASONS[name]})[^\n]*$") as caught:
+        decode(path)
+    found = check([path])
+    assert found.bad == {path: str(caught.value).removeprefix(f"{path}: ")}
+    assert (found.sizes.tolist(), found.kinds) == ([[0, 0]], ("",))
+
+
+@pytest.mark.parametrize("name", GOOD)
+def test_a_good_file_has_three_channels_a_size_and_a_kind(tmp_path: Path, name: str):
+    path = str(plant(tmp_path, name))
+    image = decode(path)
+    assert (image.shape, image.dtype) == ((3, 24, 32), torch.uint8)
+    found = check([path])
+    assert (found.sizes.tolist(), found.kinds, found.bad) == ([[24, 32]], (GOOD[name][1],), {})
+    assert found.sizes.dtype == torch.int32
+
+
+def test_a_file_that_could_not_be_opened_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    path = tmp_path / "a.jpg"
+    path.write_bytes(encode("JPEG"))
+
+    def refuse(self: Path) -> bytes:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_bytes", refuse)
+        assert check([str(path)]).bad == {str(path): "the image cannot be opened: Permission denied"}
+    assert not check([str(path)]).bad
+
+
+def test_a_file_that_pillow_only_warns_about_is_an_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder):
+    assert 2 * Image.MAX_IMAGE_PIXELS == LARGEST
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 500)  # Pillow warns of more, and refuses twice as many
+    (tmp_path / "large.png").write_bytes(encode("PNG"))
+    assert not check([str(tmp_path / "large.png")]).bad
+    assert not recwarn
+
+
+def test_find_walks_folders_with_an_images_ending_and_leaves_loops(tmp_path: Path):
+    inner = tmp_path / "album.jpg" / "a.jpg"
+    inner.parent.mkdir()
+    inner.write_bytes(encode("JPEG"))
+    for name in ("up", "around"):
+        (inner.parent / name).symlink_to(tmp_path, target_is_directory=True)
+    assert find(tmp_path) == [str(inner)]
+
+
+# ---- known files ----------------------------------------------------------------------------------------------------------------
+
+
+def test_a_second_check_opens_nothing(mixture: list[str], monkeypatch: pytest.MonkeyPatch):
+    paths = [path for path in mixture if Path(path).name not in SPECIAL]
+    first = check(paths)
+    assert first.decoded == len(paths) == len(BAD) + len(GOOD)
+    assert check(paths, cache=False).decoded == len(paths)
+    monkeypatch.setattr(MODULE, "decode_with_kind", fail)
+    second = check(paths[::-1])
+    assert second.decoded == 0
+    assert same(check(paths), first)
+    assert second.sizes.tolist() == first.sizes.tolist()[::-1]
+
+
+def test_a_relative_path_and_a_repeated_one_are_the_same_file(mixture: list[str], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(Path(mixture[0]).parent)
+    found = check(["zero.jpg", "colour.jpg", "zero.jpg", os.path.abspath("zero.jpg")])
+    assert found.decoded == 2
+    assert found.sizes.tolist() == [[0, 0], [24, 32], [0, 0], [0, 0]]
+    assert list(found.bad) == ["zero.jpg", os.path.abspath("zero.jpg")]
+
+
+@pytest.mark.parametrize("change", ["size", "time"])
+def test_a_changed_file_is_opened_again(tmp_path: Path, change: str):
+    path, other = tmp_path / "a.png", tmp_path / "b.png"
+    for file in (path, other):
+        file.write_bytes(encode("PNG"))
+    check([str(path), str(other)])
+    before = path.stat()
+    path.write_bytes(encode("PNG", make_noise(10, 12)) if change == "size" else bytes(before.st_size))
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns + (change == "time")))
+    found = check([str(path), str(other)])
+    assert found.decoded == 1
+    assert found.sizes.tolist() == ([[10, 12], [24, 32]] if change == "size" else [[0, 0], [24, 32]])
+
+
+def list_cache() -> list[Path]:
+    return sorted((MODULE.cache_folder() / "checks").iterdir())
+
+
+@pytest.mark.parametrize("damage", ["empty", "cut", "bit", "foreign", "version", "elsewhere", "folder"])
+def test_a_broken_or_foreign_cache_is_ignored_and_replaced(mixture: list[str], damage: str, monkeypatch: pytest.MonkeyPatch):
+    first = check(mixture)
+    (path,) = list_cache()
+    content = path.read_bytes()
+    middle = len(content) // 2
+    match damage:
+        case "empty":
+            path.write_bytes(b"")
+        case "cut":
+            path.write_bytes(content[:middle])
+        case "bit":
+            path.write_bytes(content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :])
+        case "foreign":
+            path.write_bytes(encode("PNG"))
+        case "version":
+            monkeypatch.setattr(MODULE, "VERSION", MODULE.VERSION + 1)
+        case "elsewhere":
+            twin = Path(mixture[0]).parents[1] / "twin"
+            twin.mkdir()
+            for name in [*BAD, *GOOD]:  # the same names, sizes and times
+                shutil.copy2(Path(mixture[0]).parent / name, twin)
+            check(find(twin))
+            (other,) = set(list_cache()) - {path}
+            path.write_bytes(other.read_bytes())
+        case "folder":
+            path.unlink()
+            path.mkdir()
+    again = check(mixture)
+    assert again.decoded == len(mixture)
+    assert same(again, first)
+    if damage != "folder":
+        assert check(mixture).decoded == len(SPECIAL)
+
+
+def test_a_cache_that_cannot_be_written_costs_only_time(mixture: list[str], monkeypatch: pytest.MonkeyPatch):
+    def fill(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(files, "write_bytes", fill)
+    assert check(mixture).decoded == check(mixture).decoded == len(mixture)
+
+
+def test_the_cache_follows_xdg_and_holds_names_of_all_kinds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    from kdfast.data.datasets import cache_folder
+
+    monkeypatch.setattr(MODULE, "cache_folder", cache_folder)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    paths = [str(tmp_path / "images" / name) for name in ("a\nb.png", "ü.png", os.fsdecode(b"\xff.png"), " .png")]
+    (tmp_path / "images").mkdir()
+    for path in paths:
+        Path(path).write_bytes(encode("PNG"))
+    assert not check(paths[:2]).bad
+    assert not check(paths[2:]).bad, "a check of some files keeps the outcomes of others"
+    assert list_cache()[0].is_relative_to(tmp_path / "xdg" / "kdfast")
+    assert check(paths).decoded == 0
+
+
+def test_outcomes_before_an_interruption_are_kept(mixture: list[str]):
+    def stop(done: int, total: int) -> None:
+        assert total == len(mixture)
+        if done == 5:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        check(mixture, progress=stop)
+    opened = check(mixture).decoded
+    assert len(mixture) - 5 <= opened <= len(mixture) - 1
+
+
+# ---- several processes ----------------------------------------------------------------------------------------------------------
+
+
+def test_processes_find_the_same_as_one(mixture: list[str], monkeypatch: pytest.MonkeyPatch):
+    alone = check(mixture, cache=False)
+    monkeypatch.setattr(MODULE, "FEW", 0)
+    monkeypatch.setattr(MODULE, "CHUNK", 4)
+    monkeypatch.setattr(MODULE, "decode_with_kind", fail)  # here, not in the others
+    seen: list[tuple[int, int]] = []
+    together = check(mixture, workers=2, progress=lambda done, total: seen.append((done, total)))
+    assert same(together, alone)
+    assert seen[-1] == (len(mixture), len(mixture))
+    assert len(seen) == len(mixture) // 4
+
+
+def test_checks_at_the_same_time_do_no_harm(mixture: list[str]):
+    alone = check(mixture, cache=False)
+    with ThreadPoolExecutor(4) as threads:
+        found = list(threads.map(lambda _: check(mixture), range(20)))
+    assert all(same(one, alone) for one in found)
+    assert len(list_cache()) == 1, "temporary files are left"
+    assert check(mixture).decoded == len(SPECIAL)
+
+
+def test_a_few_files_start_no_processes(mixture: list[str], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(MODULE, "ProcessPoolExecutor", fail)
+    check(mixture)
+
+
+def test_workers_must_be_positive():
+    with pytest.raises(DataError, match="workers must be at least 1, got 0"):
+        check([], workers=0)
+
+
+# ---- a data set -----------------------------------------------------------------------------------------------------------------
+
+
+def test_usable_drops_bad_files_and_knows_the_others(tmp_path: Path):
+    data = load(str(write_class_folders(tmp_path / "i", TWO_BAD)), val_fraction=0.25)
+    said: list[str] = []
+    good = usable(data, max_bad_files=2, say=said.append, list_to=tmp_path / "list.txt")
+    assert sum(map(len, (good.train, good.val, good.test))) == 30
+    for part in ("train", "val", "test"):
+        before, after = getattr(data, part), getattr(good, part)
+        assert after.paths == tuple(p for p in before.paths if not p.endswith(tuple(TWO_BAD)))
+        assert after.labels.tolist() == [label for label, p in zip(before.labels.tolist(), before.paths) if p in after.paths]
+        assert (after.sizes.dtype, after.plain.dtype) == (torch.int32, torch.bool)
+        assert after.sizes.tolist() == [[24, 30 + int(Path(p).stem)] for p in after.paths]
+        assert after.plain.tolist() == [not p.endswith("train/cat/0.jpg") for p in after.paths]
+    (line,) = said
+    assert "left out 2 bad image files" in line
+    assert all(line.count(name) == 1 for name in TWO_BAD)
+    listed = [row.split("\t")[0] for row in (tmp_path / "list.txt").read_text().splitlines()]
+    assert sorted(listed) == [str(tmp_path / "i" / name) for name in sorted(TWO_BAD)]
+    part = good.train.subset(torch.tensor([3, 1]))
+    assert torch.equal(part.sizes, good.train.sizes[[3, 1]])
+    assert torch.equal(part.plain, good.train.plain[[3, 1]])
+    assert Split(torch.zeros(1), paths=("a",)).subset(torch.tensor([0])).sizes is None
+
+
+def test_too_many_bad_files_are_an_error_of_one_sentence(tmp_path: Path):
+    data = load(str(write_class_folders(tmp_path / "i", TWO_BAD)))
+    with pytest.raises(DataError, match=r"2 image files are bad, where --max-bad-files allows 1: .*empty \(0 bytes\)") as caught:
+        usable(data, max_bad_files=1)
+    assert all(str(caught.value).count(name) == 1 for name in TWO_BAD)
+    with pytest.raises(DataError, match="max_bad_files must be at least 0, got -1"):
+        usable(data, max_bad_files=-1)
+
+
+def test_twenty_bad_files_are_named_and_the_others_counted(tmp_path: Path):
+    root = write_class_folders(tmp_path / "i", {f"train/dog/{i}.jpg": "zero.jpg" for i in range(1, 24)}, each=30)
+    said: list[str] = []
+    usable(load(str(root)), max_bad_files=23, say=said.append)
+    assert said[0].count("0 bytes") == 20
+    assert said[0].endswith("and 3 more")
+
+
+def test_a_class_of_bad_files_only_is_an_error(tmp_path: Path):
+    data = load(str(write_class_folders(tmp_path / "i", {f"val/dog/{i}.jpg": "zero.jpg" for i in range(8)})))
+    with pytest.raises(DataError, match="no image of class 'dog' in test"):
+        usable(data, max_bad_files=8)
+
+
+def test_a_bad_file_of_two_splits_counts_once(tmp_path: Path):
+    data = load(str(write_class_folders(tmp_path / "i", {"val/cat/5.jpg": "zero.jpg"})), val_fraction=0)
+    good = usable(data, max_bad_files=1, say=lambda _: None)
+    assert good.val is good.test
+    assert len(good.test) == 15
+
+
+@pytest.mark.data
+def test_a_real_folder_is_known_the_second_time(real_data: Path, monkeypatch: pytest.MonkeyPatch):
+    data = load("imagenette", data_dir=real_data, max_images=100, val_fraction=0.02)
+    first = check(data.train.paths)
+    assert not first.bad
+    assert first.sizes.min() > 0
+    monkeypatch.setattr(MODULE, "decode_with_kind", fail)
+    assert same(check(data.train.paths), first)
