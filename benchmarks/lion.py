@@ -16,7 +16,8 @@ from torch import Tensor
 from kdfast import reference
 from kdfast.benchmarks.harness import COMPILED, EAGER, OURS, Call, Case, Launch, Step, Variant, short_names
 from kdfast.benchmarks.timing import CPU
-from kdfast.ops.lion.op import Row, scales_of
+from kdfast.ops.lion.int8 import count_scales
+from kdfast.ops.lion.rows import Row
 from kdfast.optim import Lion
 
 OPTIONS: dict[str, Any] = {"lr": 1e-2, "weight_decay": 0.1}  # a rate at which the step stands out from rounding
@@ -197,10 +198,10 @@ def step_launches(target: str, request: str, param: torch.dtype, grad: torch.dty
 
     def call() -> None:
         p, g, m = (torch.zeros(ELEMENTS, dtype=dtype) for dtype in (param, grad, momentum))
-        row = Row(p, g, m, torch.zeros(scales_of(ELEMENTS)), torch.zeros_like(p), torch.zeros(()))
-        with mock.patch.object(kernel, "WARPS", kernel.warps(TARGETS[target].warp_size)):
+        row = Row(p, g, m, torch.zeros(count_scales(ELEMENTS)), torch.zeros_like(p), torch.zeros(()))
+        with mock.patch.object(kernel, "WARPS", kernel.count_warps(TARGETS[target].warp_size)):
             kernel.step(
-                row, kernel.table([row]), [p, m], lr=torch.ones(()) if r.scaled else 1e-4, betas=(0.9, 0.99), weight_decay=0.1,
+                row, kernel.make_table([row]), [p, m], lr=torch.ones(()) if r.scaled else 1e-4, betas=(0.9, 0.99), weight_decay=0.1,
                 rounding=r.rounding, cautious=r.cautious, maximize=False,
                 grad_factor=torch.ones(()) if r.scaled else None, found_inf=torch.zeros(()) if r.scaled else None,
             )  # fmt: skip

@@ -19,7 +19,8 @@ more passes). Counts are integers, which add up to the same in any order.
 
 from array import array
 from collections.abc import Sequence
-from itertools import chain
+from functools import reduce
+from operator import or_
 from typing import Any, NamedTuple
 
 import torch
@@ -27,23 +28,26 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kdfast.kernels import lion_constants as constants
+
 BLOCK = 2048  # elements a program
 ELEMENTS_A_THREAD = 8  # 128 bits of 16-bit elements
 SPARES = 8  # captured steps that one step in eager mode prepares for
-GROUP = tl.constexpr(256)  # elements of an 8-bit momentum that share a scale
-LEVELS = tl.constexpr(127)  # of its magnitude, above 0
+GROUP, LEVELS = tl.constexpr(constants.GROUP), tl.constexpr(constants.LEVELS)
+HASH_INDEX = tl.constexpr(constants.HASH_INDEX)
+HASH_FIRST, HASH_SECOND = tl.constexpr(constants.HASH_FIRST), tl.constexpr(constants.HASH_SECOND)
 
 # columns of `addresses`, 64 bits each
 PARAM, GRAD, MOMENTUM, SCALE, COMPENSATION, STEP, SIZE, FLAGS = (tl.constexpr(i) for i in range(8))
 COLUMNS = tl.constexpr(8)
 
 
-def warps(warp_size: int) -> int:
-    """Of a program, on a device whose warps have so many threads."""
+def count_warps(warp_size: int) -> int:
+    """The warps of a program, on a device whose warps have `warp_size` threads."""
     return BLOCK // (ELEMENTS_A_THREAD * warp_size)
 
 
-WARPS = warps(64 if torch.version.hip else 32)
+WARPS = count_warps(64 if torch.version.hip else 32)
 _TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.int8: tl.int8}
 
 
@@ -58,11 +62,11 @@ def _sign(x):
 
 @triton.jit
 def _hash(x):
-    """32 well-mixed bits of an int32; kdfast.ops.lion makes the same."""
+    """32 well-mixed bits of an int32; kdfast.ops.lion.eager makes the same."""
     x = x ^ ((x >> 16) & 0xFFFF)
-    x = _wrapping(x, 0x7FEB352D)
+    x = _wrapping(x, HASH_FIRST)
     x = x ^ ((x >> 15) & 0x1FFFF)
-    x = _wrapping(x, -0x7B935975)  # 0x846ca68b as a signed number
+    x = _wrapping(x, HASH_SECOND)
     return x ^ ((x >> 16) & 0xFFFF)
 
 
@@ -196,8 +200,8 @@ def _update(
         step = tl.load(_pointer(entry, STEP, 0, tl.float32, False)).to(tl.int32)
         index = (tl.load(entry + FLAGS) >> 1).to(tl.int32)
         place = tl.add(start.to(tl.int32), at, sanitize_overflow=False)
-        seed = _hash(tl.add(_wrapping(step, 0x1E3779B1), index, sanitize_overflow=False))
-        noise = _hash(_wrapping(place, 0x1E3779B1) ^ seed)
+        seed = _hash(tl.add(_wrapping(step, HASH_INDEX), index, sanitize_overflow=False))
+        noise = _hash(_wrapping(place, HASH_INDEX) ^ seed)
 
     if ROUNDING == "kahan":
         compensations = _pointer(entry, COMPENSATION, start, P, WHOLE)
@@ -276,8 +280,9 @@ def _moving(
 class Table(NamedTuple):
     """Where the tensors of a launch lie, in their device's memory: good as long as they lie there."""
 
-    addresses: Tensor  # int64 [rows, COLUMNS], and
-    on_host: Tensor  # the same, on the CPU
+    addresses: Tensor  # int64 [rows, COLUMNS]
+    numbers: "array[int]"  # the same on the CPU, row after row
+    flags: "array[int]"  # the column FLAGS, if all gradients are aligned
     chunks: Tensor  # int32 [programs, 2]: row, and block within it
     sizes: tuple[int, ...]  # of the rows: chunks depend on nothing else
     spares: list[Tensor]  # pinned memory for the addresses that CUDA graphs will find, taken one by one
@@ -289,8 +294,8 @@ class Table(NamedTuple):
         return len(self.chunks)
 
 
-def table(rows: Sequence[Any], before: Table | None = None, *, capturable: bool = False) -> Table:
-    """The table of these rows (kdfast.ops.lion.op.Row).
+def make_table(rows: Sequence[Any], before: Table | None = None, *, capturable: bool = False) -> Table:
+    """The table of these rows (kdfast.ops.lion.rows.Row).
 
     Args:
         rows: of one device and the same dtypes; the tensors of a row fill memory without gaps, all in the same order of dimensions.
@@ -302,9 +307,10 @@ def table(rows: Sequence[Any], before: Table | None = None, *, capturable: bool 
     """
     device = rows[0].param.device
     sizes = tuple(row.param.numel() for row in rows)
-    addresses = _addresses(rows, sizes)
+    numbers, flags = _describe(rows, sizes)
+    on_host = _as_tensor(numbers)
     if device.type != "cuda":
-        return Table(addresses, addresses, _chunks(sizes), sizes, [])
+        return Table(on_host, numbers, flags, _chunks(sizes), sizes, [])
     if before is not None and before.sizes != sizes:
         before = None
     if torch.cuda.is_current_stream_capturing():
@@ -314,47 +320,54 @@ def table(rows: Sequence[Any], before: Table | None = None, *, capturable: bool 
                 f"parameters and their gradients prepares for {SPARES} such captured steps: take one before the capture"
             )
         # the graph copies from here whenever it is replayed, so this memory is never written again
-        pinned = _in_graphs(before.spares.pop().copy_(addresses))
-        return Table(pinned.to(device, non_blocking=True), addresses, before.chunks, sizes, [], captured=True)
+        pinned = _keep_for_graphs(before.spares.pop().copy_(on_host))
+        return Table(pinned.to(device, non_blocking=True), numbers, flags, before.chunks, sizes, [], captured=True)
     return Table(
-        _sent(addresses, device),
-        addresses,
+        _copy_to(device, on_host),
+        numbers,
+        flags,
         before.chunks if before is not None else _chunks(sizes).pin_memory().to(device, non_blocking=True),
         sizes,
-        list(torch.empty(SPARES, *addresses.shape, dtype=torch.int64, device="cpu", pin_memory=True)) if capturable else [],
+        list(torch.empty(SPARES, *on_host.shape, dtype=torch.int64, device="cpu", pin_memory=True)) if capturable else [],
     )
 
 
-def moved(before: Table, gradients: Sequence[int]) -> Table:
+def move_gradients(table: Table, addresses: Sequence[int]) -> Table:
     """The table of the same rows with gradients at other addresses; not while a CUDA graph is captured."""
-    addresses = before.on_host.clone()
-    addresses[:, GRAD.value] = torch.frombuffer(array("q", gradients), dtype=torch.int64)
-    _flag_whole(addresses.T)
-    return before._replace(addresses=_sent(addresses, before.chunks.device), on_host=addresses)
+    numbers = table.numbers[:]
+    _set_gradients(numbers, table.flags, addresses)
+    return table._replace(addresses=_copy_to(table.chunks.device, _as_tensor(numbers)), numbers=numbers)
 
 
-def _sent(addresses: Tensor, device: torch.device) -> Tensor:
+def _describe(rows: Sequence[Any], sizes: Sequence[int]) -> "tuple[array[int], array[int]]":
+    """The numbers and flags of a table."""
+    numbers, flags = array("q"), array("q")
+    for row, size in zip(rows, sizes):
+        tensors = row.param, None, row.momentum, row.scale, row.compensation, row.step
+        addresses = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
+        aligned = not any(address % 16 for address in addresses[: STEP.value])
+        flags.append(row.number << 1 | aligned)
+        numbers.extend([*addresses, size, 0])
+    _set_gradients(numbers, flags, [row.grad.data_ptr() for row in rows])
+    return numbers, flags
+
+
+def _set_gradients(numbers: "array[int]", flags: "array[int]", addresses: Sequence[int]) -> None:
+    """Writes the gradients' addresses, and flags whose lowest bit says that all tensors of a row begin at multiples of 16 bytes."""
+    if reduce(or_, addresses) % 16:
+        flags = array("q", [flag if address % 16 == 0 else flag & ~1 for flag, address in zip(flags, addresses)])
+    numbers[GRAD.value :: COLUMNS.value] = array("q", addresses)
+    numbers[FLAGS.value :: COLUMNS.value] = flags
+
+
+def _as_tensor(numbers: "array[int]") -> Tensor:
+    return torch.frombuffer(numbers, dtype=torch.int64).view(-1, COLUMNS.value)  # torch.tensor takes ten times as long
+
+
+def _copy_to(device: torch.device, addresses: Tensor) -> Tensor:
     if device.type != "cuda":
         return addresses
     return addresses.pin_memory().to(device, non_blocking=True)  # PyTorch does not hand it out again before the copy has ended
-
-
-def _flag_whole(table: Tensor) -> None:
-    """Sets the lowest bit of FLAGS [COLUMNS, rows] where all tensors begin at multiples of 16 bytes, as 128-bit accesses need."""
-    table[FLAGS.value] &= ~1
-    table[FLAGS.value] |= (table[: STEP.value] % 16 == 0).all(0)
-
-
-def _addresses(rows: Sequence[Any], sizes: Sequence[int]) -> Tensor:
-    """int64 [rows, COLUMNS]."""
-    columns = [
-        [0 if tensor is None else tensor.data_ptr() for tensor in column]
-        for column in zip(*((row.param, row.grad, row.momentum, row.scale, row.compensation, row.step) for row in rows))
-    ]
-    numbers = array("q", chain(*columns, sizes, [row.number << 1 for row in rows]))  # torch.tensor takes ten times as long for these
-    table = torch.frombuffer(numbers, dtype=torch.int64).view(COLUMNS.value, len(rows))
-    _flag_whole(table)
-    return table.T.contiguous()
 
 
 def _chunks(sizes: Sequence[int]) -> Tensor:
@@ -369,8 +382,8 @@ def _chunks(sizes: Sequence[int]) -> Tensor:
 _graphs: dict[int, Tensor] = {}
 
 
-def _in_graphs(tensor: Tensor) -> Tensor:
-    """Keeps for good what a CUDA graph holds the address of: nobody can tell when that is destroyed."""
+def _keep_for_graphs(tensor: Tensor) -> Tensor:
+    """Keeps memory for good whose address a CUDA graph holds: there is no sign of when the graph is destroyed."""
     _graphs[id(tensor)] = tensor
     return tensor
 
@@ -406,9 +419,9 @@ def step(
     """
     param, grad, momentum = like.param, like.grad, like.momentum
     if param.is_cuda and torch.cuda.is_current_stream_capturing():
-        _in_graphs(table.chunks)
+        _keep_for_graphs(table.chunks)
         if not table.captured:  # a captured one is memory of the graph itself
-            _in_graphs(table.addresses)
+            _keep_for_graphs(table.addresses)
     beta1, beta2 = betas
     grid = (table.programs,)
     gradient = {"G": _TYPES[grad.dtype], "M": _TYPES[momentum.dtype], "MAXIMIZE": maximize, "BLOCK": BLOCK}
@@ -427,4 +440,4 @@ def step(
             P=_TYPES[param.dtype], ROUNDING=rounding if param.dtype != torch.float32 else "nearest",
             **gradient, num_warps=WARPS, enable_fp_fusion=True,
         )  # fmt: skip
-    torch.autograd.graph.increment_version(written)  # a backward pass that needs what was there is to say so
+    torch.autograd.graph.increment_version(written)  # lets a backward pass that needs the old values raise

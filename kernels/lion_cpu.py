@@ -2,9 +2,9 @@
 
     p <- p (1 - lr wd);   u = sign(b1 m + (1 - b1) g), sign(0) = 0;   p <- p - lr u;   m <- b2 m + (1 - b2) g
 
-Floor: five passes (read p, g, m; write p, m), 20 bytes a float32 parameter, and they are what is made: a vector of each tensor is loaded,
-stepped in registers and stored, where PyTorch's operations read and write the whole of them fifteen times and more. Threads are
-PyTorch's own (both use the OpenMP library that PyTorch has loaded), each with an equal part of all elements, wherever tensors end.
+It makes five passes over memory, which is the floor (read p, g, m; write p, m; 20 bytes a float32 parameter): a vector of each tensor is
+loaded, stepped in registers and stored. PyTorch's operations read and write the tensors fifteen times and more. Threads are PyTorch's
+own (both use the OpenMP library that PyTorch has loaded); each steps an equal part of all elements, wherever tensors end.
 
 Rounding is PyTorch's on processors with fused multiply-adds: round(b1 m), then one with g. Everything is float32 until it is stored.
 """
@@ -35,7 +35,7 @@ class _Tensors(ctypes.Structure):
 
 @cache
 def _function() -> Callable[..., None] | None:
-    """kdfast_lion of lion_cpu.c; None: it was not built, or is an older version's, or this processor cannot run it."""
+    """kdfast_lion of lion_cpu.c; None if it was not built, is an older version's, or cannot run on this processor."""
     library = importlib.util.find_spec(f"{__package__}._lion_cpu")
     if library is None or library.origin is None:
         return None
@@ -45,47 +45,51 @@ def _function() -> Callable[..., None] | None:
         function = ctypes.CDLL(library.origin).kdfast_lion
     except (OSError, AttributeError):
         return None
-    function.argtypes, function.restype = [ctypes.POINTER(_Tensors), ctypes.c_int] + [ctypes.c_float] * 7, None
+    function.argtypes = ctypes.POINTER(_Tensors), ctypes.c_int, *[ctypes.c_float] * 7
+    function.restype = None
     return function
 
 
 def takes(like: Any, *, rounding: str, cautious: bool) -> bool:
-    """Whether rows (kdfast.ops.lion.op.Row) of this one's device and dtypes can be stepped here; with these options of step()."""
+    """Whether step() takes rows (kdfast.ops.lion.rows.Row) of this one's device and dtypes with these options."""
     tensors = like.param, like.grad, like.momentum
     rounds = rounding == "nearest" or like.param.dtype == torch.float32
     return rounds and not cautious and all(t.is_cpu and t.dtype in DTYPES for t in tensors) and _function() is not None
 
 
 class Table:
-    """Where the tensors of a step lie: good as long as they lie there."""
+    """Tells the compiled step where its tensors are, as long as they stay there."""
 
     captured = False  # by a CUDA graph
 
     def __init__(self, params: "array[int]", grads: "array[int]", momenta: "array[int]", sizes: "array[int]", dtypes: list[bool]) -> None:
-        self.arrays = params, grads, momenta, sizes  # 64 bits each, which the struct points to
-        self.dtypes = dtypes
+        self.arrays = params, grads, momenta, sizes  # 64 bits each; the struct points to them
+        self.dtypes = dtypes  # whether parameters, gradients and momenta are bfloat16
         tensors = _Tensors(*[column.buffer_info()[0] for column in self.arrays], len(sizes), sum(sizes), *dtypes)
         self.pointer = ctypes.pointer(tensors)
 
 
-def table(rows: Sequence[Any], before: Table | None = None, *, capturable: bool = False) -> Table:
-    """The table of these rows (kdfast.ops.lion.op.Row).
+def make_table(rows: Sequence[Any], before: Table | None = None, *, capturable: bool = False) -> Table:
+    """The table of these rows (kdfast.ops.lion.rows.Row).
 
     Args:
         rows: of the same dtypes, in DTYPES, on the CPU; the tensors of a row fill memory without gaps, all in the same order of dimensions.
-        before: of no use here, and
-        capturable: neither.
+        before: ignored; Triton's kernel needs it.
+        capturable: ignored.
     """
-    columns = list(zip(*((row.param, row.grad, row.momentum) for row in rows)))
-    addresses = [array("q", map(Tensor.data_ptr, column)) for column in columns]
-    sizes = array("q", map(Tensor.numel, columns[0]))
-    return Table(*addresses, sizes, [column[0].dtype == torch.bfloat16 for column in columns])
+    params, grads, momenta = zip(*((row.param, row.grad, row.momentum) for row in rows))
+    dtypes = [column[0].dtype == torch.bfloat16 for column in (params, grads, momenta)]
+    return Table(_addresses(params), _addresses(grads), _addresses(momenta), array("q", map(Tensor.numel, params)), dtypes)
 
 
-def moved(before: Table, gradients: Sequence[int]) -> Table:
+def _addresses(tensors: Sequence[Tensor]) -> "array[int]":
+    return array("q", map(Tensor.data_ptr, tensors))
+
+
+def move_gradients(table: Table, addresses: Sequence[int]) -> Table:
     """The table of the same rows with gradients at other addresses."""
-    params, _, momenta, sizes = before.arrays
-    return Table(params, array("q", gradients), momenta, sizes, before.dtypes)
+    params, _, momenta, sizes = table.arrays
+    return Table(params, array("q", addresses), momenta, sizes, table.dtypes)
 
 
 def step(
@@ -111,8 +115,8 @@ def step(
         lr: a number, or a tensor of one element.
         betas: b1 and b2.
         weight_decay: what lr multiplies.
-        rounding: of stored bfloat16: "nearest".
-        cautious: no.
+        rounding: "nearest", unless parameters are float32.
+        cautious: False.
         maximize: ascends.
         grad_factor: one element, multiplies the gradients.
         found_inf: one element; if it is not 0 nothing changes.
@@ -126,4 +130,4 @@ def step(
     decay = 1.0 - rate * weight_decay if weight_decay else 1.0
     rest1, rest2 = ascent * (1.0 - beta1), ascent * (1.0 - beta2)
     function(table.pointer, torch.get_num_threads(), factor, decay, rate, beta1, rest1, beta2, rest2)
-    torch.autograd.graph.increment_version(written)  # a backward pass that needs what was there is to say so
+    torch.autograd.graph.increment_version(written)  # lets a backward pass that needs the old values raise

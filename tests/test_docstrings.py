@@ -10,9 +10,7 @@ import torch
 MODULES = [f"kdfast{name}" for name in ["", ".functional", ".losses", ".optim", ".models", ".data", ".engine", ".recipes", ".reference"]]
 
 # has no example yet; this set only shrinks
-WITHOUT_EXAMPLE: set[str] = {
-    "kdfast.optim.Lion",
-}
+WITHOUT_EXAMPLE: set[str] = set()
 
 
 def find_public_objects() -> dict[str, object]:

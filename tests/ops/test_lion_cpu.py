@@ -1,4 +1,4 @@
-"""The compiled Lion step of CPUs: PyTorch's bits for every dtype, size and number of threads, and where it is not to be had."""
+"""The compiled Lion step of CPUs: PyTorch's bits for every dtype, size and number of threads, and the cases that it does not take."""
 
 import ctypes
 import itertools
@@ -13,7 +13,7 @@ from torch import nn
 
 import kdfast
 from kdfast.kernels import lion_cpu
-from kdfast.ops.lion.op import Row
+from kdfast.ops.lion.rows import Row
 from kdfast.optim import Lion
 from tests.numeric import INTERPRETED
 
@@ -31,19 +31,19 @@ def rows_of(sizes, dtypes=(FP32, FP32, FP32), before=0):
     return [Row(*[tensor(size, dtype) for dtype in dtypes]) for size in sizes]
 
 
-def copied(rows):
+def copy(rows):
     return [Row(*[t.clone() for t in row[:3]]) for row in rows]
 
 
 def step(rows, *, maximize=False, grad_factor=None, found_inf=None, **options):
-    table = lion_cpu.table(rows)
+    table = lion_cpu.make_table(rows)
     written = [t for row in rows for t in (row.param, row.momentum)]
     options = {**OPTIONS, "maximize": maximize, **options}
     lion_cpu.step(rows[0], table, written, grad_factor=grad_factor, found_inf=found_inf, **options)
 
 
-def in_float32(row, maximize=False, grad_factor=1.0):
-    """The formula as KERNELS rounds it, by PyTorch's operations."""
+def compute_in_float32(row, maximize=False, grad_factor=1.0):
+    """The formula, rounded as the kernels do, in PyTorch's operations."""
     lr, (beta1, beta2), ascent = OPTIONS["lr"], OPTIONS["betas"], -1 if maximize else 1
     p, g, m = (t.float() for t in row[:3])
     g = g * grad_factor
@@ -54,7 +54,7 @@ def in_float32(row, maximize=False, grad_factor=1.0):
 
 def assert_stepped(rows, before, **options):
     for row, old in zip(rows, before):
-        p, m = in_float32(old, **options)
+        p, m = compute_in_float32(old, **options)
         assert torch.equal(row.param, p)
         assert torch.equal(row.momentum, m)
         assert torch.equal(row.grad, old.grad)
@@ -68,8 +68,8 @@ def threads():
     torch.set_num_threads(number)
 
 
-def test_it_was_built_where_this_runs():
-    """Without it all the rest would pass by PyTorch's operations."""
+def test_the_library_was_built_where_this_runs():
+    """Without it all other tests of Lion would pass by PyTorch's operations."""
     assert lion_cpu.takes(rows_of([3])[0], rounding="nearest", cautious=False)
 
 
@@ -77,17 +77,17 @@ def test_it_was_built_where_this_runs():
 @pytest.mark.parametrize("maximize", [False, True])
 def test_every_dtype_has_pytorchs_bits(dtypes, maximize):
     rows = rows_of([*range(40), 1000, 4097], dtypes)
-    before = copied(rows)
+    before = copy(rows)
     step(rows, maximize=maximize, grad_factor=torch.tensor(0.3))
     assert_stepped(rows, before, maximize=maximize, grad_factor=torch.tensor(0.3))
 
 
 @pytest.mark.parametrize("number", [1, 2, 3, 5, 64])
-@pytest.mark.parametrize("sizes", [[100_003], [5, 70_000, 0, 1, 33_333, 16], [50] * 700], ids=lambda sizes: str(sizes[:6]))
+@pytest.mark.parametrize("sizes", [[100_003], [5, 70_000, 0, 1, 33_333, 16], [50] * 700], ids=["one", "mixed", "many"])
 def test_the_number_of_threads_changes_no_bit(number, sizes, threads):
     threads(number)
     rows = rows_of(sizes)
-    before = copied(rows)
+    before = copy(rows)
     step(rows)
     assert_stepped(rows, before)
 
@@ -109,7 +109,7 @@ def test_nothing_beyond_the_ends_is_touched_wherever_tensors_begin(before, dtype
 
 
 @pytest.mark.parametrize("dtypes", [(FP32, FP32, FP32), (BF16, FP32, BF16)], ids=str)
-def test_special_values(dtypes):
+def test_zeros_infinities_nan_and_subnormals_have_their_signs(dtypes):
     nan, inf = float("nan"), float("inf")
     grad = torch.tensor([0.0, -0.0, nan, inf, -inf, 1e-38, -1e-38, 2e-44])
     row = Row(torch.zeros(8, dtype=dtypes[0]), grad, torch.zeros(8, dtype=dtypes[2]))
@@ -138,9 +138,9 @@ def test_a_nan_of_any_bits_stays_one(bits):
     assert row.momentum.isnan()
 
 
-def test_a_step_after_an_overflow_is_none():
+def test_an_overflow_skips_the_step():
     rows = rows_of([100])
-    before, versions = copied(rows), [t._version for t in rows[0][:3]]
+    before, versions = copy(rows), [t._version for t in rows[0][:3]]
     step(rows, found_inf=torch.tensor(1.0))
     assert all(torch.equal(a, b) for a, b in zip(rows[0][:3], before[0][:3]))
     assert [t._version for t in rows[0][:3]] == versions
@@ -148,17 +148,17 @@ def test_a_step_after_an_overflow_is_none():
     assert [now - then for now, then in zip([t._version for t in rows[0][:3]], versions)] == [1, 0, 1]
 
 
-def test_gradients_elsewhere_are_read_where_they_are():
+def test_moved_gradients_are_read_at_their_new_addresses():
     rows, grad = rows_of([1000, 7]), torch.randn(1000)
-    table = lion_cpu.moved(lion_cpu.table(rows), [grad.data_ptr(), rows[1].grad.data_ptr()])
-    before = copied([rows[0]._replace(grad=grad), rows[1]])
+    table = lion_cpu.move_gradients(lion_cpu.make_table(rows), [grad.data_ptr(), rows[1].grad.data_ptr()])
+    before = copy([rows[0]._replace(grad=grad), rows[1]])
     lion_cpu.step(rows[0], table, [], **OPTIONS, maximize=False, grad_factor=None, found_inf=None)
     assert_stepped([rows[0]._replace(grad=grad), rows[1]], before)
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="maps memory as Linux does")
 def test_elements_beyond_2_to_the_31_are_stepped():
-    """Of tensors of 4 GB of addresses, which are a MB of memory over and over, and a page of their own at the end."""
+    """The tensors have 4 GB of addresses: one MB of memory mapped again and again, and a page of its own at the end."""
     libc = ctypes.CDLL(None)
     libc.mmap.restype, libc.mmap.argtypes = ctypes.c_void_p, [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
     libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
@@ -192,9 +192,9 @@ def test_elements_beyond_2_to_the_31_are_stepped():
             os.close(file)
 
 
-def test_what_is_taken():
+def test_dtypes_and_options_that_the_library_does_not_step_are_refused():
     row = rows_of([3])[0]
-    assert lion_cpu.takes(row, rounding="kahan", cautious=False)  # which is of no account in float32
+    assert lion_cpu.takes(row, rounding="kahan", cautious=False)  # which float32 ignores
     assert not lion_cpu.takes(row, rounding="nearest", cautious=True)
     assert not lion_cpu.takes(row._replace(param=row.param.bfloat16()), rounding="kahan", cautious=False)
     for name, tensor in itertools.product(["param", "grad", "momentum"], [row.grad.double(), row.grad.half(), row.grad.to("meta")]):
@@ -217,7 +217,7 @@ def test_what_is_taken():
     ],
     ids=str,
 )
-def test_who_takes_the_step(name, options, is_taken, monkeypatch):
+def test_options_and_backend_choose_the_library_or_pytorch(name, options, is_taken, monkeypatch):
     taken = []
     monkeypatch.setattr(lion_cpu, "step", lambda *args, **kwargs: taken.append(args))
     param = nn.Parameter(torch.ones(3))
@@ -229,16 +229,16 @@ def test_who_takes_the_step(name, options, is_taken, monkeypatch):
 
 
 @pytest.fixture
-def found_anew():
-    """The search for the library, which is done once in a process."""
+def search_again():
+    """Clears the cached search for the library."""
     lion_cpu._function.cache_clear()
     yield lion_cpu._function
     lion_cpu._function.cache_clear()
 
 
 @pytest.mark.skipif(INTERPRETED, reason="Triton's interpreter takes the step first")
-@pytest.mark.parametrize("lack", ["library", "function", "fused multiply-add", "what it links to"])
-def test_without_it_pytorch_takes_the_step_with_the_same_bits(lack, found_anew, monkeypatch):
+@pytest.mark.parametrize("lack", ["library", "function", "fused multiply-add", "linked library"])
+def test_without_it_pytorch_takes_the_step_with_the_same_bits(lack, search_again, monkeypatch):
     results = []
     for lacking in (False, True):
         if lacking:
@@ -246,13 +246,13 @@ def test_without_it_pytorch_takes_the_step_with_the_same_bits(lack, found_anew, 
                 monkeypatch.setattr(lion_cpu.importlib.util, "find_spec", lambda name: None)
             elif lack == "function":  # of another version
                 monkeypatch.setattr(lion_cpu.ctypes, "CDLL", lambda path: object())
-            elif lack == "what it links to":
+            elif lack == "linked library":
                 monkeypatch.setattr(lion_cpu.ctypes, "CDLL", lambda path: (_ for _ in ()).throw(OSError("libgomp.so.1: not found")))
             else:
                 monkeypatch.setattr(lion_cpu.platform, "machine", lambda: "x86_64")
                 monkeypatch.setattr(lion_cpu.torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT")
-            found_anew.cache_clear()
-            assert found_anew() is None
+            search_again.cache_clear()
+            assert search_again() is None
         torch.manual_seed(0)
         params = [nn.Parameter(torch.randn(size)) for size in (5, 3000)]
         optimizer = Lion(params, lr=0.1, weight_decay=0.1)

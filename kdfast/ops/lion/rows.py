@@ -1,0 +1,177 @@
+"""The tensors and options of a Lion step, and how the tensors lie in memory."""
+
+from collections.abc import Iterable
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+
+LOW_PRECISION = (torch.bfloat16, torch.float16)
+Rounding = Literal["nearest", "stochastic", "kahan"]
+
+
+class Options(NamedTuple):
+    """The options of a parameter group."""
+
+    lr: float | Tensor
+    beta1: float
+    beta2: float
+    weight_decay: float  # multiplied by lr: a decoupled decay is already divided by its own
+    maximize: bool = False
+    max_grad_norm: float | None = None
+    cautious: bool = False
+    rounding: Rounding = "nearest"  # for bfloat16 and float16 parameters
+    capturable: bool = False
+    fused: bool | None = None
+    foreach: bool | None = None
+
+    @property
+    def implementation(self) -> tuple[Any, ...]:
+        """The options that decide which code steps a parameter, and with which state."""
+        return self[6:]
+
+    @classmethod
+    def from_group(cls, group: dict[str, Any]) -> "Options":
+        """The options of a group of Lion's param_groups."""
+        return cls(
+            group["lr"] if isinstance(group["lr"], Tensor) else float(group["lr"]),
+            float(group["betas"][0]),
+            float(group["betas"][1]),
+            float(group["weight_decay"] / group["init_lr"] if group["decoupled_weight_decay"] else group["weight_decay"]),
+            *map(group.__getitem__, cls._fields[4:]),
+        )
+
+    def lr_on(self, device: torch.device) -> float | Tensor:
+        """The rate as a number where it can be read without waiting for a device, else 0-dim on this device."""
+        if not isinstance(self.lr, Tensor):
+            return self.lr
+        return self.lr.item() if is_readable(self.lr) else self.lr.reshape(()).to(device)
+
+
+class Row(NamedTuple):
+    """One parameter with its gradient and state."""
+
+    param: Tensor
+    grad: Tensor
+    momentum: Tensor
+    scale: Tensor | None = None  # of an int8 momentum: float32, one for each GROUP elements of its memory
+    compensation: Tensor | None = None  # what rounding took from the parameter ("kahan")
+    step: Tensor | None = None  # number of steps taken, 0-dim float32; with `number` the seed of random rounding
+    number: int = 0  # the parameter's place in the optimizer
+    whole: Any = None  # the DTensor whose local shard param is
+
+    @property
+    def written(self) -> list[Tensor]:
+        """The tensors that a step changes, without the counter of steps."""
+        return [t for t in (self.param, self.momentum, self.scale, self.compensation) if t is not None]
+
+
+def take_shards(row: Row) -> Row:
+    """Replaces DTensors by this process's shards; other rows stay as they are."""
+    param: Any = row.param
+    grad: Any = row.grad
+    if not hasattr(param, "to_local"):
+        return row
+    if getattr(grad, "placements", param.placements) != param.placements:
+        grad = grad.redistribute(placements=param.placements)
+    shard = 0  # its place among the others: each rounds with its own noise, and replicas alike
+    for dimension, placement in enumerate(param.placements):
+        if is_sharded(placement):
+            shard = shard * param.device_mesh.size(dimension) + param.device_mesh.get_local_rank(dimension)
+    local = {name: t.to_local() for name, t in row._replace(grad=grad)._asdict().items() if hasattr(t, "to_local")}
+    return row._replace(**local, number=row.number + (shard << 16), whole=param)
+
+
+def is_sharded(placement: Any) -> bool:
+    """Whether a DTensor's placement splits it; is_shard() is false for the strided shards that FSDP2 makes of tensor-parallel ones."""
+    return not (placement.is_replicate() or placement.is_partial())
+
+
+def check_shapes(row: Row) -> None:
+    """Raises RuntimeError where a kernel would walk beyond a tensor's end, and PyTorch would fail halfway or broadcast."""
+    for name, tensor in (("the gradient", row.grad), ("exp_avg", row.momentum), ("kahan_comp", row.compensation)):
+        if tensor is not None and tensor.shape != row.param.shape:
+            shapes = f"{tuple(row.param.shape)}, got {tuple(tensor.shape)}"
+            raise RuntimeError(f"Lion: {name} of parameter {row.number} must have the parameter's shape {shapes}")
+
+
+def is_readable(tensor: Tensor) -> bool:
+    """Whether values can be read without waiting for a device or breaking a graph; a fake tensor has none."""
+    return tensor.is_cpu and not torch.compiler.is_compiling() and not isinstance(tensor, FakeTensor)
+
+
+# ---- memory layout ---------------------------------------------------------------------------------------------------
+
+
+def is_plain(row: Row) -> bool:
+    """Whether a kernel, or one call for many tensors, can step the row.
+
+    All tensors own their memory and hold their values as they are. Parameter and state fill their memory without gaps, in the same
+    order of dimensions. The gradient's order may differ (see `in_order_of`), but each of its elements has a place of its own.
+    """
+    state = [t for t in (row.param, row.momentum, row.compensation) if t is not None]
+    if not all(_owns_memory(t) and not t.is_neg() for t in (*state, row.grad)) or 0 in row.grad.stride():
+        return False
+    return is_dense(row.param) and all(_same_order(t, row.param) for t in state)
+
+
+def _owns_memory(tensor: Tensor) -> bool:
+    """False for subclasses, tensors in a transform of torch.func, meta tensors, and the zeros without memory that autograd makes."""
+    if type(tensor) not in (Tensor, torch.nn.Parameter):
+        return False
+    try:
+        return tensor.data_ptr() != 0 or tensor.numel() == 0
+    except RuntimeError:
+        return False
+
+
+def is_dense(tensor: Tensor) -> bool:
+    """Whether the tensor fills a stretch of memory without gaps or overlaps, its dimensions in any order."""
+    if tensor.is_contiguous():
+        return True
+    expected = 1
+    for stride, size in sorted((stride, size) for stride, size in zip(tensor.stride(), tensor.shape) if size != 1):
+        if stride != expected:
+            return False
+        expected *= size
+    return True
+
+
+def _same_order(a: Tensor, b: Tensor) -> bool:
+    """Whether the elements of two tensors of one shape follow each other alike in memory."""
+    return a.stride() == b.stride() or all(i == j or size == 1 for i, j, size in zip(a.stride(), b.stride(), b.shape))
+
+
+def in_order_of(params: list[Tensor], grads: list[Tensor]) -> list[Tensor]:
+    """The gradients, with a copy in place of each that does not lie in memory as its parameter does."""
+    others = [i for i, (param, grad) in enumerate(zip(params, grads)) if not _same_order(grad, param)]
+    if not others:
+        return grads
+    copies = [torch.empty_like(params[i], dtype=grads[i].dtype) for i in others]
+    torch._foreach_copy_(copies, [grads[i] for i in others])
+    grads = list(grads)
+    for i, copy in zip(others, copies):
+        grads[i] = copy
+    return grads
+
+
+def find_shared_memory(rows: Iterable[Row]) -> set[int]:
+    """Places of the rows whose parameter or momentum overlaps another's in memory, as weights tied by their .data do."""
+    written = [(t, i) for i, row in enumerate(rows) for t in (row.param, row.momentum) if _owns_memory(t)]
+    spans = sorted((t.data_ptr(), t.data_ptr() + _extent(t), i) for t, i in written)
+    shared: set[int] = set()
+    reach, last = 0, -1  # the largest end so far, and its row
+    for start, end, i in spans:
+        if start < reach:
+            shared |= {last, i}
+        if end > reach:
+            reach, last = end, i
+    return shared
+
+
+def _extent(tensor: Tensor) -> int:
+    """Bytes from the first element to the last."""
+    if tensor.is_contiguous() or not tensor.numel():
+        return tensor.nbytes
+    return (1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride()))) * tensor.element_size()

@@ -1,0 +1,94 @@
+"""States of other libraries' optimizers, and momenta of other dtypes and layouts, as Lion loads them."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kdfast.ops.lion.int8 import count_scales, decode, encode
+
+_LEAST_8BIT = 4096  # elements: biases and normalizations save no memory, and are the most sensitive
+_OTHER_OPTIMIZERS = {"amsgrad": "Adam's or AdamW's", "dampening": "SGD's", "momentum_decay": "NAdam's", "centered": "RMSprop's"}
+
+
+def check_state_dict(state_dict: dict[str, Any]) -> None:
+    """Raises ValueError for a state that Lion would take for something else: another optimizer's, or another formula's."""
+    for group in state_dict["param_groups"]:
+        for key, whose in _OTHER_OPTIMIZERS.items():
+            if key in group:
+                raise ValueError(f"Lion: the state must be a Lion's, got {whose} (a group has {key!r})")
+        if group.get("corrected_weight_decay"):
+            raise ValueError("Lion: corrected_weight_decay (timm) decays by lr^2 / max_lr, which this Lion does not: load without it")
+    for name, state in state_dict["state"].items():
+        momentum = state.get("exp_avg")
+        if isinstance(momentum, Tensor) and not momentum.is_floating_point() and "exp_avg_scale" not in state:
+            raise ValueError(f"Lion: exp_avg of parameter {name} is {momentum.dtype}, for which its exp_avg_scale is needed: there is none")
+
+
+def adopt_group(group: dict[str, Any]) -> None:
+    """Translates the options of optimi's and timm's Lion, in place."""
+    if "beta1" in group and "betas" not in group:  # optimi
+        group["betas"] = group["beta1"], group["beta2"]
+        group["foreach"] = None  # its own choice of implementation
+        if group.get("kahan_sum"):
+            group["rounding"] = "kahan"
+        if group.get("decouple_lr"):
+            group["decoupled_weight_decay"], group["init_lr"] = True, group.get("max_lr") or group["lr"]
+    if "caution" in group and "cautious" not in group:  # timm
+        group["cautious"] = group["caution"]
+
+
+def new_momentum(param: Tensor, dtype: torch.dtype | None) -> dict[str, Tensor]:
+    """The state of a parameter that was never stepped.
+
+    Args:
+        param: the parameter.
+        dtype: the group's momentum_dtype.
+
+    Raises:
+        TypeError: an int8 momentum of a float64 or sharded parameter.
+    """
+    if dtype != torch.int8:
+        return {"exp_avg": torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)}
+    if param.dtype == torch.float64 or hasattr(param, "to_local"):
+        kind = "a sharded one" if hasattr(param, "to_local") else "float64"
+        raise TypeError(f"Lion: momentum_dtype=torch.int8 needs unsharded float32, bfloat16 or float16 parameters, got {kind}")
+    if param.numel() < _LEAST_8BIT:
+        return {"exp_avg": torch.zeros_like(param, dtype=torch.float32, memory_format=torch.preserve_format)}
+    return {
+        "exp_avg": torch.zeros_like(param, dtype=torch.int8, memory_format=torch.preserve_format),
+        "exp_avg_scale": torch.zeros(count_scales(param.numel()), dtype=torch.float32, device=param.device),
+    }
+
+
+def load_momentum(param: Tensor, state: dict[str, Any], saved: dict[str, Tensor], dtype: torch.dtype | None) -> None:
+    """Puts a saved momentum into a parameter's state, in the dtype of the momentum and the layout of the parameter.
+
+    torch's load_state_dict has cast all of the state to the parameter's dtype.
+
+    Args:
+        param: the parameter.
+        state: its state, changed in place.
+        saved: its state in the checkpoint, with an exp_avg.
+        dtype: the group's momentum_dtype.
+
+    Raises:
+        ValueError: the momentum has another shape than the parameter.
+    """
+    momentum = saved["exp_avg"]
+    if momentum.shape != param.shape:
+        raise ValueError(f"Lion: exp_avg must have its parameter's shape {tuple(param.shape)}, got {tuple(momentum.shape)}")
+    if "exp_avg_scale" in saved:
+        momentum = decode(momentum, saved["exp_avg_scale"])
+    state.pop("exp_avg_scale", None)
+    if isinstance(state.get("kahan_comp"), Tensor):
+        state["kahan_comp"] = torch.zeros_like(param, memory_format=torch.preserve_format).copy_(state["kahan_comp"])
+    state.update(new_momentum(param, dtype))
+    if "exp_avg_scale" not in state:
+        state["exp_avg"].copy_(momentum)
+    elif "exp_avg_scale" in saved and saved["exp_avg"].stride() == param.stride():
+        state["exp_avg"].copy_(saved["exp_avg"])
+        state["exp_avg_scale"].copy_(saved["exp_avg_scale"])
+    else:
+        copy = torch.empty_like(state["exp_avg"], dtype=torch.float32).copy_(momentum)
+        state["exp_avg"], state["exp_avg_scale"] = encode(copy, None)
