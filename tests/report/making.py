@@ -1,5 +1,6 @@
 """Run folders as the engine writes them, and pages as a reader sees them."""
 
+import copy
 import json
 import math
 import random
@@ -49,21 +50,36 @@ def metrics(stage: str, epochs: int, done: int, rng: random.Random, top1: float 
     return lines
 
 
+# results.json but for the numbers of arms and confusion
+# fmt: off
+RESULTS: dict[str, Any] = {
+    "recipe": "conkd", "preset": "notebook", "dataset": "digits", "test_images": 360, "label_fraction": 0.1, "val_is_test": False,
+    "teacher": {
+        "model": "resnet101", "parameters": 44_549_160, "source": "trained in this run", "top1": 0.9735, "top5": 0.9991, "loss": 0.0871,
+        "images_per_s": 812.4,
+    },
+    "student": {"model": "resnet18", "parameters": 11_689_512, "images_per_s": 4321.0},
+    "notes": ["the teacher starts from random weights"],
+    "environment": {
+        "kdfast": "0.1.0", "torch": "2.15.0", "python": "3.11.2", "cpu": "a CPU of 2 cores", "cores": 2,
+        "command": "kdfast distill --recipe conkd --seeds 5",
+    },
+    "seconds_total": 754.0,
+}
+# fmt: on
+
+
+def make_student(rng: random.Random, seed: int, top1: float) -> dict[str, Any]:
+    numbers = {"best/top1": top1, "best/top5": rng.uniform(0.98, 0.999), "best/loss": rng.uniform(0.1, 0.2), "last/top1": top1 - 0.0031}
+    speed = {"train_images_per_s": rng.uniform(4000, 6000), "seconds": rng.uniform(20, 50)}
+    return {"seed": seed, **numbers, "val/top1": top1 + 0.0042, "epoch": rng.randint(3, 30), **speed}
+
+
 def make_run(
-    folder: Path,
-    *,
-    seeds: int = 5,
-    classes: int = 10,
-    baseline: bool = True,
-    finished: bool = True,
-    gain: float = 0.02,
-    curves: bool = True,
+    folder: Path, *, seeds: int = 5, classes: int = 10, baseline: bool = True, finished: bool = True, gain: float = 0.02, curves=True
 ) -> dict[str, Any]:
     """Writes a run folder as the engine does, and returns its results. Without curves there is no metrics.jsonl, and nothing to draw."""
     rng = random.Random(seeds * 1000 + classes)
-    names = [f"class {i}" for i in range(classes)]
-    folder.mkdir(parents=True)
-    (folder / "config.toml").write_text(CONFIG)
     lines = metrics("teacher", 20, 20, rng, 0.97, {"ce": 2.3})
     arms: dict[str, list[dict[str, Any]]] = {"alone": [], "distilled": []}
     for seed in range(seeds):
@@ -74,59 +90,15 @@ def make_run(
             else:
                 lines += metrics(f"seed{seed}/distil", 30, 30, rng, None, {"lskd": 9.1, "supcon": 4.2})
                 lines += metrics(f"seed{seed}/classify", 15, 15, rng, top1, {"ce": 2.3})
-            arms[arm].append(
-                {
-                    "seed": seed,
-                    "best/top1": top1,
-                    "best/top5": rng.uniform(0.98, 0.999),
-                    "best/loss": rng.uniform(0.1, 0.2),
-                    "last/top1": top1 - 0.0031,
-                    "val/top1": top1 + 0.0042,
-                    "epoch": rng.randint(3, 30),
-                    "train_images_per_s": rng.uniform(4000, 6000),
-                    "seconds": rng.uniform(20, 50),
-                }
-            )
-    paired = None
+            arms[arm].append(make_student(rng, seed, top1))
+    results = copy.deepcopy(RESULTS) | {"classes": [f"class {i}" for i in range(classes)], "arms": arms, "paired": None}
+    results["teacher"]["confusion"] = confusion(rng, classes, 36, 0.97)
+    alone = confusion(rng, classes, 36 * seeds, 0.93) if baseline else None
+    results["confusion"] = {"alone": alone, "distilled": confusion(rng, classes, 36 * seeds, 0.95)}
     if baseline and seeds > 1:
-        alone, distilled = ([run["best/top1"] for run in arms[arm]] for arm in ("alone", "distilled"))
-        paired = paired_difference(alone, distilled)
-    results = {
-        "recipe": "conkd",
-        "preset": "notebook",
-        "dataset": "digits",
-        "classes": names,
-        "test_images": 360,
-        "label_fraction": 0.1,
-        "val_is_test": False,
-        "teacher": {
-            "model": "resnet101",
-            "parameters": 44_549_160,
-            "source": "trained in this run",
-            "top1": 0.9735,
-            "top5": 0.9991,
-            "loss": 0.0871,
-            "images_per_s": 812.4,
-            "confusion": confusion(rng, classes, 36, 0.97),
-        },
-        "student": {"model": "resnet18", "parameters": 11_689_512, "images_per_s": 4321.0},
-        "arms": arms,
-        "confusion": {
-            "alone": confusion(rng, classes, 36 * seeds, 0.93) if baseline else None,
-            "distilled": confusion(rng, classes, 36 * seeds, 0.95),
-        },
-        "paired": paired,
-        "notes": ["the teacher starts from random weights"],
-        "environment": {
-            "kdfast": "0.1.0",
-            "torch": "2.15.0",
-            "python": "3.11.2",
-            "cpu": "a CPU of 2 cores",
-            "cores": 2,
-            "command": "kdfast distill --recipe conkd --seeds 5",
-        },
-        "seconds_total": 754.0,
-    }
+        results["paired"] = paired_difference(*([run["best/top1"] for run in arms[arm]] for arm in ("alone", "distilled")))
+    folder.mkdir(parents=True)
+    (folder / "config.toml").write_text(CONFIG)
     if curves:
         (folder / "metrics.jsonl").write_text("\n".join(lines) + "\n")
     if finished:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from kdfast.report import summary_rows, verdict, write_comparison, write_report
-from tests.report.making import CONFIG, Text, make_run, read, rewrite
+from tests.report.making import CONFIG, RESULTS, Text, make_run, read, rewrite
 
 
 @pytest.fixture
@@ -22,11 +22,18 @@ def folder(tmp_path: Path) -> Path:
 # ---- the page --------------------------------------------------------------------------------------
 
 
-def test_report_shows_every_number(folder: Path) -> None:
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """A run of five seeds with its report, and its results. Tests do not change it."""
+    folder = tmp_path_factory.mktemp("runs") / "whole"
     results = make_run(folder)
-    path = write_report(folder)
-    assert path == folder / "report.html"
-    text = read(path).text
+    assert write_report(folder) == folder / "report.html"
+    return folder, results
+
+
+def test_report_shows_every_number(whole: tuple[Path, dict[str, Any]]) -> None:
+    folder, results = whole
+    text = read(folder / "report.html").text
     teacher, paired = results["teacher"], results["paired"]
     expected = ["97.35", "99.91", "0.0871", "44,549,160", "11,689,512", "812", "4,321", "3.8 ×", "5.3 ×", "360 test images", "10.0 %"]
     expected += [verdict(results), "12 min 34 s", "trained in this run", *results["notes"]]
@@ -43,19 +50,8 @@ def test_report_shows_every_number(folder: Path) -> None:
     assert [item for item in expected if item not in text] == []
 
 
-def test_report_names_what_each_number_was_measured_on(folder: Path) -> None:
-    results = make_run(folder, curves=False)
-    text = read(write_report(folder)).text
-    assert "validation top-1, %" in text
-    assert "are the same here" not in text
-    text = rewrite(folder, results, val_is_test=True).text
-    assert "the best epoch was chosen on the images that the test accuracy is measured on" in text
-    assert "validation top-1, %" not in text
-
-
-def test_report_loads_nothing(folder: Path) -> None:
-    make_run(folder, seeds=2)
-    page = write_report(folder).read_text()
+def test_report_loads_nothing(whole: tuple[Path, dict[str, Any]]) -> None:
+    page = (whole[0] / "report.html").read_text()
     parsed = Text(page)
     assert all(address.startswith("#") or address == "data:," for address in parsed.addresses), parsed.addresses
     assert len([address for address in parsed.addresses if address.startswith("#")]) > 3  # the curves are in the page
@@ -65,23 +61,47 @@ def test_report_loads_nothing(folder: Path) -> None:
     assert not re.search(r"@import|url\((?!#)", page)
 
 
-def test_report_draws_all_stages_and_terms(folder: Path) -> None:
-    make_run(folder, seeds=2)
-    page = write_report(folder).read_text()
-    curves = " ".join(re.findall(r"<svg.*?</svg>", page, re.DOTALL))
+def test_report_draws_all_stages_and_terms(whole: tuple[Path, dict[str, Any]]) -> None:
+    curves = " ".join(re.findall(r"<svg.*?</svg>", (whole[0] / "report.html").read_text(), re.DOTALL))
     for name in ("teacher", "alone", "classify", "lskd", "supcon", "sum", "validation", "Losses of distil"):
         assert f">{name}<" in curves
     assert "#0067a5" not in curves  # colours follow the page, or the dark one would be illegible
-    assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert (whole[0] / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_report_is_the_same_when_made_again(folder: Path) -> None:
-    make_run(folder, seeds=2)
-    first = write_report(folder).read_bytes(), (folder / "curves.png").read_bytes()
-    assert (write_report(folder).read_bytes(), (folder / "curves.png").read_bytes()) == first
-    assert {path.name for path in folder.iterdir()} == {
-        "config.toml", "metrics.jsonl", "results.json", "report.html", "curves.png",
-    }  # fmt: skip
+def test_report_is_the_same_when_made_again(whole: tuple[Path, dict[str, Any]]) -> None:
+    pages = [whole[0] / name for name in ("report.html", "curves.png")]
+    first = [page.read_bytes() for page in pages]
+    write_report(whole[0])
+    assert [page.read_bytes() for page in pages] == first
+    names = {path.name for path in whole[0].iterdir()}
+    assert names == {"config.toml", "metrics.jsonl", "results.json", "report.html", "curves.png"}
+
+
+NO_STUDENT: dict[str, Any] = {"student": None, "arms": {"alone": [], "distilled": []}, "confusion": None, "paired": None}
+NO_TEACHER: dict[str, Any] = {"teacher": None, "confusion": {"alone": None, "distilled": None}, "paired": None}
+SAME_IMAGES = "the best epoch was chosen on the images that the test accuracy is measured on"
+NO_NUMBERS = {**RESULTS["teacher"], "images_per_s": None, "loss": math.nan, "parameters": None}
+
+
+@pytest.mark.parametrize(
+    ("run", "changes", "shown", "absent"),
+    [
+        pytest.param({}, {}, ["validation top-1, %"], ["are the same here"], id="validation images"),
+        pytest.param({}, {"val_is_test": True}, [SAME_IMAGES], ["validation top-1, %"], id="validation on test images"),
+        pytest.param({"seeds": 1}, {}, ["one seed shows no spread", "fewer than two pairs of seeds"], ["±", "Student's t"], id="one seed"),
+        pytest.param(
+            {"seeds": 1, "baseline": False}, {}, ["without a student trained alone", "distilled"], ["student alone"], id="no baseline"
+        ),
+        pytest.param({}, NO_TEACHER, [], ["taught by", "Where the distilled student is wrong", "smaller"], id="no teacher"),
+        pytest.param({"seeds": 1}, NO_STUDENT, ["No student was distilled", "97.35"], [], id="teacher only"),
+        pytest.param({"seeds": 1}, {"teacher": NO_NUMBERS}, ["–"], ["nan"], id="numbers that are none"),
+    ],
+)  # fmt: skip
+def test_report_of_other_runs(run: dict[str, Any], changes: dict[str, Any], shown: list[str], absent: list[str], folder: Path) -> None:
+    text = rewrite(folder, make_run(folder, **({"seeds": 2, "curves": False} | run)), **changes).text
+    assert [words for words in shown if words not in text] == []
+    assert [words for words in absent if words in text] == []
 
 
 EVIL = "<script>alert('x')</script>&\"$x^{$"
@@ -99,48 +119,6 @@ def test_report_escapes_all_text(folder: Path) -> None:
     assert parsed.text.count(EVIL) >= 10
     page = (folder / "report.html").read_text()
     assert html.escape(EVIL).replace("&#x27;", "&#39;").replace("&quot;", "&#34;") in page
-
-
-def test_report_of_one_seed(folder: Path) -> None:
-    results = make_run(folder, seeds=1, curves=False)
-    text = read(write_report(folder)).text
-    assert "one seed shows no spread" in text
-    assert "fewer than two pairs of seeds" in text
-    assert "±" not in text
-    assert "Student's t" not in text
-    assert f"{100 * results['arms']['alone'][0]['best/top1']:.2f}" in text
-
-
-def test_report_without_baseline(folder: Path) -> None:
-    make_run(folder, seeds=1, baseline=False, curves=False)
-    text = read(write_report(folder)).text
-    assert "without a student trained alone" in text
-    assert "student distilled" in text
-    assert "student alone" not in text
-
-
-def test_report_without_teacher_and_confusion(folder: Path) -> None:
-    results = make_run(folder, seeds=2, curves=False)
-    text = rewrite(folder, results, teacher=None, confusion={"alone": None, "distilled": None}, paired=None).text
-    assert "taught by" not in text
-    assert "Where the distilled student is wrong" not in text
-    assert "smaller" not in text
-
-
-def test_report_of_a_teacher_alone(folder: Path) -> None:
-    results = make_run(folder, seeds=1, curves=False)
-    bare: dict[str, Any] = {"student": None, "arms": {"alone": [], "distilled": []}, "confusion": None, "paired": None}
-    text = rewrite(folder, results, **bare).text
-    assert "No student was distilled" in text
-    assert "97.35" in text
-
-
-def test_report_of_numbers_that_are_none(folder: Path) -> None:
-    results = make_run(folder, seeds=1, curves=False)
-    results["teacher"] |= {"images_per_s": None, "loss": math.nan, "parameters": None}
-    text = rewrite(folder, results).text
-    assert "nan" not in text
-    assert "–" in text
 
 
 def test_report_of_many_classes_lists_pairs(folder: Path) -> None:
