@@ -12,6 +12,7 @@ from typing import Annotated, Any, Generic, Literal, TypeVar
 
 import tyro
 
+from kdfast.data.loaders import LoaderName
 from kdfast.engine import Training
 from kdfast.recipes.plus import Term
 
@@ -27,7 +28,6 @@ def default_is(meaning: str) -> Any:
 
 
 OWN = default_is("the data set's own")
-Loader = Literal["auto", "dali", "resident", "torchvision"]
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class DataOptions:
     """Resizing for evaluation: squash, center-crop, or "none" for images that have the size already."""
     normalization: Annotated[str | None, OWN] = None
     """Mean and standard deviation of the channels, by name: imagenet, cifar10, ..."""
-    loader: Loader = "auto"
+    loader: LoaderName = "auto"
     """Image loader; auto: resident if the images fit on the device, else dali if it is installed, else torchvision."""
     workers: Annotated[int | None, default_is("chosen by the data")] = None
     """Processes (torchvision) or threads (dali) of the loader."""

@@ -12,10 +12,11 @@ from rich.console import Console
 from kdfast import files
 from kdfast.commands import toml
 from kdfast.commands.command_line import parse
-from kdfast.commands.config import FLAT, DataOptions, Loader, default_is, parse_options
+from kdfast.commands.config import FLAT, DataOptions, default_is, parse_options
 from kdfast.commands.images import load_data
 from kdfast.commands.tables import make_table
 from kdfast.data import make_loaders
+from kdfast.data.loaders import LoaderName
 from kdfast.engine import Evaluation, evaluate, join
 from kdfast.models import parameter_count
 from kdfast.report.confusion import MATRIX_CLASSES
@@ -45,7 +46,7 @@ class Images:
     """Resizing: squash, center-crop, or "none" for images that have the size already."""
     normalization: Annotated[str | None, default_is("the run's, else the weights' own")] = None
     """Mean and standard deviation of the channels, by name: imagenet, cifar10, ..."""
-    loader: Annotated[Loader | None, RUNS] = None
+    loader: Annotated[LoaderName | None, RUNS] = None
     """Image loader; auto: resident if the images fit on the device, else dali if it is installed, else torchvision."""
     workers: Annotated[int | None, RUNS] = None
     """Processes (torchvision) or threads (dali) of the loader."""

@@ -141,6 +141,7 @@ def test_a_later_layer_wins(arguments, toml: str, expected: dict, tmp_path: Path
         pytest.param([], "[training]\nepochs = 1\n[teacher_training]\nepochs = 2\n", (1, 0), (2, 1), id="epochs of config.toml"),
         pytest.param(["--epochs", "2"], "[training]\nepochs = 1\n", (2, 1), (60, 2), id="epochs of both"),
         pytest.param(["--epochs", "5"], "[training]\nwarmup = 1\n", (5, 1), (60, 2), id="warm-up of config.toml"),
+        pytest.param(["--epochs", "1", "--warmup", "0"], "[training]\nwarmup = 2\n", (1, 0), (60, 2), id="given over config.toml"),
     ],
 )
 def test_a_default_warmup_is_cut_to_the_epochs(arguments, toml: str, training, teacher_training, tmp_path: Path):

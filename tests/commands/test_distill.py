@@ -289,6 +289,13 @@ def test_an_image_folder_is_trained_on(images: Path, tmp_path: Path):
     assert kdfast("teacher", "--dataset", images, *teacher, "--out", tmp_path / "teacher") == 0
 
 
+def test_the_dali_loader_without_dali_is_one_sentence(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
+    monkeypatch.setitem(sys.modules, "nvidia.dali", None)
+    error = fail(capsys, "distill", "--dataset", images, *FOLDER, "--loader", "dali", "--out", tmp_path / "run", status=2)
+    assert error == "kdfast: the dali loader needs nvidia.dali: pip install 'kdfast[dali]'"
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
 def test_a_bad_image_folder_is_named(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     command = ["distill", *FOLDER, "--out", tmp_path / "run", "--dataset"]
     (tmp_path / "empty").mkdir()

@@ -9,7 +9,6 @@ DALI reads JPEG and PNG of 8 bits grey or colour: there it gives Pillow's pixels
 and kept as PNG in a temporary folder for the life of the loader.
 """
 
-import importlib
 import os
 import shutil
 import tempfile
@@ -33,6 +32,7 @@ from kdfast.data.protocol import Batch, DataError
 from kdfast.data.seeding import Draws
 from kdfast.data.splits import Split
 from kdfast.data.transforms import Transform
+from kdfast.imports import require
 
 AHEAD = 2
 """Batches that DALI works on while the caller has another."""
@@ -45,8 +45,9 @@ class DaliLoader(OrderedLoader):
         split, transform, options: as for every loader; the split is one of files, options.workers are threads of the pipeline on the CPU.
 
     Raises:
-        DataError: as OrderedLoader; the images are in memory; DALI is not installed; a file that DALI does not read is broken; images
+        DataError: as OrderedLoader; the images are in memory; a file that DALI does not read is broken; images
             differ in size and the transform does not resize them; while iterating: an image cannot be read.
+        ImportError: DALI is not installed.
 
     Example:
         >>> split = kdfast.data.Split(torch.tensor([0, 1]), pixels=torch.zeros(2, 3, 8, 8, dtype=torch.uint8))
@@ -183,10 +184,7 @@ class DaliLoader(OrderedLoader):
 
     def _build_pipeline(self) -> Any:
         """A pipeline without work."""
-        try:
-            dali: Any = importlib.import_module("nvidia.dali")
-        except ImportError:
-            raise DataError("NVIDIA DALI is not installed: pip install 'kdfast[dali]', or choose --loader torchvision") from None
+        dali: Any = require("nvidia.dali", extra="dali", what="the dali loader")
         fn, types = dali.fn, dali.types
         cuda = self._device.type == "cuda"
 
