@@ -216,7 +216,7 @@ class Distillation(Job[Distill[Any]]):
     def close(self, teacher: Teacher | None, arms: dict[str, list[TrainedStudent]]) -> None:
         """Writes the best student, results.json and the report, and prints the table."""
         alone, distilled = arms["alone"], arms["distilled"]
-        chosen, kept = distilled[0], cast(Kept, distilled[0].result.kept)
+        chosen, kept = distilled[0], distilled[0].result.kept
         if not self.data.val_is_test:
             chosen = max(distilled, key=lambda s: s.result.metrics.get("val/top1", -s.result.metrics.get("val/loss", 0.0)))
         top1 = {name: [student.test(kept).top1 for student in arm] for name, arm in arms.items()}

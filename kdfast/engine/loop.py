@@ -31,6 +31,11 @@ CHECK_EVERY = 50  # steps between reads of the device: non-finite losses, stop r
 class Options:
     """How fast the loop runs. The computed values stay the same up to rounding.
 
+    Attributes:
+        precision: autocast dtype of forward passes and losses.
+        compile: torch.compile the forward pass of each stage.
+        checkpoint_minutes: longest time between two checkpoints within an epoch.
+
     Example:
         >>> from kdfast.engine import Options
         >>> Options(precision="bf16")
@@ -38,11 +43,8 @@ class Options:
     """
 
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """Autocast dtype of forward passes and losses."""
     compile: bool = False
-    """torch.compile the forward pass of each stage."""
     checkpoint_minutes: float = 15.0
-    """Within an epoch, save at least this often."""
 
 
 class _Forward(nn.Module):

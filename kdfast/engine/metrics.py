@@ -111,7 +111,15 @@ class AccuracyMeter:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Accuracy, loss and speed of a classifier on a split; `evaluate` has an example.
+    """Accuracy, loss and speed of a classifier on a split; made by `evaluate`.
+
+    Attributes:
+        top1: fraction of images whose label has the highest logit.
+        top5: fraction of images whose label has one of the five highest logits.
+        loss: mean cross-entropy, nats.
+        confusion: images by true class (rows) and predicted class (columns).
+        images: number of images.
+        images_per_s: speed of the forward passes on this device, without loading.
 
     Example:
         >>> from kdfast.engine import Evaluation
@@ -120,16 +128,11 @@ class Evaluation:
     """
 
     top1: float
-    """Fraction of images."""
     top5: float
-    """Fraction of images."""
     loss: float
-    """Mean cross-entropy, nats."""
     confusion: list[list[int]]
-    """Images by true class (rows) and predicted class (columns)."""
     images: int
     images_per_s: float
-    """Forward passes on this device, without loading."""
 
 
 @torch.no_grad()

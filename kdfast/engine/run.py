@@ -32,6 +32,7 @@ from kdfast.engine.loop import Options, StageLoop
 from kdfast.engine.metrics import NonFiniteLoss
 from kdfast.engine.stage import Stage
 from kdfast.models import load_weights, save_weights
+from kdfast.runs.results import Kept
 
 try:
     import fcntl
@@ -46,6 +47,17 @@ Observer = Callable[[dict[str, Any]], None]
 class StageResult:
     """A finished stage; its trained modules hold the kept weights.
 
+    Attributes:
+        name: of the stage.
+        epoch: the epoch of the kept weights, from 1.
+        epochs: number of epochs that were run.
+        metrics: validation metrics of the kept epoch.
+        seconds: time of the training epochs, without validation.
+        images_per_s: median over epochs, without the first if there are more.
+        kept: "best" or "last".
+        folder: of the stage's files.
+        modules: the trained modules.
+
     Example:
         >>> from pathlib import Path
         >>> from kdfast.engine import StageResult
@@ -56,21 +68,15 @@ class StageResult:
 
     name: str
     epoch: int
-    """The epoch of the kept weights, from 1."""
     epochs: int
-    """Epochs run."""
     metrics: dict[str, float]
-    """Validation metrics of that epoch."""
     seconds: float
-    """Time of the training epochs, without validation."""
     images_per_s: float
-    """Median over epochs, without the first if there are more."""
-    kept: str
-    """"best" or "last"."""
+    kept: Kept
     folder: Path
     modules: Sequence[nn.Module]
 
-    def restore(self, which: str) -> None:
+    def restore(self, which: Kept) -> None:
         """Loads the "best" or "last" weights into the trained modules.
 
         Raises:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from kdfast.data import Batch, Loaders
 from kdfast.engine.ranges import check_ranges
+from kdfast.runs.results import Kept
 
 Outputs = Mapping[str, Tensor]
 
@@ -201,7 +202,7 @@ class Stage:
     frozen: Sequence[nn.Module] = ()
     memory: Sequence[nn.Module] = ()
     best: str = "val/top1"
-    keep: Literal["best", "last"] = "best"
+    keep: Kept = "best"
     couples_rows: bool = False
     partial: bool = False
     prepare: Callable[[], None] = lambda: None

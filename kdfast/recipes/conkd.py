@@ -32,7 +32,7 @@ from kdfast.engine.ranges import check_ranges
 from kdfast.engine.stage import Outputs, Terms, lr_factor
 from kdfast.functional import kd_loss, supcon_loss
 from kdfast.models import Taps, classifier_head, feature_size, projection_head, replace_head
-from kdfast.recipes import recipe, supervised
+from kdfast.recipes import kd, recipe, supervised
 from kdfast.recipes.features import head_input
 from kdfast.recipes.recipe import Extended, Preset, Recipe, Setup, Stages, Trained
 from kdfast.recipes.remembered import Remembered
@@ -113,6 +113,8 @@ def distil(setup: Setup, settings: Settings, teacher: nn.Module) -> Stages[Train
 def _joint(setup: Setup, settings: Settings, teacher: nn.Module) -> Stages[Trained]:
     student = setup.student()
     readme = settings.procedure == "readme"
+    ce_weight = 0.0 if readme else settings.ce_weight
+    weights = kd.Settings(settings.temperature, settings.kd_weight, ce_weight, standardize=True, label_smoothing=settings.label_smoothing)
     tap, features = head_input(student)
     projection = nn.Identity() if readme else projection_head(features, EMBEDDING)
     tapped = Taps(student, (tap,))
@@ -125,17 +127,7 @@ def _joint(setup: Setup, settings: Settings, teacher: nn.Module) -> Stages[Train
         return {"logits": logits, "embedding": projection(features.flatten(1)), "teacher": target}
 
     def loss(outputs: Outputs, batch: Batch) -> Terms:
-        terms = recipe.ce_and_kd(
-            outputs["logits"],
-            outputs["teacher"],
-            batch.labels,
-            temperature=settings.temperature,
-            standardize=True,
-            kd_weight=settings.kd_weight,
-            ce_weight=0.0 if readme else settings.ce_weight,
-            label_smoothing=settings.label_smoothing,
-            hidden=setup.labels_hidden,
-        )
+        terms = kd.terms(outputs["logits"], outputs["teacher"], batch.labels, weights, hidden=setup.labels_hidden)
         if readme:
             classes = recipe.separate_hidden(batch.labels, batch.index)
         else:
@@ -189,18 +181,9 @@ def _notebook(setup: Setup, settings: Settings, teacher: EmbeddingTeacher) -> St
     )
 
     head = classifier_head(feature_size(encoder), setup.classes)
-    training = Training(
-        epochs=settings.classify_epochs,
-        batch_size=setup.training.batch_size,
-        micro_batch=setup.training.micro_batch,
-        optimizer="lion",
-        lr=settings.classify_lr,
-        weight_decay=settings.classify_weight_decay,
-        schedule="plateau",
-        gamma=0.1,
-        plateau_patience=3,
-        early_stop=5,
-    )
+    training = _classifier_training(setup.training, settings.classify_epochs, "lion", settings.classify_lr)
+    # plateau: a tenth of the rate after 3 epochs without improvement
+    training = replace(training, weight_decay=settings.classify_weight_decay, schedule="plateau", early_stop=5)
     stage = _classify("classify", encoder, head, setup.loaders(training), training, hidden=setup.labels_hidden)
     yield replace(stage, keep="last" if settings.keep_last_classifier else "best")
     return Trained(replace_head(encoder, head), replace(setup.student_spec, head="mlp"))
@@ -230,15 +213,8 @@ def train_teacher(setup: Setup, settings: Settings, given: Trained | None) -> St
     )
 
     head = nn.Linear(features, setup.classes)
-    training = Training(
-        epochs=settings.teacher_classify_epochs,
-        batch_size=setup.teacher_training.batch_size,
-        micro_batch=setup.teacher_training.micro_batch,
-        optimizer="adamw",
-        lr=settings.teacher_classify_lr,
-        weight_decay=0.01,
-        schedule="constant",
-    )
+    epochs, lr = settings.teacher_classify_epochs, settings.teacher_classify_lr
+    training = replace(_classifier_training(setup.teacher_training, epochs, "adamw", lr), weight_decay=0.01)
     data = setup.loaders(training, augment="conkd-teacher", all_labels=True)
     yield _classify("teacher/classify", encoder, head, data, training, hidden=False)
     return Trained(EmbeddingTeacher(replace_head(encoder, head), projection), spec)
@@ -271,6 +247,12 @@ def _contrast_twice(embedding: Tensor, batch: Batch, settings: Settings) -> Tens
     """SupCon of the embedding given twice, as two views."""
     classes = recipe.separate_hidden(batch.labels, batch.index)
     return supcon_loss(embedding, classes, temperature=settings.contrast_temperature, duplicates=2, group=recipe.contrast_group())
+
+
+def _classifier_training(encoder: Training, epochs: int, optimizer: Literal["adamw", "lion"], lr: float) -> Training:
+    """The training of a classifier in batches as large as the encoder's, at a constant rate."""
+    size, micro = encoder.batch_size, encoder.micro_batch
+    return Training(epochs, size, micro, optimizer=optimizer, lr=lr, schedule="constant")
 
 
 def _classify(name: str, encoder: nn.Module, head: nn.Module, data: Loaders, training: Training, *, hidden: bool) -> Stage:

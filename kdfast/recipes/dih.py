@@ -23,9 +23,9 @@ from kdfast.data import Batch
 from kdfast.engine.ranges import check_ranges
 from kdfast.engine.stage import Outputs, Terms
 from kdfast.models import flatten_head, read_weights
-from kdfast.recipes import supervised
+from kdfast.recipes import kd, supervised
 from kdfast.recipes.features import FeatureMaps, fingerprint
-from kdfast.recipes.recipe import Extended, Preset, Recipe, Setup, Stages, Trained, ce_and_kd
+from kdfast.recipes.recipe import Extended, Preset, Recipe, Setup, Stages, Trained
 from kdfast.recipes.remembered import Remembered
 from kdfast.recipes.trainings import DIH_CODE, DIH_README
 
@@ -118,6 +118,8 @@ def distil(setup: Setup, settings: Settings, teacher: HeadedTeacher) -> Stages[T
     used = [h for h, a in enumerate(alpha) if a > 0]
     if not used:
         raise ValueError("alpha must be above 0 for at least one classifier: the student would have no teacher")
+    alphas = [alpha[h] for h in used]
+    weights = kd.Settings(settings.temperature, 1.0, ce_weight=sum(1 - a for a in alphas), label_smoothing=settings.label_smoothing)
     names = [f"teacher's head {h}" if h else "teacher" for h in used]
 
     def predict(images: Tensor) -> Tensor:
@@ -132,17 +134,8 @@ def distil(setup: Setup, settings: Settings, teacher: HeadedTeacher) -> Stages[T
         return {"logits": student(batch.images)} | dict(zip(names, of_heads))
 
     def loss(outputs: Outputs, batch: Batch) -> Terms:
-        return ce_and_kd(
-            outputs["logits"],
-            [outputs[name] for name in names],
-            batch.labels,
-            temperature=settings.temperature,
-            ce_weight=sum(1 - alpha[h] for h in used),
-            kd_weight=1.0,
-            teacher_weights=[alpha[h] for h in used],
-            label_smoothing=settings.label_smoothing,
-            hidden=setup.labels_hidden,
-        )
+        of_heads = [outputs[name] for name in names]
+        return kd.terms(outputs["logits"], of_heads, batch.labels, weights, hidden=setup.labels_hidden, teacher_weights=alphas)
 
     yield setup.stage("distil", train=(student,), frozen=(teacher,), data=data, prepare=targets.prepare, forward=forward, loss=loss)
     return Trained(student, setup.student_spec)

@@ -7,15 +7,18 @@ Use it first: it needs only the logits of both networks, works for any pair of a
 Presets: repdistiller (Tian et al. 2020), dih-readme and dih-code (Asadian, Salehi-Abari 2021), imagenet.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from torch import Tensor, nn
 
 from kdfast.data import Batch
 from kdfast.engine.ranges import check_ranges
 from kdfast.engine.stage import Mean, Outputs, Terms
+from kdfast.functional import kd_loss
 from kdfast.models import ModelSpec
-from kdfast.recipes.recipe import Preset, Recipe, Setup, Stages, Trained, ce_and_kd, cross_entropy
+from kdfast.recipes.recipe import Preset, Recipe, Setup, Stages, Trained, cross_entropy
 from kdfast.recipes.remembered import Remembered
 from kdfast.recipes.trainings import DIH_CODE, DIH_README, IMAGENET, REPDISTILLER
 
@@ -60,22 +63,45 @@ def follow(name: str, setup: Setup, settings: Settings, student: nn.Module, spec
     return Trained(student, spec)
 
 
-def terms(student: Tensor, teacher: Tensor, labels: Tensor, settings: Settings, *, hidden: bool) -> dict[str, Tensor | Mean]:
-    """Returns the loss terms of logits [B, C], also for recipes with further terms; kd_weight 0 leaves the teacher out."""
-    smoothing = settings.label_smoothing
-    if settings.kd_weight == 0:
-        return {"ce": settings.ce_weight * cross_entropy(student, labels, label_smoothing=smoothing, hidden=hidden)}
-    return ce_and_kd(
+def terms(
+    student: Tensor,
+    teacher: Tensor | Sequence[Tensor],
+    labels: Tensor,
+    settings: Settings,
+    *,
+    hidden: bool,
+    teacher_weights: Sequence[float] | None = None,
+) -> dict[str, Tensor | Mean]:
+    """Returns the loss terms of logits [B, C]: cross-entropy for labelled images, the teacher for all. A weight of 0 leaves a term out.
+
+    If no label is hidden, one fused call computes both terms. Otherwise they are means over different rows and need two calls: kd_loss
+    leaves an image without a label out of both terms.
+
+    Args:
+        student: logits.
+        teacher: logits of one teacher or of several.
+        labels: int64 [B], -100 where hidden.
+        settings: weights and temperature.
+        hidden: some labels are hidden.
+        teacher_weights: one for each teacher.
+    """
+    smoothing, ce_weight = settings.label_smoothing, settings.ce_weight
+    ce_and_kd = partial(
+        kd_loss,
         student,
         teacher,
-        labels,
         temperature=settings.temperature,
         standardize=settings.standardize,
-        ce_weight=settings.ce_weight,
         kd_weight=settings.kd_weight,
+        teacher_weights=teacher_weights,
         label_smoothing=smoothing,
-        hidden=hidden,
     )
+    if settings.kd_weight and ce_weight and not hidden:
+        return {"ce+kd": ce_and_kd(labels, ce_weight=ce_weight)}
+    found: dict[str, Tensor | Mean] = {"kd": ce_and_kd()} if settings.kd_weight else {}
+    if ce_weight or not found:
+        found["ce"] = ce_weight * cross_entropy(student, labels, label_smoothing=smoothing, hidden=hidden)
+    return found
 
 
 RECIPE = Recipe(

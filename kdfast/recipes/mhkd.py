@@ -21,8 +21,9 @@ from kdfast.data import Batch
 from kdfast.engine.ranges import check_ranges
 from kdfast.engine.stage import Outputs, Terms
 from kdfast.models import conv_head
+from kdfast.recipes import kd
 from kdfast.recipes.features import FeatureMaps, pair_feature_maps
-from kdfast.recipes.recipe import Preset, Recipe, Setup, Stages, Trained, ce_and_kd, cross_entropy
+from kdfast.recipes.recipe import Preset, Recipe, Setup, Stages, Trained, cross_entropy
 from kdfast.recipes.trainings import DIH_README
 
 
@@ -55,6 +56,8 @@ def distil(setup: Setup, settings: Settings, teacher: nn.Module) -> Stages[Train
     """One stage: the heads of both networks and the student."""
     student = setup.student()
     student_maps, teacher_maps = pair_feature_maps(student, teacher, settings, setup.data.image_size, drop_last=True)
+    alpha, smoothing = settings.alpha, settings.label_smoothing
+    weights = kd.Settings(settings.temperature, kd_weight=alpha, ce_weight=1 - alpha, label_smoothing=smoothing)
     student_heads, teacher_heads = (_heads(maps, setup, settings) for maps in (student_maps, teacher_maps))
 
     def forward(batch: Batch) -> Outputs:
@@ -66,16 +69,7 @@ def distil(setup: Setup, settings: Settings, teacher: nn.Module) -> Stages[Train
         return outputs | {f"teacher {j}": head(F) for j, (head, F) in enumerate(zip(teacher_heads, from_teacher))}
 
     def distillation(student: Tensor, teacher: Tensor, labels: Tensor, *, prefix: str = "", weight: float = 1.0) -> Terms:
-        terms = ce_and_kd(
-            student,
-            teacher,
-            labels,
-            temperature=settings.temperature,
-            ce_weight=1 - settings.alpha,
-            kd_weight=settings.alpha,
-            label_smoothing=settings.label_smoothing,
-            hidden=setup.labels_hidden,
-        )
+        terms = kd.terms(student, teacher, labels, weights, hidden=setup.labels_hidden)
         return {f"{prefix}{name}": weight * term for name, term in terms.items()}
 
     def loss(outputs: Outputs, batch: Batch) -> Terms:

@@ -27,8 +27,7 @@ DEFAULTS = {
     "lskd": {"weight": 9.0, "temperature": 2.0},
     "supcon": {"weight": 0.15, "temperature": 0.07},
 }
-STAGE = "distil"
-"""Recipes' name for the stage that distils the student."""
+STAGE = "distil"  # recipes' name for the stage that distils the student
 
 
 @dataclass(frozen=True)

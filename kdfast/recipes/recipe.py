@@ -1,6 +1,6 @@
 """The parts that every recipe is written with: Recipe, Preset, Setup, and the loss terms that recipes share."""
 
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, TypeVar
@@ -14,7 +14,6 @@ from kdfast.data import HIDDEN, ImageData, Loaders
 from kdfast.engine import Mean, Stage, StageResult, Training
 from kdfast.engine.distributed import all_processes, mean_over_processes
 from kdfast.engine.random_state import derive
-from kdfast.functional import kd_loss
 from kdfast.models import ModelSpec, create
 from kdfast.models.heads import Head
 from kdfast.ops.precision import at_least_float32
@@ -271,20 +270,3 @@ def separate_hidden(labels: Tensor, index: Tensor) -> Tensor:
 def contrast_group() -> "dist.ProcessGroup | None":
     """Returns the processes whose images are contrasted with this one's; none in validation, where their numbers of batches may differ."""
     return all_processes() if torch.is_grad_enabled() else None
-
-
-def ce_and_kd(
-    student: Tensor, teacher: Tensor | Sequence[Tensor], labels: Tensor, *, ce_weight: float, kd_weight: float, hidden: bool, **options: Any
-) -> dict[str, Tensor | Mean]:
-    """Returns the terms of logit distillation: cross-entropy for labelled images, the teacher for all.
-
-    If no label is hidden, one fused call computes both. Otherwise the two terms have different rows and need two calls: kd_loss leaves
-    an image without a label out of both terms.
-    """
-    if not hidden and ce_weight:
-        return {"ce+kd": kd_loss(student, teacher, labels, ce_weight=ce_weight, kd_weight=kd_weight, **options)}
-    terms: dict[str, Tensor | Mean] = {"kd": kd_loss(student, teacher, kd_weight=kd_weight, **options)}
-    if ce_weight:
-        smoothing = options.get("label_smoothing", 0.0)
-        terms["ce"] = ce_weight * cross_entropy(student, labels, label_smoothing=smoothing, hidden=hidden)
-    return terms

@@ -12,8 +12,7 @@ from torch import Tensor
 from kdfast.data import Batch, Loader, Loaders
 from kdfast.engine.distributed import all_processes
 
-LARGEST = 2**28
-"""Bytes that the answers for one split may take on the device."""
+LARGEST = 2**28  # bytes that the answers for one split may take on the device
 
 
 class Remembered:

@@ -8,8 +8,7 @@ from kdfast.data import Loaders
 from kdfast.engine import Stage, Training
 from kdfast.recipes.recipe import Setup, Stages, Trained, cross_entropy
 
-HEADS = "teacher/heads"
-"""The stage that trains classifiers on a teacher's maps."""
+HEADS = "teacher/heads"  # the stage that trains classifiers on a teacher's maps
 
 
 def supervised(

@@ -160,7 +160,7 @@ def test_crd(kd_weight):
     )
 
     torch.manual_seed(3)
-    indices = torch.cat([batch.index[:, None], contrast._negatives(batch.index)], 1)
+    indices = torch.cat([batch.index[:, None], contrast._draw_negatives(batch.index)], 1)
     labels = noise().train.labels
     assert (labels[indices[:, 1:]] != labels[batch.index][:, None]).all(), "a negative of the image's own class"
     banks = contrast.memory_v1.clone(), contrast.memory_v2.clone()
@@ -195,7 +195,7 @@ def test_crds_hidden_labels_are_classes_of_their_own():
     stage = next(crd.distil(made, crd.Settings(negatives=500), network()))
     (contrast,) = stage.memory
     own = torch.arange(80)
-    drawn = contrast._negatives(own)
+    drawn = contrast._draw_negatives(own)
     assert (drawn != own[:, None]).all()
     shown = labels >= 0
     alike = shown[drawn] & shown[:, None] & (labels[drawn] == labels[:, None])
