@@ -101,9 +101,12 @@ def convert_docstring(lines: list[str]) -> list[str]:
     converted: list[str] = []
     in_text = True  # before the first section of Google's style
     literal = False
+    section = ""
     for number, line in enumerate(lines):
         if SECTION.match(line):
-            in_text = False
+            in_text, section = False, line
+        if section == "Attributes:":
+            line = re.sub(r"^    \w+(, \w+)+: ", lambda names: names[0].replace(", ", ","), line)  # Sphinx takes the first for a type
         indented = line.startswith("    ")
         if in_text and indented and not literal and not (number and lines[number - 1].strip()):
             converted += ["::", ""]
