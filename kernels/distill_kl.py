@@ -1,32 +1,32 @@
 """Logit distillation: a row's loss over K teachers, and its gradients in the same pass.
 
-A row of C logits x, at temperature T, in float32 whatever the inputs' dtypes:
+A row of C logits x, at temperature T; arithmetic is float32 for every input dtype:
 
     d        x - max x
     u        d / T, or with standardize d / width, width = T (sd + eps), sd unbiased: the mean cancels in the softmax
     p, q     softmax(u_teacher), softmax(u_student)
     loss     sum_k w_k D(p_k, q) + ce_weight CE(x_student, label), w_k with kd_weight and T^2
     r        log p - log q
-    D        forward    KL(p || q) = sum p r + q - p = sum p (r + exp(-r) - 1): the last two add nothing and cancel rounding
+    D        forward    KL(p || q) = sum p r + q - p = sum p (r + exp(-r) - 1): q - p adds 0 and cancels rounding
              reverse    KL(q || p), likewise
              js         with h = log cosh(r / 2):  sum p (r/2 - h) / 2 - q (r/2 + h) / 2
-    dD/du    a - s sum(a), s the softmax of the side that is differentiated and a its terms of D (forward in the student: q - p)
+    dD/du    a - s sum(a), s the softmax of the differentiated side and a its terms of D (forward in the student: q - p)
     dL/dx    g = w dD/du: g / T, or with standardize, c = d - mean:  [g - c sum(g c) / ((sd + eps) sd (C - 1))] / width
     CE       the same row at temperature 1
 
 Floor, with 1 + K tensors of b bytes an element: (1 + K) N C b to read, and N C b for each gradient to write. Rows that fit in
-registers are read once, and the traffic is the floor. Longer ones (C > 8192, or 4096 with many teachers) are walked two to four times
-(`reads`); while the rows in flight fit in the second-level cache, memory is read once.
+registers are read once, and the traffic is the floor. Longer rows (C > 8192, or 4096 with many teachers) are read two to four times
+(`reads`); device memory is read once if all rows in flight fit in the second-level cache.
 
-One launch forward: the program that finishes last adds up what the others left, in a fixed order. Gradients are written there too, as
-for an upstream gradient of 1; the launch backward (`rescale`) returns at once where it is 1. The mean over the rows that count needs
-their number. Long rows are worth counting first; of short ones, where launches are what costs, it is known at the end, and `rescale`
-applies `remaining` = N / (rows that count) as well.
+The forward pass is one launch: the last program to finish adds up the others' losses, in a fixed order. The same launch writes the
+gradients, for an upstream gradient of 1; the launch of the backward pass (`rescale`) returns at once if it is 1. A mean needs the number
+of rows that are not ignored. For long rows they are counted first. For short rows, where launches dominate, the number is known at the
+end, and `rescale` also multiplies by `remaining` = N / number.
 """
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, no_type_check
 
 import torch
 import triton
@@ -42,7 +42,7 @@ class Plan(NamedTuple):
     warps: int
 
     def resident(self, C: int) -> bool:
-        """Whether a program holds its rows in registers, or walks them."""
+        """Whether a program holds its rows in registers; otherwise it loops over them."""
         return self.block >= C
 
 
@@ -54,8 +54,8 @@ def is_heavy(K: int, wanted: Sequence[bool]) -> bool:
 def plan(C: int, heavy: bool) -> Plan:
     """The launch plan for rows of C classes; none spills more than a few bytes of registers.
 
-    Where rows fit, 8 elements a thread (16 in the longest). Longer rows are walked by one large program on each multiprocessor: few
-    rows in flight are what the second-level cache can keep between two walks.
+    Rows that fit in registers get 8 elements a thread (16 in the longest). Longer rows get one large program on each multiprocessor,
+    because the second-level cache can keep only few rows between two reads.
     """
     longest = 4096 if heavy else 8192
     if longest < C:
@@ -64,11 +64,11 @@ def plan(C: int, heavy: bool) -> Plan:
     return Plan(max(1, 1024 // block), block, max(4, min(16, block // 256)))
 
 
-FEW = tl.constexpr(128)  # see _to_logits
+FEW_CLASSES = tl.constexpr(128)  # see _to_logits
 
 
 def is_general(divergence: str, wanted: Sequence[bool]) -> bool:
-    """Whether a gradient is wanted that is not linear in the probabilities: any but the student's of forward KL."""
+    """Whether a wanted gradient is not linear in the probabilities: only the student's gradient of forward KL is linear."""
     return (divergence != "forward" and any(wanted)) or any(wanted[1:])
 
 
@@ -76,8 +76,8 @@ def reads(C: int, K: int, wanted: Sequence[bool], *, standardize: bool, divergen
     """How many times a tensor [N, C] is read by `loss_and_gradients`; 1 + K is the least."""
     if plan(C, is_heavy(K, wanted)).resident(C):
         return 1 + K
-    walks = 2 + (standardize and K > 0)  # of the student and every teacher
-    return walks * (1 + K) + 2 * K * is_general(divergence, wanted)  # the student beside each teacher
+    loops = 2 + (standardize and K > 0)  # over the student and every teacher
+    return loops * (1 + K) + 2 * K * is_general(divergence, wanted)  # the student beside each teacher
 
 
 # ---- a row's mathematics ---------------------------------------------------------------------------------------------
@@ -85,7 +85,7 @@ def reads(C: int, K: int, wanted: Sequence[bool], *, standardize: bool, divergen
 
 @triton.jit
 def _log_cosh(x):
-    # near 0 the closed form would be the difference of two nearly equal numbers
+    # near 0 the closed form is the difference of two nearly equal numbers
     s = x * x
     series = s * (0.5 - s * (1 / 12 - s * (1 / 45 - s * (17 / 2520 - s * (31 / 14175)))))
     x = tl.abs(x)
@@ -94,7 +94,7 @@ def _log_cosh(x):
 
 @triton.jit
 def _log_quotient(x, y):
-    # x / y is rounded; near 1, where the sums of two alike rows bring it, that costs the logarithm most of its digits
+    # near 1 (the rows are alike) the rounding of x / y costs its logarithm most digits
     s = (x - y) / (x + y)
     t = s * s
     series = 2.0 * s * (1.0 + t * (1 / 3 + t * (1 / 5 + t * (1 / 7 + t * (1 / 9)))))
@@ -104,9 +104,9 @@ def _log_quotient(x, y):
 @triton.jit
 def _kl(r, p, q):
     """Terms of KL(p || q), and those without q - p; r = log p - log q."""
-    # a class of probability 0 counts for nothing, even where its logarithm is infinite
+    # a class of probability 0 adds 0, even if its logarithm is infinite
     a = p * tl.where(p == 0.0, 0.0, r)
-    # r + exp(-r) - 1, all of whose terms are small: an error of the row's r cancels, and so does one of the sums of p and q
+    # r + exp(-r) - 1 by its series: its terms are small, so errors of r and of the sums of p and q cancel
     series = r * r * (1 / 2 - r * (1 / 6 - r * (1 / 24 - r * (1 / 120 - r * (1 / 720 - r * (1 / 5040 - r / 40320))))))
     return tl.where(tl.abs(r) < 0.5, p * series, a + (q - p)), a
 
@@ -122,7 +122,7 @@ def _divergence(r, p, q, DIVERGENCE: tl.constexpr):
         a_p = p - q
     else:
         r = tl.where((p == 0.0) & (q == 0.0), 0.0, r)
-        # beyond 80 the smaller probability is nothing beside the other; NaN passes both comparisons
+        # beyond 80 the smaller probability is negligible; NaN passes both comparisons
         r = tl.where(r > 80.0, 80.0, tl.where(r < -80.0, -80.0, r))
         h = _log_cosh(0.5 * r)
         a_p = 0.5 * p * (0.5 * r - h)
@@ -133,31 +133,31 @@ def _divergence(r, p, q, DIVERGENCE: tl.constexpr):
 
 @triton.jit
 def _label(labels, row, present, C, ignore_index, scale):
-    """The row's label, whether the row is ignored, and its scale: NaN where the label is out of range."""
+    """The row's label, whether the row is ignored, and its scale: NaN if the label is out of range."""
     label = tl.load(labels + row, mask=present, other=0)
     ignored = label == ignore_index
     return label, ignored, tl.where((label < 0) | (label >= C), float("nan"), scale)
 
 
 @triton.jit
-def _add_up(partial, kept, total, remaining, arrivals, N, loss, rows_kept, COUNT: tl.constexpr):
-    """Leaves this program's loss and count; the last program to arrive adds all up, in the order of the rows."""
+def _add_up(partial, counts, total, remaining, arrivals, N, loss, count, COUNT: tl.constexpr):
+    """Stores this program's loss and number of rows; the last program to arrive adds up all, in the order of the rows."""
     program, programs = tl.program_id(0), tl.num_programs(0)
     tl.store(partial + program, loss)
     if COUNT:
-        tl.store(kept + program, rows_kept)
+        tl.store(counts + program, count)
     tl.debug_barrier()
-    if tl.atomic_add(arrivals, 1) == programs - 1:  # acquire and release: what the others stored is seen
+    if tl.atomic_add(arrivals, 1) == programs - 1:  # acquire and release: the others' stores are visible
         at = tl.arange(0, 1024)
         losses = tl.zeros([1024], tl.float32)
-        counts = tl.zeros([1024], tl.int64)
+        count_sums = tl.zeros([1024], tl.int64)
         for start in range(0, programs, 1024):
             losses += tl.load(partial + start + at, mask=start + at < programs, other=0.0)
             if COUNT:
-                counts += tl.load(kept + start + at, mask=start + at < programs, other=0)
+                count_sums += tl.load(counts + start + at, mask=start + at < programs, other=0)
         result = tl.sum(losses, 0)
         if COUNT:
-            factor = 1.0 * N / tl.maximum(tl.sum(counts, 0), 1).to(tl.float32)
+            factor = 1.0 * N / tl.maximum(tl.sum(count_sums, 0), 1).to(tl.float32)
             tl.store(remaining, factor)
             result *= factor
         tl.store(total, result)
@@ -167,12 +167,12 @@ def _add_up(partial, kept, total, remaining, arrivals, N, loss, rows_kept, COUNT
 # ---- rows in registers -----------------------------------------------------------------------------------------------
 
 
-# An expression that is written twice is computed once and kept, at a register an element. So no two below are the same.
+# The compiler computes equal expressions once and keeps the result, at a register an element. No two expressions below are equal.
 
 
 @triton.jit
 def _temper(d, real, C, T, eps, STANDARDIZE: tl.constexpr):
-    """Of d = x - max x [ROWS, BLOCK], 0 beyond C: its mean, the norm of x - mean, 1 / width, softmax, and the softmax's denominator."""
+    """The mean of d, the norm of d - mean, 1 / width, softmax, and its denominator; d = x - max x [ROWS, BLOCK], 0 beyond C."""
     mean, norm, per_width = T, T, 1.0 / T
     if STANDARDIZE:
         mean = tl.sum(d, 1, keep_dims=True) / C
@@ -188,7 +188,7 @@ def _temper(d, real, C, T, eps, STANDARDIZE: tl.constexpr):
 def _to_logits(g, d, mean, norm, per_width, C, T, STANDARDIZE: tl.constexpr):
     """dL/dx from dL/du, which is 0 beyond C and adds up to 0: sum g (d - mean) = sum g d."""
     if STANDARDIZE:
-        if d.shape[1] <= FEW:  # the sum's rounding is no small part of few classes' gradients, once divided by a row's width
+        if d.shape[1] <= FEW_CLASSES:  # the rounding of the sum counts once it is divided by a row's width
             g = g - tl.sum(g, 1, keep_dims=True) / C
         # 0 / 1e-37 in a constant row: it has no direction to grow in
         along = tl.sum(g * d, 1, keep_dims=True) / tl.maximum(norm, 1e-37) * (per_width * (T / tl.sqrt(C - 1.0)))
@@ -196,14 +196,14 @@ def _to_logits(g, d, mean, norm, per_width, C, T, STANDARDIZE: tl.constexpr):
     return g * per_width
 
 
-@triton.jit(do_not_specialize=["N", "C", "strides", "ignore_index"])  # V says what matters of them
+@triton.jit(do_not_specialize=["N", "C", "strides", "ignore_index"])  # V holds the divisibility that matters
 def _resident(
-    logits, gradients, labels, upstream, factor, losses, partial, kept, total, remaining, arrivals,
+    logits, gradients, labels, upstream, factor, losses, partial, counts, total, remaining, arrivals,
     N, C, strides, T, eps, weights, ce_weight, smoothing, ignore_index, scale,
     STANDARDIZE: tl.constexpr, DIVERGENCE: tl.constexpr, CE: tl.constexpr, ROWWISE: tl.constexpr,
     V: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    # x // V * V changes no value: it shows the compiler the divisibility that wide accesses need
+    # x // V * V changes no value; it tells the compiler the divisibility that wide accesses need
     C = C // V * V
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]  # int64: row * stride may pass 2^31
     col = tl.arange(0, BLOCK)[None, :]
@@ -267,10 +267,10 @@ def _resident(
     if losses is not None:
         tl.store(losses + row, loss, mask=present)
     if total is not None:
-        rows_kept = 0
+        count = 0
         if remaining is not None:
-            rows_kept = tl.sum(tl.where(present & (label != ignore_index), 1, 0))
-        _add_up(partial, kept, total, remaining, arrivals, N, tl.sum(tl.where(present, loss, 0.0)), rows_kept, remaining is not None)
+            count = tl.sum(tl.where(present & (label != ignore_index), 1, 0))
+        _add_up(partial, counts, total, remaining, arrivals, N, tl.sum(tl.where(present, loss, 0.0)), count, remaining is not None)
 
 
 # ---- rows too long for registers -------------------------------------------------------------------------------------
@@ -278,14 +278,14 @@ def _resident(
 
 @triton.jit
 def _load(x, start, C, BLOCK: tl.constexpr):
-    """A step of the row at x, -inf beyond C."""
+    """BLOCK elements of the row at x from start on, -inf beyond C."""
     col = start + tl.arange(0, BLOCK)
     return tl.load(x + col, mask=col < C, other=float("-inf")).to(tl.float32)
 
 
 @triton.jit
 def _moments(x, C, BLOCK: tl.constexpr):
-    """The maximum, the mean and the norm of x - mean of the row at x. Lane by lane (Welford), combined at the end (Chan)."""
+    """The maximum, the mean and the norm of x - mean of the row at x: Welford in each lane, combined at the end (Chan)."""
     lane = tl.arange(0, BLOCK)
     top = tl.full([BLOCK], float("-inf"), tl.float32)
     mean = tl.zeros([BLOCK], tl.float32)
@@ -308,7 +308,7 @@ def _moments(x, C, BLOCK: tl.constexpr):
 @triton.jit
 def _online(x, C, T, CE: tl.constexpr, BLOCK: tl.constexpr):
     """The maximum of the row at x, and its softmaxes' denominators at temperature T and (with CE) 1."""
-    top = tl.full([], -3.4028235e38, tl.float32)  # finite: a step of nothing but -inf must not make NaN
+    top = tl.full([], -3.4028235e38, tl.float32)  # finite: a block of only -inf must not make NaN
     Z = tl.zeros([BLOCK], tl.float32)
     Z1 = tl.zeros([BLOCK], tl.float32)
     for start in range(0, C, BLOCK):
@@ -323,15 +323,16 @@ def _online(x, C, T, CE: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def _softmax(x, start, C, top, mean, width, Z, BLOCK: tl.constexpr):
-    """A step of the row at x: u, softmax, x - mean (0 beyond C)."""
+    """u, softmax and x - mean (0 beyond C) of BLOCK elements of the row at x from start on."""
     t = _load(x, start, C, BLOCK)
     u = (t - top) * (1.0 / width)
     return u, tl.exp(u) * (1.0 / Z), tl.where(start + tl.arange(0, BLOCK) < C, t - mean, 0.0)
 
 
-@triton.jit(do_not_specialize=["N", "C", "strides", "ignore_index"])  # V says what matters of them
+@triton.jit(do_not_specialize=["N", "C", "strides", "ignore_index"])  # V holds the divisibility that matters
+@no_type_check  # mypy knows no tuples that grow
 def _looped(
-    logits, gradients, labels, upstream, factor, losses, partial, kept, total, remaining, arrivals,
+    logits, gradients, labels, upstream, factor, losses, partial, counts, total, remaining, arrivals,
     N, C, strides, T, eps, weights, ce_weight, smoothing, ignore_index, scale,
     STANDARDIZE: tl.constexpr, DIVERGENCE: tl.constexpr, CE: tl.constexpr, ROWWISE: tl.constexpr,
     GENERAL: tl.constexpr, V: tl.constexpr, BLOCK: tl.constexpr,
@@ -352,7 +353,7 @@ def _looped(
     for j in tl.static_range(1 + K):
         rows = rows + (logits[j] + row * (strides[j] // V * V),)
 
-    # first walk: maximum and width of each row; without standardize the softmaxes' denominators too
+    # first loop: maximum and width of each row; without standardize the softmaxes' denominators too
     tops, means, norms, widths, Zs = (), (), (), (), ()
     Z1 = 1.0
     for j in tl.static_range(1 + K):
@@ -366,7 +367,7 @@ def _looped(
                 Z1 = Z_at_1
         tops, means, norms, widths = tops + (top,), means + (mean,), norms + (norm,), widths + (width,)
 
-    # with standardize the denominators now, and beside them what the gradient needs: the mean of c under q and each p
+    # with standardize a second loop: the denominators, and for the gradient the mean of c under q and each p
     along = 0.0
     if STANDARDIZE:
         sums_e, sums_ec = (), ()
@@ -397,7 +398,7 @@ def _looped(
     for k in tl.static_range(1, 1 + K):
         log_Z_ratios = log_Z_ratios + (_log_quotient(Zs[k], Zs[0]),)
 
-    # where a gradient is not linear in the probabilities: sums over the row that it needs
+    # a loop for gradients that are not linear in the probabilities: the sums over the row that they need
     sums_p, sums_q, along_p = (), (), ()
     if GENERAL:
         for k in tl.static_range(1, 1 + K):
@@ -424,7 +425,7 @@ def _looped(
             along_p = along_p + (tl.sum(a_pc, 0) - sum_p * tl.sum(pc, 0),)
             along += weights[k - 1] * (tl.sum(a_qc, 0) - sum_q * tl.sum(qc, 0))
 
-    # last walk: the loss, and the gradients
+    # last loop: the loss and the gradients
     losses_kd = tl.zeros([BLOCK], tl.float32)
     sum_d = tl.zeros([BLOCK], tl.float32)
     hit_d = tl.zeros([BLOCK], tl.float32)
@@ -476,13 +477,13 @@ def _looped(
     if losses is not None:
         tl.store(losses + row, loss)
     if total is not None:
-        rows_kept = 0
+        count = 0
         if remaining is not None:
-            rows_kept = tl.where(label != ignore_index, 1, 0)
-        _add_up(partial, kept, total, remaining, arrivals, N, loss, rows_kept, remaining is not None)
+            count = tl.where(label != ignore_index, 1, 0)
+        _add_up(partial, counts, total, remaining, arrivals, N, loss, count, remaining is not None)
 
 
-# ---- what backward applies -------------------------------------------------------------------------------------------
+# ---- the upstream gradient -------------------------------------------------------------------------------------------
 
 
 @triton.jit(do_not_specialize=["N", "C"])
@@ -518,73 +519,72 @@ def loss_and_gradients(
     upstream: Tensor | None,
     in_graph: bool = False,
 ) -> tuple[Tensor, list[Tensor], Tensor | None]:
-    """The loss and its gradients, times `upstream` where given; waits for nothing on the device.
+    """The loss and its gradients, times `upstream` where given; never waits for the device.
 
     Args:
-        student: [..., C], float32, bfloat16 or float16; aligned rows of unit inner stride are read where they lie, others copied.
+        student: [..., C], float32, bfloat16 or float16; aligned rows of unit inner stride are read in place, others copied.
         teachers: each [..., C]; dtypes may differ.
         labels: int64 [...], or None.
-        options: what kd_loss was asked for, by its argument names.
+        options: kd_loss's options, attributes named as its arguments; weights(K) has a weight for each teacher.
         wanted: for the student and each teacher, whether its gradient is computed.
         upstream: the gradient of the loss, float32 in the loss's shape.
-        in_graph: the call is part of a compiled graph, whose pool of memory must not own what outlives the call.
+        in_graph: the call is part of a compiled graph, whose memory pool must not own tensors that outlive the call.
 
     Returns:
         The loss, float32, [] or [...] for reduction "none"; the wanted gradients in order, each contiguous in its input's shape and
-        dtype; and what they have yet to be multiplied by ([], float32; None: nothing): see `rescale`.
+        dtype; and the factor `remaining` that `rescale` must still apply ([], float32; None: none).
     """
     shape, C, device = student.shape, student.shape[-1], student.device
     rows = [_rows(x) for x in ((student, *teachers) if options.kd_weight != 0 else (student,))]
-    N = rows[0].shape[0]
-    made = [torch.empty(shape, dtype=x.dtype, device=device) if need else None for need, x in zip(wanted, (student, *teachers))]
-    if len(rows) == 1:
-        for gradient in made[1:]:
-            if gradient is not None:
-                gradient.zero_()
-    gradients = [g for g in made if g is not None]
-    rowwise, float32 = options.reduction == "none", {"dtype": torch.float32, "device": device}
+    N, K = rows[0].shape[0], len(rows) - 1
+    buffers = [torch.empty(shape, dtype=x.dtype, device=device) if need else None for need, x in zip(wanted, (student, *teachers))]
+    gradients = [g for g in buffers if g is not None]
+    for unread in buffers[1 + K :]:
+        if unread is not None:
+            unread.zero_()
+    rowwise = options.reduction == "none"
+    float32: dict[str, Any] = {"dtype": torch.float32, "device": device}
+    loss = torch.empty(shape[:-1] if rowwise else (), **float32)
     if N == 0:
-        return torch.zeros(shape[:-1] if rowwise else (), **float32), gradients, None
+        return loss.zero_(), gradients, None
 
-    chosen = plan(C, is_heavy(len(rows) - 1, wanted))
+    chosen = plan(C, is_heavy(K, wanted))
     if chosen.resident(C):
         kernel, regime = _resident, {"ROWS": chosen.rows}
     else:
         kernel, regime = _looped, {"GENERAL": is_general(options.divergence, wanted)}
     programs = triton.cdiv(N, chosen.rows)
-    loss = torch.empty(shape[:-1] if rowwise else (), **float32)
-    averaged = labels is not None and options.reduction == "mean"
-    counted_first = averaged and (C > 1024 or in_graph or upstream is not None)
-    factor = None
-    if counted_first:
-        factor = (labels != options.ignore_index).sum(dtype=torch.float32).clamp_(min=1).reciprocal_().mul_(N)
-    counting = averaged and not counted_first
-    remaining = torch.empty((), **float32) if counting else None
+    factor = counts = remaining = None
+    if labels is not None and options.reduction == "mean":
+        if C > 1024 or in_graph or upstream is not None:
+            factor = (labels != options.ignore_index).sum(dtype=torch.float32).clamp_(min=1).reciprocal_().mul_(N)
+        else:
+            counts, remaining = torch.empty(programs, dtype=torch.int32, device=device), torch.empty((), **float32)
     weight = options.kd_weight * options.temperature**2
-    with torch.cuda.device_of(student):  # a launch goes to the current device, which need not be the tensors'
+    with torch.cuda.device_of(student):  # a launch goes to the current device, which may not be the tensors'
         kernel[(programs,)](
-            tuple(rows),
-            tuple(made[: len(rows)]),
-            None if labels is None else labels.reshape(-1).contiguous(),
-            None if upstream is None else upstream.resolve_neg().reshape(-1).contiguous(),
-            factor,
-            loss if rowwise else None,
-            None if rowwise else torch.empty(programs, **float32),
-            torch.empty(programs, dtype=torch.int32, device=device) if counting else None,
-            None if rowwise else loss,
-            remaining,
-            None if rowwise else _arrivals(device, in_graph),
-            N,
-            C,
-            tuple(x.stride(0) for x in rows),
-            float(options.temperature),  # an integer would be another kernel
-            float(options.eps),
-            tuple(float(weight * w) for w in options.weights(len(teachers))[: len(rows) - 1]),
-            float(options.ce_weight),
-            float(options.label_smoothing),
-            options.ignore_index,
-            1 / N if options.reduction == "mean" else 1.0,
-            STANDARDIZE=options.standardize and len(rows) > 1,
+            logits=tuple(rows),
+            gradients=tuple(buffers[: 1 + K]),
+            labels=None if labels is None else labels.reshape(-1).contiguous(),
+            upstream=None if upstream is None else upstream.resolve_neg().reshape(-1).contiguous(),
+            factor=factor,
+            losses=loss if rowwise else None,
+            partial=None if rowwise else torch.empty(programs, **float32),
+            counts=counts,
+            total=None if rowwise else loss,
+            remaining=remaining,
+            arrivals=None if rowwise else _arrivals(device, in_graph),
+            N=N,
+            C=C,
+            strides=tuple(x.stride(0) for x in rows),
+            T=float(options.temperature),  # an integer would compile another kernel
+            eps=float(options.eps),
+            weights=tuple(float(weight * w) for w in options.weights(len(teachers))[:K]),
+            ce_weight=float(options.ce_weight),
+            smoothing=float(options.label_smoothing),
+            ignore_index=options.ignore_index,
+            scale=1 / N if options.reduction == "mean" else 1.0,
+            STANDARDIZE=options.standardize and K > 0,
             DIVERGENCE=options.divergence,
             CE=labels is not None and options.ce_weight != 0,
             ROWWISE=rowwise,
@@ -604,7 +604,7 @@ def rescale(gradients: Sequence[Tensor], upstream: Tensor, remaining: Tensor | N
         N = gradient.numel() // C
         chosen = plan(C, heavy=False)
         with torch.cuda.device_of(gradient):
-            _rescale[(max(1, min(triton.cdiv(N, chosen.rows), 2048)),)](  # enough for any device; more would only cost their start
+            _rescale[(max(1, min(triton.cdiv(N, chosen.rows), 2048)),)](  # enough for any device; more programs would only cost their start
                 gradient, upstream.resolve_neg().reshape(-1).contiguous(), remaining, N, C,
                 ROWWISE=upstream.dim() > 0, V=_vector(C), ROWS=chosen.rows, BLOCK=chosen.block,
                 num_warps=chosen.warps, enable_fp_fusion=True,
@@ -612,12 +612,12 @@ def rescale(gradients: Sequence[Tensor], upstream: Tensor, remaining: Tensor | N
 
 
 def _vector(C: int) -> int:
-    """V, by which rows of C can be divided: 8, 4, 2 or 1. Of C alone, because the order of a row's sums follows from it."""
+    """V, the largest of 8, 4, 2, 1 that divides C. It depends on C alone, because the order of a row's sums follows from it."""
     return math.gcd(C, 8)
 
 
 def _rows(x: Tensor) -> Tensor:
-    """[N, C] with a unit inner stride, and rows that begin where _vector(C) has them; others are copied."""
+    """[N, C] with a unit inner stride and rows aligned for _vector(C); copied unless it is so already."""
     x = x.reshape(-1, x.shape[-1]).resolve_neg()
     V = _vector(x.shape[1])
     if x.stride(1) == 1 and (V == 1 or (x.stride(0) % V == 0 and x.data_ptr() % 16 == 0)):
@@ -629,7 +629,7 @@ _counters: dict[tuple[torch.device, int], Tensor] = {}
 
 
 def _arrivals(device: torch.device, in_graph: bool) -> Tensor:
-    """A counter at 0, where every launch leaves it: one for each stream, on which launches run one after the other."""
+    """A counter that is 0 before and after every launch; one for each stream, whose launches run one after the other."""
     if device.type != "cuda":
         return torch.zeros((), dtype=torch.int32, device=device)
     if in_graph or torch.cuda.is_current_stream_capturing():  # a graph may be replayed on any stream

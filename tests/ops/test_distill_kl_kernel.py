@@ -1,14 +1,15 @@
-"""What only the Triton kernel of kd_loss has to show; test_distill_kl.py holds the rest, in the interpreter and on a GPU too."""
+"""The Triton kernel of kd_loss: plans, launches, layouts; the other tests run it too, in the interpreter and on a GPU."""
 
 import math
 
 import pytest
 import torch
 
-from kdfast import reference
+import kdfast
+from kdfast import functional, reference
 from kdfast.functional import kd_loss
 from tests.numeric import DEVICE, FLOAT32_ERROR, INTERPRETED, KERNELS, error, value_and_gradients
-from tests.ops.test_distill_kl import agree, logits
+from tests.ops.distillation import agree, kd, make_logits
 
 pytestmark = [pytest.mark.kernels, pytest.mark.skipif(not KERNELS, reason="the kernel needs a GPU or TRITON_INTERPRET=1")]
 if KERNELS:
@@ -19,33 +20,24 @@ if KERNELS:
 @pytest.mark.parametrize("divergence", ["forward", "reverse", "js"])
 @pytest.mark.parametrize("K", [1, 3])
 def test_every_plan_matches_float64(C, divergence, K):
-    """All gradients, so that each row is walked as often as it can be; N rows leave the last program a part of its rows."""
+    """All gradients are wanted, which reads rows most often; the last program has only some of its rows."""
     N = min(65, 2 * kernel.plan(C, heavy=True).rows + 1)
     labels = torch.randint(C, (N,)).masked_fill(torch.arange(N) == 1, -100)
+    inputs, weights = [make_logits(N, C) for _ in range(1 + K)], [0.5 + k for k in range(K)]
+    options = {"temperature": 3.0, "divergence": divergence, "ce_weight": 0.5, "label_smoothing": 0.1, "teacher_weights": weights}
     for standardize in (False, True):
-        agree(
-            [logits(N, C) for _ in range(1 + K)],
-            labels=labels,
-            temperature=3.0,
-            standardize=standardize,
-            divergence=divergence,
-            ce_weight=0.5,
-            label_smoothing=0.1,
-            teacher_weights=[0.5 + k for k in range(K)],
-            floor=1e-5 if C == 2 else 0.0,
-        )
+        agree(kd, inputs, labels, floor=1e-5 if C == 2 else 0.0, standardize=standardize, **options)
 
 
 @pytest.mark.parametrize("C", [10, 1000, 9000])
 @pytest.mark.parametrize("standardize", [False, True])
-def test_the_students_gradient_alone_matches_float64(C, standardize):
-    """The way of most training steps, in which a long row is walked less often."""
-    student, teacher, labels = logits(7, C), logits(7, C), torch.randint(C, (7,))
-    for options in ({}, {"ce_weight": 0.5}):
-        got, want = (
-            value_and_gradients(lambda s: f(s, t, labels, standardize=standardize, **options), [x])  # noqa: B023
-            for f, x, t in ((kd_loss, student, teacher), (reference.kd_loss, student.double(), teacher.double()))
-        )
+def test_the_gradient_of_the_student_alone_matches_float64(C, standardize):
+    """The usual training step, which reads a long row less often."""
+    student, teacher, labels = make_logits(7, C), make_logits(7, C), torch.randint(C, (7,))
+    for ce_weight in (0.0, 0.5):
+        ours, exact = (kd(labels, module, standardize=standardize, ce_weight=ce_weight) for module in (functional, reference))
+        got = value_and_gradients(lambda s: ours(s, teacher), [student])  # noqa: B023
+        want = value_and_gradients(lambda s: exact(s, teacher.double()), [student.double()])  # noqa: B023
         assert max(error(a, b) for a, b in zip(got, want)) <= FLOAT32_ERROR
         assert error(torch.zeros_like(got[1]), want[1]) > 0.5
         assert error(got[1].roll(1, -1), want[1]) > FLOAT32_ERROR
@@ -53,12 +45,9 @@ def test_the_students_gradient_alone_matches_float64(C, standardize):
 
 @pytest.mark.parametrize("C", [10, 9000])
 def test_a_label_out_of_range_makes_its_row_nan(C):
-    student, teacher, labels = logits(5, C), logits(5, C), torch.tensor([0, C, -100, -1, C - 1])
+    student, teacher, labels = make_logits(5, C), make_logits(5, C), torch.tensor([0, C, -100, -1, C - 1])
     for options in ({"ce_weight": 0.5}, {}):
-        value, gradient, of_teacher = value_and_gradients(
-            lambda s, t: kd_loss(s, t, labels, reduction="none", **options),  # noqa: B023
-            [student, teacher],
-        )
+        value, gradient, of_teacher = value_and_gradients(kd(labels, reduction="none", **options), [student, teacher])
         assert value.isnan().tolist() == [False, True, False, True, False]
         for g in (gradient, of_teacher):
             assert g.isnan().all(1).tolist() == g.isnan().any(1).tolist() == [False, True, False, True, False]
@@ -66,16 +55,11 @@ def test_a_label_out_of_range_makes_its_row_nan(C):
 
 
 @pytest.mark.parametrize("C", [10, 9000])
-def test_rows_may_lie_further_apart_than_32_bits_count(C):
-    # virtual memory only: what lies between the rows is never touched
-    if DEVICE == "cpu":
-        stride = 2**31 + 64
-        student, teacher = (torch.empty(stride + C, dtype=torch.float16).as_strided((2, C), (stride, 1)) for _ in range(2))
-    else:
-        wide = 2**31 + 64
-        student, teacher = (torch.empty(wide + C, dtype=torch.float16, device=DEVICE).as_strided((2, C), (wide, 1)) for _ in range(2))
+def test_offsets_between_rows_may_exceed_32_bits(C):
+    stride = 2**31 + 64  # virtual memory only: nothing touches what is between the rows
+    student, teacher = (torch.empty(stride + C, dtype=torch.float16, device=DEVICE).as_strided((2, C), (stride, 1)) for _ in range(2))
     for x in (student, teacher):
-        x.copy_(logits(2, C))
+        x.copy_(make_logits(2, C))
     got = kd_loss(student, teacher, reduction="none")
     assert error(got, reference.kd_loss(student.double(), teacher.double(), reduction="none")) <= FLOAT32_ERROR
 
@@ -89,42 +73,36 @@ def test_a_launch_goes_to_the_device_of_its_tensors(monkeypatch):
         return guard(x)
 
     monkeypatch.setattr(torch.cuda, "device_of", stand_in)
-    student = logits(3, 9).requires_grad_()
-    kd_loss(student, logits(3, 9)).backward()
+    student = make_logits(3, 9).requires_grad_()
+    kd_loss(student, make_logits(3, 9)).backward()
     assert len(guarded) == 2, "one for the launch forward, one for the launch backward"
     assert guarded[0] is not guarded[1]
 
 
-class Launches(list):
-    """Counts the kernels launched."""
+class Recorder:
+    """Stands for a kernel and appends its name to a list at every launch."""
 
-    def watch(self, monkeypatch, *names):
-        for name in names:
-            monkeypatch.setattr(kernel, name, self.counted(getattr(kernel, name), name))
-        return self
+    def __init__(self, launches, name):
+        self.launches, self.name, self.kernel = launches, name, getattr(kernel, name)
 
-    def counted(self, function, name):
-        outer = self
-
-        class Watched:
-            def __getitem__(self, grid):
-                outer.append(name)
-                return function[grid]
-
-        return Watched()
+    def __getitem__(self, grid):
+        self.launches.append(self.name)
+        return self.kernel[grid]
 
 
 @pytest.mark.parametrize("C", [10, 1000, 9000])
 def test_forward_and_backward_are_one_launch_each(C, monkeypatch):
-    launches = Launches().watch(monkeypatch, "_resident", "_looped", "_rescale")
-    student, labels = logits(70, C).requires_grad_(), torch.randint(C, (70,))
-    kd_loss(student, logits(70, C), labels, standardize=True, ce_weight=0.1).backward()
+    launches = []
+    for name in ("_resident", "_looped", "_rescale"):
+        monkeypatch.setattr(kernel, name, Recorder(launches, name))
+    student, labels = make_logits(70, C).requires_grad_(), torch.randint(C, (70,))
+    kd_loss(student, make_logits(70, C), labels, standardize=True, ce_weight=0.1).backward()
     assert launches == ["_looped" if C == 9000 else "_resident", "_rescale"]
 
 
-def test_the_mean_does_not_depend_on_who_finishes_last():
-    """Losses of programs add up in the order of rows; the counter is left as it was found."""
-    student, teacher, labels = logits(5000, 10), logits(5000, 10), torch.randint(10, (5000,))
+def test_the_mean_does_not_depend_on_the_last_program():
+    """Losses add up in the order of rows, and the counter is 0 after every launch."""
+    student, teacher, labels = make_logits(5000, 10), make_logits(5000, 10), torch.randint(10, (5000,))
     first = kd_loss(student, teacher, labels, ce_weight=1.0)
     assert all(torch.equal(first, kd_loss(student, teacher, labels, ce_weight=1.0)) for _ in range(3))
     rows = kd_loss(student.double(), teacher.double(), labels, ce_weight=1.0, reduction="none")
@@ -132,20 +110,17 @@ def test_the_mean_does_not_depend_on_who_finishes_last():
 
 
 @pytest.mark.parametrize("count", [0, 1, 7])
-def test_the_mean_is_over_the_rows_that_count(count):
-    student, teacher = logits(70, 10), logits(70, 10)
+def test_the_mean_is_over_rows_that_are_not_ignored(count):
+    student, teacher = make_logits(70, 10), make_logits(70, 10)
     labels = torch.full((70,), -100)
     labels[:count] = torch.randint(10, (count,))
-    options = {"labels": labels, "ce_weight": 0.5, "temperature": 2.0}
-    got = value_and_gradients(lambda s, t: kd_loss(s, t, **options), [student, teacher], torch.tensor(1.5))
-    want = value_and_gradients(lambda s, t: reference.kd_loss(s, t, **options), [student.double(), teacher.double()], torch.tensor(1.5))
-    assert all(error(a, b) <= FLOAT32_ERROR for a, b in zip(got, want))
+    agree(kd, [student, teacher], labels, upstream=torch.tensor(1.5), ce_weight=0.5, temperature=2.0)
 
 
 @pytest.mark.parametrize("C", [10, 1000, 9000])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_rescale(C, dtype):
-    x = logits(5, C, dtype=dtype)
+    x = make_logits(5, C, dtype=dtype)
     for upstream in (torch.tensor(1.0), torch.tensor(-2.0), torch.tensor([1.0, 0.5, -1.0, 4.0, 0.0])):
         for remaining in (None, torch.tensor(1.0), torch.tensor(2.0)):
             got = x.clone()
@@ -155,7 +130,7 @@ def test_rescale(C, dtype):
 
 
 def test_rows_are_copied_only_where_they_cannot_be_read_as_wide_as_others():
-    """So that a row's sums run in one order, wherever the row lies."""
+    """So the order of a row's sums does not depend on its address."""
 
     def copied(C, dtype=torch.float32, stride=None, offset=0):
         x = torch.empty(4 * (stride or C) + 64, dtype=dtype)[offset:].as_strided((4, C), (stride or C, 1))
@@ -173,14 +148,11 @@ def test_rows_are_copied_only_where_they_cannot_be_read_as_wide_as_others():
 @pytest.mark.parametrize("default", [torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("C", [10, 2000])
 def test_the_default_dtype_changes_nothing(default, C):
-    student, teacher, labels = logits(7, C), logits(7, C), torch.randint(C, (7,))
-    labels[2] = -100
-    plain = value_and_gradients(lambda s: kd_loss(s, teacher, labels, ce_weight=0.5), [student])
+    inputs, labels = [make_logits(7, C), make_logits(7, C)], torch.randint(C, (7,)).index_fill(0, torch.tensor([2]), -100)
+    want = value_and_gradients(kd(labels, ce_weight=0.5), inputs)
     torch.set_default_dtype(default)
     try:
-        assert all(
-            torch.equal(a, b) for a, b in zip(value_and_gradients(lambda s: kd_loss(s, teacher, labels, ce_weight=0.5), [student]), plain)
-        )
+        assert all(torch.equal(a, b) for a, b in zip(value_and_gradients(kd(labels, ce_weight=0.5), inputs), want))
     finally:
         torch.set_default_dtype(torch.float32)
 
@@ -192,19 +164,17 @@ def test_a_graph_gets_a_counter_of_its_own():
 
 
 def test_padding_never_leaks():
-    """Rows of C = 5 and 8200 in tiles of 8 and more: what lies beyond a row is poison."""
+    """Rows of C = 5 and 8200 in tiles of 8 and more, with NaN beyond each row."""
     for C in (5, 1001, 8200):
         wide = torch.full((3, C + 24), math.nan)
-        wide[:, 8 : C + 8] = logits(3, C)
-        student, teacher = wide[:, 8 : C + 8], logits(3, C)
+        wide[:, 8 : C + 8] = make_logits(3, C)
+        student, teacher = wide[:, 8 : C + 8], make_logits(3, C)
         assert kd_loss(student, teacher, standardize=True, reduction="none").isfinite().all()
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="KDFAST_BACKEND=torch is the same everywhere else")
 def test_the_backend_can_still_be_chosen():
-    import kdfast
-
-    student, teacher = logits(3, 9), logits(3, 9)
+    student, teacher = make_logits(3, 9), make_logits(3, 9)
     with kdfast.backend("torch"):
         plain = kd_loss(student, teacher)
     assert error(kd_loss(student, teacher), plain.double()) < FLOAT32_ERROR
