@@ -3,8 +3,8 @@
 import json
 import shutil
 import statistics
-import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,8 +12,8 @@ from PIL import Image
 
 from kdfast.benchmarks import loaders
 from kdfast.benchmarks.loaders import Loaders, make_photographs, run
-from kdfast.data import Batch, LoaderOptions, ResidentLoader, Split, load, training_transform
-from kdfast.data.loaders import dali_installed
+from kdfast.data import Batch, ResidentLoader, Split, load, training_transform
+from kdfast.data.loaders import LoaderOptions, dali_installed
 
 
 @pytest.fixture(scope="module")
@@ -89,24 +89,23 @@ def test_named_data_sets_are_found_beside_each_other(real_data):
     assert names == ["imagenette", "cifar10"]
 
 
-def test_waiting_is_what_a_slow_loader_adds():
+def test_waiting_is_the_time_that_a_slow_loader_adds(monkeypatch):
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr(loaders.time, "perf_counter", lambda: clock.now)
     split = Split(torch.zeros(40, dtype=torch.int64), pixels=torch.zeros(40, 3, 8, 8, dtype=torch.uint8))
-    transform, options = training_transform("cifar", 8, (0.5,) * 3, (0.5,) * 3), LoaderOptions(4, shuffle=True)
-    loader = ResidentLoader(split, transform, options)
+    arguments = (split, training_transform("cifar", 8, (0.5,) * 3, (0.5,) * 3), LoaderOptions(4, shuffle=True))
 
     class Slow(ResidentLoader):
         def _batches(self, requests):
             for batch in super()._batches(requests):
-                time.sleep(0.02)
+                clock.now += 3.0
                 yield batch
 
     def step(batch):
-        time.sleep(0.02)
+        clock.now += 1.0
 
-    cpu = torch.device("cpu")
-    assert loaders.waiting_share(loader, step, cpu) < 0.2
-    slow = Slow(split, transform, options)
-    assert 0.35 < loaders.waiting_share(slow, step, cpu) < 0.65
+    for loader, share in ((ResidentLoader, 0.0), (Slow, 0.75)):
+        assert loaders.waiting_share(loader(*arguments), step, torch.device("cpu")) == share
 
 
 def test_a_resnet18_takes_a_step_with_a_batch():
