@@ -289,7 +289,10 @@ class _Cache:
         try:
             content = json.loads(gzip.decompress(self._path.read_bytes()))
             if self._root and (content["version"], content["root"]) == (VERSION, self._root):
-                self._outcomes = {os.path.join(self._root, name): _Outcome(*outcome) for name, outcome in content["files"].items()}
+                prefix, texts = os.path.join(self._root, ""), content["texts"]
+                *columns, text = content["columns"]
+                outcomes = map(_Outcome, *columns, (texts[k] for k in text))
+                self._outcomes = dict(zip((prefix + name for name in content["names"]), outcomes))
         except Exception:  # a damaged file can raise nearly any exception
             pass
         return self._outcomes
@@ -306,6 +309,14 @@ class _Cache:
         if not self._root or not self._outcomes:
             return
         start = len(os.path.join(self._root, ""))
-        content = {"version": VERSION, "root": self._root, "files": {name[start:]: outcome for name, outcome in self._outcomes.items()}}
+        *columns, text = zip(*self._outcomes.values())
+        texts = {text: k for k, text in enumerate(dict.fromkeys(text))}
+        content = {
+            "version": VERSION,
+            "root": self._root,
+            "names": [name[start:] for name in self._outcomes],
+            "columns": [*columns, [texts[t] for t in text]],  # of numbers: a million files take seconds
+            "texts": list(texts),
+        }
         with suppress(OSError):
             files.write_bytes(self._path, gzip.compress(json.dumps(content).encode(), compresslevel=1))

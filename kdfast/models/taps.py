@@ -75,13 +75,11 @@ class Taps(nn.Module):
         Returns:
             The value that `call` returned, and the tensors. Raises as a call of the wrapper does.
         """
-        # a wrapper called within its own forward pass keeps the outer record
-        outer, self._record.tensors = self._record.tensors, {}
+        tensors = self._record.tensors = {}
         try:
             output = call()
-            tensors = self._record.tensors
         finally:
-            self._record.tensors = outer
+            self._record.tensors = None
         for index, path in enumerate(self.paths):
             if index not in tensors:
                 raise RuntimeError(f"Taps: {path!r} did not run (or the model was compiled before it was tapped)")

@@ -3,7 +3,6 @@
 import errno
 import io
 import os
-import socket
 import struct
 import zlib
 from pathlib import Path
@@ -131,7 +130,6 @@ BAD = {
 }
 SPECIAL = {
     "fifo.jpg": "no regular file",
-    "socket.jpg": "no regular file",
     "dangling.jpg": "a link to a file that is not there",
     "loop.jpg": os.strerror(errno.ELOOP),
 }
@@ -162,14 +160,6 @@ def plant(folder: Path, name: str) -> Path:
             path.symlink_to(folder / "nowhere.jpg")
         case "loop.jpg":
             path.symlink_to(path)
-        case "socket.jpg":
-            here = Path.cwd()
-            os.chdir(folder)  # a socket's path must be short
-            try:
-                with socket.socket(socket.AF_UNIX) as s:
-                    s.bind(name)
-            finally:
-                os.chdir(here)
         case _:
             path.write_bytes((BAD | GOOD)[name][0])
     return path

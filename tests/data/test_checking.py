@@ -226,7 +226,7 @@ def test_processes_find_the_same_as_one(mixture: list[str], monkeypatch: pytest.
     together = check(mixture, workers=2, progress=lambda done, total: seen.append((done, total)))
     assert same(together, alone)
     assert seen[-1] == (len(mixture), len(mixture))
-    assert len(seen) == len(mixture) // 4
+    assert len(seen) == -(-len(mixture) // 4)
 
 
 def test_checks_at_the_same_time_do_no_harm(mixture: list[str]):

@@ -69,34 +69,13 @@ def test_a_model_that_was_compiled_and_run_before_is_an_error(net):
         Taps(compiled, PATHS)(x)
 
 
-def test_taps_nest_and_reenter(net):
+def test_taps_nest(net):
     inner = Taps(net, ["0"])
     outer = Taps(inner, ["model.2"])
     x = torch.randn(3, 4)
     (_, (first,)), (second,) = outer(x)
     torch.testing.assert_close(first, net[0](x))
     torch.testing.assert_close(second, net[2](net[1](first)))
-
-    class Twice(nn.Module):
-        """Calls its own wrapper once more while it runs."""
-
-        def __init__(self):
-            super().__init__()
-            self.layer = nn.Linear(4, 4)
-            self.again = None
-
-        def forward(self, x):
-            if self.again is not None:
-                again, self.again = self.again, None
-                self.inner = again(x + 1)[1][0]
-            return self.layer(x)
-
-    model = Twice()
-    taps = Taps(model, ["layer"])
-    model.__dict__["again"] = taps
-    _, (features,) = taps(x)
-    torch.testing.assert_close(features, model.layer(x))
-    torch.testing.assert_close(model.inner, model.layer(x + 1))
 
 
 def test_two_wrappers_of_one_model(net):

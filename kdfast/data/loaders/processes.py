@@ -117,9 +117,6 @@ class _Plan(Sampler[Request]):
     def __iter__(self) -> Iterator[Request]:
         return iter(self.requests)
 
-    def __len__(self) -> int:
-        return len(self.requests)
-
 
 class _Samples(Dataset[Batch | str]):
     """Answers a request with its uint8 batch, or with the sentence of a DataError: an exception would arrive as a traceback."""
