@@ -33,7 +33,7 @@ from kdfast.data.splits import ImageData, Split
 from kdfast.machine import cores
 
 VERSION = 2
-"""Of the cache files and of the kinds of decode_with_kind(): to be raised when either changes."""
+"""Version of the cache files and of the kinds of decode_with_kind(); raise it when either changes."""
 FEW = 500
 """Files that are decoded in this process: others would take seconds to import torch."""
 SAVE_EVERY = 60.0

@@ -64,7 +64,7 @@ def decode_with_kind(path: str) -> tuple[Tensor, str]:
 
 
 def has_standard_pixels(path: str) -> bool:
-    """Whether the header promises that every decoder gives the pixels of decode(): PLAIN JPEG, and PNG of 8 bits grey or colour.
+    """Reads from the header if every decoder gives the pixels of decode(): true for PLAIN JPEG, and for PNG of 8 bits grey or colour.
 
     Palettes, transparency, 16 bits and all other formats, of which there are many variants, are not promised.
     """

@@ -61,7 +61,7 @@ class Loader(Protocol):
     """int64 [n] on the CPU, of all images of the split, on every rank; -100: the label is hidden."""
 
     deterministic: bool
-    """Whether an image is the same in every epoch."""
+    """True if an image is the same in every epoch."""
 
     def __len__(self) -> int:
         """Batches an epoch, on this rank."""

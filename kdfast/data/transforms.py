@@ -90,7 +90,7 @@ class Transform:
 
     @property
     def random(self) -> bool:
-        """Whether augment() draws random numbers."""
+        """True if augment() draws random numbers."""
         return any(step.random for step in self.steps)
 
     def augment(self, image: Tensor) -> Tensor:

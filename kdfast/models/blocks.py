@@ -1,4 +1,4 @@
-"""What the networks for small images share: convolution blocks, the last pooling, initial weights."""
+"""Shared parts of the networks for small images: convolution blocks, the last pooling, initial weights."""
 
 import torch.nn.functional as F
 from torch import Tensor, nn

@@ -124,5 +124,5 @@ def choose_loader(parts: list[tuple[Split, Transform]], device: torch.device) ->
 
 
 def dali_installed() -> bool:
-    """Whether NVIDIA DALI can be imported."""
+    """True if NVIDIA DALI can be imported."""
     return bool(importlib.util.find_spec("nvidia") and importlib.util.find_spec("nvidia.dali"))
