@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from kdfast.report import summary_rows, verdict, write_comparison, write_report
+from kdfast.text import percent, signed
 from tests.report.making import CONFIG, RESULTS, Text, make_run, read, rewrite
 
 
@@ -42,8 +43,11 @@ def test_report_shows_every_number(whole: tuple[Path, dict[str, Any]]) -> None:
     for run in results["arms"]["alone"] + results["arms"]["distilled"]:
         expected += [f"{100 * run[key]:.2f}" for key in ("best/top1", "best/top5", "last/top1", "val/top1")]
         expected += [f"{run['best/loss']:.4f}", str(run["epoch"]), f"{run['train_images_per_s']:,.0f}", f"{run['seconds']:.1f} s"]
-    for i, counts in enumerate(results["confusion"]["distilled"]):
-        expected.append(f"class {i} " + " ".join(map(str, counts)) + f" {100 * counts[i] / sum(counts):.1f}")
+    for i, (counts, before) in enumerate(zip(results["confusion"]["distilled"], results["confusion"]["alone"])):
+        right, right_before = counts[i] / sum(counts), before[i] / sum(before)
+        expected.append(
+            f"class {i} {' '.join(map(str, counts))} {percent(right, 1)} {percent(right_before, 1)} {signed(right - right_before)}"
+        )
     expected += [f"{100 * row[i] / sum(row):.1f}" for i, row in enumerate(teacher["confusion"])]
     expected += [str(value) for value in results["environment"].values()]
     expected += ["distil.training", "0.001", "0.9, 0.99", "true", "resnet18 taught by resnet101"]
