@@ -9,6 +9,7 @@ from typing import Annotated
 
 import torch
 import tyro
+from PIL import Image
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -199,7 +200,8 @@ def preview(options: Preview) -> Path:
             console.print(f"row {len(rows)}: {data.classes[int(data.train.labels[i])]}{source}", highlight=False, markup=False)
     if not rows:
         raise DataError(f"{data.name}: no training image can be read: see kdfast data check")
-    _write(options.out, _sheet(torch.stack(rows)))
+    with files.replacing(options.out) as temporary:
+        Image.fromarray(_sheet(torch.stack(rows)).permute(1, 2, 0).contiguous().numpy()).save(temporary, format="PNG")
     console.print(f"{options.out}: {len(rows)} images as they are, and {DRAWS} draws of {name} each", highlight=False, markup=False)
     return options.out
 
@@ -229,13 +231,6 @@ def _sheet(images: Tensor) -> Tensor:
     padded = torch.nn.functional.pad(images, (0, GAP, 0, GAP), value=255)
     rows, columns, _, height, width = padded.shape
     return padded.permute(2, 0, 3, 1, 4).reshape(3, rows * height, columns * width)[:, :-GAP, :-GAP]
-
-
-def _write(path: Path, image: Tensor) -> None:
-    from PIL import Image
-
-    with files.replacing(path) as temporary:
-        Image.fromarray(image.permute(1, 2, 0).contiguous().numpy()).save(temporary, format="PNG")
 
 
 def run(arguments: Sequence[str]) -> None:

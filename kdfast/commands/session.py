@@ -105,21 +105,14 @@ def session(config: Any, name: str) -> Iterator[Session]:
     console = Console(quiet=not world.main)
     try:
         folder = _agreed(_folder(config, name), world)
-        with _held(folder, world), catching() as stop, ExitStack() as closing:
+        with catching() as stop, ExitStack() as closing:
+            if world.main:
+                files.check_writable(folder, "--out", folder=True)
+                closing.enter_context(locked(folder))
             run = Run(folder, world, _speed(options, world), seed=options.seed, stop=stop, console=console)
             yield Session(config, run, world, console, stop, clock, asked, closing)
     finally:
         world.close()
-
-
-@contextmanager
-def _held(folder: Path, world: World) -> Iterator[None]:
-    if not world.main:
-        yield
-        return
-    files.check_writable(folder, "--out", folder=True)
-    with locked(folder):
-        yield
 
 
 def _agreed(folder: Path, world: World) -> Path:
