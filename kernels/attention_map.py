@@ -6,18 +6,17 @@
     da_s     (D - A_s <A_s, D>) / n_s,   D = 2 (A_s - A_t) / (B P);   without <A_s, D> where n_s is 1e-12.   da_t with -D likewise
     dF       v (p / C) |F|^(p-1) sign(F) da,   v the gradient of the loss
 
-A stage is three launches forward, `_energies` of the student and of the teacher and `_compare`, which leaves da as well, and one backward
-for each map that wants its gradient. Floor, and what is moved of the feature maps: each is read once forward; each that wants a gradient is
-read once more, and the gradient written. The energies beside them are 1 / C as large; `_compare` reads them three times.
+A stage is three launches forward, `_energies` of the student and of the teacher and `_compare`, which stores da as well, and one launch
+backward for each map that requires grad. Floor: each feature map is read once forward; each that requires grad is read once more and its
+gradient written. The kernels reach it. The energies beside them are 1 / C as large; `_compare` reads them three times.
 
-A tile is pixels by channels, its second dimension the one that is contiguous in memory: channels for channels_last, else pixels. A program
-walks all channels of its pixels, so that nothing is added up between programs: no atomics, and the same bits in every run. Everything is
-float32 until it is stored.
+A tile is pixels by channels; its second dimension is contiguous in memory: channels for channels_last, else pixels. A program walks all
+channels of its pixels, so that no sums cross programs: no atomics, and the same bits in every run. Arithmetic is float32.
 """
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -37,29 +36,29 @@ class Plan(NamedTuple):
 
 
 def plan(C: int, P: int, channels_last: bool, itemsize: int, V: int) -> Plan:
-    """The launch plan for maps of C channels and P pixels, `itemsize` bytes an element, of which V lie together for sure; none spills.
+    """Returns the launch plan for maps of C channels and P pixels, `itemsize` bytes an element, in runs of V elements; none spills.
 
-    A thread has 16 elements, or 8 where each of them needs an address.
+    A thread has 16 elements, or 8 if each of them needs an address.
     """
     if channels_last:
         channels = min(triton.next_power_of_2(C), 256)
         pixels = min(triton.next_power_of_2(P), 2048 // channels)
     else:
         pixels = min(triton.next_power_of_2(P), 128 // itemsize)  # whole lines of the cache, and as many programs as these allow
-        # many channels are often those of few pixels: larger tiles make up for fewer programs
+        # maps of many channels often have few pixels: larger tiles make up for fewer programs
         tile = min(max(2048, triton.next_power_of_2(C) * pixels // 8), 8192)
         channels = min(triton.next_power_of_2(C), tile // pixels)
     return Plan(pixels, channels, max(1, min(pixels * channels // (256 if V == 1 else 512), 16)))
 
 
 def compare_plan(P: int) -> tuple[int, int]:
-    """Pixels at a time, and warps, of the launch that compares energies."""
+    """Returns the pixels at a time, and warps, of the launch that compares energies."""
     block = min(triton.next_power_of_2(P), 4096)
     return block, max(1, block // 256)
 
 
 def powers(exponent: float) -> tuple[int, float]:
-    """What `_power` makes of an exponent > -1: a whole number for products, and the rest for the logarithm, whose error grows with it."""
+    """Splits an exponent > -1 for `_power`: a whole number for products, and the rest for the logarithm, whose error grows with it."""
     whole = max(0, min(math.floor(exponent), 127))
     return whole, exponent - whole
 
@@ -69,7 +68,7 @@ def powers(exponent: float) -> tuple[int, float]:
 
 @triton.jit
 def _power(x, WHOLE: tl.constexpr, REST: tl.constexpr):
-    """x^(WHOLE + REST) of x >= 0, by squaring."""
+    """Computes x^(WHOLE + REST) for x >= 0, by squaring."""
     if REST == 0:
         y = tl.full(x.shape, 1.0, tl.float32)
     else:
@@ -84,11 +83,11 @@ def _power(x, WHOLE: tl.constexpr, REST: tl.constexpr):
 
 @triton.jit
 def _slope(x, WHOLE: tl.constexpr, REST: tl.constexpr):
-    """|x|^(p-1) sign(x), with p - 1 = WHOLE + REST; NaN for x = 0 where p < 1."""
+    """Computes |x|^(p-1) sign(x), with p - 1 = WHOLE + REST; NaN for x = 0 if p < 1."""
     if WHOLE == 1 and REST == 0:
         y = x
     else:
-        # the sign is x itself where that is 0 or NaN
+        # if x is 0 or NaN, x stands for its sign
         y = _power(tl.abs(x), WHOLE, REST) * tl.where(x > 0, 1.0, tl.where(x < 0, -1.0, x))
     return y
 
@@ -98,7 +97,7 @@ def _slope(x, WHOLE: tl.constexpr, REST: tl.constexpr):
 
 @triton.jit
 def _place(P, PIXELS: tl.constexpr, CHANNELS: tl.constexpr, CHANNELS_LAST: tl.constexpr):
-    """This program's image, its pixels and its first channels, along the dimensions of a tile."""
+    """Returns this program's image, its pixels and its first channels, along the dimensions of a tile."""
     blocks = tl.cdiv(P, PIXELS)
     image = (tl.program_id(0) // blocks).to(tl.int64)  # int64: image * stride may pass 2^31
     pixel = tl.program_id(0) % blocks * PIXELS + tl.arange(0, PIXELS)
@@ -112,7 +111,7 @@ def _place(P, PIXELS: tl.constexpr, CHANNELS: tl.constexpr, CHANNELS_LAST: tl.co
 
 @triton.jit
 def _offsets(pixel, channel, stride, CHANNELS_LAST: tl.constexpr):
-    """Of a tile's elements from the image's first."""
+    """Returns the offsets of a tile's elements from the image's first."""
     if CHANNELS_LAST:
         at = pixel.to(tl.int64) * stride + channel
     else:
@@ -122,7 +121,7 @@ def _offsets(pixel, channel, stride, CHANNELS_LAST: tl.constexpr):
 
 @triton.jit
 def _divisible(P, C, V: tl.constexpr, CHANNELS_LAST: tl.constexpr):
-    """P and C; x // V * V changes no value: it shows the compiler the divisibility that wide accesses need."""
+    """Returns P and C; x // V * V changes no value, but shows the compiler the divisibility that wide accesses need."""
     if CHANNELS_LAST:
         C = C // V * V
     else:
@@ -130,7 +129,7 @@ def _divisible(P, C, V: tl.constexpr, CHANNELS_LAST: tl.constexpr):
     return P, C
 
 
-@triton.jit(do_not_specialize=["P", "C", "image_stride", "stride"])  # V says what matters of them
+@triton.jit(do_not_specialize=["P", "C", "image_stride", "stride"])  # V says how they divide
 def _energies(
     features, energies, P, C, image_stride, stride,
     WHOLE: tl.constexpr, REST: tl.constexpr, CHANNELS_LAST: tl.constexpr,
@@ -171,7 +170,7 @@ def _gradients(
 
 @triton.jit
 def _norm(energies, P, BLOCK: tl.constexpr):
-    """Of the P energies of an image, and no less than LEAST_NORM; NaN where one is NaN."""
+    """Computes the norm of an image's P energies, at least LEAST_NORM; NaN if one is NaN."""
     squares = tl.zeros([BLOCK], tl.float32)
     smaller = tl.zeros([BLOCK], tl.float32)
     for first in range(0, P, BLOCK):
@@ -186,7 +185,7 @@ def _norm(energies, P, BLOCK: tl.constexpr):
 
 @triton.jit
 def _maps(student, teacher, first, P, norm_s, norm_t, BLOCK: tl.constexpr):
-    """A step of the two maps, 0 beyond P, and where its pixels are."""
+    """Loads a step of the two maps, 0 beyond P; returns its pixels too."""
     at = first + tl.arange(0, BLOCK)
     a = tl.load(student + at, mask=at < P, other=0.0) / norm_s
     b = tl.load(teacher + at, mask=at < P, other=0.0) / norm_t
@@ -195,7 +194,7 @@ def _maps(student, teacher, first, P, norm_s, norm_t, BLOCK: tl.constexpr):
 
 @triton.jit(do_not_specialize=["P"])
 def _compare(student, teacher, d_student, d_teacher, losses, P, scale, V: tl.constexpr, BLOCK: tl.constexpr):
-    """An image's share of the loss, and the gradients in its energies where they are wanted; `scale` is 1 / (B P)."""
+    """Stores an image's share of the loss, and the gradients for its energies if asked for; `scale` is 1 / (B P)."""
     P = P // V * V
     image = tl.program_id(0).to(tl.int64)
     student += image * P
@@ -208,7 +207,7 @@ def _compare(student, teacher, d_student, d_teacher, losses, P, scale, V: tl.con
     for first in range(0, P, BLOCK):
         _, a, b = _maps(student, teacher, first, P, norm_s, norm_t, BLOCK)
         squares += (a - b) * (a - b)
-        along_s += a * (a - b)  # not 1 - <A_s, A_t>, in which all digits cancel where the maps are alike
+        along_s += a * (a - b)  # not 1 - <A_s, A_t>, whose digits cancel for similar maps
         along_t += b * (b - a)
     tl.store(losses + image, tl.sum(squares, 0) * scale)
 
@@ -229,19 +228,19 @@ def _compare(student, teacher, d_student, d_teacher, losses, P, scale, V: tl.con
 def loss_and_slopes(
     students: Sequence[Tensor], teachers: Sequence[Tensor], p: float, wanted: Sequence[bool]
 ) -> tuple[Tensor, list[Tensor]]:
-    """The loss over all stages, and its gradients in the energies; waits for nothing on the device.
+    """Returns the loss over all stages, and its gradients for the energies; the host does not wait.
 
     Args:
-        students: each [B, C, H, W], not empty, float32, bfloat16 or float16; channels_last or contiguous ones, slices of their images
-            and channels too, are read where they lie, others copied.
+        students: each [B, C, H, W], not empty, float32, bfloat16 or float16. Channels_last or contiguous tensors, and slices of their
+            images and channels, are read in place; others are copied.
         teachers: of the same B, H and W, stage by stage; C, dtypes and layouts may differ.
         p: power, > 0.
-        wanted: for each student and then each teacher, whether its gradient will be.
+        wanted: for each student and then each teacher: True if its gradient will be computed.
 
     Returns:
-        The loss, [], float32; and for every map of which a gradient is wanted, in order, what `gradient` needs beside it: [B H W], float32.
+        The loss, [], float32; and for every map with a wanted gradient, in order, the slopes [B H W], float32, for `gradient`.
     """
-    float32 = {"dtype": torch.float32, "device": students[0].device}
+    float32: dict[str, Any] = {"dtype": torch.float32, "device": students[0].device}
     losses = torch.empty(sum(len(x) for x in students), **float32)
     slopes = [torch.empty(x[:, 0].numel(), **float32) if need else None for x, need in zip((*students, *teachers), wanted)]
     first = 0
@@ -259,7 +258,7 @@ def loss_and_slopes(
 
 
 def _energies_of(features: Tensor, p: float) -> Tensor:
-    """[B H W], float32."""
+    """Computes the energies [B H W], float32."""
     energies = torch.empty(features[:, 0].numel(), dtype=torch.float32, device=features.device)
     rows = _rows(features, _channels_last(features))
     grid, P, C, tiles = _tiles(features, rows)
@@ -270,11 +269,11 @@ def _energies_of(features: Tensor, p: float) -> Tensor:
 
 
 def gradient(features: Tensor, slopes: Tensor, upstream: Tensor, p: float) -> Tensor:
-    """The gradient in `features`, of their dtype and as `gradient_like` lays it out.
+    """Returns the gradient for `features`, in their dtype and in `gradient_like`'s layout.
 
     Args:
-        features: [B, C, H, W], as given to `loss_and_slopes`.
-        slopes: what that returned for them.
+        features: [B, C, H, W], an argument of `loss_and_slopes`.
+        slopes: its result for them.
         upstream: the gradient of the loss, [], float32 and on the device.
         p: power.
     """
@@ -291,7 +290,7 @@ def gradient(features: Tensor, slopes: Tensor, upstream: Tensor, p: float) -> Te
 
 
 def gradient_like(features: Tensor) -> Tensor:
-    """Memory for a gradient: channels_last where the features' channels lie together, else contiguous."""
+    """Allocates a gradient: channels_last if the features' channels are contiguous, else contiguous."""
     return torch.empty_like(features, memory_format=torch.channels_last if _channels_last(features) else torch.contiguous_format)
 
 
@@ -300,13 +299,13 @@ def _channels_last(features: Tensor) -> bool:
 
 
 def _rows(features: Tensor, channels_last: bool) -> Tensor:
-    """[B, C, P], or [B, P, C] for channels_last, with a unit inner stride: a view, or a copy where there is none."""
+    """Returns [B, C, P], or [B, P, C] for channels_last, with a unit inner stride: a view, or else a copy."""
     rows = (features.permute(0, 2, 3, 1).flatten(1, 2) if channels_last else features.flatten(2)).resolve_neg()
     return rows if rows.stride(2) == 1 else rows.contiguous()
 
 
 def _tiles(features: Tensor, rows: Tensor) -> tuple[tuple[int], int, int, dict[str, int]]:
-    """The grid, P, C, and the compile-time arguments that say how programs cover the features."""
+    """Returns the grid, P, C, and the compile-time arguments that say how programs cover the features."""
     (B, C), P, channels_last = features.shape[:2], features.shape[2] * features.shape[3], _channels_last(features)
     V = math.gcd(8, rows.shape[2], rows.stride(0), rows.stride(1))
     pixels, channels, warps = plan(C, P, channels_last, features.element_size(), V)

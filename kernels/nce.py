@@ -1,37 +1,40 @@
-"""Noise-contrastive estimation against a memory bank, without the [B, K + 1, D] rows that it compares with.
+"""Noise-contrastive estimation against a memory bank, without a copy of the [B, K + 1, D] gathered rows.
 
-Anchor v_i meets rows x_ik of a bank of n rows: k = 0 is its positive, k = 1 .. K are negatives. With the noise's share K / n, and
-b = K / n + eps, a score P_ik = exp(x_ik . v_i / T) / Z meets it as a logit, and each term of the loss is that of a logistic regression:
+Anchor v_i is compared with rows x_ik of a bank of n rows: k = 0 is its positive, k = 1 .. K are negatives. With b = K / n + eps and the
+score P_ik = exp(x_ik . v_i / T) / Z, each term of the loss is that of a logistic regression with the logit t_ik:
 
     t_ik = x_ik . v_i / T - log(Z b) = log(P_ik / b)
     -log(P / (P + b))             = softplus(-t)                       for the positive
     -log((K / n) / (P + b))       = softplus(t) + log1p(eps n / K)     for a negative
     dL/dv_i = 1 / (B T) [sum_k sigmoid(t_ik) x_ik - sigmoid(-t_i0) x_i0]
 
-so neither the exponential overflows nor does 1 + P / b, with P / b near 1 / K, lose what the sum is made of.
+so the exponential does not overflow, and 1 + P / b, with P / b near 1 / K, loses no digits.
 
 A program walks one part of an anchor's columns, `ROWS` gathered rows at a time: dot product, both terms and the gradient's sum while the
-rows are in registers. Parts are added up in a fixed order by a second launch. No atomics: bits depend on the inputs alone.
+rows are in registers. A second launch adds up the parts in a fixed order. No atomics: bits depend on the inputs alone.
 
-Floor: every gathered row and its index once, B (K + 1) (D b + 8) bytes, which is what is asked for (tests/test_codegen.py); the bank of
+Floor: every gathered row and its index once, B (K + 1) (D b + 8) bytes with b bytes an element; the kernel reads no more. The bank of
 CIFAR (25 MB) stays in a GPU's second-level cache. Beyond the gradient the memory is `parts` float32 [B, D + 1].
 """
 
 import math
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from kdfast.kernels.memory import flat
+
 WIDEST = 8192  # features; more do not fit in registers
-PROGRAMS = 1056  # that are to be at work: eight for each multiprocessor of an H100, so that many rows are on their way
+PROGRAMS = 1056  # at work together: eight for each multiprocessor of an H100, so that many loads are in flight
 
 
 def plan(D: int) -> tuple[int, int, int]:
-    """ROWS gathered at a time, the width they are padded to, and warps.
+    """Returns the rows gathered at a time, the width they are padded to, and warps.
 
-    Eight elements a thread at least, or they would not be 128 bits of a 16-bit bank; few enough that none spills.
+    A thread has at least eight elements, 128 bits of a 16-bit bank, and few enough not to spill.
     """
     width = max(8, triton.next_power_of_2(D))
     rows = max(32, 1024 // width) if width <= 128 else max(1, 2048 // width)
@@ -39,7 +42,7 @@ def plan(D: int) -> tuple[int, int, int]:
 
 
 def parts(B: int, columns: int, rows: int) -> tuple[int, int]:
-    """Into how many parts an anchor's columns are walked, and tiles of a part."""
+    """Returns the number of parts into which an anchor's columns are split, and the tiles of a part."""
     tiles = triton.cdiv(columns, rows)
     most = max(1, min(triton.cdiv(PROGRAMS, max(1, B)), triton.cdiv(tiles, 4)))
     each = max(1, triton.cdiv(tiles, most))
@@ -51,14 +54,14 @@ def parts(B: int, columns: int, rows: int) -> tuple[int, int]:
 
 @triton.jit
 def _anchor(anchors, D, WIDTH: tl.constexpr):
-    """Anchor program_id(0) in float32, 0 beyond its features."""
+    """Loads anchor program_id(0) in float32, 0 beyond its features."""
     feature = tl.arange(0, WIDTH)
     return tl.load(anchors + tl.program_id(0).to(tl.int64) * D + feature, mask=feature < D, other=0.0).to(tl.float32)
 
 
 @triton.jit
 def _scores(v, bank, indices, column, columns, n, D, stride, per_T, WIDTH: tl.constexpr):
-    """Rows of the bank [ROWS, WIDTH] and x . v / T [ROWS]: NaN where it is infinite, or no such row is in the bank."""
+    """Loads rows of the bank [ROWS, WIDTH] and computes x . v / T [ROWS]: NaN if infinite, or if the index is not in the bank."""
     inside = column < columns
     index = tl.load(indices + tl.program_id(0).to(tl.int64) * columns + column, mask=inside, other=0)
     real = inside & (index >= 0) & (index < n)
@@ -66,12 +69,13 @@ def _scores(v, bank, indices, column, columns, n, D, stride, per_T, WIDTH: tl.co
     rows = tl.load(bank + index[:, None] * stride + feature[None, :], mask=real[:, None] & (feature < D)[None, :], other=0.0)
     rows = rows.to(tl.float32)
     score = tl.sum(rows * v[None, :], 1) * per_T
+    # not score - score == 0: fused, that is the rounding error of a product
     return rows, tl.where(real & (tl.abs(score) < float("inf")), score, float("nan"))
 
 
 @triton.jit
 def _log1p(e):
-    """log(1 + e) for e in [0, 1], as 2 artanh(e / (2 + e)), all of whose digits count where e is small."""
+    """Computes log(1 + e) for e in [0, 1] as 2 artanh(e / (2 + e)), which keeps all digits of a small e."""
     z = e / (2.0 + e)
     s = z * z
     series = 1.0 + s * (1 / 3 + s * (1 / 5 + s * (1 / 7 + s * (1 / 9 + s * (1 / 11 + s * (1 / 13))))))
@@ -83,7 +87,7 @@ def _losses(
     anchors, bank, indices, Z, losses, gradients, columns, n, D, stride, tiles, per_T, log_b,
     V: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """The terms of one part of an anchor's columns, added up, and the sum of its rows that makes up B T times the gradient."""
+    """Adds up the terms of one part of an anchor's columns, and its weighted rows: B T times the gradient."""
     D, stride = D // V * V, stride // V * V
     v = _anchor(anchors, D, WIDTH)
     shift = tl.log(tl.load(Z).to(tl.float32)) + log_b
@@ -116,7 +120,7 @@ def _is_settled(z):
 def _exponentials(
     anchors, bank, indices, Z, sums, columns, n, D, stride, tiles, per_T, V: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr
 ):  # fmt: skip
-    """The sum of exp(x . v / T) over one part of an anchor's columns; reads none where Z is settled."""
+    """Adds up exp(x . v / T) over one part of an anchor's columns; reads no rows if Z is settled."""
     D, stride = D // V * V, stride // V * V
     v = _anchor(anchors, D, WIDTH)
     total = tl.zeros([ROWS], tl.float32)
@@ -133,7 +137,7 @@ def _exponentials(
 
 @triton.jit
 def _total(values, count, BLOCK: tl.constexpr):
-    """The sum of `count` numbers, always in the same order."""
+    """Adds up `count` numbers, always in the same order."""
     total = tl.zeros([BLOCK], tl.float32)
     for start in range(0, count, BLOCK):
         at = start + tl.arange(0, BLOCK)
@@ -164,7 +168,7 @@ def _finish(
 
 @triton.jit(do_not_specialize=["count"])
 def _settle(sums, Z, out, count, scale, BLOCK: tl.constexpr):
-    """Z where it is settled, else scale times the sum of the parts."""
+    """Stores Z if it is settled, else scale times the sum of the parts."""
     z = tl.load(Z)
     made = _total(sums, count, BLOCK) * scale
     tl.store(out, tl.where(_is_settled(z), z, made.to(z.dtype)))
@@ -173,13 +177,8 @@ def _settle(sums, Z, out, count, scale, BLOCK: tl.constexpr):
 # ---- launches --------------------------------------------------------------------------------------------------------
 
 
-def _flat(anchors: Tensor) -> Tensor:
-    """[B D], one anchor after the other: a view, or a copy of rows with gaps."""
-    return anchors.resolve_neg().contiguous().view(-1)
-
-
 def _bank_and_vector(bank: Tensor) -> tuple[Tensor, int]:
-    """The bank with neighbouring features, and how many features its rows, and the anchors', are multiples of: as 128 bits need."""
+    """Returns the bank with a unit stride along features, and the divisor, at most 8, of its row length and row stride."""
     bank = bank.resolve_neg()
     bank = bank if bank.stride(1) == 1 or bank.shape[1] == 1 else bank.contiguous()
     return bank, math.gcd(8, bank.shape[1], bank.stride(0))
@@ -188,33 +187,33 @@ def _bank_and_vector(bank: Tensor) -> tuple[Tensor, int]:
 def loss_and_gradient(
     anchors: Tensor, bank: Tensor, indices: Tensor, Z: Tensor, temperature: float, log_b: float, constant: float, with_gradient: bool
 ) -> tuple[Tensor, Tensor]:
-    """The mean loss and its gradient for the anchors; waits for nothing on the device.
+    """Returns the mean loss and its gradient for the anchors; the host does not wait.
 
     Args:
         anchors: [B, D], float32, bfloat16 or float16, D at most WIDEST.
         bank: [n, D], of one of these dtypes.
-        indices: int64 [B, 1 + K], rows of the bank. One that is in no bank makes loss and gradient NaN, and reads nothing.
+        indices: int64 [B, 1 + K], rows of the bank. An index out of range makes loss and gradient NaN, and reads nothing.
         Z: [], of one of these dtypes.
         temperature: T.
         log_b: log(K / n + eps).
-        constant: what the negatives' terms add beside softplus(t).
-        with_gradient: whether the gradient is wanted.
+        constant: of the negatives' terms, beside softplus(t).
+        with_gradient: computes the gradient too.
 
     Returns:
-        The loss [] and the gradient [B, D], or [0, D] where it is not wanted; float32.
+        The loss [] and the gradient [B, D], or [0, D] without gradient; float32.
     """
     (B, D), columns = anchors.shape, indices.shape[1]
     bank, V = _bank_and_vector(bank)
     rows, width, warps = plan(D)
     split, tiles = parts(B, columns, rows)
-    float32 = {"dtype": torch.float32, "device": anchors.device}
+    float32: dict[str, Any] = {"dtype": torch.float32, "device": anchors.device}
     loss, losses = torch.empty((), **float32), torch.empty(B * split, **float32)
     gradient = torch.empty(B if with_gradient else 0, D, **float32)
     gradients = torch.empty(B * split * D, **float32) if with_gradient else None
     with torch.cuda.device_of(anchors):  # a launch goes to the current device, which need not be the tensors'
         if B:
             _losses[(B, split)](
-                _flat(anchors), bank, indices.contiguous(), Z, losses, gradients, columns, len(bank), D, bank.stride(0), tiles,
+                flat(anchors), bank, indices.contiguous(), Z, losses, gradients, columns, len(bank), D, bank.stride(0), tiles,
                 1 / temperature, log_b, V=V, ROWS=rows, WIDTH=width, num_warps=warps, enable_fp_fusion=True,
             )  # fmt: skip
         _finish[(1 + len(gradient),)](
@@ -225,7 +224,7 @@ def loss_and_gradient(
 
 
 def normalizer(anchors: Tensor, bank: Tensor, indices: Tensor, Z: Tensor, temperature: float) -> Tensor:
-    """Z where it is positive and finite; else n times the mean of exp(x . v / T), which only then is computed, as the device decides.
+    """Returns Z if it is positive and finite, else n times the mean of exp(x . v / T); the device decides and then computes.
 
     Args:
         anchors: [B, D], as in loss_and_gradient.
@@ -246,7 +245,7 @@ def normalizer(anchors: Tensor, bank: Tensor, indices: Tensor, Z: Tensor, temper
     with torch.cuda.device_of(anchors):
         if B:
             _exponentials[(B, split)](
-                _flat(anchors), bank, indices.contiguous(), Z, sums, columns, len(bank), D, bank.stride(0), tiles,
+                flat(anchors), bank, indices.contiguous(), Z, sums, columns, len(bank), D, bank.stride(0), tiles,
                 1 / temperature, V=V, ROWS=rows, WIDTH=width, num_warps=warps, enable_fp_fusion=True,
             )  # fmt: skip
         scale = len(bank) / (B * columns) if B else math.nan

@@ -1,12 +1,11 @@
 """Supervised contrastive loss: the logsumexp of a similarity matrix that is never stored, and the gradient of its rows.
 
-Rows x_1 .. x_R: the first N are anchors, and all are columns. Column j counts c_j times: `duplicates` where j < `counted`, else once;
-an anchor is in its own denominator `duplicates` - 1 times. With r_i = 1 / |x_i| (normalize) or 1, where x_i stands for a copy that is
-scaled down if x_i is huge:
+Rows x_1 .. x_R: the first N are anchors, and all are columns. Column j counts c_j times: `duplicates` if j < `counted`, else once;
+an anchor is in its own denominator `duplicates` - 1 times. With r_i = 1 / |x_i| (normalize; huge rows are scaled down first) or 1:
 
     S_ij     = r_i r_j x_i . x_j / tau
     Z_i      = sum_j c_j exp(S_ij - m_i)
-    P_ij     = c_j where i and j have one name, or c_j mask[name_i, name_j]
+    P_ij     = c_j if i and j have one name, or c_j mask[name_i, name_j]
     L_i      = scale (W_i (m_i + log Z_i) - sum_j P_ij S_ij) / d_i,   W_i = sum_j P_ij,  d_i = W_i, or 1 where W_i < 1e-6
 
 With the upstream gradient v: h_i = v_i scale / d_i and s_i = W_i h_i / Z_i for anchors, 0 for other rows, and
@@ -14,14 +13,14 @@ With the upstream gradient v: h_i = v_i scale / d_i and s_i = W_i h_i / Z_i for 
     dL/dS_ij = s_i c_j exp(S_ij - m_i) - h_i P_ij =: G_ij
     dL/d(r_i x_i) = sum_j (G_ij + G_ji) r_j x_j / tau
 
-A tile of S is made once forward (2 N^2 D operations), and once backward, where it gives G_ij and, transposed, G_ji, and is multiplied
-by the columns: 4 N^2 D. So 6 N^2 D in all while a row's gradient fits in registers; above, every slice of the gradient makes its tiles
-anew: (4 + 2 ceil(D / slice)) N^2 D. The slice is 256 features, and 128 for float32, for masks, and above D = 256 on Blackwell.
+A tile of S is computed once forward (2 N^2 D operations), and once backward, where it gives G_ij and, transposed, G_ji, and is multiplied
+by the columns: 4 N^2 D. That is 6 N^2 D while a row's gradient fits in registers. Above, every slice of the gradient computes its tiles
+again: (4 + 2 ceil(D / slice)) N^2 D. The slice is 256 features, and 128 for float32, for masks, and above D = 256 on Blackwell.
 
-m_i is the largest S_ij of the denominator, kept up while walking (`online`), or 0 where exp(S) stays far inside float32's range
-(`direct`): |S| is at most 1 / tau for rows of unit length, max |x|^2 / tau for others, which a program reads from the device. Then G_ij
-and G_ji share their exponential. Columns are walked in `splits` parts where there are few rows; parts are added up in a fixed order by
-a launch of their own (`_losses`, `_finish`). No atomics: bits depend on the inputs alone.
+m_i is the running maximum of S_ij in the denominator (`online`), or 0 if exp(S) stays far inside float32's range (`direct`): |S| is at
+most 1 / tau for rows of unit length, and max |x|^2 / tau for others, which a program reads from the device. Then G_ij and G_ji share
+their exponential. For few rows, the columns are walked in `splits` parts, which launches of their own (`_losses`, `_finish`) add up in a
+fixed order. No atomics: bits depend on the inputs alone.
 
 Floor: operations, see above; beyond the rows and their gradient the memory is `splits` float32 [N, D] backward and a few numbers a row.
 """
@@ -37,12 +36,13 @@ import triton.language as tl
 from torch import Tensor
 from triton import knobs
 
+from kdfast.kernels.memory import flat
+
 SAFE_EXPONENT = 40.0  # |S| up to here needs no maximum: sums of e^S and shares divided by them are normal float32 numbers
-MANY = 4096  # anchors: from here on large tiles fill a GPU, and a look at the rows' lengths costs nothing beside the walk
+MANY = 4096  # anchors; from here on large tiles fill a GPU, and reading the rows' lengths first costs little beside the walk
 LOG2_E = math.log2(math.e)
-LOWEST = tl.constexpr(-3.4028234663852886e38)  # finite: a row that has met nothing must not make NaN
-# rows of a squared length above LONG are made SHORTER: then neither squares nor products overflow, nor is a row taken for one of no
-# length; a power of two rounds nothing
+LOWEST = tl.constexpr(-3.4028234663852886e38)  # finite: the maximum of no entries must not make NaN
+# rows with a squared length above LONG are multiplied by SHORTER, so that squares and products do not overflow; a power of two is exact
 LONG, SHORTER = tl.constexpr(2.0**100), tl.constexpr(2.0**-80)
 
 
@@ -56,14 +56,14 @@ class Plan(NamedTuple):
     stages: int
 
     def shared(self, D: int, size: int) -> int:
-        """The most shared memory, in bytes, that a program needs for elements of `size` bytes; compilers get by with down to a half."""
+        """Returns an upper bound of a program's shared memory, in bytes, for elements of `size` bytes; compilers may need half."""
         held = self.rows if self.features >= D else 0
         moving = self.columns if self.features >= D else self.rows + self.columns
         return self.features * size * (held + 2 * self.stages * moving)
 
 
 class Plans(NamedTuple):
-    """Both passes; `slice`: features of the gradient that a program of the backward pass makes."""
+    """The plans of both passes; `slice`: features of the gradient that a program of the backward pass computes."""
 
     forward: Plan
     backward: Plan
@@ -71,32 +71,32 @@ class Plans(NamedTuple):
 
 
 class Device(NamedTuple):
-    """What plans depend on: bytes of shared memory that a program may have, and whether products land in a memory of their own."""
+    """The properties of a device that plans depend on."""
 
-    shared: int
-    tensor_memory: bool = False
+    shared: int  # bytes a program may have
+    tensor_memory: bool = False  # products have a memory of their own
 
 
 H100 = Device(232_448)
 
 
 def plans(N: int, D: int, dtype: torch.dtype, precision: str, masked: bool, device: Device = H100) -> Plans:
-    """The launch plans for N anchors of D features, a multiple of 8. None spills more than 24 bytes (`kdfast bench codegen`).
+    """Returns the launch plans for N anchors of D features, a multiple of 8. None spills more than 24 bytes (`kdfast bench codegen`).
 
     Args:
         N: anchors.
         D: features.
         dtype: of the rows.
         precision: of products of float32 rows, "ieee" or "tf32".
-        masked: a mask's gathers need registers too.
-        device: where.
+        masked: with a mask, whose gathers need registers too.
+        device: of the launch.
     """
     width = max(16, triton.next_power_of_2(D))
     if dtype == torch.float32 and precision == "ieee":
-        # such products are unrolled in registers: short ones
+        # these products are unrolled in registers, so they must be short
         return Plans(Plan(64, 64, 16, 8, 1), Plan(64, 32, min(width, 32), 8, 1), min(width, 128))
     size = dtype.itemsize
-    part = min(width, 128 // size)  # of rows that are not held
+    part = min(width, 128 // size)  # features at a time, of rows that are not held
     crowded = masked or size == 4 or device.shared < 200_000 or (device.tensor_memory and width > 256)
     limit = 128 if crowded else 256  # features of a gradient in registers
     columns = 32 if masked or device.tensor_memory else 64
@@ -115,16 +115,16 @@ def plans(N: int, D: int, dtype: torch.dtype, precision: str, masked: bool, devi
         forward, backward = [], []
     least = [Plan(64, 64, part, 4, 2), Plan(64, 32, part, 4, 2), Plan(32, 32, part, 4, 1)]
     first = [next(p for p in (*choice, *least) if p.shared(D, size) <= device.shared) for choice in (forward, backward)]
-    return Plans(*first, min(width, limit))
+    return Plans(forward=first[0], backward=first[1], slice=min(width, limit))
 
 
 def operations(N: int, D: int, slice: int) -> tuple[int, int]:
-    """Multiplications and additions of both passes, for N anchors that are all rows: 6 N^2 D together at the least."""
+    """Counts multiplications and additions of both passes, if all rows are anchors: at least 6 N^2 D together."""
     return 2 * N**2 * D, (2 * math.ceil(D / slice) + 2) * N**2 * D
 
 
 def splits(N: int, total: int, plan: Plan, slices: int, most: int) -> int:
-    """Into how many parts the columns are walked, so that some 264 programs are at work: two for each multiprocessor of an H100."""
+    """Returns the number of parts for the columns, so that about 264 programs are at work: two for each multiprocessor of an H100."""
     programs = triton.cdiv(N, plan.rows) * slices
     return max(1, min(264 // max(1, programs), triton.cdiv(total, 4 * plan.columns), most))
 
@@ -134,7 +134,7 @@ def splits(N: int, total: int, plan: Plan, slices: int, most: int) -> int:
 
 @triton.jit
 def _load(x, row, inside, start, D, stride, WIDTH: tl.constexpr, INTERPRETED: tl.constexpr):
-    """Features start .. start + WIDTH of rows of x, 0 where there are none."""
+    """Loads features start .. start + WIDTH of rows of x, 0 outside."""
     feature = start + tl.arange(0, WIDTH)
     block = tl.load(x + row.to(tl.int64)[:, None] * stride + feature[None, :], mask=inside[:, None] & (feature < D)[None, :], other=0.0)
     return block.to(tl.float32) if INTERPRETED else block
@@ -145,8 +145,8 @@ def _product(
     xi, xj, x, row, row_inside, col, col_inside, D, stride,
     WIDTH: tl.constexpr, WHOLE: tl.constexpr, INTERPRETED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """x_i . x_j of a tile; xi and xj are the rows themselves where the plan holds them WHOLE."""
-    if INTERPRETED:  # a GPU adds up i j and j i in one order, NumPy does not: in float64 it makes no difference
+    """Computes x_i . x_j of a tile; if the plan holds rows WHOLE, xi and xj are these rows."""
+    if INTERPRETED:  # a GPU adds up i j and j i in one order, NumPy does not: in float64 that makes no difference
         exact = tl.zeros([row.shape[0], col.shape[0]], tl.float64)
         for start in range(0, D, WIDTH):
             a = _load(x, row, row_inside, start, D, stride, WIDTH, INTERPRETED).to(tl.float64)
@@ -166,17 +166,17 @@ def _product(
 
 @triton.jit
 def _rounded(S, real):
-    """S itself, where all columns are real: a choice between a product and m, which the compiler would fuse into fma(., ., -m).
+    """Returns S, if all columns are real: the choice keeps the compiler from fusing S - m into fma(product, factor, -m).
 
-    m is the largest rounded product. A fused difference S - m is off by half a unit of S in the last place: from 2^31 on its power
-    overflows.
+    m is the largest rounded S. A fused difference is off by up to half a unit in the last place of S: its power differs between
+    passes, and overflows for a large S.
     """
     return tl.where(real[None, :], S, float("-inf"))
 
 
 @triton.jit
 def _bound(tops, blocks):
-    """The largest of what _prepare left: of every |S_ij|, in units of log 2."""
+    """Returns the largest of `_prepare`'s bounds: an upper bound of all |S_ij|, in units of log 2."""
     most = tl.full([1024], 0.0, tl.float32)
     for start in range(0, blocks, 1024):
         at = start + tl.arange(0, 1024)
@@ -186,7 +186,7 @@ def _bound(tops, blocks):
 
 @triton.jit
 def _alike(mask, name_i, name_j, both, B):
-    """P without c: where the names are one, or the mask's weights."""
+    """Returns P without c: 1 for equal names, or the mask's weights."""
     if mask is None:
         P = tl.where(both & (name_i[:, None] == name_j[None, :]), 1.0, 0.0)
     else:
@@ -195,13 +195,13 @@ def _alike(mask, name_i, name_j, both, B):
     return P
 
 
-# Of the column tiles first .. last a program walks the plain ones, then those that meet the diagonal or lack columns: two loops, and
-# only the second (CAREFUL) asks for every element where it stands.
+# A program walks the plain column tiles of first .. last, then the tiles that meet the diagonal or lack columns: two loops, and only the
+# second (CAREFUL) compares every element's row and column.
 
 
 @triton.jit
 def _edges(first, last, total, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Where plain tiles end before the diagonal, begin again behind it, and end."""
+    """Returns the tiles at which plain ones end before the diagonal, begin again behind it, and end."""
     start = tl.program_id(0) * ROWS
     full = tl.maximum(first, tl.minimum(total // COLUMNS, last))
     meets = tl.maximum(first, tl.minimum(start // COLUMNS, full))
@@ -217,7 +217,7 @@ def _plain_steps(first, last, total, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 @triton.jit
 def _tile(step, first, last, total, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """The column tile of a step of the walk."""
+    """Returns the column tile of a step of the walk."""
     meets, passed, full = _edges(first, last, total, ROWS, COLUMNS)
     before, plain, diagonal = meets - first, meets - first + full - passed, passed - meets
     tile = tl.where(step < before, first + step, passed + step - before)
@@ -229,7 +229,7 @@ def _tile(step, first, last, total, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 @triton.jit(do_not_specialize=["count"])
 def _first_of_name(names, first, count, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """The index of the first row of the same name: 32 bits, which are all that a tile has registers for."""
+    """Stores the index of the first row of the same name: tiles have registers for 32 bits only."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     name = tl.load(names + row, mask=row < count, other=0)
     found = tl.where(row < count, 2147483647, 0)
@@ -240,12 +240,12 @@ def _first_of_name(names, first, count, ROWS: tl.constexpr, BLOCK: tl.constexpr)
         same = (name[:, None] == other[None, :]) & (at < count)[None, :]
         found = tl.minimum(found, tl.min(tl.where(same, at[None, :], 2147483647), 1))
         start += BLOCK
-    tl.store(first + row, tl.minimum(found, row), mask=row < count)  # a name that is not even its own (NaN) is a row's alone
+    tl.store(first + row, tl.minimum(found, row), mask=row < count)  # NaN equals no name, so its row has no positives
 
 
 @triton.jit
 def _prepare(x, scaled, r, q, tops, rows, D, stride, to_log2, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """With normalize the rows q_i x_i, r_i = 1 / |q_i x_i| and q_i; else `tops`: these rows' largest |x|^2 / tau, in units of log 2."""
+    """With normalize, stores q_i x_i, r_i = 1 / |q_i x_i| and q_i; else `tops`: these rows' largest |x|^2 / tau, in units of log 2."""
     D, stride = D // 8 * 8, stride // 8 * 8
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     squares = tl.zeros([ROWS, BLOCK], tl.float32)
@@ -278,12 +278,12 @@ def _sums(
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr, WHOLE: tl.constexpr,
     INTERPRETED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """m, Z, A = sum P S and W of a block of rows over column tiles first .. last, in units of log 2."""
+    """Returns m, Z, A = sum P S and W of a block of rows over column tiles first .. last, in units of log 2."""
     m = tl.full([ROWS], LOWEST, tl.float32)
     if DIRECT:
         m = tl.zeros([ROWS], tl.float32)
         if r is not None:
-            m += origin  # 0, but were that known to the compiler, it would take more registers here
+            m += origin  # 0; the compiler would need more registers if it knew
     Z = tl.zeros([ROWS], tl.float32)
     A = tl.zeros([ROWS], tl.float32)
     W = tl.zeros([ROWS], tl.float32)
@@ -304,7 +304,7 @@ def _sums(
             c = tl.full([COLUMNS], 1.0, tl.float32)
             if DUPLICATES > 1:
                 c = tl.where(col < counted, 1.0 * DUPLICATES, 1.0)
-            if mask is None and DUPLICATES == 1:  # bits and whole numbers, where weights would take registers
+            if mask is None and DUPLICATES == 1:  # bits and integers need fewer registers than weights
                 alike = both & (name_i[:, None] == name_j[None, :])
                 if CAREFUL and not SELF_POSITIVE:
                     alike = alike & (row[:, None] != col[None, :])
@@ -321,7 +321,7 @@ def _sums(
             elif not DIRECT:
                 S = _rounded(S, real)
             if not DIRECT:
-                larger = tl.minimum(tl.maximum(m, tl.max(S, 1)), -LOWEST)  # infinities are not to cancel
+                larger = tl.minimum(tl.maximum(m, tl.max(S, 1)), -LOWEST)  # infinities must not cancel
                 Z = Z * tl.exp2(m - larger)
                 m = larger
             e = tl.exp2(S - m[:, None])
@@ -341,7 +341,7 @@ def _denominators(
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr, WHOLE: tl.constexpr,
     INTERPRETED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """m, Z, A and W of a block of anchors over a part of the columns, `tiles` tiles, into out [splits, 4, N]."""
+    """Stores m, Z, A and W of a block of anchors over a part of the columns, `tiles` tiles, in out [splits, 4, N]."""
     D, stride = D // 8 * 8, stride // 8 * 8
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     inside = row < N
@@ -373,7 +373,7 @@ def _denominators(
 
 @triton.jit(do_not_specialize=["N", "parts"])
 def _losses(sums, m_out, Z_out, W_out, losses, N, parts, scale, BLOCK: tl.constexpr):
-    """Adds up the parts of the columns, and makes the losses."""
+    """Adds up the parts of the columns and stores the losses."""
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = row < N
     m = tl.full([BLOCK], LOWEST, tl.float32)
@@ -400,7 +400,7 @@ def _losses(sums, m_out, Z_out, W_out, losses, N, parts, scale, BLOCK: tl.conste
 
 @triton.jit(do_not_specialize=["N"])
 def _shares(upstream, Z, W, s, h, tops, N, scale, BLOCK: tl.constexpr):
-    """Both s and h of the anchors; tops: the largest of each block's |h| and |W h|."""
+    """Stores s and h of the anchors; in tops, the largest of each block's |h| and |W h|."""
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = row < N
     w = tl.load(W + row, mask=inside, other=1.0)
@@ -419,7 +419,7 @@ def _pulls(
     COLUMNS: tl.constexpr, WIDTH: tl.constexpr, SLICE: tl.constexpr, WHOLE: tl.constexpr,
     INTERPRETED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """(G + G') r x of a block of rows over column tiles first .. last."""
+    """Returns (G + G') r x of a block of rows over column tiles first .. last."""
     acc = tl.zeros([ROWS, SLICE], tl.float32)
     plain = _plain_steps(first, last, total, ROWS, COLUMNS)
     for CAREFUL in tl.static_range(2):
@@ -463,7 +463,7 @@ def _pulls(
             G = G - P
             if r is not None:
                 G = G * rj[None, :]
-            if INTERPRETED and x.dtype.element_ty == tl.float16:  # whose range is to be seen there too
+            if INTERPRETED and x.dtype.element_ty == tl.float16:  # shows float16's range in the interpreter too
                 G = G.to(tl.float16)
             acc = tl.dot(G.to(xj.dtype), xj, acc, input_precision=PRECISION)
     return acc
@@ -477,12 +477,12 @@ def _gradients(
     COLUMNS: tl.constexpr, WIDTH: tl.constexpr, SLICE: tl.constexpr, WHOLE: tl.constexpr,
     INTERPRETED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Tau times the gradient of r x: a block of rows and a slice of features, over a part of the columns, into out [splits, rows, D]."""
+    """Stores tau times the gradient of r x: a block of rows, a slice of features, a part of the columns, in out [splits, rows, D]."""
     D, stride = D // 8 * 8, stride // 8 * 8
-    # a block is of anchors or of other rows, which meet anchors alone: their products with each other might be infinite
+    # a block holds anchors, or other rows, whose columns are only the anchors: products of other rows might be infinite
     block, of_anchors = tl.program_id(0), tl.cdiv(N, ROWS)
     begin, end, columns = block * ROWS, N, total
-    if block >= of_anchors:  # the first of them may begin among the anchors: rows that begin at N would cost registers
+    if block >= of_anchors:  # the first of these blocks may begin among the anchors: rows from N on would cost registers
         begin, end, columns = (block - of_anchors + N // ROWS) * ROWS, rows, N
     row = begin + tl.arange(0, ROWS)
     anchor = row < N
@@ -490,7 +490,7 @@ def _gradients(
     slice_start = tl.program_id(2) * SLICE
     name_i = tl.load(names + row, mask=row < named, other=0)
     top, per_top = 1.0, 1.0
-    if share_tops is not None:  # float16 would lose shares as small as these are: they are carried relative to the largest
+    if share_tops is not None:  # relative to the largest share: float16 would lose small ones
         top = _bound(share_tops, share_blocks)
         top = tl.where(top > 0, top, 1.0)
         per_top = 1.0 / top
@@ -529,7 +529,7 @@ def _gradients(
 def _finish(
     sums, x, r, q, out, begin, end, rows, D, D_out, stride, parts, per_tau, V: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """The gradient of rows begin .. end of x: adds up the parts of the columns, and goes through the normalization."""
+    """Stores the gradient of rows begin .. end of x: adds up the parts of the columns and differentiates the normalization."""
     D, stride, D_out = D // 8 * 8, stride // 8 * 8, D_out // V * V
     row = begin + tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     inside = row < end
@@ -562,15 +562,17 @@ def _finish(
 
 
 class _Call:
-    """What forward and backward of one call share: the rows as the kernels read them, plans, and the bound."""
+    """The arguments that forward and backward of one call share: the rows as the kernels read them, plans, and the bound."""
 
     def __init__(self, anchors: Tensor, others: Tensor, names: Tensor, mask: Tensor | None, setting: Any):
         self.N, self.total, self.features = len(anchors), len(anchors) + len(others), anchors.shape[1]
         self.rows = self.x = _readable(torch.cat([anchors, others]) if len(others) else anchors)
         self.D, self.device, self.setting = self.x.shape[1], anchors.device, setting
         self.to_log2 = LOG2_E / setting.temperature
-        self.r = self.q = self.tops = None
-        float16 = self.x.dtype == torch.float16  # too narrow for shares over lengths or weights; tensor cores multiply the rest too
+        self.r: Tensor | None = None
+        self.q: Tensor | None = None
+        self.tops: Tensor | None = None
+        float16 = self.x.dtype == torch.float16  # too narrow for shares divided by lengths or weights
         if setting.normalize:
             self.x = torch.empty(self.total, self.D, dtype=torch.float32 if float16 else self.x.dtype, device=self.device)
             self.r, self.q = (torch.empty(self.total, dtype=torch.float32, device=self.device) for _ in range(2))
@@ -578,13 +580,13 @@ class _Call:
             self.x = self.x.float()
         self._prepare()
         self.names, self.B = names, 0 if mask is None else len(mask)
-        self.mask = None if mask is None else _flat(mask.to(torch.uint8) if mask.dtype == torch.bool else mask)
+        self.mask = None if mask is None else flat(mask.to(torch.uint8) if mask.dtype == torch.bool else mask)
         self.precision = "ieee" if anchors.dtype == torch.float32 and _is_highest() else "tf32"
         self.plans = plans(self.N, self.D, self.x.dtype, self.precision, mask is not None, _kind(self.device))
         self.direct = setting.normalize and 1 / setting.temperature <= SAFE_EXPONENT
 
     def _prepare(self) -> None:
-        """Scaled rows and their lengths, with normalize; without, blocks' largest |x|^2 where the work is worth a look at them."""
+        """Launches _prepare: with normalize for scaled rows and their lengths, without for bounds, if there are many rows."""
         if not self.setting.normalize and self.N < MANY:
             return
         block = min(1024, triton.next_power_of_2(self.D))
@@ -612,17 +614,17 @@ class _Call:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """total, named, counted, B, D, stride, blocks: as the kernels take them."""
+        """Returns total, named, counted, B, D, stride, blocks: the kernels' arguments."""
         blocks = 0 if self.tops is None else len(self.tops)
         return self.total, len(self.names), self.N + self.setting.copied, self.B, self.D, self.x.stride(0), blocks
 
 
 def forward(anchors: Tensor, others: Tensor, names: Tensor, mask: Tensor | None, setting: Any) -> tuple[Tensor, list[Tensor]]:
-    """The losses of the anchors; waits for nothing on the device.
+    """Returns the losses of the anchors; the host does not wait.
 
     Args:
         anchors: [N, D], float32, bfloat16 or float16.
-        others: [M, D], rows that are columns alone.
+        others: [M, D], rows that are columns only.
         names: [N + M'] of anchors and the first M' others: rows of one name are positives; with a mask their index in it.
         mask: [B, B] or None.
         setting: temperature, scale, duplicates, self_positive, normalize, copied.
@@ -655,10 +657,11 @@ def backward(
     setting: Any,
     for_others: bool,
 ) -> tuple[Tensor, Tensor]:
-    """The gradients of sum(upstream * losses) for the anchors [N, D] and, if asked for, the others [M, D] (else [0, D])."""
+    """Returns the gradients of sum(upstream * losses) for the anchors [N, D] and the others, [M, D] or [0, D] unless for_others."""
     m, Z, W, short_names = kept
     call = _Call(anchors, others, short_names, mask, setting)
-    N, plan, float32 = call.N, call.plans.backward, {"dtype": torch.float32, "device": call.device}
+    N, plan = call.N, call.plans.backward
+    float32: dict[str, Any] = {"dtype": torch.float32, "device": call.device}
     rows = call.total if for_others else N
 
     s, h = torch.empty(N, **float32), torch.empty(N, **float32)
@@ -666,11 +669,11 @@ def backward(
     share_tops = torch.empty(share_blocks, **float32) if call.x.dtype == torch.float16 else None
     with torch.cuda.device_of(anchors):
         _shares[(share_blocks,)](
-            _flat(upstream), Z, W, s, h, share_tops, N, float(setting.scale), BLOCK=256, num_warps=4, enable_fp_fusion=True
+            flat(upstream), Z, W, s, h, share_tops, N, float(setting.scale), BLOCK=256, num_warps=4, enable_fp_fusion=True
         )
 
     slices = triton.cdiv(call.D, call.plans.slice)
-    # the parts' gradients are the memory that this pass takes: of many rows no more than four times theirs
+    # the parts' gradients are this pass's memory: for many rows no more than four times the rows'
     parts = splits(rows, call.total, plan, slices, call.x.itemsize if N >= 8192 else 16)
     tiles = triton.cdiv(triton.cdiv(call.total, plan.columns), parts)
     sums = torch.empty(parts, rows, call.D, **float32)
@@ -679,7 +682,7 @@ def backward(
     grid = triton.cdiv(N, plan.rows) + blocks_of_others, parts, slices
     sizes = N, rows, total, named, counted, B, D, stride, blocks, share_blocks, tiles
     call.launch(_gradients, grid, plan, m, s, h, share_tops, sums, sizes=sizes, more={"SLICE": call.plans.slice})
-    del call.x  # a copy with normalize, whose memory the gradient takes
+    del call.x  # with normalize a copy, whose memory the gradient may use
 
     d_anchors = torch.empty(anchors.shape, dtype=anchors.dtype, device=call.device)
     d_others = torch.empty(len(others) if for_others else 0, others.shape[1], dtype=others.dtype, device=call.device)
@@ -696,20 +699,15 @@ def backward(
 
 
 def _is_highest() -> bool:
-    """Whether PyTorch multiplies float32 matrices in float32 here."""
+    """Tells if PyTorch multiplies float32 matrices in float32 here."""
     try:
         return torch.get_float32_matmul_precision() == "highest"
-    except RuntimeError:  # said in the newer way, and not for all devices alike
+    except RuntimeError:  # set by the newer API, and not for all devices alike
         return torch.backends.cuda.matmul.fp32_precision != "tf32"
 
 
-def _flat(x: Tensor) -> Tensor:
-    """All elements, row after row: a view, or a copy of what has gaps."""
-    return x.resolve_neg().contiguous().view(-1)
-
-
 def _readable(x: Tensor) -> Tensor:
-    """[R, D] with rows of a multiple of 8 elements that begin at multiples of 16 bytes, as 128-bit loads need; others are copied."""
+    """Returns rows of a multiple of 8 elements that begin at multiples of 16 bytes, as 128-bit loads need: x itself or a copy."""
     x = x.resolve_neg()
     missing = max(8, -(-x.shape[1] // 8) * 8) - x.shape[1]
     if missing:
@@ -730,11 +728,11 @@ def _dtype_of_names(mask: Tensor | None) -> torch.dtype:
 
 
 def _short(names: Tensor, mask: Tensor | None) -> Tensor:
-    """The names in 32 bits: as they are where they fit or index a mask, else the index of the first row of that name."""
+    """Shortens names to 32 bits: copies those that fit or index a mask, else returns the index of the first row of that name."""
     if mask is not None:
         return names.to(_dtype_of_names(mask), copy=True, memory_format=torch.contiguous_format)
     if names.dtype in (torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool):
-        return names.to(torch.int32, copy=True, memory_format=torch.contiguous_format)  # an operator must not return what it was given
+        return names.to(torch.int32, copy=True, memory_format=torch.contiguous_format)  # an operator must not return its input
     first = torch.empty(len(names), dtype=torch.int32, device=names.device)
     with torch.cuda.device_of(names):
         _first_of_name[(triton.cdiv(len(names), 64),)](
@@ -745,10 +743,10 @@ def _short(names: Tensor, mask: Tensor | None) -> Tensor:
 
 @cache
 def _kind(device: torch.device) -> Device:
-    """The device as plans see it; where there is no GPU, an H100."""
+    """Returns the properties of the device that plans depend on; without a GPU, an H100's."""
     if device.type != "cuda":
         return H100
     properties = torch.cuda.get_device_properties(device)
     if torch.version.hip is not None:
         return Device(properties.shared_memory_per_block)
-    return Device(properties.shared_memory_per_block_optin, properties.major == 10)
+    return Device(getattr(properties, "shared_memory_per_block_optin"), properties.major == 10)  # noqa: B009  # unknown to mypy

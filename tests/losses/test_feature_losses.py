@@ -1,195 +1,19 @@
-"""Attention transfer, hints, self-distillation, soft cross-entropy: against the originals' values and the float64 reference."""
+"""Modules for feature maps, and soft cross-entropy: against the papers' formulas and the float64 reference."""
 
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import nn
 
-import kdfast
 from kdfast import functional, losses, reference
-from kdfast.ops import attention_map
-from tests.numeric import ALLOWANCE, FLOAT32_ERROR, KERNELS, error, value_and_gradients
-
-pytestmark = pytest.mark.kernels
-
-LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+from tests.numeric import FLOAT32_ERROR, error, value_and_gradients
 
 
-def features(*shape, dtype=torch.float32, layout="contiguous"):
-    return torch.randn(shape).to(dtype).to(memory_format=LAYOUTS[layout])
-
-
-def reference_loss(p=2):
-    return lambda student, teacher: reference.attention_transfer_loss([student], [teacher], p)
+def features(*shape, dtype=torch.float32):
+    return torch.randn(shape).to(dtype)
 
 
 # ---- attention transfer ----------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("case", ["at_n4_16x8_64x8", "at_n1_32x16_32x8", "at_n2_8x7_24x14"])
-def test_original_values_and_gradients(oracles, case, layout):
-    student, teacher = (torch.tensor(oracles[f"{case}/{name}"]).to(memory_format=LAYOUTS[layout]) for name in ("student", "teacher"))
-    loss, gradient, _ = value_and_gradients(functional.attention_transfer_loss, [student.double(), teacher.double()])
-    assert error(loss, torch.tensor(oracles[f"{case}/loss"])) < 1e-12
-    assert error(gradient, torch.tensor(oracles[f"{case}/grad"])) < 1e-12
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("p", [1, 2, 3.5])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("shapes", [((4, 16, 8, 8), (4, 64, 8, 8)), ((3, 5, 9, 7), (3, 2, 4, 14)), ((1, 1, 1, 2), (1, 3, 1, 2))], ids=str)
-def test_values_and_gradients_match_float64(shapes, dtype, p, layout):
-    student, teacher = (features(*shape, dtype=dtype, layout=layout) for shape in shapes)
-    exact = value_and_gradients(reference_loss(p), [student.double(), teacher.double()])
-    eager = value_and_gradients(reference_loss(p), [student, teacher])
-    ours = value_and_gradients(lambda s, t: functional.attention_transfer_loss(s, t, p=p), [student, teacher])
-    assert ours[0].dtype == torch.float32
-    assert ours[1].dtype == dtype
-    for got, peer, want in zip(ours, eager, exact):
-        allowed = max(FLOAT32_ERROR, error(peer, want)) + ALLOWANCE[dtype]
-        assert error(got, want) <= allowed
-        assert error(torch.zeros_like(got), want) > allowed, "the check would let a zero pass"
-        if got.numel() > 20:
-            assert error(got.flip(1, 2, 3), want) > allowed, "the check would let a permuted gradient pass"
-
-
-@settings(max_examples=60, deadline=None)
-@given(
-    n=st.integers(1, 5),
-    c=st.tuples(st.integers(1, 6), st.integers(1, 6)),
-    sizes=st.lists(st.integers(1, 7), min_size=4, max_size=4),
-    p=st.sampled_from([1, 2, 3]),
-    layouts=st.tuples(st.sampled_from(list(LAYOUTS)), st.sampled_from(list(LAYOUTS))),
-    block=st.integers(1, 300),
-)
-def test_any_shapes_layouts_and_blocks_follow_the_reference(n, c, sizes, p, layouts, block):
-    student = features(n, c[0], sizes[0], sizes[1], dtype=torch.float64, layout=layouts[0])
-    teacher = features(n, c[1], sizes[2], sizes[3], dtype=torch.float64, layout=layouts[1])
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(attention_map, "_BLOCK", block)
-        ours = value_and_gradients(lambda s, t: functional.attention_transfer_loss(s, t, p=p), [student, teacher])
-    exact = value_and_gradients(reference_loss(p), [student, teacher])
-    for got, want in zip(ours, exact):
-        assert (got - want).abs().max() <= 1e-12 * max(1, want.abs().max())
-
-
-def test_stages_add_up_and_one_tensor_is_one_stage():
-    students, teachers = [features(2, 3, 4, 4), features(2, 5, 2, 2)], [features(2, 4, 4, 4), features(2, 6, 2, 2)]
-    both = functional.attention_transfer_loss(students, teachers)
-    apart = [functional.attention_transfer_loss(s, t) for s, t in zip(students, teachers)]
-    assert torch.allclose(both, sum(apart))
-
-
-def test_a_teacher_without_gradient_gets_none_and_one_with_gets_it():
-    student, teacher = features(2, 3, 4, 4).requires_grad_(), features(2, 3, 4, 4)
-    functional.attention_transfer_loss(student, teacher).backward()
-    assert student.grad is not None
-    assert teacher.grad is None
-    teacher.requires_grad_()
-    functional.attention_transfer_loss(student, teacher).backward()
-    assert teacher.grad is not None
-
-
-def test_equal_maps_give_zero_loss_and_gradient():
-    x = features(2, 3, 4, 4)
-    loss, gradient, _ = value_and_gradients(functional.attention_transfer_loss, [x, 5 * x])
-    assert loss < 1e-14
-    assert gradient.abs().max() < 1e-8
-
-
-def test_an_image_of_zeros_gives_what_the_reference_gives():
-    student, teacher = features(2, 3, 4, 4), features(2, 3, 4, 4)
-    student[0] = 0
-    ours = value_and_gradients(functional.attention_transfer_loss, [student, teacher])
-    exact = value_and_gradients(reference_loss(), [student.double(), teacher.double()])
-    assert all(error(a, b) <= FLOAT32_ERROR for a, b in zip(ours, exact))
-
-
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_nan_and_inf_propagate_as_in_the_reference(value):
-    student, teacher = features(3, 3, 4, 4), features(3, 3, 4, 4)
-    student[1, 2, 0, 0] = value
-    ours = value_and_gradients(functional.attention_transfer_loss, [student, teacher])
-    exact = value_and_gradients(reference_loss(), [student.double(), teacher.double()])
-    for got, want in zip(ours, exact):
-        assert torch.equal(got.isnan(), want.isnan())
-
-
-def test_inputs_are_not_written_and_backward_may_run_twice():
-    student, teacher = features(2, 3, 4, 4).requires_grad_(), features(2, 3, 4, 4)
-    copies = student.detach().clone(), teacher.clone()
-    loss = functional.attention_transfer_loss(student, teacher)
-    loss.backward(retain_graph=True)
-    once = student.grad.clone()
-    loss.backward()
-    assert torch.equal(student.grad, 2 * once)
-    assert torch.equal(student, copies[0])
-    assert torch.equal(teacher, copies[1])
-
-
-def test_a_second_derivative_is_refused_in_words():
-    student = features(2, 3, 4, 4).requires_grad_()
-    loss = functional.attention_transfer_loss(student, features(2, 3, 4, 4))
-
-    def differentiate_twice():
-        (gradient,) = torch.autograd.grad(loss, student, create_graph=True)
-        gradient.sum().backward()
-
-    with pytest.raises(RuntimeError, match="no second derivative" if KERNELS else "twice"):  # the kernel says so at once
-        differentiate_twice()
-
-
-def test_gradients_keep_the_features_layout():
-    for layout in LAYOUTS:
-        student = features(2, 8, 4, 4, layout=layout).requires_grad_()
-        functional.attention_transfer_loss(student, features(2, 3, 4, 4)).backward()
-        assert student.grad.stride() == student.stride()
-
-
-def test_it_compiles_without_a_graph_break():
-    torch._dynamo.reset()
-    student, teacher = features(2, 6, 4, 4), features(2, 3, 8, 8)
-    compiled = torch.compile(functional.attention_transfer_loss, fullgraph=True)
-    ours = value_and_gradients(compiled, [student, teacher])
-    exact = value_and_gradients(reference_loss(), [student.double(), teacher.double()])
-    assert all(error(a, b) <= FLOAT32_ERROR for a, b in zip(ours, exact))
-
-
-def test_no_temporary_is_as_large_as_the_features():
-    student = features(64, 64, 16, 16)
-    largest = 0
-
-    class Sizes(torch.utils._python_dispatch.TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            nonlocal largest
-            out = func(*args, **(kwargs or {}))
-            if isinstance(out, torch.Tensor) and out._base is None:
-                largest = max(largest, out.numel())
-            return out
-
-    with kdfast.backend("torch"), Sizes():
-        functional.attention_transfer_loss(student, student)
-    assert largest <= max(attention_map._BLOCK, student.numel() // 64)
-
-
-@pytest.mark.parametrize(
-    ("student", "teacher", "p", "kind", "message"),
-    [
-        (torch.ones(2, 3, 4), torch.ones(2, 3, 4, 4), 2, ValueError, r"student_maps\[0\] must be \[B, C, H, W\], got shape \(2, 3, 4\)"),
-        (torch.ones(2, 3, 4, 4), torch.ones(2, 3, 4, 4).int(), 2, TypeError, r"teacher_maps\[0\] must be floating, got torch.int32"),
-        (torch.ones(2, 3, 4, 4), torch.ones(1, 3, 4, 4), 2, ValueError, r"teacher_maps\[0\] must hold the student's batch of 2, got 1"),
-        (torch.ones(2, 3, 4, 4), [], 2, ValueError, "must be equally many, at least one, got 1 and 0"),
-        ([], [], 2, ValueError, "at least one"),
-        (torch.ones(2, 3, 4, 4), torch.ones(2, 3, 4, 4), 0, ValueError, "p must be positive, got 0"),
-        (torch.ones(2, 3, 4, 4), torch.ones(2, 3, 4, 4, device="meta"), 2, ValueError, "must be on the student's cpu, got meta"),
-    ],
-)
-def test_bad_maps_are_named(student, teacher, p, kind, message):
-    with pytest.raises(kind, match=message):
-        functional.attention_transfer_loss(student, teacher, p=p)
 
 
 def test_the_attention_module_refuses_swapped_arguments():
@@ -199,6 +23,8 @@ def test_the_attention_module_refuses_swapped_arguments():
     with pytest.raises(ValueError, match="swapped"):
         module(teacher, student)
     assert "p=2" in repr(module)
+    with pytest.raises(ValueError, match="p must be positive, got 0"):
+        losses.AttentionTransferLoss(0)
 
 
 # ---- hints -----------------------------------------------------------------------------------------------------------
@@ -261,11 +87,6 @@ def test_task_oriented_features_are_as_many_as_maps_and_keep_float64():
         loss(ours[:1], theirs, logits, logits)
     with pytest.raises(ValueError, match=r"must be 2 features and logits of student and teacher, got \[2, 2, 1, 2\]"):
         loss(ours, theirs, logits[:1], logits)
-
-
-def test_attention_transfer_names_a_bad_power_when_it_is_made():
-    with pytest.raises(ValueError, match="p must be positive, got 0"):
-        losses.AttentionTransferLoss(0)
 
 
 def test_hint_loss_names_shapes_that_differ():
