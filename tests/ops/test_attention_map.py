@@ -482,9 +482,7 @@ def stages(draw):
     return (*map(draw, sizes), *layouts, draw(st.sampled_from([(fp32, fp32), (fp32, bf16), (bf16, bf16), (fp16, fp16)])))
 
 
-@kernels
-@settings(max_examples=320, deadline=None, derandomize=bool(os.environ.get("CI")), database=None)
-@given(
+PROBLEMS = given(
     B=st.integers(1, 3),
     drawn=st.lists(stages(), min_size=1, max_size=2),
     p=st.sampled_from([1, 2, 2, 3, 4, 0.5, 1.5, 2.7]),
@@ -492,7 +490,24 @@ def stages(draw):
     upstream=st.sampled_from([1.0, -0.3, 1024.0]),
     seed=st.integers(0, 10**6),
 )
+
+
+@kernels
+@settings(max_examples=100, deadline=None, derandomize=bool(os.environ.get("CI")), database=None)
+@PROBLEMS
 def test_fuzz(B: int, drawn: Any, p: float, scale: float, upstream: float, seed: int) -> None:
+    _check_problem(B, drawn, p, scale, upstream, seed)
+
+
+@kernels
+@pytest.mark.slow
+@settings(max_examples=320, deadline=None, derandomize=bool(os.environ.get("CI")), database=None)
+@PROBLEMS
+def test_fuzz_longer(B: int, drawn: Any, p: float, scale: float, upstream: float, seed: int) -> None:
+    _check_problem(B, drawn, p, scale, upstream, seed)
+
+
+def _check_problem(B: int, drawn: Any, p: float, scale: float, upstream: float, seed: int) -> None:
     torch.manual_seed(seed)
     students = [scale * maps(B, C, H, W, dtype=dtypes[0], layout=layout) for C, _, H, W, layout, _, dtypes in drawn]
     teachers = [maps(B, C, H, W, dtype=dtypes[1], layout=layout) for _, C, H, W, _, layout, dtypes in drawn]

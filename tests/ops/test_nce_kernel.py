@@ -134,8 +134,7 @@ def test_the_default_dtype_changes_nothing(default):
     assert all(torch.equal(a, b) for a, b in zip(again, plain))
 
 
-@settings(max_examples=320, deadline=None, derandomize=bool(os.environ.get("CI")), database=None)
-@given(
+PROBLEMS = given(
     B=st.integers(1, 5),
     n=st.integers(1, 60),
     K=st.integers(0, 120),
@@ -148,7 +147,22 @@ def test_the_default_dtype_changes_nothing(default):
     programs=st.sampled_from([1, 7, 1056]),
     seed=st.integers(0, 10**6),
 )
+
+
+@settings(max_examples=100, deadline=None, derandomize=bool(os.environ.get("CI")), database=None)
+@PROBLEMS
 def test_fuzz(**case: Any) -> None:
+    _check_problem(**case)
+
+
+@pytest.mark.slow
+@settings(max_examples=320, deadline=None, derandomize=bool(os.environ.get("CI")), database=None)
+@PROBLEMS
+def test_fuzz_longer(**case: Any) -> None:
+    _check_problem(**case)
+
+
+def _check_problem(**case: Any) -> None:
     torch.manual_seed(case["seed"])
     anchors, bank, indices = problem(case["B"], case["n"], case["K"], case["D"], case["dtype"], case["bank_dtype"])
     anchors *= case["length"]

@@ -1,7 +1,7 @@
-"""supcon_loss with a process group is supcon_loss on the joined batch: real processes, their values and averaged gradients.
+"""supcon_loss with a process group equals supcon_loss on the joined batch: real processes, their values and averaged gradients.
 
-One spawn a world size runs all cases, for starting processes takes longer than the cases do. The processes send back what they got;
-here it is compared with the reference on the joined batch in float64.
+One start of processes a world size runs everything, because starting takes longer than all cases. The processes return their results;
+the tests compare them with the reference on the joined batch in float64.
 """
 
 from collections.abc import Callable
@@ -26,7 +26,6 @@ pytestmark = [
     pytest.mark.skipif(DEVICE != "cpu", reason="the processes talk through gloo, on the CPU"),
 ]
 
-WORLDS = [2, 4]
 TILES = [512, 5]  # the matrix form, and the tiled form on a few rows
 UNEVEN = {2: [7, 2], 4: [3, 0, 8, 1]}
 
@@ -147,9 +146,8 @@ def _every_case(rank: int, world: int) -> dict[str, list[Tensor]]:
 # ---- values and gradients --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("world", WORLDS)
-def test_every_rank_has_the_joined_batchs_value_and_ddp_its_gradient(world: int, tmp_path: Path) -> None:
-    by_rank = in_processes(_every_case, world, tmp_path)
+def _check_cases(world: int, by_rank: list[dict[str, list[Tensor]]]) -> None:
+    """Every rank has the joined batch's value, and averaging has its gradient."""
     failures = []
     for name, problem in problems(world).items():
         for tile in TILES:
@@ -216,21 +214,27 @@ class Student(nn.Module):
         return self.logits(hidden), self.embed(hidden)
 
 
-# name: (logits [B, 5], features [B, 4], teacher [B, 5], labels [B], group, uneven) -> loss
-LOSSES: dict[str, Callable[..., Tensor]] = {
-    "labels": lambda z, f, t, y, group, uneven: supcon_loss(f, y, temperature=0.2, group=group, uneven=uneven),
-    "simclr": lambda z, f, t, y, group, uneven: supcon_loss(torch.stack([f, z[:, :4]], 1), group=group, uneven=uneven),
-    "SupContrastiveLoss": lambda z, f, t, y, group, _: SupContrastiveLoss(0.2, group=group)(f, y),
-    "SupConLoss": lambda z, f, t, y, group, _: SupConLoss(0.2, "one", group=group)(torch.stack([f, z[:, :4]], 1), y),
-    "ConKDLoss": lambda z, f, t, y, group, _: ConKDLoss(2.0, 2.0, 0.2, group=group)(t, z, f, y),
-    "ConKDLoss, notebook": lambda z, f, t, y, group, _: ConKDLoss(2.0, 2.0, 0.2, variant="notebook", group=group)(t, z, f, y),
-}
+LOSSES = ["labels", "simclr", "SupContrastiveLoss", "SupConLoss", "ConKDLoss", "ConKDLoss, notebook"]
 SIZES = {"even": [5, 5], "uneven": [6, 3], "a rank without rows": [0, 7]}
+# ranks with different numbers of rows: functional.supcon_loss only
+SHARED = [(name, shared) for name in LOSSES for shared in SIZES if shared == "even" or name in ("labels", "simclr")]
 
 
-def _shared() -> list[tuple[str, str]]:
-    """The losses, and how their batch may be shared: ranks that differ in rows are functional.supcon_loss's alone."""
-    return [(name, shared) for name in LOSSES for shared in SIZES if shared == "even" or name in ("labels", "simclr")]
+def _loss(name: str, model: nn.Module, batch: list[Tensor], group: Any, uneven: bool) -> Tensor:
+    x, teacher, labels = batch
+    logits, features = model(x)
+    views = torch.stack([features, logits[:, :4]], 1)
+    match name:
+        case "labels":
+            return supcon_loss(features, labels, temperature=0.2, group=group, uneven=uneven)
+        case "simclr":
+            return supcon_loss(views, group=group, uneven=uneven)
+        case "SupContrastiveLoss":
+            return SupContrastiveLoss(0.2, group=group)(features, labels)
+        case "SupConLoss":
+            return SupConLoss(0.2, "one", group=group)(views, labels)
+    variant: Any = "notebook" if "notebook" in name else "readme"
+    return ConKDLoss(2.0, 2.0, 0.2, variant=variant, group=group)(teacher, logits, features, labels)
 
 
 def _batch(sizes: list[int]) -> list[Tensor]:
@@ -243,24 +247,23 @@ def _parameter_gradients(model: nn.Module) -> list[Tensor]:
     return [torch.zeros_like(p) if p.grad is None else p.grad for p in model.parameters()]
 
 
-def _gradients_under_ddp(rank: int, world: int) -> dict[str, list[Tensor]]:
-    """By loss, sharing, and whether the ranks see one another."""
+def _gradients_under_ddp(rank: int) -> dict[str, list[Tensor]]:
+    """By loss, sharing, and with or without the group."""
     results = {}
-    for name, shared in _shared():
-        x, t, y = (whole.split(SIZES[shared])[rank] for whole in _batch(SIZES[shared]))
+    for name, shared in SHARED:
+        batch = [whole.split(SIZES[shared])[rank] for whole in _batch(SIZES[shared])]
         for group in (dist.group.WORLD, None):
             model = DistributedDataParallel(Student(), find_unused_parameters=True)
-            LOSSES[name](*model(x), t, y, group, shared != "even" and group is not None).backward()
+            _loss(name, model, batch, group, shared != "even" and group is not None).backward()
             results[f"{name}, {shared}, {group is not None}"] = _parameter_gradients(model)
     return results
 
 
-def test_parameters_gradients_under_ddp_are_one_processs(tmp_path: Path) -> None:
-    by_rank = in_processes(_gradients_under_ddp, 2, tmp_path)
-    for name, shared in _shared():
-        x, t, y = _batch(SIZES[shared])
+def _check_ddp(by_rank: list[dict[str, list[Tensor]]]) -> None:
+    """DistributedDataParallel's gradients are those of one process on the joined batch."""
+    for name, shared in SHARED:
         model = Student()
-        LOSSES[name](*model(x), t, y, None, False).backward()
+        _loss(name, model, _batch(SIZES[shared]), None, False).backward()
         wanted = _parameter_gradients(model)
         for results in by_rank:
             for got, want in zip(results[f"{name}, {shared}, True"], wanted):
@@ -273,7 +276,7 @@ def test_parameters_gradients_under_ddp_are_one_processs(tmp_path: Path) -> None
 
 
 def _contract(rank: int, world: int) -> dict[str, Any]:
-    """What holds on every rank, asserted there; and errors' texts."""
+    """Asserts on every rank; returns the texts of errors."""
     group = dist.group.WORLD
     draw = torch.Generator().manual_seed(rank)
     features, labels = torch.randn(6, 2, 5, generator=draw), torch.randint(0, 3, (6,), generator=draw)
@@ -329,23 +332,8 @@ def _contract(rank: int, world: int) -> dict[str, Any]:
     return messages
 
 
-def test_contract_of_the_group(tmp_path: Path) -> None:
-    for messages in in_processes(_contract, 4, tmp_path):
-        assert messages == {
-            "mask": "supcon_loss: mask must be None with a group of 4 ranks, whose rows it does not cover: give labels",
-            "group": "supcon_loss: group must be a torch.distributed.ProcessGroup or None, got str",
-        }
-
-
-def test_bad_input_is_named() -> None:
-    features = torch.ones(4, 3)
-    with pytest.raises(TypeError, match=r"group must be a torch.distributed.ProcessGroup or None, got int"):
-        supcon_loss(features, group=-100)  # type: ignore[arg-type]  # what torch.distributed gives to a process outside a group
-    with pytest.raises(ValueError, match="uneven = True needs a group, got None"):
-        supcon_loss(features, uneven=True)
-
-
-def _compiled(rank: int, world: int) -> None:
+def _check_compiled(rank: int) -> None:
+    """Compiles without graph break to the same bits."""
     group = dist.group.WORLD
     draw = torch.Generator().manual_seed(rank)
     cases: list[tuple[tuple[int, ...], dict[str, Any]]] = [
@@ -369,5 +357,38 @@ def _compiled(rank: int, world: int) -> None:
             assert torch.equal(a, b)
 
 
-def test_compiles_without_graph_break_to_the_same_bits(tmp_path: Path) -> None:
-    in_processes(_compiled, 2, tmp_path)
+# ---- tests -----------------------------------------------------------------------------------------------------------
+
+
+def _work(rank: int, world: int) -> dict[str, Any]:
+    results: dict[str, Any] = {"cases": _every_case(rank, world)}
+    if world == 2:
+        results["ddp"] = _gradients_under_ddp(rank)
+        _check_compiled(rank)
+    else:
+        results["messages"] = _contract(rank, world)
+    return results
+
+
+def test_two_ranks_have_the_joined_batchs_value_and_ddp_its_gradient(tmp_path: Path) -> None:
+    by_rank = in_processes(_work, 2, tmp_path)
+    _check_cases(2, [results["cases"] for results in by_rank])
+    _check_ddp([results["ddp"] for results in by_rank])
+
+
+def test_four_ranks_have_the_joined_batchs_value_and_hold_the_contract(tmp_path: Path) -> None:
+    by_rank = in_processes(_work, 4, tmp_path)
+    _check_cases(4, [results["cases"] for results in by_rank])
+    for results in by_rank:
+        assert results["messages"] == {
+            "mask": "supcon_loss: mask must be None with a group of 4 ranks, whose rows it does not cover: give labels",
+            "group": "supcon_loss: group must be a torch.distributed.ProcessGroup or None, got str",
+        }
+
+
+def test_bad_input_is_named() -> None:
+    features = torch.ones(4, 3)
+    with pytest.raises(TypeError, match=r"group must be a torch.distributed.ProcessGroup or None, got int"):
+        supcon_loss(features, group=-100)  # type: ignore[arg-type]  # what torch.distributed gives to a process outside a group
+    with pytest.raises(ValueError, match="uneven = True needs a group, got None"):
+        supcon_loss(features, uneven=True)

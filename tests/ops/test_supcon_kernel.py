@@ -243,8 +243,7 @@ def test_a_row_may_be_zero_or_huge():
     assert error(supcon_loss(features, labels, normalize=True, reduction="none"), want) < FLOAT32_ERROR
 
 
-@settings(max_examples=400, deadline=None, derandomize=bool(os.environ.get("CI")), database=None)
-@given(
+PROBLEMS = given(
     B=st.integers(1, 40),
     V=st.integers(0, 3),
     D=st.integers(8, 40),
@@ -261,7 +260,22 @@ def test_a_row_may_be_zero_or_huge():
     dtype=st.sampled_from([torch.float32, torch.float32, torch.bfloat16, torch.float16]),
     seed=st.integers(0, 10**6),
 )
+
+
+@settings(max_examples=120, deadline=None, derandomize=bool(os.environ.get("CI")), database=None)
+@PROBLEMS
 def test_fuzz(**case: Any) -> None:
+    _check_problem(**case)
+
+
+@pytest.mark.slow
+@settings(max_examples=400, deadline=None, derandomize=bool(os.environ.get("CI")), database=None)
+@PROBLEMS
+def test_fuzz_longer(**case: Any) -> None:
+    _check_problem(**case)
+
+
+def _check_problem(**case: Any) -> None:
     torch.manual_seed(case["seed"])
     B, V, D, queue = case["B"], case["V"], case["D"], case["queue"]
     options = {name: case[name] for name in ("temperature", "contrast_mode", "self_positive", "normalize")}
