@@ -2,10 +2,10 @@
 
     p <- p (1 - lr wd);   u = sign(b1 m + (1 - b1) g), sign(0) = 0;   p <- p - lr u;   m <- b2 m + (1 - b2) g
 
-Floor: five passes (read p, g, m; write p, m), 20 bytes a float32 parameter, and they are what is made. A program updates BLOCK
-elements of one tensor, which it looks up: `chunks` says which block of which row it is, and a row of `addresses` says where the tensors
-lie. The compiler knows no alignment of an address that was loaded, so it is told: blocks that are whole, of tensors that begin at
-multiples of 16 bytes, are accessed 128 bits at a time; a tensor's last block, and tensors that begin elsewhere, element by element.
+The kernel makes five passes over memory, which is the floor (read p, g, m; write p, m; 20 bytes a float32 parameter). A program updates
+BLOCK elements of one tensor: `chunks` tells it which block of which row, and a row of `addresses` where the tensors are. The compiler
+cannot know the alignment of a loaded address, so it is told: whole blocks of tensors that begin at multiples of 16 bytes are accessed
+128 bits at a time; a tensor's last block, and tensors that begin elsewhere, element by element.
 
 Rounding is PyTorch's: round(b1 m), then a fused multiply-add with g. Everything is float32 until it is stored.
 
@@ -96,10 +96,10 @@ def _round_at_random(x, noise, DTYPE: tl.constexpr):
 
 @triton.jit
 def _pointer(entry, column, start, DTYPE: tl.constexpr, WHOLE: tl.constexpr):
-    """To the block's first element: offsets from there fit in 32 bits, and in half the registers."""
+    """The pointer to the block's first element: offsets from there fit in 32 bits, and in half the registers."""
     pointer = tl.load(entry + column).to(tl.pointer_type(DTYPE)) + start
     if WHOLE:
-        pointer = tl.multiple_of(pointer, 16)  # here, where the pointer is made: elsewhere the compiler does not heed it
+        pointer = tl.multiple_of(pointer, 16)  # the compiler uses this only where the pointer is made
     return pointer
 
 
@@ -122,7 +122,7 @@ def _store(pointer, at, x, n, WHOLE: tl.constexpr):
 
 @triton.jit
 def _offsets(M: tl.constexpr, BLOCK: tl.constexpr):
-    """Of a block's elements from its first; with 8-bit momenta a row of them for every scale."""
+    """Offsets of a block's elements from its first; with 8-bit momenta one row for each scale."""
     if tl.int8 == M:
         at = tl.arange(0, BLOCK // GROUP)[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
     else:
@@ -132,7 +132,7 @@ def _offsets(M: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def _scales(entry, start, n, BLOCK: tl.constexpr):
-    """Pointers to the scales of a block's 8-bit momenta, and which of these there are."""
+    """Pointers to the scales of a block's 8-bit momenta, and a mask of those that exist."""
     group = tl.arange(0, BLOCK // GROUP)[:, None]
     return _pointer(entry, SCALE, start // GROUP, tl.float32, False) + group, group * GROUP < n
 
@@ -183,10 +183,10 @@ def _update(
     P: tl.constexpr, G: tl.constexpr, M: tl.constexpr, ROUNDING: tl.constexpr, MAXIMIZE: tl.constexpr,
     WHOLE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The step of one block, of which every element is there (WHOLE), or the first n."""
+    """The step of one block: of all its elements (WHOLE), or of the first n."""
     at = _offsets(M, BLOCK)
     params = _pointer(entry, PARAM, start, P, WHOLE)
-    p = _load(params, at, n, WHOLE).to(tl.float32)  # asked for before it is needed: three loads under way at once
+    p = _load(params, at, n, WHOLE).to(tl.float32)  # loaded early: three loads are under way at once
     momenta = _pointer(entry, MOMENTUM, start, M, WHOLE)
     m = _load_momentum(momenta, entry, start, at, n, WHOLE, BLOCK)
     g = _gradient(entry, start, at, n, factor, G, MAXIMIZE, WHOLE)
@@ -215,7 +215,7 @@ def _update(
 
 @triton.jit
 def _place(addresses, chunks, found_inf, BLOCK: tl.constexpr):
-    """This program's row, where its addresses are, the first element, how many to update, and whether those are BLOCK that lie well."""
+    """This program's row, its entry in `addresses`, first element, number of elements, and whether these are BLOCK and aligned."""
     row = tl.load(chunks + 2 * tl.program_id(0)).to(tl.int64)
     start = tl.load(chunks + 2 * tl.program_id(0) + 1).to(tl.int64) * BLOCK  # a tensor may have more than 2^31 elements
     entry = addresses + row * COLUMNS
@@ -231,7 +231,7 @@ def _step(
     addresses, chunks, factor, found_inf, moving, lr, decay, rate, beta1, rest1, beta2, rest2,
     P: tl.constexpr, G: tl.constexpr, M: tl.constexpr, ROUNDING: tl.constexpr, MAXIMIZE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """All rows. With `lr`, a pointer, it is the rate, and `decay` is the weight decay that it multiplies."""
+    """Steps all rows. If there is `lr`, a pointer, it replaces `rate`, and `decay` is the weight decay that it multiplies."""
     row, entry, start, n, whole = _place(addresses, chunks, found_inf, BLOCK)
     if lr is not None:
         rate = tl.load(lr).to(tl.float32)
@@ -270,7 +270,7 @@ def _moving(
     at = _offsets(M, BLOCK)
     m = _load_momentum(_pointer(entry, MOMENTUM, start, M, WHOLE), entry, start, at, n, WHOLE, BLOCK)
     g = _gradient(entry, start, at, n, factor, G, MAXIMIZE, WHOLE)
-    agree = _sign(tl.fma(g, rest1, beta1 * m)) * g > 0  # where nothing is there g is 0
+    agree = _sign(tl.fma(g, rest1, beta1 * m)) * g > 0  # beyond the end g is 0
     return tl.sum(tl.ravel(agree.to(tl.int32)), 0)
 
 
@@ -278,20 +278,20 @@ def _moving(
 
 
 class Table(NamedTuple):
-    """Where the tensors of a launch lie, in their device's memory: good as long as they lie there."""
+    """Tells a launch where its tensors are, as long as they stay there."""
 
     addresses: Tensor  # int64 [rows, COLUMNS]
     numbers: "array[int]"  # the same on the CPU, row after row
     flags: "array[int]"  # the column FLAGS, if all gradients are aligned
     chunks: Tensor  # int32 [programs, 2]: row, and block within it
-    sizes: tuple[int, ...]  # of the rows: chunks depend on nothing else
-    spares: list[Tensor]  # pinned memory for the addresses that CUDA graphs will find, taken one by one
-    captured: bool = False  # filled by a graph's own copy, anew in every replay
+    sizes: tuple[int, ...]  # elements of the rows; chunks depend on nothing else
+    spares: list[Tensor]  # pinned memory for the addresses of later captured steps, one for each
+    captured: bool = False  # a CUDA graph fills it in every replay
 
     @property
     def programs(self) -> int:
-        """How many a launch needs."""
-        return len(self.chunks)
+        """The number of programs of a launch."""
+        return self.chunks.shape[0]
 
 
 def make_table(rows: Sequence[Any], before: Table | None = None, *, capturable: bool = False) -> Table:

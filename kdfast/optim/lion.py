@@ -274,6 +274,8 @@ class Lion(Optimizer):
 
     def _grad_factors(self, options: list[Options], unscale: Tensor | None) -> list[Tensor | None]:
         """For each group, the factor of its gradients: 1 / loss scale, and the clipping of all groups that clip to their common norm."""
+        if all(own.max_grad_norm is None for own in options):
+            return [unscale] * len(options)
         clipped = [group for group, own in zip(self.param_groups, options) if own.max_grad_norm is not None]
         grads = [param.grad for group in clipped for param in group["params"] if param.grad is not None]
         if not grads:

@@ -115,7 +115,7 @@ class LaunchPlan:
         self._addresses = _addresses(tensors)
 
     def _collect(self, params: list[Any], state: Any) -> list[Any]:
-        """Parameters, state and gradients, each in the order of launches; an empty list if the state is that of others."""
+        """Parameters, state and gradients, each in the order of launches; an empty list if the state does not belong to them."""
         try:
             own = self._pick_params(params)
             if not all(map(is_, own, self._pick_keys(list(state)))):
@@ -132,7 +132,7 @@ class LaunchPlan:
         if self._without_grad and any(params[place].grad is not None for place in self._without_grad):
             return None
         tensors = self._collect(params, state)
-        if not tensors or not self._guards.check(*tensors):
+        if len(tensors) != len(self._addresses) or not self._guards.check(*tensors):
             return None
         addresses, gradients = _addresses(tensors), slice(len(tensors) - self._count, None)
         have_moved = addresses != self._addresses
@@ -182,6 +182,8 @@ def _all_params(groups: list[dict[str, Any]]) -> list[Any]:
 
 def _picker(places: list[int]) -> Callable[[list[Any]], Sequence[Any]]:
     """A function that picks the items of a list at these places."""
+    if places == list(range(len(places))):
+        return itemgetter(slice(len(places)))
     return itemgetter(*places) if len(places) > 1 else lambda items: [items[place] for place in places]
 
 
