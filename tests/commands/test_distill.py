@@ -26,7 +26,9 @@ def test_a_run_folder_holds_what_was_promised(finished: Path):
     assert names >= {"config.toml", "metrics.jsonl", "curves.png", "report.html", "results.json", "best.safetensors", "teacher.safetensors"}
     assert "checkpoint.pt" not in names, "a finished run needs none"
     results = results_of(finished)
-    assert len(results["arms"]["alone"]) == len(results["arms"]["distilled"]) == results["paired"]["n"] == 2
+    top1 = {arm: [student["best/top1"] for student in results["arms"][arm]] for arm in ("alone", "distilled")}
+    assert len(top1["alone"]) == len(top1["distilled"]) == results["paired"]["n"] == 2
+    assert results["paired"]["differences"] == [after - before for before, after in zip(top1["alone"], top1["distilled"])]
     for arm in results["arms"]["distilled"]:
         assert {"best/top1", "best/top5", "best/loss", "last/top1", "val/top1", "epoch", "train_images_per_s"} <= arm.keys()
     assert sum(map(sum, results["confusion"]["distilled"])) == 2 * results["test_images"]
