@@ -112,16 +112,17 @@ def test_conkd_defaults_and_bad_input() -> None:
     logits, features, labels = torch.randn(4, 10), torch.randn(4, 8), torch.zeros(4, dtype=torch.int64)
     with pytest.raises(ValueError, match="variant must be"):
         ConKDLoss(variant="paper")
-    for make, message in (
-        (lambda: SupConLoss(-1.0), "temperature must be positive, got -1.0"),
-        (lambda: SupConLoss("x"), "temperature must be a number, got 'x'"),
-        (lambda: SupConLoss(contrast_mode="al"), "contrast_mode must be 'all' or 'one', got 'al'"),
-        (lambda: SupContrastiveLoss(0.0), "temperature must be positive, got 0.0"),
-        (lambda: ConKDLoss(temperature=0.0), "temperature must be positive, got 0.0"),
-        (lambda: ConKDLoss(contrast_temperature=0.0), "temperature must be positive, got 0.0"),
-    ):
+    loss_classes: list[tuple[Any, dict[str, Any], str]] = [
+        (SupConLoss, {"temperature": -1.0}, "temperature must be positive, got -1.0"),
+        (SupConLoss, {"temperature": "x"}, "temperature must be a number, got 'x'"),
+        (SupConLoss, {"contrast_mode": "al"}, "contrast_mode must be 'all' or 'one', got 'al'"),
+        (SupContrastiveLoss, {"temperature": 0.0}, "temperature must be positive, got 0.0"),
+        (ConKDLoss, {"temperature": 0.0}, "temperature must be positive, got 0.0"),
+        (ConKDLoss, {"contrast_temperature": 0.0}, "temperature must be positive, got 0.0"),
+    ]
+    for loss_class, options, message in loss_classes:
         with pytest.raises((ValueError, TypeError), match=message):
-            make()
+            loss_class(**options)
     with pytest.raises(ValueError, match=r"features must be \[B, D\]"):
         loss(logits, logits, features[:, None], labels)
     with pytest.raises(ValueError, match="swapped"):

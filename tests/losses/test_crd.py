@@ -25,7 +25,7 @@ pytestmark = pytest.mark.kernels
 # (B, n, K, D)
 SHAPES = [(1, 9, 4, 3), (3, 7, 2, 10), (5, 33, 7, 7), (4, 500, 64, 32), (2, 50, 129, 100), (7, 300, 1000, 33), (3, 1001, 257, 128)]
 SHAPES += [(2, 9, 40, 300), (2, 5, 0, 4)]
-torch_form = pytest.mark.skipif(KERNELS, reason="about the PyTorch form, and the kernel runs here")
+torch_form = pytest.mark.skipif(KERNELS, reason="tests the PyTorch form, and the kernel runs here")
 
 
 def unit(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -209,8 +209,8 @@ def test_the_bank_may_be_overwritten_before_backward() -> None:
     assert torch.equal(leaf.grad, want)
 
 
-def test_a_float16_gradient_waits_for_its_factor() -> None:
-    """Of a large batch's mean it is below float16's least number, until a GradScaler's factor lifts it."""
+def test_small_float16_gradients_keep_their_digits_under_a_loss_scale() -> None:
+    """A large batch's mean has gradients below float16's least number, until a GradScaler's factor lifts them."""
     anchors, bank, indices = problem(400, 30, 4, 16, torch.float16)
     factor, Z = torch.tensor(2.0**14), torch.tensor(1e9)
     got = value_and_gradients(lambda v: nce.nce_loss(v, bank, indices, Z, 1.0) * 1e-4, [anchors], factor)[1]
@@ -594,27 +594,37 @@ def test_more_negatives_than_images() -> None:
 
 
 @pytest.mark.parametrize(
-    ("call", "message"),
+    ("arguments", "message"),
     [
-        (lambda: CRDLoss(6, 5, 1), "n_data must be at least 2"),
-        (lambda: CRDLoss(6, 5, 9, nce_k=0), "nce_k must be positive"),
-        (lambda: CRDLoss(6, 5, 9, nce_t=0.0), "nce_t must be positive"),
-        (lambda: CRDLoss(6, 5, 9, nce_m=1.5), r"nce_m must be in \[0, 1\]"),
-        (lambda: CRDLoss(6, 5, 9, labels=torch.zeros(8, dtype=torch.int64)), r"labels must be \[9\] integers"),
-        (lambda: CRDLoss(6, 5, 9, labels=[0] * 9), "labels must be a tensor, got list"),
-        (lambda: CRDLoss(6, 5, 9, labels=torch.zeros(9)), r"labels must be \[9\] integers"),
-        (lambda: CRDLoss(6, 5, 9, labels=torch.zeros(9, dtype=torch.int64)), "at least two classes"),
-        (lambda: module()(torch.ones(4, 7), torch.ones(4, 5), torch.arange(4)), r"f_s must be \[4, 6\]"),
-        (lambda: module()(torch.ones(4, 6), torch.ones(3, 5), torch.arange(4)), r"f_t must be \[4, 5\]"),
-        (lambda: module()(torch.ones(4, 6), torch.ones(4, 5), torch.arange(4).int()), "idx must be int64"),
-        (lambda: module()(torch.ones(4, 6), torch.ones(4, 5), torch.arange(3)), r"idx must be \[4\]"),
-        (lambda: module()(torch.ones(4, 6), torch.ones(4, 5), torch.arange(4) + 37), r"idx must be in \[0, 40\), got 40"),
-        (lambda: module()(torch.ones(4, 6), torch.ones(4, 5, requires_grad=True), torch.arange(4)), "swapped"),
+        ({"n_data": 1}, "n_data must be at least 2"),
+        ({"nce_k": 0}, "nce_k must be positive"),
+        ({"nce_t": 0.0}, "nce_t must be positive"),
+        ({"nce_m": 1.5}, r"nce_m must be in \[0, 1\]"),
+        ({"labels": torch.zeros(8, dtype=torch.int64)}, r"labels must be \[9\] integers"),
+        ({"labels": [0] * 9}, "labels must be a tensor, got list"),
+        ({"labels": torch.zeros(9)}, r"labels must be \[9\] integers"),
+        ({"labels": torch.zeros(9, dtype=torch.int64)}, "at least two classes"),
     ],
 )
-def test_the_module_names_bad_input(call: Any, message: str) -> None:
+def test_module_names_bad_options(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises((ValueError, TypeError), match=message):
-        call()
+        CRDLoss(6, 5, **({"n_data": 9} | arguments))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"f_s": torch.ones(4, 7)}, r"f_s must be \[4, 6\]"),
+        ({"f_t": torch.ones(3, 5)}, r"f_t must be \[4, 5\]"),
+        ({"f_t": torch.ones(4, 5, requires_grad=True)}, "swapped"),
+        ({"idx": torch.arange(4).int()}, "idx must be int64"),
+        ({"idx": torch.arange(3)}, r"idx must be \[4\]"),
+        ({"idx": torch.arange(4) + 37}, r"idx must be in \[0, 40\), got 40"),
+    ],
+)
+def test_module_names_bad_input(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises((ValueError, TypeError), match=message):
+        module()(**({"f_s": torch.ones(4, 6), "f_t": torch.ones(4, 5), "idx": torch.arange(4)} | arguments))
 
 
 # ---- processes -------------------------------------------------------------------------------------------------------

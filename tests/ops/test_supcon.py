@@ -28,7 +28,7 @@ MANY, QUEUED = 600, 520
 if INTERPRETED:  # which takes its time for every tile; its tiles have 64 rows
     SHAPES = [(3, 7), (65, 8), (33, 300), (20, 2, 10), (9, 3, 4, 5), (67, 2, 128)]
     MANY, QUEUED = 140, 70
-torch_form = pytest.mark.skipif(KERNELS, reason="about the PyTorch form, and the kernel runs here")
+torch_form = pytest.mark.skipif(KERNELS, reason="tests the PyTorch form, and the kernel runs here")
 VARIANTS: dict[str, dict[str, Any]] = {
     "supcon": {"base_temperature": 0.1},
     "simclr": {"labels": False},
@@ -109,7 +109,7 @@ def test_other_dtypes_match_float64(shape: tuple[int, ...], variant: str, dtype:
     assert all(gradient.dtype == dtype for gradient in gradients)
 
 
-def test_the_originals(oracles: Any) -> None:
+def test_values_are_the_originals(oracles: Any) -> None:
     cases = {name.split("/")[0] for name in oracles.files if name.startswith(("supcon_", "simclr_", "supcontrastive_seed_"))}
     assert len(cases) == 10
     for case, dtype in itertools.product(sorted(cases), (torch.float64, torch.float32)):
@@ -362,7 +362,7 @@ def test_masks_of_any_strides(B: int) -> None:
 
 
 @pytest.mark.parametrize("B", [4, MANY])
-def test_labels_may_be_filled_anew_before_backward(B: int) -> None:
+def test_labels_may_be_overwritten_before_backward(B: int) -> None:
     features, labels = unit(B, 6).requires_grad_(), torch.arange(B) % 2
     (want,) = torch.autograd.grad(supcon_loss(features, labels), features)
     loss = supcon_loss(features, labels)
