@@ -29,7 +29,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from kdfast.ops import checks, gather
-from kdfast.ops.backend import kernel
+from kdfast.ops.backend import chooses_kernel, kernel
 from kdfast.ops.precision import arithmetic
 from kdfast.ops.registration import opaque
 from kdfast.ops.supcon import eager, group
@@ -129,6 +129,8 @@ def supcon_loss(
         scale = 1.0 if options.base_temperature is None else temperature / float(options.base_temperature)
         setting = Setting(temperature, scale, options.duplicates, options.self_positive, options.normalize, copied)
         mask = None if mask is None else mask.detach().to(features.device)
+        if torch.compiler.is_compiling():
+            chooses_kernel(anchors, others)  # a graph depends on the backend: reading it here makes torch.compile guard it
         losses = _SupCon.apply(anchors, others, torch.cat(row_names) if len(row_names) > 1 else row_names[0], mask, setting)
     return _reduce(losses, (B, V) if in_all else None, samples, options)
 
