@@ -1,6 +1,6 @@
 """Attention transfer (Zagoruyko, Komodakis, ICLR 2017, arXiv:1612.03928).
 
-Use it when student and teacher are convolutional networks with the same number of stages and the student should look at the same places.
+Use it when teacher and student have stages of matching resolution and the student should look at the same places.
 
     A(F) = a / |a|_2 over the pixels, a = mean over channels of F^2
     loss = ce_weight CE(s, y) + attention_weight sum over stages of mean (A(F_s) - A(F_t))^2 [+ kd_weight T^2 KL(t || s)]

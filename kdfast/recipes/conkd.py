@@ -1,6 +1,7 @@
 """ConKD-Lion: logit standardization with a supervised contrastive term, and Lion.
 
-Use it when the training set is small or partly labelled: the contrast learns from how images group, not only from their labels.
+Use it when the student's features matter beyond its classes, for example for retrieval, or when batches are large enough that every
+class occurs several times.
 
 There are three procedures:
 

@@ -1,7 +1,7 @@
 """Contrastive representation distillation (Tian, Krishnan, Isola, ICLR 2020, arXiv:1910.10699).
 
-Use it when the training set is fixed, logits alone teach too little (many classes, different architectures), and memory for two banks
-with a row for every training image is available.
+Use it when the student's features matter, or when teacher and student have different architectures. The memory banks take a row for
+every training image.
 
     v = normalize(W features), for student and teacher; features are the input of the classifier
     loss = ce_weight CE(s, y) + contrast_weight L [+ kd_weight T^2 KL(t || s)]

@@ -1,6 +1,7 @@
 """DIH, distilling knowledge via intermediate classifiers (Asadian, Salehi-Abari 2021, arXiv:2103.00497).
 
-Use it when the teacher is much larger than the student: classifiers on its early stages make predictions that a small student can follow.
+Use it when the teacher is much larger than the student and no assistant is to be trained: heads on the teacher's stages are weaker
+teachers beside its final classifier.
 
     1. the teacher is trained with cross-entropy
     2. k heads, each Flatten - Linear, one on the output of each stage of the frozen teacher, are trained together on the sum of their CE

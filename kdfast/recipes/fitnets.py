@@ -1,6 +1,6 @@
 """FitNets (Romero et al., ICLR 2015, arXiv:1412.6550): the middle of the student learns the middle of the teacher.
 
-Use it when the student is thin and deep and hard to train from labels and logits alone.
+Use it when the student is thinner or deeper than the teacher and training from the logits alone starts slowly.
 
     stages    the paper's two trainings (the default). First the hint: the student up to `student_hint` learns
               mean (regressor(F_s) - F_t)^2. Then distillation of the logits, kd.py's loss, with a new optimizer.

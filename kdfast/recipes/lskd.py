@@ -1,6 +1,7 @@
 """Logit standardization (Sun, Ren, Li, Wang, Cao, CVPR 2024, arXiv:2403.01427).
 
-Use it when the teacher's logits are much larger or smaller than the student can match: only their shape is compared, not their scale.
+Use it when teacher and student have logits of different scale, for example with a very confident teacher: only the shape of the
+logits is compared.
 
     z(x) = (x - mean(x)) / (std(x) + 1e-7), std unbiased
     loss = ce_weight CE(s, y) + kd_weight T^2 KL(softmax(z(t) / T) || softmax(z(s) / T))

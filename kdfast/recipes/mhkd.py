@@ -1,6 +1,6 @@
 """MHKD, multi-head knowledge distillation (Wang, Lohit, Jones, Fu 2020, arXiv:2012.02911).
 
-Use it when the teacher is much larger than the student and you want to train the teacher's extra heads in the student's own run.
+Use it when intermediate layers of both networks should agree about the classes and their feature maps cannot be compared directly.
 
 Both networks get heads on their stages. The teacher's heads are trained together with the student, on the teacher's frozen maps.
 

@@ -1,6 +1,6 @@
 """TAKD, teacher assistants (Mirzadeh et al., AAAI 2020, arXiv:1902.03393).
 
-Use it when the teacher is so much larger that the student learns little from it, and there is time for further trainings.
+Use it when the teacher is many times larger than the student. Each assistant costs one more training.
 
 The teacher distils an assistant of a size between the two, that assistant distils the next one, and the last one distils the student.
 Every hop is plain distillation (kd.py) with the same settings and the same training.

@@ -1,6 +1,7 @@
 """TOFD, task-oriented feature distillation (Zhang, Shi, Shi, Ma, Bao, NeurIPS 2020).
 
-Use it when the strongest signal from the teacher's features is worth a longer training: every stage of both networks gets a classifier.
+Use it when you can afford classifiers on every stage of both networks: features then carry information about the classes before they
+are compared.
 
 A stage's classifier is a separable convolution of stride 2 for each stage that follows it, then average pool and one linear layer; the
 last stage's classifier is the network's own. The teacher's are trained first, on its frozen maps. Then, with f the pooled features that
