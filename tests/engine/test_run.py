@@ -70,8 +70,7 @@ def test_a_stage_keeps_the_best_or_the_last_epoch(tmp_path: Path, keep: str, epo
 
 
 def test_a_run_killed_at_any_write_resumes_to_the_same_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    training, real = replace(TRAINING, epochs=2), os.replace
-    expected = run(tmp_path / "whole", training)
+    expected, real = run(tmp_path / "whole"), os.replace
     for n in range(100):
         calls, crashed = iter(range(n)), False
 
@@ -82,16 +81,16 @@ def test_a_run_killed_at_any_write_resumes_to_the_same_bits(tmp_path: Path, monk
 
         monkeypatch.setattr(os, "replace", dying)
         try:
-            run(tmp_path / str(n), training)
+            run(tmp_path / str(n))
         except Crash:
             crashed = True
         monkeypatch.setattr(os, "replace", real)
-        metrics, weights = run(tmp_path / str(n), training)
+        metrics, weights = run(tmp_path / str(n))
         assert metrics == expected[0], f"killed at write {n + 1}"
         assert equal(weights, expected[1]), f"killed at write {n + 1}"
         if not crashed:
             break
-    assert n >= 10, "too few writes were tried"
+    assert n >= 12, "too few writes were tried"
 
 
 @pytest.mark.parametrize("after", [1, 7, 12])
@@ -180,6 +179,28 @@ def test_a_stage_brings_its_own_optimizer_whose_rate_is_scheduled_and_whose_stat
         train(tmp_path / "stopped", stopped())
     assert equal(train(tmp_path / "stopped", StopRequest()), whole)
     assert len(made) == 3
+
+
+def test_the_moving_average_is_kept_and_training_continues_without_it(tmp_path: Path):
+    histories = []
+    for ema in (None, 0.75):
+        model, seen = linear(), []
+
+        def loss(outputs, batch, model=model, seen=seen):
+            if torch.is_grad_enabled():
+                seen.append(model[1].weight.detach().clone())
+            return {"ce": cross_entropy(outputs["logits"], batch.labels)}
+
+        fit(tmp_path / str(ema), stage("s", model, replace(TRAINING, epochs=2, ema=ema), loss=loss, keep="last"))
+        seen.append(torch.load(tmp_path / str(ema) / "checkpoint.pt", weights_only=True)["weights"]["0.1.weight"])
+        histories.append(seen[1:])  # after each step
+    plain, averaged = histories
+    assert all(torch.equal(a, b) for a, b in zip(plain, averaged, strict=True))
+    average = plain[0]
+    for weight in plain[1:]:
+        average = 0.75 * average + 0.25 * weight
+    assert torch.allclose(model[1].weight, average, atol=1e-6)
+    assert not torch.allclose(plain[-1], average, atol=1e-3)
 
 
 def test_plateau_lowers_the_rate(tmp_path: Path):
