@@ -124,7 +124,7 @@ def _call(
 
 
 class Maps(NamedTuple):
-    """A stage of attention_transfer_loss, as far as it changes the kernels; student and teacher are alike."""
+    """The properties of a stage that change the kernels; student and teacher are alike."""
 
     C: int
     H: int

@@ -1,4 +1,4 @@
-"""What the compiler makes of every kernel and launch plan, without a GPU: kdfast bench codegen
+"""The machine code of every kernel and launch plan, without a GPU: kdfast bench codegen
 
 The table shows registers, spills, shared memory, the width of loads and stores, tensor-core instructions, and the bytes that a kernel
 asks for beside the least any could. binaries.py says how a launch is compiled; each operator's module lists its launches.

@@ -183,7 +183,7 @@ def hostile_calls(device: torch.device) -> None:
 
 
 class Request(NamedTuple):
-    """What a call of kd_loss asks for, as far as it changes the kernel; K teachers, which gradients are wanted."""
+    """The options of kd_loss that change the kernel: K teachers, terms, and which gradients are wanted."""
 
     K: int = 1
     standardize: bool = False

@@ -160,7 +160,7 @@ def _exact(params: list[Tensor], grads: list[Tensor]) -> tuple[Tensor, Tensor]:
 
 
 class Request(NamedTuple):
-    """What a step asks for, as far as it changes the kernel."""
+    """The options of a step that change the kernel."""
 
     rounding: str = "nearest"
     cautious: bool = False

@@ -1,10 +1,10 @@
 """Images a second of kdfast's loaders, against torchvision's data sets in PyTorch's DataLoader: kdfast bench loaders
 
-All do the same work up to normalized float32 tensors on the device, with the same batch size. Files are decoded, random-resized-cropped
-and flipped; CIFAR-10 is cropped and flipped. Whole epochs are timed, of all in turn, after one that is not counted.
+All loaders do the same work up to normalized float32 tensors on the device, with the same batch size. Files are decoded, cropped at
+random, resized and flipped; CIFAR-10 is cropped and flipped. Whole epochs of all loaders are timed in turn, after one that is not counted.
 
-Our torchvision loader is compared with PyTorch's with as many workers; the others, which have none, with PyTorch's at its fastest. On
-a GPU each loader also feeds a ResNet-18: what share of the training time goes by in waiting for images.
+Our torchvision loader is compared with PyTorch's with as many workers. Ours without workers are compared with PyTorch's at its fastest.
+On a GPU each loader also feeds a ResNet-18, and the share of the training time that waits for images is measured.
 """
 
 import statistics
@@ -52,7 +52,7 @@ class Loaders:
     """Loading throughput, images/s, of kdfast's loaders and of torchvision's data sets in PyTorch's DataLoader."""
 
     data_dir: Path | None = None
-    """An image folder, or a folder that holds imagenette2-160/ or cifar-10-batches-py/; none: images made for the occasion."""
+    """An image folder, or a folder that holds imagenette2-160/ or cifar-10-batches-py/; none: generated images."""
     workers: int | None = None
     """Processes on either side, beside the case of none, and threads of DALI; none: one a core, up to 8."""
     images: int = 1000
@@ -64,7 +64,7 @@ class Loaders:
     epochs: int = 5
     """Timed epochs of each loader."""
     device: str = "auto"
-    """Where batches are handed out: auto, cpu, cuda or cuda:N."""
+    """Device of the batches: auto, cpu, cuda or cuda:N."""
     out: Path | None = None
     """Also write the numbers, with machine and versions, to this JSON file."""
 
@@ -161,8 +161,8 @@ def _theirs(data: ImageData, size: int) -> torch.utils.data.Dataset:
     return Images()
 
 
-def _seconds(batches: Iterable[Any], device: torch.device) -> float:
-    """Of one epoch, all on the device: ours are there already."""
+def _time_epoch(batches: Iterable[Any], device: torch.device) -> float:
+    """Seconds of one epoch until all batches are on the device; ours are there already."""
     start = time.perf_counter()
     for images, *_ in batches:
         images.to(device, non_blocking=True)
@@ -171,24 +171,24 @@ def _seconds(batches: Iterable[Any], device: torch.device) -> float:
     return time.perf_counter() - start
 
 
-_Named = dict[tuple[str, int], Loader]
+LoadersByName = dict[tuple[str, int], Loader]
 
 
-def _ours(data: ImageData, transform: Transform, options: Loaders, workers: list[int], device: torch.device) -> _Named:
+def _ours(data: ImageData, transform: Transform, options: Loaders, workers: list[int], device: torch.device) -> LoadersByName:
     """Our loaders that can serve these images, by name and number of workers."""
 
     def make(loader: type[Any], count: int) -> Loader:
         return loader(data.train, transform, LoaderOptions(options.batch_size, shuffle=True, device=device, workers=count))
 
-    made: _Named = {("torchvision", count): make(TorchvisionLoader, count) for count in workers}
+    found: LoadersByName = {("torchvision", count): make(TorchvisionLoader, count) for count in workers}
     if data.train.pixels is not None or device.type == "cuda":  # files on the CPU: it would resize what it need not decode, no faster
-        made["resident", 0] = make(ResidentLoader, 0)
+        found["resident", 0] = make(ResidentLoader, 0)
     if data.train.paths is not None and dali_installed():
         from kdfast.data.loaders.dali import DaliLoader
 
         threads = max(1, workers[-1])
-        made["dali", threads] = make(DaliLoader, threads)
-    return made
+        found["dali", threads] = make(DaliLoader, threads)
+    return found
 
 
 def _cases(name: str, data: ImageData, options: Loaders, workers: list[int], device: torch.device) -> list[dict[str, Any]]:
@@ -211,7 +211,7 @@ def _cases(name: str, data: ImageData, options: Loaders, workers: list[int], dev
     rates: dict[Any, list[float]] = {key: [] for key in runs}
     for epoch in range(1 + options.epochs):
         for key, batches in runs.items():
-            rate = len(split) / _seconds(batches, device)
+            rate = len(split) / _time_epoch(batches, device)
             if epoch:
                 rates[key].append(rate)
     fastest = max(theirs, key=lambda count: statistics.median(rates[count]))
@@ -255,7 +255,7 @@ def resnet18_step(device: torch.device, classes: int) -> Callable[[Batch], None]
 
 
 def waiting_share(loader: Loader, step: Callable[[Batch], None], device: torch.device) -> float:
-    """The part of an epoch's training time that goes by in waiting for batches, 0 to 1.
+    """The share of an epoch's training time that waits for batches, 0 to 1.
 
     An epoch of steps with batches of the loader, against as many with a batch that is there already; the best of three rounds each.
     """

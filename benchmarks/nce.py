@@ -77,7 +77,7 @@ def case(B: int, K: int, n: int, dtype: torch.dtype = torch.float32, device: tor
 
 
 def ours(student: Tensor, teacher: Tensor, student_bank: Tensor, teacher_bank: Tensor, indices: Tensor, *Zs: Tensor) -> Tensor:
-    """Our loss with the constants that are set."""
+    """Our loss with given constants."""
     return crd_loss(student, teacher, student_bank, teacher_bank, indices, *Zs, temperature=TEMPERATURE)
 
 

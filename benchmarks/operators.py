@@ -14,7 +14,7 @@ from kdfast.benchmarks.harness import TIERS, Case
 
 
 class Operator(NamedTuple):
-    """Where an operator's parts are.
+    """An operator and the places of its parts.
 
     The module of benchmarks knows everything that is measured and checked: cases(device, dtype) for `kdfast bench kernels`, calls(device,
     dtype) in every regime of the kernel, launches(target) with every launch plan for `kdfast bench codegen`, and, where bad labels or
@@ -82,5 +82,5 @@ def facts() -> dict[str, Any]:
 
 
 def document(results: list[dict[str, Any]]) -> dict[str, Any]:
-    """What is written as JSON: machine, date, and the results of harness.measure."""
+    """The JSON of results: machine, date, and the cases of harness.measure."""
     return {"machine": facts(), "date": time.strftime("%Y-%m-%d"), "cases": results}

@@ -137,7 +137,7 @@ def _call(N: int, D: int, dtype: torch.dtype, device: torch.device, *, others: i
 
 
 class Request(NamedTuple):
-    """What a call of supcon_loss asks for, as far as it changes the kernels."""
+    """The options of supcon_loss that change the kernels."""
 
     normalize: bool = False
     duplicates: int = 1

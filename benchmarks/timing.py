@@ -1,4 +1,4 @@
-"""Timing that survives a noisy machine: callables in turn, in one process, compared round by round; what a device alone takes; memory."""
+"""Timing on a noisy machine: callables run in turn and are compared round by round; device time; peak memory."""
 
 import math
 import os
@@ -30,7 +30,7 @@ def _once(function: Callable[[], Any], calls: int, device: torch.device = CPU) -
 def in_turn(
     functions: Mapping[str, Callable[[], Any]], *, rounds: int = 20, at_least: float = 2e-3, device: torch.device = CPU
 ) -> dict[str, list[float]]:
-    """Times functions in turn, a b c a b c ..., so that what else the machine does meets all of them.
+    """Times functions in turn, a b c a b c ..., so that other work on the machine slows all of them.
 
     Args:
         functions: callables without arguments, by name.

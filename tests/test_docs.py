@@ -208,12 +208,12 @@ def test_the_figures_in_the_documents_come_from_the_committed_results():
     for page in documents.PAGES:
         text = page.read_text()
         assert "\n|---" in text.partition("<!-- table")[2], f"{page.name} has no table"
-        assert documents.filled(text) == text, f"{page.name}: run kdfast bench report"
+        assert documents.fill_tables(text) == text, f"{page.name}: run kdfast bench report"
     shown = {name for text in PAGES.values() for name in re.findall(r"!\[[^]]*\]\((?:docs/)?figures/(.+?)\)", text)}
     assert shown == {path.name for path in documents.FIGURES.iterdir()}
     digests = {"cpu-gains": documents.identify(documents.read_gains("cpu"))}
     for device in documents.devices():
-        results = documents.committed(device)
+        results = documents.read_committed(device)
         digests |= {f"{device}-{name}": report.digest(results) for name in report.figures(results)}
     for name, digest in digests.items():
         drawn = (documents.FIGURES / f"{name}.svg").read_text()

@@ -1,4 +1,4 @@
-"""What gpu.py runs on the device, one line of JSON per result: python -m kdfast.benchmarks.maintain.checks NAME [--part I/N]
+"""The checks that gpu.py runs on the device, one line of JSON per result: python -m kdfast.benchmarks.maintain.checks NAME [--part I/N]
 
     compile    runs ours once in every case that `times` and `calls` measure, so that its kernels are compiled; by parts in parallel
     values     every small call of every operator against float64; exit status 1 where an error exceeds TOLERANCE

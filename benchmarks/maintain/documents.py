@@ -22,8 +22,8 @@ PAGES = (ROOT / "README.md", *(ROOT / "docs" / name for name in ("performance.md
 FIGURES = ROOT / "docs" / "figures"
 
 
-def committed(device: str) -> list[Results]:
-    """What benchmarks/results holds of a device."""
+def read_committed(device: str) -> list[Results]:
+    """Reads the committed results of a device."""
     found = []
     for path in sorted(RESULTS.glob(f"{device}-*.json")):
         try:
@@ -34,9 +34,9 @@ def committed(device: str) -> list[Results]:
 
 
 def devices() -> list[str]:
-    """What there are committed results of."""
+    """The devices with committed results."""
     names = {path.name.partition("-")[0] for path in RESULTS.glob("*-*.json")}
-    return sorted(name for name in names if committed(name))
+    return sorted(name for name in names if read_committed(name))
 
 
 def training(device: str) -> str:
@@ -114,13 +114,13 @@ def identify(numbers: Any) -> str:
     return hashlib.sha256(json.dumps(numbers, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def filled(text: str) -> str:
-    """The text of a page with its tables between their markers."""
+def fill_tables(text: str) -> str:
+    """Returns the text of a page with its tables filled in between their markers."""
 
     def made(marker: re.Match[str]) -> str:
         device, kind = marker["device"], marker["kind"]
         if kind in (None, "summary"):
-            content = {None: table, "summary": summary}[kind](committed(device))
+            content = {None: table, "summary": summary}[kind](read_committed(device))
         elif marker["grid"]:
             content = comparison(device, marker["grid"])
         else:
@@ -136,10 +136,10 @@ def filled(text: str) -> str:
 def write_documents() -> list[Path]:
     """Writes the tables and figures of README.md and docs/ from the committed results; returns the paths."""
     for page in PAGES:
-        files.write_text(page, filled(page.read_text()))
+        files.write_text(page, fill_tables(page.read_text()))
     written = [*PAGES]
     for device in devices():
-        for name, svg in figures(committed(device)).items():
+        for name, svg in figures(read_committed(device)).items():
             written.append(FIGURES / f"{device}-{name}.svg")
             files.write_text(written[-1], svg)
     written.append(FIGURES / "cpu-gains.svg")

@@ -1,4 +1,4 @@
-"""What Lion's momentum may cost in accuracy at 8 and 16 bits: python -m kdfast.benchmarks.maintain.lion_momentum [--dataset digits|cifar10]
+"""The accuracy that 8-bit and 16-bit momenta of Lion cost: python -m kdfast.benchmarks.maintain.lion_momentum [--dataset digits|cifar10]
 
 A ResNet-8 is trained from the same seeds with float32, bfloat16 and 8-bit momenta; nothing else differs. `accuracy` is on the test
 images after the last epoch, in percent, one for each seed; `difference` is its mean over seeds from float32's, with the standard error
@@ -21,7 +21,7 @@ from kdfast.optim import Lion
 MOMENTA = {"float32": None, "bfloat16": torch.bfloat16, "int8": torch.int8}
 
 
-def trained(data: ImageData, seed: int, epochs: int, momentum: torch.dtype | None) -> tuple[float, float, int]:
+def train(data: ImageData, seed: int, epochs: int, momentum: torch.dtype | None) -> tuple[float, float, int]:
     """Test accuracy in percent, mean training loss of the last epoch, bytes of momenta."""
     torch.manual_seed(seed)
     model = models.create("resnet8", len(data.classes))
@@ -60,7 +60,7 @@ def main() -> None:
     cases: dict[str, dict[str, Any]] = {}
     for seed in range(options.seeds):
         for name, momentum in MOMENTA.items():
-            accuracy, loss, size = trained(data, seed, options.epochs, momentum)
+            accuracy, loss, size = train(data, seed, options.epochs, momentum)
             accuracies[name].append(accuracy)
             cases[name] = {"momentum": name, "momentum_bytes": size}
             print(f"seed {seed}  {name:9}{accuracy:7.2f} %   last epoch's loss {loss:.4f}", flush=True)

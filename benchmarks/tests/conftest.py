@@ -1,4 +1,4 @@
-"""Options of `pytest benchmarks`, its cases, and what its JSON says of the machine."""
+"""The options of `pytest benchmarks`, its cases, and the machine in its JSON."""
 
 from typing import Any
 
@@ -17,17 +17,17 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Compiling and 20 rounds of a slow peer may take longer than a test."""
+    """Registers the marker of pytest-timeout, since a slow peer may take longer than a test."""
     config.addinivalue_line("markers", "timeout: pytest-timeout's, where it is installed")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """A test a case, on the GPU where there is one."""
+    """Makes one test per case, on the GPU if there is one."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     option = metafunc.config.getoption
     metafunc.parametrize("case", operators.cases(device, getattr(torch, option("dtype")), tier=option("tier")), ids=str)
 
 
 def pytest_benchmark_generate_machine_info() -> dict[str, Any]:
-    """What every result of kdfast says, in place of the plugin's, which names the host."""
+    """The machine as every result of kdfast describes it; the plugin would name the host."""
     return operators.facts()

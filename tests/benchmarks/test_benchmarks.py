@@ -379,11 +379,11 @@ def test_a_file_without_results_is_one_sentence(tmp_path, content, capsys):
 
 def test_markers_are_filled_and_nothing_else():
     text = "a <!-- end -->\n<!-- table: cpu-summary -->\nold\n<!-- end -->\nb <!-- table: cpu -->\nold\n<!-- end -->"
-    made = documents.filled(text)
+    made = documents.fill_tables(text)
     assert "old" not in made
     assert made.startswith("a <!-- end -->\n<!-- table: cpu-summary -->\n| operator |")
     assert made.count("<!-- end -->") == 3
-    assert documents.filled(made) == made
+    assert documents.fill_tables(made) == made
 
 
 # ---- commands --------------------------------------------------------------------------------------------------------
