@@ -42,7 +42,7 @@ OPERATORS = {  # in the order of tables
             "attention_map",
             "attention_map",
             "attention_transfer_loss",
-            "test_attention_map_kernel",
+            "test_attention_map",
         ),
         Operator("crd_loss", nce, "nce", "nce", "crd_loss", "test_nce_kernel"),
     )
