@@ -54,9 +54,9 @@ def test_backward_twice_and_no_second_derivative(bind, make_inputs, dtype, reduc
 
 
 def test_float16_gradients_do_not_underflow_before_the_scale():
-    agree(kd, [make_logits(64, 1000, dtype=torch.float16), make_logits(64, 1000)], upstream=torch.tensor(2.0**14), temperature=1.0)
-    layers = make_layers(64, 1000, 16, 16, torch.float16)
-    agree(linear, layers, chunks=(None, 16), upstream=torch.tensor(2.0**16), temperature=1.0, kd_weight=1e-4)
+    scale = {"upstream": torch.tensor(2.0**16), "temperature": 1.0, "kd_weight": 1e-4}
+    agree(kd, [make_logits(64, 1000, dtype=torch.float16), make_logits(64, 1000)], **scale)
+    agree(linear, make_layers(64, 1000, 16, 16, torch.float16), chunks=(None, 16), **scale)
 
 
 @each_operator
