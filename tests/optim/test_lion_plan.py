@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import kdfast
 from kdfast import reference
 from kdfast.ops import backend
+from kdfast.ops.lion import plan as plan_module
 from kdfast.ops.lion.op import lion_step
 from kdfast.optim import Lion
 from kdfast.optim import lion as optim
@@ -411,6 +412,29 @@ def test_a_captured_graph_is_looked_for_unless_all_parameters_are_on_the_cpu(dev
     for _ in range(steps):
         optimizer.step()
     assert len(looks) == expected
+
+
+@by_kernel
+@pytest.mark.parametrize(
+    ("capturing", "stream", "moved", "fits"),
+    [
+        pytest.param(True, None, False, True, id="captured"),
+        pytest.param(True, None, True, False, id="captured with moved gradients"),
+        pytest.param(False, None, True, True, id="moved gradients"),
+        pytest.param(False, 7, False, False, id="another stream"),
+    ],
+)
+def test_a_plan_does_not_fit_moved_gradients_in_a_graph_and_other_streams(capturing, stream, moved, fits, monkeypatch):
+    params, optimizer = run_steps(2)
+    plan = optimizer._plan
+    plan.is_on_cpu = False  # as on a GPU
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
+    monkeypatch.setattr(plan_module, "current_stream", lambda device: stream)
+    if moved:
+        kept = [p.grad for p in params]
+        give_gradients(params)
+        assert kept[0].data_ptr() != params[0].grad.data_ptr()
+    assert (plan.find(plan._key, optimizer.param_groups, optimizer.state) is not None) == fits
 
 
 # ---- modes of PyTorch ------------------------------------------------------------------------------------------------
