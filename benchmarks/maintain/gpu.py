@@ -148,12 +148,15 @@ def execute(step: Step, seconds: float, write: Callable[[Mapping[str, Any]], Non
         return "failed", str(failure)
     finally:
         stop(processes, signal.SIGKILL)
-    for reader in readers:
+    for reader, process in zip(readers, processes):
         reader.join(GRACE)
+        process.wait()
+        if not reader.is_alive():  # a grandchild that survives may hold the pipe
+            process.communicate()  # closes it
     said = " | ".join([line for line in lines if line][-6:])[-1000:]
     if not in_time:
         return "out of time", said
-    ends = [step.judge(process.wait(), "\n".join(lines)) for process in processes]
+    ends = [step.judge(process.returncode, "\n".join(lines)) for process in processes]
     return next((end for end in ("failed", "not available") if end in ends), "passed"), said
 
 

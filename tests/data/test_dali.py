@@ -276,5 +276,5 @@ def test_images_in_memory_are_refused():
 
 def test_without_dali_a_sentence_names_the_extra(split, monkeypatch):
     monkeypatch.setitem(sys.modules, "nvidia.dali", None)
-    with pytest.raises(DataError, match=r"kdfast\[dali\]"):
+    with pytest.raises(ImportError, match=r"kdfast\[dali\]"):
         DaliLoader(split, CROP, LoaderOptions(4))

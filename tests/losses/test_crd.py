@@ -282,7 +282,7 @@ def test_memory_is_a_few_chunks(dense: int, chunks: float, monkeypatch: pytest.M
     monkeypatch.setattr(nce, "DENSE", dense)
     monkeypatch.setattr(nce, "CHUNK", 2**18)
     peaks = []
-    for K in (2048, 8192):
+    for K in (4096, 16384):
         anchors, bank, indices = problem(64, 3000, K, 128)
         anchors.requires_grad_()
 
