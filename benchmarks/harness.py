@@ -106,7 +106,7 @@ class Case:
 
 
 class Call(NamedTuple):
-    """A small call of an operator, at odd sizes: checked in the interpreter and on GPUs, watched by sanitizers, held to contracts.
+    """A small call of an operator, at odd sizes: checked in the interpreter and on GPUs, watched by sanitizers.
 
     Attributes:
         name: what is special about it.

@@ -87,7 +87,7 @@ def backward_seconds(forward: Callable[[], Callable[[], Any]], *, rounds: int = 
 # ---- as a GPU sees it ------------------------------------------------------------------------------------------------
 
 
-def _captured(function: Callable[[], Any]) -> torch.cuda.CUDAGraph:
+def capture(function: Callable[[], Any]) -> torch.cuda.CUDAGraph:
     """A CUDA graph of one call."""
     graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -131,7 +131,7 @@ def device_seconds(functions: Sequence[Callable[[], Any]], *, rounds: int = 20) 
         for call in range(calls):
             functions[call % len(functions)]()
 
-    graph = _captured(work)
+    graph = capture(work)
     graph.replay()
     return _event_seconds(graph.replay, lambda: None, rounds) / calls
 
@@ -158,7 +158,7 @@ def cold_seconds(function: Callable[[], Any], *, rounds: int = 20) -> float:
     Raises:
         RuntimeError: the computation cannot be captured.
     """
-    graph = _captured(function)
+    graph = capture(function)
     other = torch.empty(4 * cache_bytes(), dtype=torch.uint8, device="cuda")
     return _event_seconds(graph.replay, other.zero_, rounds)
 

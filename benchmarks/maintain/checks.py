@@ -1,7 +1,6 @@
-"""The checks that gpu.py runs on the device, one line of JSON per result: python -m kdfast.benchmarks.maintain.checks NAME [--part I/N]
+"""The checks that gpu.py runs on the device, one line of JSON per result: python -m kdfast.benchmarks.maintain.checks NAME
 
-    compile    runs ours once in every case that `times` and `calls` measure, so that its kernels are compiled; by parts in parallel
-    values     every small call of every operator against float64; exit status 1 where an error exceeds TOLERANCE
+    compile    runs ours once in every case that `times` and `calls` measure and in every small call, so that its kernels are compiled
     times      device time of ours alone, in bfloat16 and float32, on data larger than the cache, as a share of the floor
     calls      call time of ours in eager mode, in the small cases
     once       one call of ours in the largest case of every operator, for a profiler to watch
@@ -10,24 +9,24 @@
     training   a ConKD step, ResNet-101 to ResNet-18, uncompiled (training.py)
     benchmarks every operator against its peers, in float32 and bfloat16 (harness.py)
 
-TRITON_INTERPRET=1 runs `values` and `sanitize` on the CPU.
+TRITON_INTERPRET=1 runs `sanitize` on the CPU.
 """
 
 import argparse
 import json
 import math
-import sys
-from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from itertools import repeat
+from multiprocessing import get_context
 
 import torch
 
-from kdfast import backend
+from kdfast import backend, machine
 from kdfast.benchmarks import harness, loaders, operators, timing, training
 from kdfast.benchmarks.harness import OURS, Case, dtype_name
 from kdfast.benchmarks.operators import OPERATORS
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 5e-3}  # of max|x - exact| / max|exact|
 ROUNDS = 10
 
 
@@ -46,36 +45,23 @@ def timed_cases(device: torch.device) -> list[Case]:
     return [group[i] for i in range(max(map(len, cases))) for group in cases if i < len(group)]
 
 
-def compile_kernels(device: torch.device, part: int, parts: int) -> bool:
-    """Runs one part of the cases and of the small calls once."""
-    for case in timed_cases(device)[part::parts]:
-        case.step(OURS).run()
+def compile_kernels(device: torch.device) -> None:
+    """Runs all cases and small calls once, in a process a core."""
+    parts = min(12, machine.cores())
+    with ProcessPoolExecutor(parts, mp_context=get_context("spawn")) as pool:
+        list(pool.map(_compile_part, repeat(device), range(parts), repeat(parts)))
+
+
+def _compile_part(device: torch.device, part: int, parts: int) -> None:
     calls = [call for operator in OPERATORS.values() for dtype in DTYPES for call in operator.module.calls(device, dtype)]
-    for call in calls[part::parts]:
-        call.step(*call.inputs(0)).run()
-    return True
+    with backend("triton"):
+        for case in timed_cases(device)[part::parts]:
+            case.step(OURS).run()
+        for call in calls[part::parts]:
+            call.step(*call.inputs(0)).run()
 
 
-def check_values(device: torch.device, part: int = 0, parts: int = 1) -> bool:
-    """Checks every small call; returns whether all are right. One that raises is wrong, and the others still run."""
-    good = True
-    for name, operator in OPERATORS.items():
-        for dtype in DTYPES:
-            for call in operator.module.calls(device, dtype):
-                try:
-                    results = call.step(*call.inputs(0)).results()
-                    finite = all(bool(x.isfinite().all()) for x in results)
-                    exact = call.exact(*call.inputs(0)) if call.exact is not None else ()
-                    errors = [harness.error(got, want) for got, want in zip(results, exact)]
-                    problem = "" if finite and all(e <= TOLERANCE[dtype] for e in errors) else "wrong"
-                except RuntimeError as failure:
-                    errors, problem = [], str(failure)[:300]
-                good = good and not problem
-                report(operator=name, call=call.name, dtype=dtype_name(dtype), errors=errors, problem=problem)
-    return good
-
-
-def time_device(device: torch.device, part: int, parts: int) -> bool:
+def time_device(device: torch.device) -> None:
     """Times ours alone on the device, calls going round sets of buffers that exceed the cache."""
     bandwidth = timing.copy_bandwidth(device)
     rates = {dtype: timing.dense_rate(device, dtype) for dtype in DTYPES}
@@ -89,65 +75,53 @@ def time_device(device: torch.device, part: int, parts: int) -> bool:
             continue
         floor = 1e3 * max(case.bytes / bandwidth, case.operations / rates[case.dtype])
         report(**result, device_ms=milliseconds, floor_share=floor / milliseconds)
-    return True
 
 
-def time_calls(device: torch.device, part: int, parts: int) -> bool:
+def time_calls(device: torch.device) -> None:
     """Times eager calls of ours in the quick cases."""
     for case in timed_cases(device):
         if case.tier == "quick":
             (seconds,) = timing.in_turn({OURS: case.step(OURS).run}, rounds=ROUNDS, device=device).values()
             report(operator=case.operator, case=case.name, dtype=dtype_name(case.dtype), call_ms=1e3 * min(seconds))
-    return True
 
 
-def run_once(device: torch.device, part: int, parts: int) -> bool:
+def run_once(device: torch.device) -> None:
     """Runs the largest bfloat16 case of every operator once."""
     for operator in OPERATORS.values():
         case = max((case for case in operator.module.cases(device, torch.bfloat16) if case.tier != "long"), key=lambda case: case.bytes)
         case.step(OURS).run()
-    return True
 
 
-def run_for_sanitizer(device: torch.device, part: int = 0, parts: int = 1) -> bool:
+def run_for_sanitizer(device: torch.device) -> None:
     """Runs every small call and the hostile ones."""
-    for name, operator in OPERATORS.items():
-        runs = sum(1 for _ in _runs(operator.module.calls(device, dtype) for dtype in DTYPES))
-        getattr(operator.module, "hostile_calls", lambda device: None)(device)
-        report(operator=name, runs=runs)
-    return True
+    with backend("triton"):
+        for name, operator in OPERATORS.items():
+            calls = [call for dtype in DTYPES for call in operator.module.calls(device, dtype)]
+            for call in calls:
+                call.step(*call.inputs(0)).run()
+            getattr(operator.module, "hostile_calls", lambda device: None)(device)
+            report(operator=name, runs=len(calls))
 
 
-def measure_loaders(device: torch.device, part: int = 0, parts: int = 1) -> bool:
+def measure_loaders(device: torch.device) -> None:
     """Runs kdfast bench loaders on generated images."""
     for case in loaders.run(loaders.Loaders(images=2000, epochs=3, batch_size=128, device=str(device))):
         report(**case)
-    return True
 
 
-def measure_training(device: torch.device, part: int = 0, parts: int = 1) -> bool:
+def measure_training(device: torch.device) -> None:
     """Runs kdfast bench train."""
     report(**training.run(training.Train(compile="off", seconds=15, device=str(device))))
-    return True
 
 
-def measure_benchmarks(device: torch.device, part: int, parts: int) -> bool:
+def measure_benchmarks(device: torch.device) -> None:
     """Measures the usual cases with all their peers, the quick ones first."""
     for case in operators.cases(device, torch.float32) + operators.cases(device, torch.bfloat16):
         report(**harness.measure(case, rounds=ROUNDS))
-    return True
-
-
-def _runs(groups: Iterator[Iterator[harness.Call]]) -> Iterator[None]:
-    for calls in groups:
-        for call in calls:
-            call.step(*call.inputs(0)).run()
-            yield
 
 
 CHECKS = {
     "compile": compile_kernels,
-    "values": check_values,
     "times": time_device,
     "calls": time_calls,
     "once": run_once,
@@ -162,16 +136,11 @@ def main() -> None:
     """Runs one of CHECKS on the GPU, or on the CPU where there is none."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", choices=CHECKS)
-    parser.add_argument("--part", default="0/1", metavar="I/N", help="the I-th of N parts, from 0 (compile)")
-    options = parser.parse_args()
-    part, parts = map(int, options.part.split("/"))
+    check = CHECKS[parser.parse_args().name]
     torch.manual_seed(0)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    with backend("triton" if options.name in ("compile", "values", "sanitize") else "auto"):
-        good = CHECKS[options.name](device, part, parts)
-    if device.type == "cuda":
+    check(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    if torch.cuda.is_available():
         torch.cuda.synchronize()
-    sys.exit(not good)
 
 
 if __name__ == "__main__":

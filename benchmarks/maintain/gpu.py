@@ -3,18 +3,17 @@
 The first call begins with what a first contact must show (checks.py says more):
 
     compile    the kernels, in parallel processes
-    values     every kernel against float64
     times      device time of ours alone
     calls      eager call time of small cases
     ncu        registers, instructions and traffic of the operators' largest cases, by Nsight Compute
-    tests      the tests marked `kernels`, on the device
+    tests      the tests marked `kernels`, on the device: every kernel against float64, and the promises that only a GPU can show
 
-A second call with --rest runs contract/... (contracts.py), memcheck, racecheck, initcheck and synccheck (compute-sanitizer), loaders,
-training, and benchmarks (every operator against its peers) for what is left of the time.
+A second call with --rest runs memcheck, racecheck, initcheck and synccheck (compute-sanitizer), loaders, training, and benchmarks
+(every operator against its peers) for what is left of the time.
 
 FILE gets a line of JSON per result, written at once: first the machine, then the results of each step and how it ended: "passed",
-"failed", "out of time" (it got less than it needed) or "not available" (a tool or a second GPU is missing). A step has its own
-processes, so a crash or a hang costs that step alone. The exit status is 1 where a step failed.
+"failed", "out of time" (it got less than it needed) or "not available" (a tool is missing). A step has its own processes, so a crash or
+a hang costs that step alone. The exit status is 1 where a step failed.
 """
 
 import argparse
@@ -24,10 +23,8 @@ import json
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -40,25 +37,11 @@ import torch
 from kdfast import machine
 from kdfast.benchmarks import operators
 from kdfast.benchmarks.maintain import ROOT
-from kdfast.benchmarks.maintain.contracts import CONTRACTS, NOT_AVAILABLE
 
 GRACE = 10.0  # seconds between interrupting a process and killing it
 SANITIZERS = ("memcheck", "racecheck", "initcheck", "synccheck")
 MODULE = "kdfast.benchmarks.maintain"
 METRICS = ("gpu__time_duration.sum", "dram__bytes.sum", "sm__inst_executed.sum", "launch__registers_per_thread")
-
-
-def judge(status: int, output: str) -> str:
-    """How a step ended, from its exit status."""
-    return {0: "passed", NOT_AVAILABLE: "not available"}.get(status, "failed")
-
-
-def judge_tool(status: int, output: str) -> str:
-    """How a step under compute-sanitizer or Nsight Compute ended; where the tool could not watch, it has found nothing."""
-    counts = re.findall(r"(?:ERROR|RACECHECK) SUMMARY: (\d+) (?:errors?|hazards?)\b", output)
-    if re.search(r"Device not supported|Failed to initialize|ERR_NVGPUCTRPERM|terminated early|cannot execute", output):
-        return "not available"
-    return "failed" if status or any(map(int, counts[-1:])) else "passed"
 
 
 @dataclass(frozen=True)
@@ -69,16 +52,16 @@ class Step:
         name: names its results.
         seconds: it gets at most.
         least: seconds that earlier steps leave it; with fewer it is not begun.
-        commands: run side by side; none: their tool is not installed.
-        judge: (exit status, output) -> how it ended.
+        command: what it runs.
+        tool: a program that watches the command, with its options.
         environment: variables in addition to those of this process.
     """
 
     name: str
     seconds: float
     least: float
-    commands: Sequence[Sequence[str]]
-    judge: Callable[[int, str], str] = judge
+    command: Sequence[str]
+    tool: Sequence[str] = ()
     environment: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -88,20 +71,17 @@ class Step:
 def run(steps: Sequence[Step], out: TextIO, seconds: float) -> bool:
     """Runs the steps in order while there is time; returns whether none failed."""
     end = time.monotonic() + seconds
-    lock, statuses = threading.Lock(), []
+    statuses = []
 
     def write(record: Mapping[str, Any]) -> None:
-        with lock:
-            out.write(json.dumps(record) + "\n")
-            out.flush()
+        out.write(json.dumps(record) + "\n")
+        out.flush()
 
     write({"machine": operators.facts(), "date": time.strftime("%Y-%m-%d")})
     for number, step in enumerate(steps):
         left = end - time.monotonic() - GRACE
         start = time.monotonic()
-        if not step.commands:
-            status, said = "not available", "its tool is not installed"
-        elif left < step.least:
+        if left < step.least:
             status, said = "out of time", f"{max(left, 0):.0f} s were left, and it needs {step.least:.0f}"
         else:
             later = sum(step.least for step in steps[number + 1 :])
@@ -113,51 +93,42 @@ def run(steps: Sequence[Step], out: TextIO, seconds: float) -> bool:
 
 
 def execute(step: Step, seconds: float, write: Callable[[Mapping[str, Any]], None]) -> tuple[str, str]:
-    """Runs a step's commands side by side and writes their results as they come; returns how it ended and its last lines."""
+    """Runs a step's command and writes its results as they come; returns how it ended and its last lines."""
+    tool = list(step.tool)
+    if tool:
+        program = shutil.which(tool[0], path=f"{os.environ.get('PATH', '')}{os.pathsep}/usr/local/cuda/bin")
+        if program is None:
+            return "not available", "its tool is not installed"
+        tool[0] = program
     lines: deque[str] = deque(maxlen=2000)
-
-    def read(stream: TextIO) -> None:
-        for line in stream:
+    start = time.monotonic()
+    with subprocess.Popen(
+        # interrupts, and later kills, the command with all that it started
+        ["timeout", "--signal=INT", f"--kill-after={GRACE}", str(seconds), *tool, *step.command],
+        cwd=ROOT,
+        env={**os.environ, **step.environment},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+    ) as process:
+        for line in process.stdout or ():
             lines.append(line.strip())
             if (result := parse(line)) is not None:
                 write({"step": step.name, **result})
-
-    processes = []
-    try:
-        for command in step.commands:
-            process = subprocess.Popen(
-                command,
-                cwd=ROOT,
-                env={**os.environ, **step.environment},
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-                errors="replace",
-                process_group=0,  # so that what it starts can be stopped with it
-            )
-            processes.append(process)
-        readers = [threading.Thread(target=read, args=(process.stdout,), daemon=True) for process in processes]
-        for reader in readers:
-            reader.start()
-        in_time = wait(processes, seconds)
-        if not in_time:
-            stop(processes, signal.SIGINT)
-            wait(processes, GRACE)
-    except OSError as failure:
-        return "failed", str(failure)
-    finally:
-        stop(processes, signal.SIGKILL)
-    for reader, process in zip(readers, processes):
-        reader.join(GRACE)
-        process.wait()
-        if not reader.is_alive():  # a grandchild that survives may hold the pipe
-            process.communicate()  # closes it
     said = " | ".join([line for line in lines if line][-6:])[-1000:]
-    if not in_time:
+    if process.returncode and time.monotonic() - start >= seconds:
         return "out of time", said
-    ends = [step.judge(process.returncode, "\n".join(lines)) for process in processes]
-    return next((end for end in ("failed", "not available") if end in ends), "passed"), said
+    return judge(process.returncode, "\n".join(lines), bool(tool)), said
+
+
+def judge(status: int, output: str, watched: bool) -> str:
+    """How a step ended; where compute-sanitizer or Nsight Compute could not watch, it has found nothing."""
+    counts = re.findall(r"(?:ERROR|RACECHECK) SUMMARY: (\d+) (?:errors?|hazards?)\b", output)
+    if watched and re.search(r"Device not supported|Failed to initialize|ERR_NVGPUCTRPERM|terminated early|cannot execute", output):
+        return "not available"
+    return "failed" if status or any(map(int, counts[-1:])) else "passed"
 
 
 def parse(line: str) -> dict[str, Any] | None:
@@ -170,43 +141,17 @@ def parse(line: str) -> dict[str, Any] | None:
     return {"row": line.strip()} if line.startswith('"') else None
 
 
-def wait(processes: Sequence[subprocess.Popen[str]], seconds: float) -> bool:
-    """Waits for all processes; returns whether they ended in time."""
-    end = time.monotonic() + seconds
-    try:
-        for process in processes:
-            process.wait(max(0.0, end - time.monotonic()))
-    except subprocess.TimeoutExpired:
-        return False
-    return True
-
-
-def stop(processes: Sequence[subprocess.Popen[str]], with_signal: signal.Signals) -> None:
-    """Signals every process and all that it started."""
-    for process in processes:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, with_signal)
-
-
 # ---- the steps -------------------------------------------------------------------------------------------------------
 
 
 def first_steps() -> list[Step]:
     """The steps of a first contact; the seconds are what each may take where it goes badly."""
-    parts = min(12, machine.cores())
     return [
-        Step("compile", 60, 20, [_check("compile", "--part", f"{i}/{parts}") for i in range(parts)]),
-        Step("values", 60, 30, [_check("values")]),
-        Step("times", 110, 60, [_check("times")]),
-        Step("calls", 20, 10, [_check("calls")]),
-        Step(
-            "ncu",
-            60,
-            20,
-            _watch("ncu", "--csv", "--page", "raw", "--metrics", ",".join(METRICS), "-k", "regex:^_[a-z]", check="once"),
-            judge_tool,
-        ),
-        Step("tests", 240, 90, [_tests()], environment={"KDFAST_TEST_DEVICE": "cuda"}),
+        Step("compile", 60, 20, _check("compile")),
+        Step("times", 110, 60, _check("times")),
+        Step("calls", 20, 10, _check("calls")),
+        Step("ncu", 60, 20, _check("once"), ("ncu", "--csv", "--page", "raw", "--metrics", ",".join(METRICS), "-k", "regex:^_[a-z]")),
+        Step("tests", 300, 120, _tests(), environment={"KDFAST_TEST_DEVICE": "cuda"}),
     ]
 
 
@@ -215,28 +160,22 @@ def other_steps() -> list[Step]:
     # every tensor an allocation of its own, or a read beyond its end would reach a neighbour
     apart = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     return [
-        *(Step(f"contract/{name}", 45, 8, [[sys.executable, "-m", f"{MODULE}.contracts", name]]) for name in CONTRACTS),
-        *(Step(tool, 45, 20, _sanitize(tool), judge_tool, apart) for tool in SANITIZERS),
-        Step("loaders", 60, 30, [_check("loaders")]),
-        Step("training", 60, 30, [_check("training")]),
-        Step("benchmarks", 600, 60, [_check("benchmarks")]),
+        *(Step(tool, 45, 20, _check("sanitize"), _sanitizer(tool), apart) for tool in SANITIZERS),
+        Step("loaders", 60, 30, _check("loaders")),
+        Step("training", 60, 30, _check("training")),
+        Step("benchmarks", 600, 60, _check("benchmarks")),
     ]
 
 
-def _check(*arguments: str) -> list[str]:
-    return [sys.executable, "-m", f"{MODULE}.checks", *arguments]
+def _check(name: str) -> list[str]:
+    return [sys.executable, "-m", f"{MODULE}.checks", name]
 
 
-def _watch(tool: str, *options: str, check: str) -> list[list[str]]:
-    program = shutil.which(tool, path=f"{os.environ.get('PATH', '')}{os.pathsep}/usr/local/cuda/bin")
-    return [] if program is None else [[program, *options, *_check(check)]]
-
-
-def _sanitize(tool: str) -> list[list[str]]:
+def _sanitizer(tool: str) -> list[str]:
     options = ["--tool", tool, "--launch-timeout", "60", "--target-processes", "application-only"]  # PyTorch is slow to import
     if tool == "memcheck":
         options += ["--report-api-errors", "no"]  # libraries try calls out and see them fail
-    return _watch("compute-sanitizer", *options, check="sanitize")
+    return ["compute-sanitizer", *options]
 
 
 def _tests() -> list[str]:
