@@ -3,6 +3,7 @@
 import json
 import math
 import os
+from itertools import product
 from types import SimpleNamespace
 
 import pytest
@@ -24,6 +25,7 @@ from kdfast.benchmarks.timing import peak_memory  # noqa: E402
 from kdfast.kernels import attention_map, distill_kl, nce, supcon  # noqa: E402
 from kdfast.ops.supcon.op import Setting  # noqa: E402
 
+Maps = attention_maps.Maps
 FP32, BF16 = torch.float32, torch.bfloat16
 PRODUCTS = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA", "gfx942": "v_mfma"}  # tensor-core instructions
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -67,12 +69,6 @@ def _product(x, y, steps, BLOCK: tl.constexpr):
     tl.store(y + at, total)
 
 
-@triton.jit
-def _of_many_kinds(x, nested, one, sixteen, large, flag, number, C: tl.constexpr):
-    if nested[0] is None:
-        tl.store(x, tl.load(nested[1]) + tl.load(nested[2][0]) + nested[2][1] + one + sixteen + large + flag + number + C)
-
-
 def code(target, function, *arguments, **options):
     """The recorded launch and what it compiles to."""
     with binaries.record_launches() as launches:
@@ -85,48 +81,22 @@ def code(target, function, *arguments, **options):
 
 
 @compiles
-def test_launches_are_recorded_and_not_run():
-    x, y = torch.ones(3, 8), torch.zeros(3, 8)
-    with binaries.record_launches() as launches:
-        _copy[(3,)](x, y, 8, 8, V=4, BLOCK=8, num_warps=2)
-    assert not y.any()
-    assert launches[0].grid == (3,)
-    assert launches[0].options == {"V": 4, "BLOCK": 8, "num_warps": 2}
-    assert launches[0].plan == {"V": 4, "BLOCK": 8, "warps": 2}
-    assert [name for name, _ in launches[0].tensors()] == ["x", "y"]
-
-
-@compiles
-def test_launches_of_one_call_share_its_recording():
-    calls = []
-
-    def launch():
-        x = torch.zeros(64)
-        calls.append(_copy[(1,)](x, x, 64, 64, V=4, BLOCK=64))
-        _softmax[(1,)](x, x, BLOCK=64)
-
-    launches = [Launch("any", 1, 64, "fp32", "", launch, 1, 1, function) for function in ("_softmax", "_copy", None)]
-    assert [made.function.__name__ for made in codegen.record(launches)] == ["_softmax", "_copy", "_copy"]
-    assert len(calls) == 1
-
-
-@compiles
-def test_arguments_are_specialized_as_in_a_launch():
-    x, y = torch.zeros(2, 2048)
-    # V = 1 hides nothing: what the compiler knows here, it knows from the values of the arguments
-    assert code("sm_90", _copy, x, y, 1024, 1024, V=1, BLOCK=1024)[1].widths == {"x": 128, "y": 128}
-    assert code("sm_90", _copy, x, y, 1024, 1000, V=1, BLOCK=1024)[1].widths == {"x": 32, "y": 32}
-    assert code("sm_90", _copy, x[1:], y, 1024, 1024, V=1, BLOCK=1024)[1].widths == {"x": 32, "y": 128}
-
-
-@compiles
-@pytest.mark.parametrize("target", ["sm_90", "gfx942", *FAR])
-def test_arguments_of_all_kinds_compile(target):
-    x, labels = torch.zeros(64), torch.zeros(64, dtype=torch.int64)
-    launch, made = code(target, _of_many_kinds, x, (None, labels, (x, 1)), 1, 32, 2**40, True, 0.5, C=7)
-    assert [name for name, _ in launch.tensors()] == ["x", "nested[1]", "nested[2][0]"]
-    assert made.widths in ({"x": 32, "nested[1]": 64, "nested[2][0]": 32}, {})
-    assert binaries.find_problems(launch, made, target) == []
+@pytest.mark.parametrize(
+    ("C", "stride", "V", "dtype", "first", "widths"),
+    [
+        # V = 1 hides nothing: what the compiler knows here, it knows from the values of the arguments
+        pytest.param(1024, 1024, 1, FP32, 0, {"x": 128, "y": 128}, id="aligned"),
+        pytest.param(1024, 1024, 1, FP32, 1, {"x": 32, "y": 128}, id="x begins between"),
+        pytest.param(10, 10, 2, FP32, 0, {"x": 64, "y": 64}, id="narrow"),
+        pytest.param(1001, 1001, 1, FP32, 0, {"x": 32, "y": 32}, id="odd"),
+        pytest.param(1001, 1001, 1, BF16, 0, {"x": 16, "y": 16}, id="odd, bfloat16"),
+    ],
+)
+def test_accesses_are_as_wide_as_the_arguments_allow(C, stride, V, dtype, first, widths):
+    x, y = torch.zeros(2, 4096, dtype=dtype)
+    launch, made = code("sm_90", _copy, x[first:], y, C, stride, V=V, BLOCK=1024)
+    assert made.widths == widths
+    assert binaries.find_problems(launch, made, "sm_90") == []
 
 
 @compiles
@@ -150,15 +120,6 @@ def test_rows_in_small_pieces_are_seen(target):
     launch, made = code(target, _copy, x, x.clone(), 1000, 1000, V=4, BLOCK=1024)
     assert made.loads == made.stores == {128: 2}
     assert binaries.find_problems(launch, made, target) == []
-
-
-@compiles
-@pytest.mark.parametrize(("C", "dtype", "bits"), [(10, torch.float32, 64), (1001, torch.float32, 32), (1001, torch.bfloat16, 16)])
-def test_narrow_rows_are_no_problem(C, dtype, bits):
-    x = torch.zeros(3, C, dtype=dtype)
-    launch, made = code("sm_90", _copy, x, x.clone(), C, C, V=2 - C % 2, BLOCK=2048)
-    assert made.widths == {"x": bits, "y": bits}
-    assert binaries.find_problems(launch, made, "sm_90") == []
 
 
 @compiles
@@ -203,7 +164,10 @@ def test_tensor_cores_are_seen(target):
     assert not code(target, _turn, x, x.clone(), BLOCK=64)[1].products
 
 
-def test_an_interpreting_process_is_refused(monkeypatch):
+@compiles
+def test_the_wrong_kind_of_process_is_refused(monkeypatch):
+    with pytest.raises(RuntimeError, match="counted_traffic needs a process started with TRITON_INTERPRET=1"), counted_traffic():
+        pass
     monkeypatch.setattr(binaries.knobs.runtime, "interpret", True)
     with pytest.raises(RuntimeError, match="it cannot in a process started with TRITON_INTERPRET=1: unset it"):
         codegen.measure([], "sm_90")
@@ -212,125 +176,81 @@ def test_an_interpreting_process_is_refused(monkeypatch):
 # ---- bytes -----------------------------------------------------------------------------------------------------------
 
 
-def copied(N, C, dtype):
-    """Bytes that a copy of N rows of C elements reads and writes."""
-    x = torch.randn(N, C).to(dtype)
-    y = torch.zeros_like(x)
+def count_traffic(function, *arguments):
     with counted_traffic() as traffic:
-        _copy[(N,)](x, y, C, C, V=1, BLOCK=triton.next_power_of_2(C))
-    assert torch.equal(x, y)
-    return traffic.read, traffic.written
-
-
-def moved():
-    """The bytes that distill_kl's launches ask for, one by one, and the predicted bytes."""
-    for C in (10, 1000, 9000):
-        launches = [distillation.launch(C, request, torch.float32, torch.float32) for request in distillation.REQUESTS]
-        launches += [distillation.launch(C, "lskd+ce", torch.float32, torch.bfloat16), distillation.rescale_launch(C, torch.bfloat16)]
-        for launch in launches:
-            with counted_traffic() as traffic:
-                launch.call()
-            yield C, launch.variant, traffic.read + traffic.written, launch.moved
+        function(*arguments)
+    return traffic
 
 
 @interprets
-def test_a_copy_moves_every_element_twice():
-    assert (copied(3, 1000, torch.float32), copied(5, 7, torch.bfloat16)) == ((12000, 12000), (70, 70))
-
-
-@compiles
-def test_bytes_cannot_be_counted_in_compiled_kernels():
-    with pytest.raises(RuntimeError, match="counted_traffic needs a process started with TRITON_INTERPRET=1"), counted_traffic():
-        pass
-
-
-@interprets
-def test_distillation_moves_the_predicted_bytes():
+@pytest.mark.parametrize("C", [10, 1000, 9000])
+def test_distillation_moves_the_predicted_bytes(C):
+    launches = [distillation.launch(C, request, FP32, FP32) for request in distillation.REQUESTS]
+    launches += [distillation.launch(C, "lskd+ce", FP32, BF16), distillation.rescale_launch(C, BF16)]
     beside = 32 * distillation.ROWS  # labels, losses and other single numbers of a row
-    for C, variant, measured, predicted in moved():
+    for launch in launches:
+        traffic = count_traffic(launch.call)
         # on long rows the cross-entropy loads the student's step again, which the compiler makes one load with the first
-        merged = 4 * distillation.ROWS * C if C > 8192 and variant.startswith("lskd+ce") else 0
-        assert predicted + merged <= measured <= predicted + merged + beside, f"{C}, {variant}"
-
-
-def multiplied(N, D):
-    """The operations of the products that a step of supcon_loss makes on N rows of D features, and those predicted."""
-    features, names, others = torch.randn(N, D), torch.arange(N) % 3, torch.zeros(0, D)
-    setting = Setting(0.5, 1.0, 1, False, False)
-    with counted_traffic() as traffic:
-        kept = supcon.forward(features, others, names, None, setting)[1]
-        supcon.backward(torch.ones(N), features, others, names, None, kept, setting, False)
-    return traffic.operations, sum(supcon.operations(N, D, supcon.plans(N, D, features.dtype, "ieee", False).slice))
-
-
-def moved_by_attention():
-    """The bytes that the launches of a training step of attention maps ask for, stage by stage, and those predicted and the least."""
-    for maps in (
-        attention_maps.Maps(16, 9, 7),
-        attention_maps.Maps(70, 8, 8, True, torch.bfloat16),
-        attention_maps.Maps(300, 3, 5, False, torch.float16, 2.5),
-        attention_maps.Maps(2, 70, 61, True),
-    ):
-        energies, gradients, compared = attention_maps.stage_launches(maps, ("_energies", "_gradients", "_compare"))
-        with counted_traffic() as traffic:
-            energies.call()
-        made = traffic.read + traffic.written
-        yield made, 2 * energies.moved + compared.moved + gradients.moved, 2 * energies.floor + gradients.floor
+        merged = 4 * distillation.ROWS * C if C > 8192 and launch.variant.startswith("lskd+ce") else 0
+        assert 0 <= traffic.read + traffic.written - launch.moved - merged <= beside, launch.variant
 
 
 @interprets
-def test_attention_maps_move_the_predicted_bytes():
-    for measured, predicted, least in moved_by_attention():
-        beside = 4 * attention_maps.IMAGES + 4 * 1000  # the losses of images; the upstream gradient, which every program reads
-        assert predicted <= measured <= predicted + beside
-        assert least < predicted
+@pytest.mark.parametrize(
+    "maps", [Maps(16, 9, 7), Maps(70, 8, 8, True, BF16), Maps(300, 3, 5, False, torch.float16, 2.5), Maps(2, 70, 61, True)], ids=str
+)
+def test_attention_maps_move_the_predicted_bytes(maps):
+    energies, gradients, compared = attention_maps.stage_launches(maps, ("_energies", "_gradients", "_compare"))
+    traffic = count_traffic(energies.call)  # of a whole training step
+    predicted = 2 * energies.moved + compared.moved + gradients.moved
+    beside = 4 * attention_maps.IMAGES + 4 * 1000  # the losses of images; the upstream gradient, which every program reads
+    assert predicted <= traffic.read + traffic.written <= predicted + beside
+    assert 2 * energies.floor + gradients.floor < predicted
+
+
+def step_of_supcon(N, D, dtype, setting):
+    """Its features, and the step that launches the kernels of supcon_loss."""
+    features, others, names = torch.randn(N, D).to(dtype), torch.zeros(0, D, dtype=dtype), torch.arange(N) % 3
+
+    def step():
+        kept = supcon.forward(features, others, names, None, setting)[1]
+        return supcon.backward(torch.ones(N), features, others, names, None, kept, setting, False)
+
+    return features, step
 
 
 @interprets
 @pytest.mark.parametrize(("D", "most"), [(64, 6), (128, 6), (256, 8)])
 def test_contrastive_loss_makes_the_predicted_operations(D, most):
     """D = 256 in float32 is made in two slices."""
-    made, predicted = multiplied(192, D)
-    assert made == predicted == most * 192**2 * D
-
-
-def gathered(B, K, D, with_gradient, dtype=torch.float32, bank_dtype=torch.float32):
-    """Bytes that a walk over K negatives and its sums ask for, and those predicted."""
-    anchors, bank, indices = torch.zeros(B, D, dtype=dtype), torch.zeros(50, D, dtype=bank_dtype), torch.zeros(B, 1 + K, dtype=torch.int64)
-    with counted_traffic() as traffic:
-        nce.loss_and_gradient(anchors, bank, indices, torch.ones(()), 0.07, 0.0, 0.0, with_gradient)
-    split, _ = nce.parts(B, 1 + K, nce.plan(D)[0])
-    # the launch that adds up reads what the walk wrote, and writes loss and gradient
-    sums = 4 * B * split * (1 + D * with_gradient) + 4 + 4 * B * D * with_gradient
-    return traffic.read + traffic.written, noise_contrast.bytes_of_walk(B, K, D, dtype, bank_dtype, with_gradient) + sums
+    _, step = step_of_supcon(192, D, FP32, Setting(0.5, 1.0, 1, False, False))
+    predicted = sum(supcon.operations(192, D, supcon.plans(192, D, FP32, "ieee", False).slice))
+    assert count_traffic(step).operations == predicted == most * 192**2 * D
 
 
 @interprets
 @pytest.mark.parametrize(
-    "arguments", [(3, 300, 16, True), (3, 300, 100, False), (2, 40, 300, True), (2, 40, 16, True, FP32, BF16)], ids=str
+    ("B", "K", "D", "with_gradient", "bank_dtype"),
+    [(3, 300, 16, True, FP32), (3, 300, 100, False, FP32), (2, 40, 300, True, FP32), (2, 40, 16, True, BF16)],
 )
-def test_noise_contrast_reads_every_gathered_row_once(arguments):
-    made, predicted = gathered(*arguments)
-    assert made == predicted
-
-
-def asked_for_a_constant(known):
-    """Bytes that the normalizer reads where it is given this constant, of the floor of a walk."""
-    anchors, bank, indices = torch.zeros(3, 16), torch.zeros(50, 16), torch.zeros(3, 301, dtype=torch.int64)
-    with counted_traffic() as traffic:
-        nce.normalizer(anchors, bank, indices, torch.tensor(known), 0.07)
-    return traffic.read / noise_contrast.bytes_of_rows(3, 300, 16, torch.float32)
+def test_noise_contrast_reads_every_gathered_row_once(B, K, D, with_gradient, bank_dtype):
+    anchors, bank, indices = torch.zeros(B, D), torch.zeros(50, D, dtype=bank_dtype), torch.zeros(B, 1 + K, dtype=torch.int64)
+    traffic = count_traffic(nce.loss_and_gradient, anchors, bank, indices, torch.ones(()), 0.07, 0.0, 0.0, with_gradient)
+    split, _ = nce.parts(B, 1 + K, nce.plan(D)[0])
+    # the launch that adds up reads what the walk wrote, and writes loss and gradient
+    sums = 4 * B * split * (1 + D * with_gradient) + 4 + 4 * B * D * with_gradient
+    assert traffic.read + traffic.written == noise_contrast.bytes_of_walk(B, K, D, FP32, bank_dtype, with_gradient) + sums
 
 
 @interprets
 def test_a_settled_constant_costs_no_walk():
-    assert asked_for_a_constant(-1.0) > 1
-    assert asked_for_a_constant(5.0) < 0.02
+    arguments = torch.zeros(3, 16), torch.zeros(50, 16), torch.zeros(3, 301, dtype=torch.int64)
+    unknown, settled = (count_traffic(nce.normalizer, *arguments, torch.tensor(known), 0.07).read for known in (-1.0, 5.0))
+    assert unknown > noise_contrast.bytes_of_rows(3, 300, 16, FP32) > 50 * settled
 
 
 # ---- kernels ---------------------------------------------------------------------------------------------------------
 
-both = ("_energies", "_gradients")
 REPRESENTATIVE = {  # what has been seen to spill, or to load in small pieces
     "kd_loss": [
         distillation.launch(1000, "lskd+ce, 5 teachers", FP32, FP32),
@@ -340,7 +260,7 @@ REPRESENTATIVE = {  # what has been seen to spill, or to load in small pieces
     "supcon_loss": [*contrastive.step_launches("sm_90", 8192, 128, "labels", BF16)],
     "crd_loss": [noise_contrast.launch(128, FP32, FP32, "_losses"), noise_contrast.launch(101, BF16, BF16, "_losses")],
     "Lion": [*lion_steps.step_launches("sm_90", "cautious", FP32, FP32, FP32)],
-    "attention_transfer_loss": [*attention_maps.stage_launches(attention_maps.Maps(64, 56, 56, True, BF16), both)],
+    "attention_transfer_loss": [*attention_maps.stage_launches(Maps(64, 56, 56, True, BF16), ("_energies", "_gradients"))],
     "linear_kd_loss": [],
 }
 
@@ -384,33 +304,22 @@ def judge(entry):
             assert entry["widths"].get("features", 128) == entry["widths"].get("gradients", 128) == 128, name
 
 
-def recorded_plans(name):
-    """The plans of all launches of an operator."""
-    return [made.plan for made in codegen.record(list(operators.OPERATORS[name].module.launches("sm_90")))]
+def list_plans(name, *fields):
+    """The plans of all launches of an operator that have the last of these fields; the others are 1 where they are missing."""
+    plans = [made.plan for made in codegen.record(list(operators.OPERATORS[name].module.launches("sm_90")))]
+    return {tuple(plan.get(field, 1) for field in (*fields, "warps")) for plan in plans if fields[-1] in plan}
 
 
 @compiles
-def test_every_plan_of_distillation_is_listed():
-    listed = {(plan.get("ROWS", 1), plan["BLOCK"], plan["warps"]) for plan in recorded_plans("kd_loss")}
-    assert listed == {distill_kl.plan(C, heavy) for C in range(1, 2**18) for heavy in (False, True)}
-
-
-@compiles
-def test_every_plan_of_noise_contrast_is_listed():
-    listed = {(plan["ROWS"], plan["WIDTH"], plan["warps"]) for plan in recorded_plans("crd_loss") if "ROWS" in plan}
-    assert listed == {nce.plan(D) for D in range(4, nce.WIDEST + 1)}
-
-
-@compiles
-def test_every_plan_of_attention_maps_is_listed():
-    plans = recorded_plans("attention_transfer_loss")
-    tiles = {(p["PIXELS"], p["CHANNELS"], p["warps"]) for p in plans if "PIXELS" in p}
-    for channels_last in (False, True):
-        for C in range(16, 2049):
-            for P in (33, 49, 196, 256, 3136, 12544):
-                for itemsize in (2, 4):
-                    assert attention_map.plan(C, P, channels_last, itemsize, math.gcd(8, C if channels_last else P)) in tiles
-    compared = {(p["BLOCK"], p["warps"]) for p in plans if "BLOCK" in p}
+def test_every_plan_is_listed():
+    assert list_plans("kd_loss", "ROWS", "BLOCK") == {distill_kl.plan(C, heavy) for C in range(1, 2**18) for heavy in (False, True)}
+    assert list_plans("crd_loss", "WIDTH", "ROWS") == {
+        (width, rows, warps) for rows, width, warps in map(nce.plan, range(4, nce.WIDEST + 1))
+    }
+    tiles = list_plans("attention_transfer_loss", "PIXELS", "CHANNELS")
+    for channels_last, C, P, itemsize in product((False, True), range(16, 2049), (33, 49, 196, 256, 3136, 12544), (2, 4)):
+        assert attention_map.plan(C, P, channels_last, itemsize, math.gcd(8, C if channels_last else P)) in tiles
+    compared = list_plans("attention_transfer_loss", "BLOCK")
     assert compared >= {attention_map.compare_plan(P) for P in (1, 49, 64, 196, 784, 1024, 3136, 12544)}
 
 
@@ -429,15 +338,8 @@ def test_instructions_ask_for_the_predicted_bytes(C, requests):
 @pytest.mark.parametrize("N", [8192, 32768])
 def test_contrastive_loss_takes_little_memory(N, normalize, monkeypatch):
     """What the launchers allocate beyond the features and their gradient is below 4 N D b + 64 N bytes."""
-    D, dtype = 128, torch.bfloat16
-    features, others, names = torch.zeros(N, D, dtype=dtype), torch.zeros(0, D, dtype=dtype), torch.zeros(N, dtype=torch.int64)
-    setting, upstream = Setting(0.07, 1.0, 1, False, normalize), torch.ones(N)
     monkeypatch.setattr(triton.JITFunction, "run", lambda *_, **__: None)
-
-    def step():
-        kept = supcon.forward(features, others, names, None, setting)[1]
-        return supcon.backward(upstream, features, others, names, None, kept, setting, False)
-
+    features, step = step_of_supcon(N, 128, BF16, Setting(0.07, 1.0, 1, False, normalize))
     assert 0 < peak_memory(step) - features.nbytes < 4 * features.nbytes + 64 * N
 
 
@@ -445,12 +347,10 @@ def test_contrastive_loss_takes_little_memory(N, normalize, monkeypatch):
 def test_noise_contrast_takes_little_memory(monkeypatch):
     """What the launcher allocates, where the gathered rows are 537 MB."""
     (B, K, n), D = noise_contrast.SHAPE, 128
-    anchors, bank, indices = torch.zeros(B, D), torch.empty(n, D), torch.zeros(B, 1 + K, dtype=torch.int64)
     monkeypatch.setattr(triton.JITFunction, "run", lambda *_, **__: None)
+    arguments = torch.zeros(B, D), torch.empty(n, D), torch.zeros(B, 1 + K, dtype=torch.int64), torch.ones(()), 0.07, 0.0, 0.0, True
     split, _ = nce.parts(B, 1 + K, nce.plan(D)[0])
-    Z = torch.ones(())
-    memory = peak_memory(lambda: nce.loss_and_gradient(anchors, bank, indices, Z, 0.07, 0.0, 0.0, True))
-    assert 0 < memory <= 4 * (B * split * (D + 1) + B * D + 1) < 2**20
+    assert 0 < peak_memory(lambda: nce.loss_and_gradient(*arguments)) <= 4 * (B * split * (D + 1) + B * D + 1) < 2**20
 
 
 @compiles

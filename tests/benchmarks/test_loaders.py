@@ -111,10 +111,3 @@ def test_waiting_is_the_time_that_a_slow_loader_adds(monkeypatch):
 def test_a_resnet18_takes_a_step_with_a_batch():
     batch = Batch(torch.randn(2, 3, 32, 32), torch.tensor([0, 2]), torch.tensor([0, 1]))
     loaders.resnet18_step(torch.device("cpu"), 3)(batch)
-
-
-def test_bad_options_are_named(tmp_path):
-    with pytest.raises(ValueError, match="epochs must be at least 1, got 0"):
-        Loaders(epochs=0)
-    with pytest.raises(ValueError, match=r"data_dir .*nowhere: there is no such path"):
-        run(Loaders(data_dir=tmp_path / "nowhere", device="cpu"))

@@ -64,7 +64,7 @@ def test_the_peer_computes_the_recipes_loss(recipe):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
 
 
-def test_both_sides_start_from_the_same_weights_and_only_the_peer_lacks_kdfast():
+def test_both_sides_start_from_the_same_weights_and_only_the_peer_lacks_kdfast(monkeypatch):
     pytest.importorskip("lion_pytorch")
     ours, theirs = step(SMALL)[0], step(SMALL, plain=True)[0]
     assert all(torch.equal(a, b) for a, b in zip(weights(ours), weights(theirs)))
@@ -74,9 +74,6 @@ def test_both_sides_start_from_the_same_weights_and_only_the_peer_lacks_kdfast()
     for optimizer in ("adamw", "sgd"):
         sides = [step(replace(SMALL, optimizer=optimizer), plain=plain)[0].optimizer for plain in (False, True)]
         assert type(sides[0]) is type(sides[1])
-
-
-def test_without_lion_pytorch_the_peer_is_adamw(monkeypatch):
     monkeypatch.setitem(sys.modules, "lion_pytorch", None)
     monkeypatch.setattr(training.importlib.util, "find_spec", lambda name: None)
     assert type(step(SMALL, plain=True)[0].optimizer) is torch.optim.AdamW
@@ -177,28 +174,3 @@ def test_compiled_it_computes_the_same(monkeypatch):
     assert sum(operations > 0 for operations in graphs) == 2, "teacher and student, each one graph; the clock's marks lie between"
     for a, b in zip(weights(plain), weights(compiled)):
         assert torch.equal(a, b)
-
-
-def test_defaults_suit_the_device():
-    on_cpu, on_gpu = Train().on(CPU), Train().on(torch.device("cuda", 0))
-    assert (on_cpu.teacher, on_cpu.image_size, on_cpu.batch_size, on_cpu.precision, on_cpu.compile) == ("resnet34", 64, 32, "fp32", "off")
-    assert (on_gpu.teacher, on_gpu.image_size, on_gpu.batch_size, on_gpu.precision, on_gpu.compile) == ("resnet101", 224, 256, "bf16", "on")
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"classes": 1}, "classes must be at least 2, got 1"),
-        ({"batch_size": 1}, "batch_size must be at least 2, got 1"),
-        ({"image_size": 0}, "image_size must be at least 1"),
-        ({"seconds": 0.0}, "seconds must be positive"),
-    ],
-)
-def test_bad_options_are_named(options, message):
-    with pytest.raises(ValueError, match=message):
-        Train(**options)
-
-
-def test_an_unknown_network_is_named():
-    with pytest.raises(ValueError, match="there is no network 'resnet19'"):
-        training.run(replace(SMALL, student="resnet19"))

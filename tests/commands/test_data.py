@@ -12,22 +12,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from kdfast import cli
 from kdfast.data import check
-from kdfast.data.images import find
-from tests.data.samples import GOOD, REASONS, TWO_BAD, plant, write_class_folders
-
-
-def kdfast(*arguments: object) -> int:
-    return cli.main([str(a) for a in arguments])
-
-
-@pytest.fixture
-def mixture(tmp_path: Path) -> Path:
-    """A folder with every kind of good and bad file."""
-    for name in [*REASONS, *GOOD]:
-        plant(tmp_path / "mixture", name)
-    return tmp_path / "mixture"
+from tests.commands.running import SHORT, kdfast
+from tests.data.samples import GOOD, REASONS, TWO_BAD, plant_all, write_class_folders
 
 
 def test_info_shows_classes_sizes_formats_and_bad_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
@@ -52,8 +39,9 @@ def test_check_fails_with_too_many_bad_files(tmp_path: Path, capsys: pytest.Capt
     assert ("2 bad image files, where --max-bad-files allows" in shown.err) == bool(status)
 
 
-def test_check_names_every_bad_file(mixture: Path, capsys: pytest.CaptureFixture[str]):
-    assert kdfast("data", "check", mixture) == 1
+def test_check_names_every_bad_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    plant_all(tmp_path / "mixture")
+    assert kdfast("data", "check", tmp_path / "mixture") == 1
     shown = capsys.readouterr().out
     assert all(shown.count(f"/{name}: ") == 1 for name in REASONS)
     assert not any(name in shown for name in GOOD)
@@ -88,26 +76,17 @@ def test_preview_draws_a_sheet(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert not (tmp_path / "n.png").exists()
 
 
-def test_data_needs_a_known_command(capsys: pytest.CaptureFixture[str]):
-    assert kdfast("data", "clean") == 1
-    assert "data knows info, check, preview, got 'clean'" in capsys.readouterr().err
-    assert kdfast("data") == 0
-    assert "preview" in capsys.readouterr().out
-
-
-TINY = ["--seeds", 1, "--student", "resnet8", "--epochs", 1, "--image-size", 16, "--val-fraction", 0.3, "--workers", 0, "--warmup", 0]
-TINY += ["--recipe", "kd", "--no-baseline", "--teacher-model", "resnet8", "--batch-size", 4]
-TINY += ["--teacher-training.epochs", 1, "--teacher-training.warmup", 0, "--teacher-training.batch-size", 4]
+SMALL = ["--recipe", "kd", *SHORT, "--image-size", 16, "--val-fraction", 0.3, "--batch-size", 4, "--teacher-training.batch-size", 4]
 
 
 def test_a_run_names_bad_files_before_it_trains_or_leaves_them_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     root, run = write_class_folders(tmp_path / "i", {"train/dog/3.jpg": "zero.jpg"}), tmp_path / "run"
-    assert kdfast("distill", "--dataset", root, *TINY, "--out", run) == 1
+    assert kdfast("distill", "--dataset", root, *SMALL, "--out", run) == 1
     error = capsys.readouterr().err
     assert error.count("train/dog/3.jpg (the image file is empty (0 bytes))") == 1
     assert "--max-bad-files" in error
     assert not (run / "config.toml").exists(), "the folder was taken"
-    assert kdfast("distill", "--dataset", root, *TINY, "--out", run, "--max-bad-files", 1) == 0
+    assert kdfast("distill", "--dataset", root, *SMALL, "--out", run, "--max-bad-files", 1) == 0
     assert "left out 1 bad image file: " in capsys.readouterr().out
     assert any("3.jpg" in note for note in json.loads((run / "results.json").read_text())["notes"])
     assert "max_bad_files = 1" in (run / "config.toml").read_text()
@@ -115,7 +94,7 @@ def test_a_run_names_bad_files_before_it_trains_or_leaves_them_out(tmp_path: Pat
     assert "left out 1 bad image file: " in capsys.readouterr().out
 
 
-def test_a_stop_request_ends_the_check(mixture: Path):
+def test_a_stop_request_ends_the_check(tmp_path: Path):
     from rich.console import Console
 
     from kdfast.commands.images import checking
@@ -125,7 +104,7 @@ def test_a_stop_request_ends_the_check(mixture: Path):
     stop = StopRequest()
     stop.signal_number = signal.SIGTERM
     with pytest.raises(Interrupted, match="SIGTERM"), checking(Console(quiet=True), stop) as progress:
-        check(find(mixture), progress=progress)
+        check(plant_all(tmp_path / "mixture"), progress=progress)
 
 
 RANK = """

@@ -20,6 +20,16 @@ LEVELS = ((0.0,) * 3, (1 / 255,) * 3)
 """A normalization that leaves grey levels."""
 
 
+class Payload:
+    """Unpickling this opens a file for writing."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
 def make_split(n, size=8):
     """N different images in memory; labels 0 1 2 0 1 2 ..."""
     pixels = (torch.arange(n * 3 * size * size) * 7 % 251).to(torch.uint8).view(n, 3, size, size)
@@ -135,17 +145,39 @@ SPECIAL = {
 }
 REASONS = {name: reason for name, (_, reason) in BAD.items()} | SPECIAL
 
-GOOD = {
+
+def _turn(image: Image.Image) -> bytes:
+    exif = Image.Exif()
+    exif[0x112] = 6  # the camera was on its side
+    return encode("JPEG", image, exif=exif)
+
+
+NOISE = make_noise()
+SIXTEEN = Image.fromarray(np.arange(24 * 32, dtype=np.uint16).reshape(24, 32) * 80)
+TRANSLUCENT = Image.merge("RGBA", [*NOISE.split(), Image.linear_gradient("L").resize(NOISE.size)])
+STANDARD = {  # one decoder's pixels are another's
     "colour.jpg": (encode("JPEG"), PLAIN),
-    "grey.jpg": (encode("JPEG", make_noise().convert("L")), PLAIN),
+    "grey.jpg": (encode("JPEG", NOISE.convert("L")), PLAIN),
     "progressive.jpg": (encode("JPEG", progressive=True), PLAIN),
-    "cmyk.jpg": (encode("JPEG", make_noise().convert("CMYK")), "other jpeg"),
+    "full-colour.jpg": (encode("JPEG", subsampling=0), PLAIN),
+    "turned.jpg": (_turn(NOISE), PLAIN),
+    "plain.png": (encode("PNG"), "png"),
+    "grey.png": (encode("PNG", NOISE.convert("L")), "png"),
+}
+GOOD = STANDARD | {
+    "cmyk.jpg": (encode("JPEG", NOISE.convert("CMYK")), "other jpeg"),
     "rgb.jpg": (encode("JPEG", keep_rgb=True), "other jpeg"),
-    "palette.png": (encode("PNG", make_noise().convert("P")), "png"),
-    "sixteen.png": (encode("PNG", Image.fromarray(np.arange(24 * 32, dtype=np.uint16).reshape(24, 32) * 80)), "png"),
+    "palette.png": (encode("PNG", NOISE.convert("P")), "png"),
+    "palette with transparency.png": (encode("PNG", NOISE.convert("P"), transparency=bytes([0, 128, 255])), "png"),
+    "translucent.png": (encode("PNG", TRANSLUCENT), "png"),
+    "translucent grey.png": (encode("PNG", TRANSLUCENT.convert("LA")), "png"),
+    "sixteen.png": (encode("PNG", SIXTEEN), "png"),
+    "one bit.png": (encode("PNG", NOISE.convert("1")), "png"),
     "picture.bmp": (encode("BMP"), "bmp"),
     "picture.webp": (encode("WEBP"), "webp"),
-    "picture.gif": (encode("GIF", make_noise().convert("P")), "gif"),
+    "picture.gif": (encode("GIF", NOISE.convert("P")), "gif"),
+    "picture.tif": (encode("TIFF"), "tiff"),
+    "picture.ppm": (encode("PPM"), "ppm"),
 }
 
 
@@ -163,6 +195,11 @@ def plant(folder: Path, name: str) -> Path:
         case _:
             path.write_bytes((BAD | GOOD)[name][0])
     return path
+
+
+def plant_all(folder: Path) -> list[str]:
+    """Every kind of good and bad file."""
+    return sorted(str(plant(folder, name)) for name in [*REASONS, *GOOD])
 
 
 def write_class_folders(root: Path, bad: dict[str, str], each: int = 8) -> Path:

@@ -30,6 +30,7 @@ COUNTS = {
     "resnet8x4": (1_210_410, 1_233_540),
     "resnet32x4": (7_410_730, 7_433_860),
     "mobilenetv2_cifar": (697_546, 812_836),
+    "resnet18": (11_181_642, 11_227_812),
 }
 
 # the stages' shapes for an image of 32 pixels
@@ -41,6 +42,7 @@ STAGES = {
     "wrn_16_2": [(32, 32, 32), (64, 16, 16), (128, 8, 8)],
     "vgg8_cifar": [(128, 16, 16), (256, 8, 8), (512, 4, 4), (512, 4, 4)],
     "vgg11_cifar": [(64, 16, 16), (128, 16, 16), (256, 8, 8), (512, 1, 1)],
+    "resnet18": [(64, 8, 8), (128, 4, 4), (256, 2, 2), (512, 1, 1)],
     "mobilenetv2_cifar": [(12, 16, 16), (16, 8, 8), (48, 4, 4), (160, 2, 2)],
 }
 
@@ -120,20 +122,6 @@ def test_initialization_is_he_and_seeded(name):
     assert convolution.weight.std().item() == pytest.approx((2 / fan_out) ** 0.5, rel=0.05)
 
 
-def test_training_lowers_the_loss():
-    model = create("resnet8", 3)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    x, y = torch.randn(12, 3, 8, 8), torch.arange(12) % 3
-    losses = []
-    for _ in range(30):
-        loss = nn.functional.cross_entropy(model(x), y)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    assert losses[-1] < 0.3 * losses[0]
-
-
 class TestSpec:
     def test_survives_json(self):
         spec = ModelSpec("resnet8", 10, "mlp", {"shortcut": "A", "in_channels": 1})
@@ -184,13 +172,6 @@ def test_create_names_a_mistake(name, options, message):
 
 
 class TestTorchvision:
-    def test_resnet18(self):
-        with torch.device("meta"):
-            model = create("resnet18", 10)
-            assert parameter_count(model) == 11_181_642
-            assert model.stages == ("layer1", "layer2", "layer3", "layer4")
-            assert tap_shapes(model, model.stages, (3, 64, 64)) == ((64, 16, 16), (128, 8, 8), (256, 4, 4), (512, 2, 2))
-
     def test_mobilenet_v2_without_head_returns_features(self):
         assert create("mobilenet_v2", 10, head="none").eval()(torch.randn(1, 3, 64, 64)).shape == (1, 1280)
 

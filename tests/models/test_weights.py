@@ -12,7 +12,9 @@ import torch
 from torch import nn
 
 from kdfast.models import ModelSpec, build, create, load_weights, read_weights, recognize, save_weights
+from tests.data.samples import Payload
 
+NO_WEIGHTS = "truncated or not a"
 MEAN, STD = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
 
 
@@ -59,53 +61,40 @@ class TestReading:
 
     @pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
     def test_never_runs_code(self, tmp_path, legacy):
-        touched = tmp_path / "touched"
-
-        class Payload:
-            def __reduce__(self):
-                return open, (str(touched), "w")
-
-        torch.save({"state_dict": {"w": torch.ones(1)}, "x": Payload()}, tmp_path / "w.pth", _use_new_zipfile_serialization=not legacy)
+        payload, path = Payload(tmp_path / "touched"), tmp_path / "w.pth"
+        torch.save({"state_dict": {"w": torch.ones(1)}, "x": payload}, path, _use_new_zipfile_serialization=not legacy)
         with pytest.raises(ValueError, match=r"w.pth asks to run \w*io.open while it is read"):
-            read_weights(tmp_path / "w.pth")
-        (tmp_path / "raw.pth").write_bytes(pickle.dumps(Payload(), protocol=2))
-        with pytest.raises(ValueError, match=r"raw.pth"):
-            read_weights(tmp_path / "raw.pth")
-        assert not touched.exists()
-        pickle.loads(pickle.dumps(Payload())).close()
-        assert touched.exists(), "the payload would have shown"
-
-    def test_refuses_a_whole_module(self, tmp_path):
-        torch.save(nn.Linear(2, 2), tmp_path / "w.pt")
-        with pytest.raises(ValueError, match=r"asks to run torch.nn.modules.linear.Linear"):
-            read_weights(tmp_path / "w.pt")
+            read_weights(path)
+        path.write_bytes(pickle.dumps(payload, protocol=2))
+        with pytest.raises(ValueError, match=r"w.pth"):
+            read_weights(path)
+        assert not payload.path.exists()
+        pickle.loads(pickle.dumps(payload)).close()
+        assert payload.path.exists(), "the payload would have shown"
 
     @pytest.mark.parametrize("kind", ["zip", "legacy", "safetensors"])
     @pytest.mark.parametrize("keep", [0.001, 0.3, 0.999])
     def test_refuses_a_truncated_file(self, tmp_path, kind, keep):
-        path = tmp_path / ("w.safetensors" if kind == "safetensors" else "w.pt")
-        state = {"w": torch.randn(100, 100)}
-        if kind == "safetensors":
-            save_weights(state, path)
-        else:
-            torch.save(state, path, _use_new_zipfile_serialization=kind == "zip")
+        path, state = tmp_path / f"w.{kind}", {"w": torch.randn(100, 100)}
+        save_weights(state, path) if kind == "safetensors" else torch.save(state, path, _use_new_zipfile_serialization=kind == "zip")
         content = path.read_bytes()
         path.write_bytes(content[: int(keep * len(content))])
         with pytest.raises(ValueError, match=r"truncated or not a"):
             read_weights(path)
 
     @pytest.mark.parametrize("suffix", [".pt", ".pth", ".th", ".safetensors"])
-    @pytest.mark.parametrize("content", [b"<!DOCTYPE html><html>404</html>", bytes(1000), b"hello " * 50], ids=["html", "zeros", "text"])
-    def test_refuses_another_file(self, tmp_path, suffix, content):
+    @pytest.mark.parametrize(
+        ("content", "message"),
+        [(b"<!DOCTYPE html><html>404</html>", NO_WEIGHTS), (bytes(1000), NO_WEIGHTS), (b"hello " * 50, NO_WEIGHTS), (b"", "is empty")],
+        ids=["html", "zeros", "text", "empty"],
+    )
+    def test_refuses_another_file(self, tmp_path, suffix, content, message):
         path = tmp_path / f"w{suffix}"
         path.write_bytes(content)
-        with pytest.raises(ValueError, match=r"truncated or not a"):
+        with pytest.raises(ValueError, match=message):
             read_weights(path)
 
-    def test_names_an_empty_and_an_absent_file(self, tmp_path):
-        (tmp_path / "w.pt").touch()
-        with pytest.raises(ValueError, match="is empty"):
-            read_weights(tmp_path / "w.pt")
+    def test_names_an_absent_file(self, tmp_path):
         with pytest.raises(FileNotFoundError, match="no file"):
             read_weights(tmp_path / "other.pt")
 
@@ -115,6 +104,7 @@ class TestReading:
             pytest.param([1, 2], "it holds list", id="list"),
             pytest.param({"optimizer": {}, "epoch": 1}, "it holds the entries optimizer, epoch", id="entries"),
             pytest.param({}, "no state dict", id="nothing"),
+            pytest.param(nn.Linear(2, 2), "asks to run torch.nn.modules.linear.Linear", id="module"),
         ],
     )
     def test_names_the_content_of_a_file_without_state_dict(self, tmp_path, content, message):
@@ -285,14 +275,13 @@ EDGE = 2  # images on the edge between two classes: rounding differs between mac
 
 
 @pytest.mark.data
-def test_published_weights_give_their_accuracy(real_data):
-    assert abs(count_correct(real_data, "resnet20-12fca82f.th", "resnet20", 2000) - 1833) <= EDGE
-
-
-@pytest.mark.data
-@pytest.mark.slow
 @pytest.mark.parametrize(
-    ("file", "name", "right"), [("resnet20-12fca82f.th", "resnet20", 9173), ("resnet56-4bfd9763.th", "resnet56", 9339)]
+    ("file", "name", "images", "right"),
+    [
+        pytest.param("resnet20-12fca82f.th", "resnet20", 2_000, 1833, id="part of the test set"),
+        pytest.param("resnet20-12fca82f.th", "resnet20", 10_000, 9173, id="resnet20", marks=pytest.mark.slow),
+        pytest.param("resnet56-4bfd9763.th", "resnet56", 10_000, 9339, id="resnet56", marks=pytest.mark.slow),
+    ],
 )
-def test_published_weights_give_their_accuracy_on_the_whole_test_set(real_data, file, name, right):
-    assert abs(count_correct(real_data, file, name, 10_000) - right) <= EDGE
+def test_published_weights_give_their_accuracy(real_data, file, name, images, right):
+    assert abs(count_correct(real_data, file, name, images) - right) <= EDGE
