@@ -139,15 +139,8 @@ def test_every_recipe_has_a_page_and_is_on_the_lists():
     folder = {Path(page).stem for page in PAGES if page.startswith("docs/recipes/")}
     assert folder == set(recipes.names())
     for name in recipes.names():
-        page = PAGES[f"docs/recipes/{name}.md"]
-        for part in (
-            "**Use it when** ",
-            "## Formula",
-            f"{{recipe-options}} {name}\n",
-            f"{{recipe-presets}} {name}\n",
-            "## Published numbers",
-        ):
-            assert part in page, f"docs/recipes/{name}.md has no {part}"
+        parts = ["**Use it when** ", "## Formula", f"{{recipe-options}} {name}\n", f"{{recipe-presets}} {name}\n", "## Published numbers"]
+        assert not [part for part in parts if part not in PAGES[f"docs/recipes/{name}.md"]], name
         assert f"[{name}](recipes/{name}.md)" in PAGES["docs/recipes.md"]
         assert f"\nrecipes/{name}\n" in PAGES["docs/recipes.md"]
         (row,) = re.findall(rf"^\| \[{name}\].*", PAGES["README.md"], re.MULTILINE)
@@ -244,18 +237,9 @@ TOFD = Training(epochs=250, batch_size=128, lr=0.1, weight_decay=5e-4, milestone
 CRD_DIH = replace(REPDISTILLER, lr=0.1, batch_size=128, epochs=200, milestones=(60, 120, 180), gamma=0.2)
 
 DIH_KD = {"method.temperature": 5.0, "method.kd_weight": 0.1, "method.ce_weight": 0.9}
-NO_LOGITS = {
-    "method.ce_weight": 1.0,
-    "method.kd_weight": 0.0,
-    "data.normalization": "repdistiller-cifar100",
-    "data.val_fraction": 0.0,
-}
-HINT = {
-    "method.hint_epochs": 40,
-    "method.regressor": False,
-    "method.student_hint": "layer1",
-    "method.teacher_hint": "layer1",
-}
+REPDISTILLER_DATA = {"data.normalization": "repdistiller-cifar100", "data.val_fraction": 0.0}
+NO_LOGITS = {"method.ce_weight": 1.0, "method.kd_weight": 0.0} | REPDISTILLER_DATA
+HINT = {"method.hint_epochs": 40, "method.regressor": False, "method.student_hint": "layer1", "method.teacher_hint": "layer1"}
 CRD_WEIGHTS = {"method.ce_weight": 1.0, "method.kd_weight": 0.9, "method.contrast_weight": 0.8, "method.temperature": 4.0}
 PRESETS = {  # recipe and preset: the source's whole training, and other values of its table
     "kd repdistiller": (REPDISTILLER, {"teacher_training": REPDISTILLER}),

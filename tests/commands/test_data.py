@@ -1,20 +1,25 @@
 """kdfast data, and the check of image files by the commands that train: what it prints, and what stops it."""
 
+import importlib
 import json
-import os
 import signal
-import socket
-import subprocess
-import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from rich.console import Console
 
+from kdfast.commands import images
+from kdfast.commands.config import DataOptions
 from kdfast.data import check
+from kdfast.engine import Interrupted, World
+from kdfast.engine.interrupt import StopRequest
 from tests.commands.running import SHORT, kdfast
 from tests.data.samples import GOOD, REASONS, TWO_BAD, plant_all, write_class_folders
+from tests.processes import in_processes
 
 
 def test_info_shows_classes_sizes_formats_and_bad_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
@@ -95,58 +100,34 @@ def test_a_run_names_bad_files_before_it_trains_or_leaves_them_out(tmp_path: Pat
 
 
 def test_a_stop_request_ends_the_check(tmp_path: Path):
-    from rich.console import Console
-
-    from kdfast.commands.images import checking
-    from kdfast.engine import Interrupted
-    from kdfast.engine.interrupt import StopRequest
-
     stop = StopRequest()
     stop.signal_number = signal.SIGTERM
-    with pytest.raises(Interrupted, match="SIGTERM"), checking(Console(quiet=True), stop) as progress:
+    with pytest.raises(Interrupted, match="SIGTERM"), images.checking(Console(quiet=True), stop) as progress:
         check(plant_all(tmp_path / "mixture"), progress=progress)
 
 
-RANK = """
-import importlib, sys
-from rich.console import Console
-from kdfast.commands import images
-from kdfast.commands.config import DataOptions
-from kdfast.engine import join
+def fail_to_decode(path: str) -> None:
+    raise SystemExit("the second process opened a file")
 
-if __name__ == "__main__":
+
+def load_by_rank(root: str, cache: Path, rank: int, size: int) -> list[str]:
+    """The images that a process loads, with one bad file and with none allowed."""
     module = importlib.import_module("kdfast.data.checking")
-    images.BEAT_EVERY = 0.0
-    world = join("cpu")
-    if world.rank == 1:
-        def fail(path):
-            raise SystemExit("the second process opened a file")
-        module.decode_with_kind = fail
+    module.cache_folder = lambda: cache
+    if rank == 1:
+        module.decode_with_kind = fail_to_decode
+    world, found = World(rank, size, torch.device("cpu")), []
     for allowed in (1, 0):
         try:
-            data, notes = images.load_data(DataOptions(dataset=sys.argv[1], max_bad_files=allowed), 0, world, Console(soft_wrap=True))
-            print("rank", world.rank, len(data.train), len(notes), flush=True)
+            data, notes = images.load_data(DataOptions(dataset=root, max_bad_files=allowed), 0, world, Console(soft_wrap=True))
+            found.append(f"{len(data.train)} images, {len(notes)} note")
         except ValueError as error:
-            print("rank", world.rank, "3.jpg" in str(error), flush=True)
+            found.append("3.jpg" if "3.jpg" in str(error) else str(error))
         world.barrier()
-    world.close()
-"""
+    return found
 
 
-def test_under_torchrun_one_process_checks_and_the_others_open_nothing(tmp_path: Path):
+def test_one_of_two_processes_checks_and_the_other_opens_nothing(tmp_path: Path, capfd: pytest.CaptureFixture[str]):
     root = write_class_folders(tmp_path / "i", {"train/dog/3.jpg": "zero.jpg"})
-    (tmp_path / "script.py").write_text(RANK)
-    with socket.socket() as s:
-        s.bind(("localhost", 0))
-        port = s.getsockname()[1]
-    places = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
-    places["PYTHONPATH"] = str(Path(__file__).parents[2])
-    command = [sys.executable, str(tmp_path / "script.py"), str(root)]
-    running = []
-    for rank in ("0", "1"):
-        environment = {**os.environ, **places, "RANK": rank, "LOCAL_RANK": rank, "XDG_CACHE_HOME": str(tmp_path / "xdg")}
-        running.append(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment))
-    shown = [process.communicate(timeout=120) for process in running]
-    lines = [line for out, _ in shown for line in out.splitlines() if line.startswith("rank")]
-    assert lines == ["rank 0 13 1", "rank 0 True", "rank 1 13 1", "rank 1 True"], shown
-    assert sum(out.count("left out 1") for out, _ in shown) == 1, "one process speaks"
+    assert in_processes(partial(load_by_rank, str(root), tmp_path / "cache"), 2, tmp_path) == [["13 images, 1 note", "3.jpg"]] * 2
+    assert capfd.readouterr().out.count("left out 1") == 1, "one process speaks"

@@ -1,6 +1,5 @@
 """kdfast distill and kdfast teacher: the run folder, the recipes, and given teachers."""
 
-import importlib.util
 import re
 import sys
 from pathlib import Path
@@ -11,7 +10,6 @@ from torch import nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from kdfast.models import create, save_weights
-from kdfast.recipes.supervised import supervised
 from tests.commands.running import KD, SHORT, TEACHER, TINY, assert_same_run, evaluate, fail, kdfast, metrics_of, results_of, stages_of
 from tests.data.samples import write_class_folders
 
@@ -50,22 +48,12 @@ def test_a_run_is_logged_and_continued_in_its_logs(tmp_path: Path, monkeypatch: 
         return SimpleNamespace(log=lines.append, finish=lambda exit_code: made[-1].update(ended=exit_code))
 
     monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
-    names = ["wandb", "tensorboard"] if importlib.util.find_spec("tensorboard") else ["wandb"]
-    run = tmp_path / "run"
-    arguments = ["distill", *KD, "--no-baseline", "--out", run, "--log", *names]
-    assert kdfast(*arguments) == 0
-    written = metrics_of(run)
+    arguments = ["distill", *KD, "--no-baseline", "--out", tmp_path / "run", "--log", "wandb"]
+    assert kdfast(*arguments) == kdfast(*arguments, "--resume") == 0
+    written = metrics_of(tmp_path / "run")
     assert [line[f"{of['stage']}/val/top1"] for line, of in zip(lines, written, strict=True)] == [of["val/top1"] for of in written]
-    assert kdfast(*arguments, "--resume") == 0
     assert made[0]["id"] == made[1]["id"]
     assert [of["ended"] for of in made] == [0, 0]
-    if "tensorboard" in names:
-        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-        events = EventAccumulator(str(run / "tensorboard"))
-        events.Reload()
-        shown = [event.value for event in events.Scalars(f"{written[0]['stage']}/val/top1")]
-        assert shown == pytest.approx([of["val/top1"] for of in written if of["stage"] == written[0]["stage"]])
 
 
 def test_few_labels_are_said_as_they_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
@@ -226,21 +214,6 @@ def test_the_teacher_command_says_the_numbers_of_eval(tmp_path: Path, capsys: py
     (shown,) = re.findall(r"^test top-1 (\S+) %", capsys.readouterr().out, re.MULTILINE)
     assert shown == f"{100 * evaluate(tmp_path / 't')['top1']:.2f}"
     assert not {"student_alone"} & results_of(tmp_path / "t").keys()
-
-
-@pytest.mark.parametrize("fraction", [0.2, 1.0])
-def test_the_teacher_command_divides_by_the_labels_of_the_whole_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fraction: float):
-    coupled = []
-
-    def observe(*arguments, **keywords):
-        stage = next(supervised(*arguments, **keywords))
-        coupled.append(stage.couples_rows)
-        yield stage
-        return stage.train[0]
-
-    monkeypatch.setattr("kdfast.commands.teacher.supervised", observe)
-    assert kdfast(*TEACHER, 1, "--label-fraction", fraction, "--micro-batch", 16, "--out", tmp_path / "t") == 0
-    assert coupled == [fraction < 1]
 
 
 def test_the_dali_loader_without_dali_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):

@@ -7,8 +7,6 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from kdfast.commands.config import DataOptions
-from kdfast.commands.evaluate import Images, _as_trained
 from kdfast.data import load
 from kdfast.models import create, save_weights
 from tests.commands.running import evaluate, fail, kdfast, results_of
@@ -22,17 +20,12 @@ def test_eval_repeats_the_runs_numbers(finished: Path, capsys: pytest.CaptureFix
     assert "rows: true class" in capsys.readouterr().out
 
 
-def test_eval_takes_given_options_over_the_runs(finished: Path, tmp_path: Path):
+def test_eval_takes_given_options_over_the_runs(finished: Path):
     assert evaluate(finished, "--split", "val")["images"] == 359
+    assert evaluate(finished, "--split", "val", "--val-fraction", 0.1)["images"] == 359
+    assert evaluate(finished, "--split", "val", "--val-fraction", 0.3)["images"] != 359
     assert evaluate(finished, "--split", "train")["images"] == 200
     assert evaluate(finished, "--split", "train", "--max-images", 100, "--seed", 0, "--loader", "auto")["images"] == 100
-    path = tmp_path / "config.toml"
-    path.write_text('[data]\ndataset = "digits"\nval_fraction = 0.3\nloader = "torchvision"\nmax_images = 200\n[run]\nseed = 3\n')
-    trained, seed = _as_trained(path, Images(), None)
-    assert (trained.dataset, trained.val_fraction, trained.loader, trained.max_images, seed) == ("digits", 0.3, "torchvision", 200, 3)
-    given, seed = _as_trained(path, Images(val_fraction=0.1, loader="auto"), 0)  # also a default wins
-    assert (given.dataset, given.val_fraction, given.loader, given.max_images, seed) == ("digits", 0.1, "auto", 200, 0)
-    assert _as_trained(tmp_path / "none.toml", Images(dataset="digits"), None) == (DataOptions(dataset="digits"), 0)
 
 
 def test_predict_names_classes_and_bad_files(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):

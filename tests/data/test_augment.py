@@ -94,11 +94,6 @@ def test_crops_of_images_of_all_sizes_are_torchvisions_within_a_grey_level(size)
         assert mean < 0.3  # torchvision rounds once more, between the two directions
 
 
-def test_resampling_whole_images_gives_the_images_themselves():
-    images = photographs(2, 32, 32)
-    assert resample(images, Squash(32).frames(torch.tensor([[32, 32]] * 2), draws(2))) is images
-
-
 def test_crop_windows_are_distributed_as_torchvisions():
     n, (H, W) = 8000, (120, 160)
     frames = ResizedCrop(32).frames(torch.tensor([[H, W]]).expand(n, 2), draws(n, 11))

@@ -7,11 +7,10 @@ import pytest
 import torch
 from PIL import Image
 
-from kdfast.data import DataError, evaluation_names, hide_labels, load, names, training_names
+from kdfast.data import DataError, hide_labels, load
 from kdfast.data import datasets as module
 from kdfast.data.cifar import CIFAR10
 from kdfast.data.splits import FEWER, TEST, choose_stratified
-from kdfast.data.transforms import NORMALIZATIONS
 from tests.data.samples import Payload
 
 
@@ -155,14 +154,6 @@ def test_options_divide_the_digits_otherwise():
 def test_bad_options_are_named(options, message):
     with pytest.raises(DataError, match=message):
         load(**{"name": "digits"} | options)
-
-
-def test_the_registries_fit_together():
-    assert names()[0] == "digits"
-    for source in module.DATASETS.values():
-        assert source.normalization in NORMALIZATIONS
-        assert source.train_transform in training_names()
-        assert source.eval_transform in evaluation_names()
 
 
 # ---- folders --------------------------------------------------------------------------------------------------------------------

@@ -1,38 +1,14 @@
 """The contract of the three loaders: order, ranks, resuming, views, formats, errors; options, and the choice between loaders."""
 
-from pathlib import Path
-
 import pytest
 import torch
 
-from kdfast.data import (
-    HIDDEN,
-    DataError,
-    ImageData,
-    Loader,
-    LoaderOptions,
-    Split,
-    evaluation_transform,
-    load,
-    make_loaders,
-    training_transform,
-    usable,
-)
+from kdfast.data import DataError, ImageData, LoaderOptions, Split, evaluation_transform, load, make_loaders, training_transform, usable
 from kdfast.data.loaders import CLASSES, choose_loader, dali_installed
-from tests.data.samples import (
-    GOOD,
-    HALF,
-    REASONS,
-    join_images,
-    join_index,
-    make_loader,
-    make_split,
-    plant,
-    same,
-    write_class_folders,
-    write_pngs,
-    write_sizes,
-)
+from kdfast.data.protocol import Loader
+from kdfast.data.splits import HIDDEN
+from tests.data import samples
+from tests.data.samples import HALF, join_images, join_index, make_loader, make_split, same, write_pngs
 
 NAMES = [
     "resident",
@@ -231,7 +207,7 @@ def test_a_broken_image_is_one_sentence_that_names_it(tmp_path, name):
 @every_loader
 def test_different_sizes_need_a_transform_that_resizes(tmp_path, name):
     with pytest.raises(DataError, match=r"images differ in size \(10x8 and 8x9\)"):
-        list(make_loader(name, write_sizes(tmp_path), evaluation_transform("none", 8, *HALF)))
+        list(make_loader(name, samples.write_sizes(tmp_path), evaluation_transform("none", 8, *HALF)))
 
 
 # ---- a folder with bad files ----------------------------------------------------------------------------------------------------
@@ -240,16 +216,16 @@ def test_different_sizes_need_a_transform_that_resizes(tmp_path, name):
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> ImageData:
     """Two classes of good files of all kinds and sizes, and every kind of bad file in one of them, which the check leaves out."""
-    root: Path = write_class_folders(tmp_path_factory.mktemp("folder"), {})
-    for name in GOOD:
-        plant(root / "train" / "cat", name)
-    for name in REASONS:
-        plant(root / "train" / "dog" / "bad", name)
+    root = samples.write_class_folders(tmp_path_factory.mktemp("folder"), {})
+    for name in samples.GOOD:
+        samples.plant(root / "train" / "cat", name)
+    for name in samples.REASONS:
+        samples.plant(root / "train" / "dog" / "bad", name)
     loaded, said = load(str(root), val_fraction=0), []
     with pytest.raises(DataError, match=r"13 image files are bad, where --max-bad-files allows 12"):
         usable(loaded, max_bad_files=12)
     good = usable(loaded, max_bad_files=13, say=said.append)
-    assert all(" ".join(said).count(f"{name} (") == 1 for name in REASONS)
+    assert all(" ".join(said).count(f"{name} (") == 1 for name in samples.REASONS)
     assert not any("/bad/" in path for path in good.train.paths)
     return good
 

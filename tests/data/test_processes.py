@@ -1,7 +1,6 @@
 """The torchvision loader alone: worker processes change nothing, and their deaths and signals are handled."""
 
 import os
-import pickle
 import re
 import signal
 import subprocess
@@ -76,13 +75,6 @@ class Dying(Step):
 def test_a_dead_worker_is_one_sentence():
     loader = loader_of(make_split(9), replace(AUGMENT, steps=(Dying(),)), workers=1)
     assert re.fullmatch(r"a process that reads images died.*fewer workers \(.*worker.*\)", catch_complaint(loader))
-
-
-def test_the_data_of_workers_can_be_pickled():
-    loader = loader_of(make_split(5), training_transform("conkd-student", 8, *HALF))
-    samples = pickle.loads(pickle.dumps(loader._loader.dataset))
-    request = (1, [3, 1])
-    assert same([samples[request]], [loader._loader.dataset[request]])
 
 
 @pytest.mark.parametrize("workers", [0, 1])

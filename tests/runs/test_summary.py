@@ -51,29 +51,25 @@ def test_summary_rows(tmp_path: Path) -> None:
     assert [(row.name, row.top1_std) for row in summary_rows(results)] == [("student distilled", None)]
 
 
+RAISED, LOWERED = (
+    f"Distillation {verb} test accuracy by 2.1 points (95 % interval 1.3 to 2.8, 2 seeds)." for verb in ("raised", "lowered")
+)
+UNDECIDED = "no difference that 2 seeds can show: +0.5 points (95 % interval -18.6 to +19.6)"
+DECIMALS = "raised test accuracy by 0.04 points (95 % interval 0.03 to 0.05"
+
+
 @pytest.mark.parametrize(
     ("alone", "distilled", "said", "kind"),
     [
-        pytest.param(
-            [0.90, 0.91], [0.92, 0.9312], "Distillation raised test accuracy by 2.1 points (95 % interval 1.3 to 2.8, 2 seeds).",
-            "raised", id="raised",
-        ),
-        pytest.param(
-            [0.92, 0.9312], [0.90, 0.91], "Distillation lowered test accuracy by 2.1 points (95 % interval 1.3 to 2.8, 2 seeds).",
-            "lowered", id="lowered",
-        ),
-        pytest.param(
-            [0.90, 0.91], [0.92, 0.90], "no difference that 2 seeds can show: +0.5 points (95 % interval -18.6 to +19.6)", "undecided",
-            id="undecided",
-        ),
-        pytest.param(
-            [0.9000, 0.91], [0.9004, 0.91041], "raised test accuracy by 0.04 points (95 % interval 0.03 to 0.05", "raised", id="decimals"
-        ),
+        pytest.param([0.90, 0.91], [0.92, 0.9312], RAISED, "raised", id="raised"),
+        pytest.param([0.92, 0.9312], [0.90, 0.91], LOWERED, "lowered", id="lowered"),
+        pytest.param([0.90, 0.91], [0.92, 0.90], UNDECIDED, "undecided", id="undecided"),
+        pytest.param([0.9000, 0.91], [0.9004, 0.91041], DECIMALS, "raised", id="decimals"),
         pytest.param([0.9], [0.92], "+2.0 points against the 90.0 % without; one seed shows no spread", "unknown", id="one seed"),
         pytest.param([], [0.92], "without a student trained alone", "unknown", id="no baseline"),
         pytest.param([], [], "No student was distilled", "unknown", id="teacher only"),
     ],
-)  # fmt: skip
+)
 def test_the_verdict_claims_no_more_than_the_seeds_show(alone: list[float], distilled: list[float], said: str, kind: str) -> None:
     arms = {"alone": [{"best/top1": x} for x in alone], "distilled": [{"best/top1": x} for x in distilled]}
     results: Any = {"arms": arms, "paired": paired_difference(alone, distilled) if len(alone) > 1 else None}
