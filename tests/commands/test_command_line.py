@@ -93,63 +93,45 @@ def test_a_missing_package_is_one_sentence(arguments, missing, message, request,
 # ---- layers of values ------------------------------------------------------------------------------------------------
 
 
+CUT = {"training.warmup": 0, "teacher_training.epochs": 60, "teacher_training.warmup": 2}
+NOTEBOOK = {"data.image_size": 224, "data.augment": "conkd-student", "training.epochs": 300, "teacher_training.epochs": 60}
+DIGITS = {"training.epochs": 30, "teacher_training.epochs": 30, "run.seeds": 5, "student": "resnet8"}
+
+
 @pytest.mark.parametrize(
     ("arguments", "toml", "expected"),
     [
-        pytest.param(["--recipe", "kd"], "", {"method.temperature": 4.0, "data.val_fraction": 0.1}, id="dataclasses"),
+        pytest.param("--recipe kd", "", {"method.temperature": 4.0, "data.val_fraction": 0.1}, id="dataclasses"),
+        pytest.param("--recipe kd", "", DIGITS, id="data set, for the teacher too"),
+        pytest.param("--dataset .", "", {"training.epochs": 60, "training.warmup": 2, "student": "resnet18"}, id="data set: a path"),
+        pytest.param("--preset notebook", "", NOTEBOOK, id="preset, with values of the teacher's own"),
         pytest.param(
-            ["--recipe", "kd"], "", {"training.epochs": 30, "teacher_training.epochs": 30, "run.seeds": 5, "student": "resnet8"},
-            id="data set, for the teacher too",
-        ),
-        pytest.param(["--dataset", "."], "", {"training.epochs": 60, "training.warmup": 2, "student": "resnet18"}, id="data set: a path"),
-        pytest.param(
-            ["--preset", "notebook"], "",
-            {"data.image_size": 224, "data.augment": "conkd-student", "training.epochs": 300, "teacher_training.epochs": 60},
-            id="preset, with values of the teacher's own",
+            "--recipe kd --preset repdistiller", "", {"training.optimizer": "sgd", "student": "resnet20"}, id="preset of a source"
         ),
         pytest.param(
-            ["--recipe", "kd", "--preset", "repdistiller"], "", {"training.optimizer": "sgd", "student": "resnet20"},
-            id="a source's preset replaces the data set's training",
+            "--recipe kd --preset large-batch", "", {"training.batch_size": 2048, "training.epochs": 30}, id="preset over data set"
         ),
-        pytest.param(
-            ["--recipe", "kd", "--preset", "large-batch"], "", {"training.batch_size": 2048, "training.epochs": 30},
-            id="preset over data set",
-        ),
-        pytest.param(
-            [], 'recipe = "conkd"\npreset = "notebook"\n[training]\nepochs = 3\n',
-            {"training.epochs": 3, "data.image_size": 224, "data.augment": "conkd-student"},
-            id="config.toml over preset",
-        ),
-        pytest.param([], '[data]\ndataset = "cifar10"', {"training.epochs": 240, "student": "resnet20"}, id="data set of config.toml"),
-        pytest.param(["--lr", "0.5"], "[training]\nlr = 0.25\nema = 0.5", {"training.lr": 0.5, "training.ema": 0.5}, id="command line"),
-        pytest.param(["--batch_size=7"], "", {"training.batch_size": 7}, id="underscores"),
-    ],
-)  # fmt: skip
-def test_a_later_layer_wins(arguments, toml: str, expected: dict, tmp_path: Path):
-    (tmp_path / "c.toml").write_text(toml)
-    made = resolve("distill", [*arguments, "--config", str(tmp_path / "c.toml")])
-    assert {name: reduce(getattr, name.split("."), made) for name in expected} == expected
-
-
-@pytest.mark.parametrize(
-    ("arguments", "toml", "training", "teacher_training"),  # epochs, warmup
-    [
-        pytest.param(["--epochs", "1"], "", (1, 0), (60, 2), id="one epoch"),
-        pytest.param(["--epochs=2", "--teacher-training.epochs", "1"], "", (2, 1), (1, 0), id="teacher too"),
-        pytest.param(["--epochs", "3"], "", (3, 2), (60, 2), id="it fits"),
-        pytest.param(["--epochs", "1", "--warmup", "0"], "", (1, 0), (60, 2), id="given"),
-        pytest.param(["--preset", "large-batch", "--epochs", "4"], "", (4, 3), (60, 5), id="of a preset"),
-        pytest.param([], "[training]\nepochs = 1\n[teacher_training]\nepochs = 2\n", (1, 0), (2, 1), id="epochs of config.toml"),
-        pytest.param(["--epochs", "2"], "[training]\nepochs = 1\n", (2, 1), (60, 2), id="epochs of both"),
-        pytest.param(["--epochs", "5"], "[training]\nwarmup = 1\n", (5, 1), (60, 2), id="warm-up of config.toml"),
-        pytest.param(["--epochs", "1", "--warmup", "0"], "[training]\nwarmup = 2\n", (1, 0), (60, 2), id="given over config.toml"),
+        pytest.param("", 'preset = "notebook"\n[training]\nepochs = 3', NOTEBOOK | {"training.epochs": 3}, id="config.toml over preset"),
+        pytest.param("", '[data]\ndataset = "cifar10"', {"training.epochs": 240, "student": "resnet20"}, id="data set of config.toml"),
+        pytest.param("--lr 0.5", "[training]\nlr = 0.25\nema = 0.5", {"training.lr": 0.5, "training.ema": 0.5}, id="command line"),
+        pytest.param("--batch_size=7", "", {"training.batch_size": 7}, id="underscores"),
+        # a default warm-up is cut to the epochs
+        pytest.param("--dataset . --epochs 1", "", CUT, id="one epoch"),
+        pytest.param("--dataset . --epochs=2 --teacher-training.epochs 1", "", {"teacher_training.warmup": 0}, id="teacher's epochs"),
+        pytest.param("--dataset . --epochs=2", "", {"training.warmup": 1}, id="two epochs"),
+        pytest.param("--dataset . --epochs 3", "", {"training.warmup": 2}, id="it fits"),
+        pytest.param("--dataset . --epochs 1 --warmup 0", "", CUT, id="given warm-up"),
+        pytest.param("--dataset . --preset large-batch --epochs 4", "", {"training.warmup": 3}, id="warm-up of a preset"),
+        pytest.param("--dataset .", "[training]\nepochs = 1\n", CUT, id="epochs of config.toml"),
+        pytest.param("--dataset . --epochs 2", "[training]\nepochs = 1\n", {"training.warmup": 1}, id="epochs of both"),
+        pytest.param("--dataset . --epochs 5", "[training]\nwarmup = 1\n", {"training.warmup": 1}, id="warm-up of config.toml"),
+        pytest.param("--dataset . --epochs 1 --warmup 0", "[training]\nwarmup = 2\n", CUT, id="given over config.toml"),
     ],
 )
-def test_a_default_warmup_is_cut_to_the_epochs(arguments, toml: str, training, teacher_training, tmp_path: Path):
+def test_a_later_layer_wins(arguments: str, toml: str, expected: dict, tmp_path: Path):
     (tmp_path / "c.toml").write_text(toml)
-    made = resolve("distill", ["--dataset", str(tmp_path), "--config", str(tmp_path / "c.toml"), *arguments])
-    assert (made.training.epochs, made.training.warmup) == training
-    assert (made.teacher_training.epochs, made.teacher_training.warmup) == teacher_training
+    made = resolve("distill", [*arguments.split(), "--config", str(tmp_path / "c.toml")])
+    assert {name: reduce(getattr, name.split("."), made) for name in expected} == expected
 
 
 @pytest.mark.parametrize("command", ["distill", "teacher"])

@@ -8,28 +8,27 @@ from torch import nn
 
 from kdfast.models import classifier_head, create, feature_size, find_head, projection_head, replace_head
 
+CLASSIFIERS = {
+    "resnet20": ("linear", 64),
+    "wrn_40_2": ("fc", 128),
+    "vgg11_cifar": ("classifier", 512),
+    "mobilenetv2_cifar": ("classifier.0", 1280),
+    "resnet50": ("fc", 2048),
+    "mobilenet_v2": ("classifier.1", 1280),
+    "vgg16_bn": ("classifier.6", 4096),
+    "vit_b_16": ("heads.head", 768),
+    "densenet121": ("classifier", 1024),
+}
 
-@pytest.mark.parametrize(
-    ("name", "path", "features"),
-    [
-        ("resnet20", "linear", 64),
-        ("wrn_40_2", "fc", 128),
-        ("vgg11_cifar", "classifier", 512),
-        ("mobilenetv2_cifar", "classifier.0", 1280),
-        ("resnet50", "fc", 2048),
-        ("mobilenet_v2", "classifier.1", 1280),
-        ("vgg16_bn", "classifier.6", 4096),
-        ("vit_b_16", "heads.head", 768),
-        ("densenet121", "classifier", 1024),
-    ],
-)
-def test_find_head_finds_the_classifier(name, path, features):
+
+@pytest.mark.parametrize("name", CLASSIFIERS)
+def test_find_head_finds_the_classifier(name):
     with torch.device("meta"):
         model = create(name, 7)
-    found, layer = find_head(model)
-    assert (found, layer.in_features, layer.out_features) == (path, features, 7)
+    path, layer = find_head(model)
+    assert (path, layer.in_features, layer.out_features) == (*CLASSIFIERS[name], 7)
     assert layer is model.get_submodule(path)
-    assert feature_size(model) == features
+    assert feature_size(model) == layer.in_features
 
 
 def test_usual_names_come_before_later_layers():
