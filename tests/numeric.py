@@ -28,8 +28,8 @@ def error(ours: Tensor, exact: Tensor) -> float:
 
 
 def value_and_gradients(function: Callable[..., Tensor], inputs: Sequence[Tensor], upstream: Tensor | None = None) -> list[Tensor]:
-    """[function(*inputs), d/dinput_0, d/dinput_1, ...] for fresh leaves of the inputs; upstream defaults to ones."""
-    leaves = [x.detach().clone(memory_format=torch.preserve_format).requires_grad_() for x in inputs]
+    """[function(*inputs), d/dinput_0, d/dinput_1, ...] for leaves that share the inputs' memory; upstream defaults to ones."""
+    leaves = [x.detach().requires_grad_() for x in inputs]
     value = function(*leaves)
     value.backward(torch.ones_like(value) if upstream is None else upstream.to(value.dtype))
     return [value.detach(), *(torch.zeros_like(x) if x.grad is None else x.grad for x in leaves)]

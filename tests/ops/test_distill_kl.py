@@ -7,7 +7,6 @@ import torch
 import torch.nn.functional as F
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.torch_version import TorchVersion
 
 from kdfast import functional, reference
 from kdfast.benchmarks.timing import peak_memory
@@ -15,7 +14,8 @@ from kdfast.functional import kd_loss
 from kdfast.losses import LogitStandardizationLoss
 from kdfast.ops.distill_kl import eager
 from tests.numeric import FLOAT32_ERROR, INTERPRETED, KERNELS, error, value_and_gradients
-from tests.ops.distillation import FLOATS, OPTIONS, agree, chunked, kd, make_fuzz, make_logits
+from tests.ops.contracts import FLOATS, make_fuzz
+from tests.ops.distillation import OPTIONS, agree, chunked, kd, make_logits
 
 pytestmark = pytest.mark.kernels
 
@@ -158,17 +158,6 @@ def test_student_equal_to_teacher_has_no_gradient():
     value, gradient, _ = value_and_gradients(kd(standardize=True), [x, x])
     assert abs(value) < 1e-5
     assert gradient.abs().max() < 1e-6
-
-
-@pytest.mark.parametrize("shape", [(0, 10), (4, 0, 10)])
-@each_loss
-@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-def test_empty_batch(shape, reduction, bind):
-    call = bind(torch.zeros(shape[:-1], dtype=torch.int64), ce_weight=1.0, reduction=reduction)
-    value, gradient, _ = value_and_gradients(call, [make_logits(*shape), make_logits(*shape)])
-    assert value.shape == (shape[:-1] if reduction == "none" else ())
-    assert not value.any()
-    assert gradient.shape == shape
 
 
 @pytest.mark.parametrize("divergence", ["forward", "reverse", "js"])
@@ -378,22 +367,3 @@ def test_never_more_memory_than_the_original(shape, monkeypatch):
         assert ours <= theirs + 8 * shape[0], f"{name}: more than eager and two numbers a row"
         if shape[0] > 64:
             assert ours <= 1.2 * student.nbytes, f"{name}: the gradient, and buffers of a chunk"
-
-
-@eager_only
-@pytest.mark.speed
-@pytest.mark.parametrize("shape", [(8, 10), (64, 100), (128, 100), (256, 1000), (1024, 1000)], ids=str)
-def test_not_slower_than_the_original(shape):
-    from kdfast.benchmarks.distill_kl import LOSSES, case
-    from kdfast.benchmarks.timing import interleaved
-
-    # a known shortfall: PyTorch 2.11 spends more on an autograd.Function, and a batch of 8 pays for it (measured there: 0.89 to 0.94)
-    least = 0.85 if shape == (8, 10) and TorchVersion(torch.__version__) < "2.12" else 0.95
-    best = dict.fromkeys(LOSSES, 0.0)
-    for _ in range(5):
-        for loss in LOSSES:
-            ours, theirs = (case(loss, *shape).step(variant).run for variant in ("kdfast", "eager"))
-            best[loss] = max(best[loss], interleaved(ours, theirs, pairs=20)["speedup"])
-        if min(best.values()) >= least:
-            return
-    pytest.fail(f"slower than eager: {best}")
