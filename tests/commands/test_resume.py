@@ -161,18 +161,14 @@ def test_resume_finds_the_run_with_the_same_options(finished: Path, tmp_path: Pa
 # ---- damaged or taken ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "content",
-    [pytest.param(b"", marks=pytest.mark.slow), pytest.param(b"no checkpoint", marks=pytest.mark.slow), None],
-    ids=["empty", "text", "cut"],
-)
-def test_a_damaged_checkpoint_is_named_and_can_be_deleted(finished: Path, tmp_path: Path, content, monkeypatch: pytest.MonkeyPatch, capsys):
+def test_a_damaged_checkpoint_is_named_and_can_be_deleted(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
     run = tmp_path / "run"
     run_and_kill(monkeypatch, 14, "distill", *KD_SEEDS, "--out", run)
     checkpoint = run / "checkpoint.pt"
-    checkpoint.write_bytes(checkpoint.read_bytes()[:5000] if content is None else content)
-    error = fail(capsys, "distill", "--out", run, "--resume")
-    assert re.search("checkpoint.pt is damaged: delete it to continue from the last finished stage$", error)
+    for content in (checkpoint.read_bytes()[:5000], b"no checkpoint", b""):
+        checkpoint.write_bytes(content)
+        error = fail(capsys, "distill", "--out", run, "--resume")
+        assert error.endswith("checkpoint.pt is damaged: delete it to continue from the last finished stage")
     checkpoint.unlink()
     assert kdfast("distill", "--out", run, "--resume") == 0
     assert metrics_of(run) == metrics_of(finished)
