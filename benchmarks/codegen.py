@@ -4,7 +4,6 @@ The table shows registers, spills, shared memory, the width of loads and stores,
 asks for beside the least any could. binaries.py says how a launch is compiled; each operator's module lists its launches.
 """
 
-import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,8 +84,7 @@ def run(options: Codegen) -> list[dict[str, Any]]:
         console.print(f"{entry['target']}, C {_describe(entry)}: {'; '.join(entry['problems'])}", style="red", markup=False)
     console.print(f"Triton {triton.__version__}: {len(entries)} kernels compiled, {len(wrong)} with a problem")
     if options.out is not None:
-        facts = machine.facts() | {"triton": triton.__version__}
-        files.write_json(options.out, {"machine": facts, "date": time.strftime("%Y-%m-%d"), "cases": entries})
+        files.write_json(options.out, machine.document(entries, triton=triton.__version__))
     return entries
 
 

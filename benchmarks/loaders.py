@@ -303,5 +303,5 @@ def run(options: Loaders) -> list[dict[str, Any]]:
     table.caption = "in brackets and after a loader's name: its workers (DALI: threads)"
     Console(soft_wrap=True).print(table)
     if options.out is not None:
-        files.write_json(options.out, {"machine": machine.facts(), "date": time.strftime("%Y-%m-%d"), "cases": cases})
+        files.write_json(options.out, machine.document(cases))
     return cases

@@ -1,6 +1,5 @@
 """The registry of operators, their timed cases, and what every report says of the machine."""
 
-import time
 from collections.abc import Collection
 from importlib import metadata
 from types import ModuleType
@@ -70,17 +69,12 @@ def cases(device: torch.device, dtype: torch.dtype, *, operators: Collection[str
     return sorted((case for case in found if case.tier in wanted), key=lambda case: TIERS.index(case.tier))
 
 
-def facts() -> dict[str, Any]:
-    """machine.facts() with GPUs' drivers and clocks, and the versions of Triton and of the peers that are installed."""
+def describe_peers() -> dict[str, Any]:
+    """GPUs' drivers and clocks, and the versions of Triton and of the peers that are installed."""
     versions = {}
     for package in PACKAGES:
         try:
             versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             continue
-    return {**machine.facts(), "gpus": machine.gpus(), "packages": versions}
-
-
-def document(results: list[dict[str, Any]]) -> dict[str, Any]:
-    """The JSON of results: machine, date, and the cases of harness.measure."""
-    return {"machine": facts(), "date": time.strftime("%Y-%m-%d"), "cases": results}
+    return {"gpus": machine.gpus(), "packages": versions}

@@ -17,6 +17,7 @@ from kdfast import files
 from kdfast.benchmarks.harness import COMPILED, EAGER, OURS
 from kdfast.benchmarks.operators import OPERATORS
 from kdfast.machine import describe
+from kdfast.text import markdown_table
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -77,11 +78,12 @@ def summary(results: Sequence[Results]) -> str:
             groups.setdefault((case["operator"], peer), []).append(row["speedup"])
             if "device_ms" in row and "device_ms" in case["variants"][OURS]:
                 groups.setdefault((case["operator"], f"{peer}, device time"), []).append(_device_speedup(case, row))
-    lines = ["| operator | against | cases | least | median | largest | slower in |", "|---|---|---:|---:|---:|---:|---:|"]
-    for (operator, peer), ratios in groups.items():
-        spread = f"{min(ratios):.2f} | {statistics.median(ratios):.2f} | {max(ratios):.2f}"
-        lines.append(f"| {operator} | {peer} | {len(ratios)} | {spread} | {sum(r < 1 for r in ratios)} |")
-    return "\n".join([*lines, "", _sources(results)])
+    rows = [
+        (*names, str(len(x)), *(f"{spread(x):.2f}" for spread in (min, statistics.median, max)), str(sum(ratio < 1 for ratio in x)))
+        for names, x in groups.items()
+    ]
+    columns = ("operator", "against", "cases", "least", "median", "largest", "slower in")
+    return f"{markdown_table(columns, rows, left=(0, 1))}\n\n{_sources(results)}"
 
 
 def table(results: Sequence[Results]) -> str:
@@ -96,9 +98,15 @@ def table(results: Sequence[Results]) -> str:
 def _operator_table(cases: list[dict[str, Any]]) -> str:
     names = list(dict.fromkeys(peer for case in cases for peer, _ in peers(case)))
     gpu = any("device_ms" in case["variants"][OURS] for case in cases)
-    columns = ["ours, ms", *(["device, ms", "cold, ms", "launches"] if gpu else []), *(f"over {peer}" for peer in names)]
+    columns = [
+        "operator",
+        "case",
+        "ours, ms",
+        *(["device, ms", "cold, ms", "launches"] if gpu else []),
+        *(f"over {peer}" for peer in names),
+    ]
     columns += ["backward, ms", "of the floor", "memory, MB", "eager's, MB", "value error", "gradient error"]
-    lines = [f"| operator | case | {' | '.join(columns)} |", f"|---|---|{'---:|' * len(columns)}"]
+    rows = []
     for case in cases:
         ours, eager = case["variants"][OURS], case["variants"].get(EAGER, {})
         cells = [number(ours["call_ms"]), *((number(ours.get(key)) for key in ("device_ms", "cold_ms", "launches")) if gpu else ())]
@@ -107,10 +115,9 @@ def _operator_table(cases: list[dict[str, Any]]) -> str:
         cells += [number(variant["memory"] / 1e6 if "memory" in variant else None) for variant in (ours, eager)]
         cells += ["–" if ours.get(key) is None else f"{ours[key]:.0e}" for key in ("value_error", "gradient_error")]
         dtype = "" if case["dtype"] == "float32" else f", {case['dtype']}"
-        lines.append(f"| {case['operator']} | {case['case']}{dtype} | {' | '.join(cells)} |")
-    if why := unmeasured(cases):
-        lines += ["", f"Not measured: {'; '.join(why)}."]
-    return "\n".join(lines)
+        rows.append((case["operator"], f"{case['case']}{dtype}", *cells))
+    why = unmeasured(cases)
+    return markdown_table(columns, rows, left=(0, 1)) + (f"\n\nNot measured: {'; '.join(why)}." if why else "")
 
 
 def _cases(results: Sequence[Results]) -> list[dict[str, Any]]:
@@ -193,8 +200,13 @@ def figures(results: Sequence[Results]) -> dict[str, str]:
 
 
 def digest(results: Sequence[Results]) -> str:
-    """A hash of the cases that figures are made from."""
-    return hashlib.sha256(json.dumps(_cases(results), sort_keys=True).encode()).hexdigest()[:16]
+    """Identifies the cases that figures are made from."""
+    return identify(_cases(results))
+
+
+def identify(numbers: Any) -> str:
+    """A digest of JSON numbers, which a figure carries so that a stale one is found."""
+    return hashlib.sha256(json.dumps(numbers, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _speedup_figure(cases: list[dict[str, Any]]) -> "Figure":

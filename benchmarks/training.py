@@ -354,7 +354,7 @@ def run(options: Train) -> dict[str, Any]:
     console.print(table(result))
     console.print(f"{result['speedup']:.3f}x the images/s of the plain step; {result['steps']} steps of each", highlight=False)
     if options.out is not None:
-        files.write_json(options.out, {"machine": machine.facts(), "date": time.strftime("%Y-%m-%d"), "cases": [result]})
+        files.write_json(options.out, machine.document([result]))
     return result
 
 

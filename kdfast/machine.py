@@ -3,7 +3,8 @@
 import os
 import platform
 import subprocess
-from collections.abc import Mapping
+import time
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,11 @@ def facts() -> dict[str, Any]:
     if torch.cuda.is_available():
         found |= {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda, "triton": _version("triton")}
     return found
+
+
+def document(cases: Sequence[Mapping[str, Any]], **more: Any) -> dict[str, Any]:
+    """Returns the JSON of measurements: facts() and `more` of the machine, the date, and the cases."""
+    return {"machine": facts() | more, "date": time.strftime("%Y-%m-%d"), "cases": cases}
 
 
 def describe(facts: Mapping[str, Any], date: str) -> str:

@@ -1,6 +1,7 @@
 """Numbers as readers see them. A number that is None, NaN or infinite is a dash."""
 
 import math
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 
@@ -47,3 +48,9 @@ def duration(seconds: Any) -> str:
         return f"{whole // 60} min {whole % 60} s"
     minutes = round(seconds / 60)
     return f"{minutes // 60} h {minutes % 60} min"
+
+
+def markdown_table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, left: Sequence[int] = (0,)) -> str:
+    """Returns a Markdown table; columns at the places `left` are aligned to the left, the others to the right."""
+    line = "".join("---|" if place in left else "---:|" for place in range(len(columns)))
+    return "\n".join([f"| {' | '.join(columns)} |", f"|{line}", *(f"| {' | '.join(row)} |" for row in rows)])

@@ -1,7 +1,6 @@
 """Tools for maintainers: they need a clone of the repository, and are not in the wheel."""
 
 import json
-import time
 from pathlib import Path
 from typing import Any
 
@@ -14,5 +13,5 @@ ROOT = RESULTS.parents[2]  # of the clone
 def write_results(name: str, cases: list[dict[str, Any]]) -> Path:
     """Writes results/<name>.json: the machine, the date and one entry per case; returns its path."""
     path = RESULTS / f"{name}.json"
-    path.write_text(json.dumps({"machine": machine.facts(), "date": time.strftime("%Y-%m-%d"), "cases": cases}, indent=1) + "\n")
+    path.write_text(json.dumps(machine.document(cases), indent=1) + "\n")
     return path

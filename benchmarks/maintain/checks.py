@@ -12,9 +12,9 @@
 TRITON_INTERPRET=1 runs `sanitize` on the CPU.
 """
 
-import argparse
 import json
 import math
+import sys
 from concurrent.futures import ProcessPoolExecutor
 from itertools import repeat
 from multiprocessing import get_context
@@ -133,12 +133,10 @@ CHECKS = {
 
 
 def main() -> None:
-    """Runs one of CHECKS on the GPU, or on the CPU where there is none."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("name", choices=CHECKS)
-    check = CHECKS[parser.parse_args().name]
+    """Runs the named one of CHECKS on the GPU, or on the CPU where there is none."""
+    (name,) = sys.argv[1:]
     torch.manual_seed(0)
-    check(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    CHECKS[name](torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 

@@ -4,7 +4,6 @@ A table stands between <!-- table: DEVICE --> (every case of every operator) or 
 loaders, momenta, compare_GRID), and <!-- end -->. DEVICE is how the names of files in results/ begin: "cpu" for cpu-lion.json.
 """
 
-import hashlib
 import json
 import re
 import statistics
@@ -14,9 +13,10 @@ from typing import Any
 
 from kdfast import files
 from kdfast.benchmarks.maintain import RESULTS, ROOT
-from kdfast.benchmarks.report import Results, draw_axes, figures, read, summary, table, to_svg
+from kdfast.benchmarks.report import Results, draw_axes, figures, identify, read, summary, table, to_svg
 from kdfast.machine import describe
 from kdfast.runs.comparison import markdown
+from kdfast.text import markdown_table
 
 PAGES = (ROOT / "README.md", *(ROOT / "docs" / name for name in ("performance.md", "loaders.md", "comparison.md")))
 FIGURES = ROOT / "docs" / "figures"
@@ -42,9 +42,9 @@ def devices() -> list[str]:
 def training(device: str) -> str:
     """Images/s of whole training loops."""
     result = json.loads((RESULTS / f"{device}-self_distillation.json").read_text())
-    lines = ["| loop | images/s | over the tutorial's |", "|---|---:|---:|"]
-    lines += [f"| {c['variant']} | {c['images_per_s']:.1f} | {c['speedup']:.2f} |" for c in result["cases"]]
-    return "\n".join([*lines, "", f"{describe(result['machine'], result['date'])}."])
+    rows = [(c["variant"], f"{c['images_per_s']:.1f}", f"{c['speedup']:.2f}") for c in result["cases"]]
+    made = markdown_table(("loop", "images/s", "over the tutorial's"), rows)
+    return f"{made}\n\n{describe(result['machine'], result['date'])}."
 
 
 def loaders(device: str) -> str:
@@ -52,19 +52,18 @@ def loaders(device: str) -> str:
     result = json.loads((RESULTS / f"{device}-loaders.json").read_text())
     waiting = any("waiting_share" in c for c in result["cases"])
     columns = ["images", "pixels", "loader", "workers", "images/s", "PyTorch's, images/s", "speed-up", *(["waiting"] if waiting else [])]
-    lines = [f"| {' | '.join(columns)} |", f"|---|---:|---|{'---:|' * (len(columns) - 3)}"]
+    rows = []
     for c in result["cases"]:
         peer = f"{c['peer_images_per_s']:,.0f} ({c['peer_workers']} workers)"
         cells = [c["name"], str(c["image_size"]), c["loader"], str(c["workers"]), f"{c['images_per_s']:,.0f}", peer, f"{c['speedup']:.2f}"]
         cells += [format(c["waiting_share"], ".1%")] if waiting else []
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join([*lines, "", f"{describe(result['machine'], result['date'])}."])
+        rows.append(cells)
+    return f"{markdown_table(columns, rows, left=(0, 2))}\n\n{describe(result['machine'], result['date'])}."
 
 
 def momenta(device: str) -> str:
     """Accuracy with narrow momenta, a row a data set and dtype."""
-    lines = ["| images | momentum | bytes | test accuracy, % | from float32, points |", "|---|---|---:|---:|---:|"]
-    measured = []
+    rows, measured = [], []
     for path in sorted(RESULTS.glob(f"{device}-lion_momentum_*.json")):
         result = json.loads(path.read_text())
         measured.append(f"{result['cases'][0]['dataset']}: {describe(result['machine'], result['date'])}")
@@ -72,8 +71,9 @@ def momenta(device: str) -> str:
             accuracy, runs = statistics.mean(c["accuracy"]), len(c["accuracy"])
             against = "" if c["momentum"] == "float32" else f"{c['difference']:+.2f} ± {c['standard_error']:.2f}"
             images = f"{c['dataset']}, {c['epochs']} epochs, {runs} seeds"
-            lines.append(f"| {images} | {c['momentum']} | {c['momentum_bytes']:,} | {accuracy:.2f} | {against} |")
-    return "\n".join([*lines, "", *(f"- {line}." for line in measured)])
+            rows.append((images, c["momentum"], f"{c['momentum_bytes']:,}", f"{accuracy:.2f}", against))
+    made = markdown_table(("images", "momentum", "bytes", "test accuracy, %", "from float32, points"), rows, left=(0, 1))
+    return "\n".join([made, "", *(f"- {line}." for line in measured)])
 
 
 def comparison(device: str, grid: str) -> str:
@@ -107,11 +107,6 @@ def read_gains(device: str, grids: Iterable[str] = ("cifar10", "digits_few")) ->
     """The recipes' rows of committed comparisons, by grid, the smallest gain first."""
     rows = {grid: json.loads((RESULTS / f"{device}-compare_{grid}.json").read_text())["rows"] for grid in grids}
     return {grid: sorted((row for row in of if "paired" in row), key=lambda row: row["paired"]["mean"]) for grid, of in rows.items()}
-
-
-def identify(numbers: Any) -> str:
-    """A digest of JSON numbers, which a figure carries so that a stale one is found."""
-    return hashlib.sha256(json.dumps(numbers, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def fill_tables(text: str) -> str:

@@ -16,7 +16,6 @@ FILE gets a line of JSON per result, written at once: first the machine, then th
 a hang costs that step alone. The exit status is 1 where a step failed.
 """
 
-import argparse
 import contextlib
 import importlib.util
 import json
@@ -33,6 +32,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import torch
+import tyro
 
 from kdfast import machine
 from kdfast.benchmarks import operators
@@ -77,7 +77,7 @@ def run(steps: Sequence[Step], out: TextIO, seconds: float) -> bool:
         out.write(json.dumps(record) + "\n")
         out.flush()
 
-    write({"machine": operators.facts(), "date": time.strftime("%Y-%m-%d")})
+    write(machine.document([], **operators.describe_peers()))
     for number, step in enumerate(steps):
         left = end - time.monotonic() - GRACE
         start = time.monotonic()
@@ -185,20 +185,21 @@ def _tests() -> list[str]:
     return [sys.executable, "-m", "pytest", "tests", *chosen, *parallel]
 
 
-def main() -> None:
-    """Runs the steps on this machine's GPU."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="the results, a line of JSON each")
-    parser.add_argument("--minutes", type=float, default=9.0, help="for all steps together")
-    parser.add_argument("--rest", action="store_true", help="run the steps of a second call")
-    options = parser.parse_args()
+def main(out: Path, minutes: float = 9.0, rest: bool = False) -> None:
+    """Runs the steps on this machine's GPU.
+
+    Args:
+        out: file for the results, a line of JSON each.
+        minutes: for all steps together.
+        rest: run the steps of a second call.
+    """
     if not torch.cuda.is_available():
         sys.exit(f"{MODULE}.gpu: this PyTorch sees no CUDA GPU, and every measurement here needs one")
-    with options.out.open("w") as out:
-        good = run(other_steps() if options.rest else first_steps(), out, 60 * options.minutes)
-    print(f"{'no step failed' if good else 'a step failed'}: {options.out}")
+    with out.open("w") as file:
+        good = run(other_steps() if rest else first_steps(), file, 60 * minutes)
+    print(f"{'no step failed' if good else 'a step failed'}: {out}")
     sys.exit(not good)
 
 
 if __name__ == "__main__":
-    main()
+    tyro.cli(main, description=__doc__)

@@ -5,13 +5,14 @@ images after the last epoch, in percent, one for each seed; `difference` is its 
 of that mean; `momentum_bytes` are what the momenta of the network take, scales included.
 """
 
-import argparse
 import math
 import statistics
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
+import tyro
 
 from kdfast import models
 from kdfast.benchmarks.maintain import write_results
@@ -47,30 +48,31 @@ def train(data: ImageData, seed: int, epochs: int, momentum: torch.dtype | None)
     return 100 * torch.cat(right).double().mean().item(), statistics.mean(losses), sum(t.nbytes for t in state)
 
 
-def main() -> None:
-    """Trains all of them, prints and writes the result."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dataset", choices=("digits", "cifar10"), default="digits")
-    parser.add_argument("--data-dir", help="where the images of cifar10 are")
-    parser.add_argument("--epochs", type=int, default=15)
-    parser.add_argument("--seeds", type=int, default=5)
-    options = parser.parse_args()
-    data = load(options.dataset, data_dir=options.data_dir)
+def main(dataset: Literal["digits", "cifar10"] = "digits", data_dir: Path | None = None, epochs: int = 15, seeds: int = 5) -> None:
+    """Trains all of them, prints and writes the result.
+
+    Args:
+        dataset: the images.
+        data_dir: where the images of cifar10 are.
+        epochs: of each training.
+        seeds: how often each is trained.
+    """
+    data = load(dataset, data_dir=data_dir)
     accuracies: dict[str, list[float]] = {name: [] for name in MOMENTA}
     cases: dict[str, dict[str, Any]] = {}
-    for seed in range(options.seeds):
+    for seed in range(seeds):
         for name, momentum in MOMENTA.items():
-            accuracy, loss, size = train(data, seed, options.epochs, momentum)
+            accuracy, loss, size = train(data, seed, epochs, momentum)
             accuracies[name].append(accuracy)
             cases[name] = {"momentum": name, "momentum_bytes": size}
             print(f"seed {seed}  {name:9}{accuracy:7.2f} %   last epoch's loss {loss:.4f}", flush=True)
     for name, case in cases.items():
         differences = [a - b for a, b in zip(accuracies[name], accuracies["float32"])]
         error = statistics.stdev(differences) / math.sqrt(len(differences)) if len(differences) > 1 else math.nan
-        case |= {"dataset": options.dataset, "epochs": options.epochs, "accuracy": accuracies[name]}
+        case |= {"dataset": dataset, "epochs": epochs, "accuracy": accuracies[name]}
         case |= {"difference": statistics.mean(differences), "standard_error": error}
-    print(write_results(f"cpu-lion_momentum_{options.dataset}", list(cases.values())))
+    print(write_results(f"cpu-lion_momentum_{dataset}", list(cases.values())))
 
 
 if __name__ == "__main__":
-    main()
+    tyro.cli(main, description=__doc__)

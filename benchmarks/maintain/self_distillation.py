@@ -7,7 +7,6 @@ on layer2[1] and layer4[1], SGD, batch 32, 224 px, float32, `loss.item()` every 
 --preset tutorial` from random weights, in float32 and in bf16. Images/s of training alone, each variant in turn, several rounds.
 """
 
-import argparse
 import json
 import statistics
 import subprocess
@@ -19,6 +18,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+import tyro
 from torch import nn
 from torch.utils.data import DataLoader
 from torchvision import datasets, models, transforms
@@ -75,23 +75,24 @@ def ours(folder: Path, workers: int, precision: str) -> float:
         return json.loads((Path(out) / "run" / "metrics.jsonl").read_text().splitlines()[0])["images_per_s"]
 
 
-def main() -> None:
-    """Runs the comparison and writes results/cpu-self_distillation.json."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--data-dir", type=Path, required=True, help="an image folder with train/ and val/")
-    parser.add_argument("--images", type=int, default=320, help="training images an epoch")
-    parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=3)
-    options = parser.parse_args()
+def main(data_dir: Path, images: int = 320, workers: int = 2, rounds: int = 3) -> None:
+    """Runs the comparison and writes results/cpu-self_distillation.json.
+
+    Args:
+        data_dir: an image folder with train/ and val/.
+        images: training images an epoch.
+        workers: processes of the loaders.
+        rounds: how often each variant runs.
+    """
     rates: dict[str, list[float]] = {}
     with tempfile.TemporaryDirectory() as temporary:
-        folder = excerpt(options.data_dir, options.images, Path(temporary))
+        folder = excerpt(data_dir, images, Path(temporary))
         variants = {
-            "tutorial": lambda: tutorial(folder, options.workers),
-            "kdfast fp32": lambda: ours(folder, options.workers, "fp32"),
-            "kdfast bf16": lambda: ours(folder, options.workers, "bf16"),
+            "tutorial": lambda: tutorial(folder, workers),
+            "kdfast fp32": lambda: ours(folder, workers, "fp32"),
+            "kdfast bf16": lambda: ours(folder, workers, "bf16"),
         }
-        for _ in range(options.rounds):
+        for _ in range(rounds):
             for name, measure in variants.items():
                 rates.setdefault(name, []).append(measure())
                 print(f"{name}: {rates[name][-1]:.1f} images/s", flush=True)
@@ -100,8 +101,8 @@ def main() -> None:
             "variant": name,
             "image_size": 224,
             "batch_size": 32,
-            "images": options.images,
-            "workers": options.workers,
+            "images": images,
+            "workers": workers,
             "images_per_s": round(statistics.median(measured), 2),
             "speedup": round(statistics.median(a / b for a, b in zip(measured, rates["tutorial"])), 3),
         }
@@ -111,4 +112,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    tyro.cli(main, description=__doc__)

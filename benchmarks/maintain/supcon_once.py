@@ -7,12 +7,13 @@ the step, the seconds of the processor (of all threads, without what else the ma
 inputs. The tests hold the same code to the reference at sizes that the reference can run.
 """
 
-import argparse
+import itertools
 import os
 import time
-from typing import Any
+from typing import Any, Literal
 
 import torch
+import tyro
 
 from kdfast.benchmarks.harness import EAGER, OURS, Step, dtype_name
 from kdfast.benchmarks.maintain import write_results
@@ -49,20 +50,22 @@ def _measure_step(step: Step) -> dict[str, float]:
     return {"memory": peak_memory(run), **seconds}
 
 
-def main() -> None:
-    """Prints a line per size and writes the result."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--N", type=int, nargs="+", default=[131072])
-    parser.add_argument("--D", type=int, default=128)
-    parser.add_argument("--dtypes", nargs="+", choices=["float32", "bfloat16"], default=["float32", "bfloat16"])
-    options = parser.parse_args()
+def main(
+    N: tuple[int, ...] = (131072,), D: int = 128, dtypes: tuple[Literal["float32", "bfloat16"], ...] = ("float32", "bfloat16")
+) -> None:
+    """Prints a line per size and writes the result.
+
+    Args:
+        N: numbers of rows.
+        D: features.
+        dtypes: of the features.
+    """
     cases = []
-    for N in options.N:
-        for dtype in options.dtypes:
-            cases.append(measure(N, options.D, getattr(torch, dtype)))
-            print(cases[-1], flush=True)
+    for size, dtype in itertools.product(N, dtypes):
+        cases.append(measure(size, D, getattr(torch, dtype)))
+        print(cases[-1], flush=True)
     print(write_results("cpu-supcon_once", cases))
 
 
 if __name__ == "__main__":
-    main()
+    tyro.cli(main, description=__doc__)

@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 
+from kdfast import machine
 from kdfast.benchmarks import operators
 
 
@@ -30,4 +31,4 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 def pytest_benchmark_generate_machine_info() -> dict[str, Any]:
     """The machine as every result of kdfast describes it; the plugin would name the host."""
-    return operators.facts()
+    return machine.facts() | operators.describe_peers()

@@ -13,7 +13,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from kdfast import files
+from kdfast import files, machine
 from kdfast.benchmarks import harness, operators, report
 from kdfast.benchmarks.harness import COMPILED, EAGER, OURS
 from kdfast.commands.command_line import Command, run_one_of
@@ -75,7 +75,7 @@ def kernels(options: Kernels) -> list[dict[str, Any]]:
     for line in report.unmeasured(results):
         console.print(f"not measured: {line}", highlight=False)
     if options.out is not None:
-        files.write_json(options.out, operators.document(results))
+        files.write_json(options.out, machine.document(results, **operators.describe_peers()))
         console.print(options.out, highlight=False, soft_wrap=True)
     return results
 

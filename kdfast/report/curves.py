@@ -107,7 +107,8 @@ def _draw(axes: "Axes", panel: Panel) -> None:
     from matplotlib.ticker import MaxNLocator
 
     scale = 100 if panel.percent else 1
-    means = []
+    means: list[Any] = []
+    drawn: list[float] = []
     for line in panel.lines:
         colour = PALETTE[line.colour]
         if len(line.seeds) > 1:
@@ -115,9 +116,9 @@ def _draw(axes: "Axes", panel: Panel) -> None:
                 axes.plot(epochs, [scale * v for v in values], color=colour, linewidth=0.7, alpha=0.35)
         epochs, values = line.mean()
         values = [scale * v for v in values]
-        axes.plot(epochs, values, color=colour, linewidth=line.width, linestyle=line.style, solid_capstyle="round")
+        means += axes.plot(epochs, values, color=colour, linewidth=line.width, linestyle=line.style, solid_capstyle="round")
         axes.plot(epochs[-1:], values[-1:], color=colour, marker="o", markersize=3.5)
-        means.append((line, epochs, values))
+        drawn += values
     axes.set_title(panel.title, loc="left", fontsize=12, fontweight="bold", color=PALETTE["ink"], parse_math=False)
     axes.set_xlabel("epoch", color=PALETTE["muted"])
     axes.set_ylabel(panel.y_label, color=PALETTE["muted"])
@@ -127,8 +128,12 @@ def _draw(axes: "Axes", panel: Panel) -> None:
     axes.tick_params(colors=PALETTE["muted"], length=0, labelsize=10.5)
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.spines["bottom"].set_color(PALETTE["muted"])
-    _limit(axes, panel, [value for _, _, values in means for value in values])
-    _label(axes, means)
+    _limit(axes, panel, drawn)
+    legend = axes.legend(
+        means, [" "] * len(means), loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, labelcolor="linecolor", handlelength=1.6
+    )
+    for text, line in zip(legend.get_texts(), panel.lines):  # a name may begin with "_" or hold "$"
+        text.set(text=_short(line.name), parse_math=False)
 
 
 def _limit(axes: "Axes", panel: Panel, values: Sequence[float]) -> None:
@@ -149,36 +154,6 @@ def _limit(axes: "Axes", panel: Panel, values: Sequence[float]) -> None:
         axes.yaxis.set_minor_locator(NullLocator())
     elif finite[0] >= 0:
         axes.set_ylim(bottom=0)
-
-
-def _label(axes: "Axes", means: Sequence[tuple[Line, Sequence[int], Sequence[float]]]) -> None:
-    """Writes each line's name at the right edge in its colour, joined to its end, spread until none overlap."""
-    gap = 0.075
-    axes.get_ylim()  # the limits are found only when asked for, and the transform below does not ask
-    to_axes = axes.transScale + axes.transLimits
-    ends = [
-        (line, epochs[-1], values[-1], float(to_axes.transform((epochs[-1], values[-1]))[1]))
-        for line, epochs, values in means
-        if values and math.isfinite(values[-1])
-    ]
-    ends.sort(key=lambda end: end[3])
-    height, heights = -math.inf, []
-    for *_, wanted in ends:
-        height = max(min(max(wanted, 0.0), 1.0), height + gap)
-        heights.append(height)
-    ceiling = 1.0 + gap
-    for i in reversed(range(len(heights))):
-        heights[i] = ceiling = min(heights[i], ceiling - gap)
-    for (line, epoch, value, _), height in zip(ends, heights):
-        arrow = {"arrowstyle": "-", "color": PALETTE[line.colour], "linewidth": 0.6, "alpha": 0.5, "shrinkB": 0, "shrinkA": 1}
-        text: dict[str, Any] = {
-            "color": PALETTE[line.colour],
-            "fontsize": 11,
-            "va": "center",
-            "annotation_clip": False,
-            "parse_math": False,
-        }
-        axes.annotate(_short(line.name), (epoch, value), (1.02, height), textcoords="axes fraction", arrowprops=arrow, **text)
 
 
 def _short(name: str) -> str:

@@ -98,7 +98,6 @@ def markdown(facts: Mapping[str, Any]) -> str:
     Args:
         facts: the content of comparison.json: settings, rows, machine, date.
     """
-    lines = [f"| {' | '.join(COLUMNS)} |", "|---|---:|---:|---:|---:|---:|", *(f"| {' | '.join(cells(row))} |" for row in facts["rows"])]
     common = facts["settings"]
     words = [f"{common['dataset']}: {common['student']}", describe_settings({key: common[key] for key in SHOWN if key in common})]
     training = f"{', '.join(filter(None, words))}."
@@ -112,4 +111,4 @@ def markdown(facts: Mapping[str, Any]) -> str:
         f"against alone: {_compared(facts['rows'])}, with a 95 % interval; seconds of training a seed, the teacher's left out."
     )
     measured = f"{describe(facts['machine'], facts['date'])}."
-    return "\n".join([*lines, "", f"{training} {note}", "", measured, ""])
+    return "\n".join([text.markdown_table(COLUMNS, map(cells, facts["rows"])), "", f"{training} {note}", "", measured, ""])

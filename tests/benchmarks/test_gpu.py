@@ -133,9 +133,8 @@ def test_results_are_found_in_the_output(line, result):
 
 def test_without_a_gpu_there_is_one_sentence(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(sys, "argv", ["gpu", "--out", str(tmp_path / "x.json")])
     with pytest.raises(SystemExit, match="sees no CUDA GPU"):
-        gpu.main()
+        gpu.main(tmp_path / "x.json")
     assert not (tmp_path / "x.json").exists()
 
 
