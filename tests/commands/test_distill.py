@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from kdfast.models import create, save_weights
+from kdfast.recipes.supervised import supervised
 from tests.commands.running import KD, SHORT, TEACHER, TINY, assert_same_run, evaluate, fail, kdfast, metrics_of, results_of, stages_of
 from tests.data.samples import write_class_folders
 
@@ -209,11 +210,28 @@ def test_a_teacher_of_other_classes_is_refused(tmp_path: Path, capsys: pytest.Ca
     assert "has 7 classes, but digits has 10" in error
 
 
-def test_the_teacher_command_says_the_numbers_of_eval(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    assert kdfast(*TEACHER, 2, "--out", tmp_path / "t") == 0
+@pytest.mark.parametrize(("more", "kept"), [([], "best"), (["--val-fraction", 0], "last")], ids=["best epoch", "last epoch"])
+def test_the_teacher_command_says_the_numbers_of_eval(more: list, kept: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    assert kdfast(*TEACHER, 3, *more, "--out", tmp_path / "t") == 0
     (shown,) = re.findall(r"^test top-1 (\S+) %", capsys.readouterr().out, re.MULTILINE)
     assert shown == f"{100 * evaluate(tmp_path / 't')['top1']:.2f}"
+    assert results_of(tmp_path / "t")["kept"] == kept
     assert not {"student_alone"} & results_of(tmp_path / "t").keys()
+
+
+@pytest.mark.parametrize("fraction", [0.2, 1.0])
+def test_the_teacher_command_divides_by_the_labels_of_the_whole_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fraction: float):
+    coupled = []
+
+    def observe(*arguments, **keywords):
+        stage = next(supervised(*arguments, **keywords))
+        coupled.append(stage.couples_rows)
+        yield stage
+        return stage.train[0]
+
+    monkeypatch.setattr("kdfast.commands.teacher.supervised", observe)
+    assert kdfast(*TEACHER, 1, "--label-fraction", fraction, "--micro-batch", 16, "--out", tmp_path / "t") == 0
+    assert coupled == [fraction < 1]
 
 
 def test_the_dali_loader_without_dali_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
