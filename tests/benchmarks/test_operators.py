@@ -112,6 +112,8 @@ def test_skeletons_of_the_guide_make_an_operator_and_a_recipe(tmp_path):
 
     pytest_quietly = ("-m", "pytest", "-p", "no:cacheprovider", "-p", "no:xdist", "--durations=0")
     run(*pytest_quietly, "tests/ops/test_gap.py", "tests/benchmarks/test_operators.py", "-m", "not slow")
+    run(*pytest_quietly, "tests/benchmarks/test_codegen.py", "-m", "not slow", "-k", "gap_loss")
+    run("-m", "mypy")
     run(*pytest_quietly, "tests/ops/test_gap.py", TRITON_INTERPRET="1")
     run("-c", MACHINE_CODE)
     run("-c", COMPILED)
