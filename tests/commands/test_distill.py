@@ -1,6 +1,7 @@
 """kdfast distill and kdfast teacher: the run folder, the recipes, and given teachers."""
 
 import re
+import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -240,3 +241,21 @@ def test_the_dali_loader_without_dali_is_one_sentence(tmp_path: Path, monkeypatc
     error = fail(capsys, "distill", "--dataset", images, *KD, "--loader", "dali", "--image-size", 32, "--out", run, status=2)
     assert error == "kdfast: the dali loader needs nvidia.dali: pip install 'kdfast[dali]'"
     assert not (run / "metrics.jsonl").exists()
+
+
+def test_an_image_folder_is_trained_on(tmp_path: Path):
+    images = write_class_folders(tmp_path / "images", {})
+    common = ["--dataset", images, "--epochs", 1, "--image-size", 32, "--val-fraction", 0.3, "--batch-size", 4, "--workers", 0]
+    networks = ["--student", "resnet8", "--teacher-model", "resnet8", "--teacher-training.epochs", 1, "--teacher-training.batch-size", 4]
+    assert kdfast("distill", "--recipe", "kd", *common, *networks, "--out", tmp_path / "run") == 0
+    assert kdfast("teacher", "--model", "resnet8", *common, "--out", tmp_path / "teacher") == 0
+
+
+def test_a_bad_image_folder_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    images, command = write_class_folders(tmp_path / "images", {}), ["distill", *KD, "--out", tmp_path / "run", "--dataset"]
+    (tmp_path / "empty").mkdir()
+    assert str(tmp_path / "empty") in fail(capsys, *command, tmp_path / "empty")
+    (images / "train" / "dog" / "3.jpg").write_bytes(b"")
+    assert "3.jpg" in fail(capsys, *command, images)
+    shutil.rmtree(images / "val" / "dog")
+    assert "dog" in fail(capsys, *command, images)

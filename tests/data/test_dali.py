@@ -4,8 +4,10 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from kdfast.data import DaliLoader, DataError, LoaderOptions, Split, evaluation_transform, training_transform
 from kdfast.data.images import has_standard_pixels
@@ -201,3 +203,28 @@ def test_a_file_that_dali_does_not_read_is_read_at_once(tmp_path):
 def test_images_in_memory_are_refused():
     with pytest.raises(DataError, match="choose --loader resident"):
         DaliLoader(make_split(4), CROP, LoaderOptions(4))
+
+
+@pytest.mark.slow  # the fast tier holds these crops to the resident loader's, and those to torchvision's distribution
+def test_crops_are_distributed_as_torchvisions(tmp_path):
+    """2,000 crops of an image whose red rises from left to right, and whose green rises from top to bottom."""
+    pixels = np.zeros((96, 128, 3), np.uint8)
+    pixels[..., 0], pixels[..., 1] = np.arange(128) * 2, np.arange(96)[:, None] * 2.6
+    Image.fromarray(pixels).save(tmp_path / "where.png")
+    split = Split(torch.zeros(2000, dtype=torch.int64), paths=(str(tmp_path / "where.png"),) * 2000)
+
+    def measure(loader):
+        images = join_images(loader)
+        across, down = images[:, 0, 16, -4] - images[:, 0, 16, 3], images[:, 1, -4, 16] - images[:, 1, 3, 16]
+        width, height = across.abs() * 32 / 25 / 2 / 128, down * 32 / 25 / 2.6 / 96
+        area, aspect = width * height, (width * 128 / (height * 96)).log()
+        return torch.stack([area, aspect, (across < 0).float(), images.mean(dim=(1, 2, 3)), images.std(dim=(1, 2, 3))])
+
+    transform = training_transform("imagenet", 32, *LEVELS)
+    ours, theirs = measure(dali_of(split, transform, 100)), measure(make_loader("torchvision", split, transform, 100))
+    error = (ours.var(dim=1) / 1000).sqrt()  # of the difference of two means of 2,000
+    assert ((ours.mean(dim=1) - theirs.mean(dim=1)).abs() < 4 * error).all(), "area, aspect, flips, mean, deviation"
+    assert torch.allclose(ours.std(dim=1), theirs.std(dim=1), rtol=0.1)
+    assert abs(ours[2].mean() - 0.5) < 0.045
+    assert ours[0].min() > 0.06
+    assert ours[1].abs().max() < 0.36, "3:4 to 4:3"

@@ -362,3 +362,8 @@ def test_real_imagenette(real_data):
     data = load("imagenette", data_dir=real_data)
     assert (len(data.train), len(data.val), len(data.test)) == (8522, 947, 3925)
     assert data.classes[-1] == "parachute"
+
+
+def test_stratified_choice_is_the_same_in_every_version_of_pytorch():
+    chosen, _ = choose_stratified(torch.arange(3).repeat(10), 6, seed=0, purpose=TEST)
+    assert chosen.tolist() == [4, 8, 11, 21, 22, 27]

@@ -1,14 +1,15 @@
 """The resident loader alone: torchvision's evaluation bit for bit, images of many sizes, sharing, memory."""
 
 import gc
+import warnings
 
 import pytest
 import torch
 
-from kdfast.data import DataError, Split, evaluation_transform, hide_labels, training_names, training_transform
+from kdfast.data import DataError, Split, evaluation_transform, hide_labels, load, make_loaders, training_names, training_transform
 from kdfast.data.images import decode
 from kdfast.data.loaders import resident
-from tests.data.samples import HALF, make_loader, make_split, same, write_pngs
+from tests.data.samples import HALF, join_images, make_loader, make_split, same, write_pngs
 
 AUGMENT = training_transform("cifar", 8, *HALF)
 
@@ -78,3 +79,27 @@ def test_too_many_images_are_refused_with_their_size_and_the_free_memory(tmp_pat
     with pytest.raises(DataError, match=r"10 images take 0\.01 GiB, and cpu has 0\.00 GiB free, of which 80% may be used"):
         resident_of(split, training_transform("cifar", 512, *HALF))
     resident_of(make_split(10, size=600), training_transform("none", 600, *HALF))  # in memory already
+
+
+@pytest.mark.data
+def test_crops_of_real_images_have_torchvisions_statistics(real_data):
+    data = load("imagenette", data_dir=real_data, max_images=2000, val_fraction=0)
+    transform = training_transform("imagenet", 64, data.mean, data.std)
+    means, deviations, edges = [], [], []
+    for name in ("resident", "torchvision"):
+        images = join_images(make_loader(name, data.train, transform, batch_size=100))
+        means.append(images.mean((0, 2, 3)))
+        deviations.append(images.std((0, 2, 3)))
+        edges.append((images[..., 1:] - images[..., :-1]).abs().mean())
+    assert (means[0] - means[1]).abs().max() < 0.06  # three deviations of the mean over 2,000 images
+    assert (deviations[0] / deviations[1] - 1).abs().max() < 0.03
+    assert abs(edges[0] / edges[1] - 1) < 0.03
+
+
+@pytest.mark.data
+def test_real_cifar10_from_memory(real_data):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # some of the batches are enough here
+        data = load("cifar10", data_dir=real_data, download=False)
+    ours, theirs = (make_loaders(data, batch_size=500, loader=name).test for name in ("resident", "torchvision"))
+    assert same(list(ours), list(theirs))

@@ -1,5 +1,6 @@
 """The run report: what it says, what it leaves out, and that it survives the run folders that real life leaves behind."""
 
+import errno
 import html
 import json
 import math
@@ -199,3 +200,30 @@ def test_comparison_of_different_tasks_says_so(tmp_path: Path) -> None:
     text = read(write_comparison([tmp_path / "a" / "run", tmp_path / "b" / "run"], tmp_path / "out.html")).text
     assert "test images themselves" not in text
     assert "the best validation epoch, or of the last where a run chose none: mean" in text
+
+
+def test_report_is_the_same_when_made_again(whole: tuple[Path, dict[str, Any]]) -> None:
+    pages = [whole[0] / name for name in ("report.html", "curves.png")]
+    first = [page.read_bytes() for page in pages]
+    write_report(whole[0])
+    assert [page.read_bytes() for page in pages] == first
+    names = {path.name for path in whole[0].iterdir()}
+    assert names == {"config.toml", "metrics.jsonl", "results.json", "report.html", "curves.png"}
+
+
+def test_full_disk_leaves_the_old_report(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    results = make_run(folder, seeds=2)
+    old = write_report(folder).read_bytes(), (folder / "curves.png").read_bytes()
+    (folder / "results.json").write_text(json.dumps(results | {"recipe": "another"}))
+    (folder / "metrics.jsonl").write_text("")
+
+    def full(self: Path, *args: Any, **kwargs: Any) -> int:
+        with self.open("wb") as file:
+            file.write(b"<!doctype")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(OSError, match="No space left"):
+        write_report(folder)
+    assert ((folder / "report.html").read_bytes(), (folder / "curves.png").read_bytes()) == old
+    assert len(list(folder.iterdir())) == 5  # no temporary file stays behind
