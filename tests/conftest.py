@@ -5,12 +5,16 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 import torch
 
 from tests.numeric import DEVICE, INTERPRETED
 
 torch.set_num_threads(1)
+# fuzz draws the same cases in every run, so that a failure is the change's; KDFAST_FRESH_SEEDS draws others
+hypothesis.settings.register_profile("kdfast", deadline=None, database=None, derandomize="KDFAST_FRESH_SEEDS" not in os.environ)
+hypothesis.settings.load_profile("kdfast")
 if DEVICE != "cpu":
     torch.set_default_device(DEVICE)
 

@@ -1,6 +1,5 @@
 """Checks that the tests of all operators share: comparison with float64, rows far apart, poison around inputs, random cases."""
 
-import os
 from collections.abc import Callable, Sequence
 
 import torch
@@ -76,4 +75,4 @@ def place_far_apart(x: Tensor) -> Tensor:
 def make_fuzz(check: Callable[..., None], examples: int, interpreted_examples: int) -> Callable[[], None]:
     """A test that calls check(data) with that many random draws."""
     count = interpreted_examples if KERNELS else examples
-    return settings(max_examples=count, deadline=None, derandomize=bool(os.environ.get("CI")), database=None)(given(st.data())(check))
+    return settings(max_examples=count)(given(st.data())(check))

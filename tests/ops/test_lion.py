@@ -191,14 +191,14 @@ def assert_near(ours: Tensor, exact: Tensor, tolerance: float, *terms: Tensor) -
         assert (ours.detach().double() - exact).abs().max() <= tolerance * scale
 
 
-@settings(max_examples=30 if INTERPRETED else 60, deadline=None)
+@settings(max_examples=30 if INTERPRETED else 60)
 @given(data=st.data())
 def test_random_steps_follow_the_reference(data):
     check_against_reference(data)
 
 
 @pytest.mark.slow
-@settings(max_examples=300 if INTERPRETED else 1700, deadline=None)
+@settings(max_examples=300 if INTERPRETED else 1700)
 @given(data=st.data())
 def test_many_random_steps_follow_the_reference(data):
     check_against_reference(data)
