@@ -77,7 +77,7 @@ def oracles() -> Any:
 
 @pytest.fixture(autouse=True)
 def _own_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A pytest started by a test is nobody's worker: pytest-benchmark, for one, measures nothing in a worker."""
+    """A pytest that a test starts is not an xdist worker: pytest-benchmark, for one, measures nothing in a worker."""
     for name in ("PYTEST_XDIST_WORKER", "PYTEST_XDIST_WORKER_COUNT", "PYTEST_XDIST_TESTRUNUID"):
         monkeypatch.delenv(name, raising=False)
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-# KERNELS.md section 5: what a dtype may lose against float64 beyond eager PyTorch's own error in it
+# what a dtype may lose against float64 beyond eager PyTorch's own error in it
 ALLOWANCE = {torch.float32: 0.0, torch.bfloat16: 1e-3, torch.float16: 1e-3, torch.float64: 0.0}
 DEVICE = os.environ.get("KDFAST_TEST_DEVICE", "cpu")  # where tests of operators put their tensors
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"

@@ -90,6 +90,28 @@ def test_the_check_sees_an_upward_import(tmp_path: Path):
     assert HEIGHT["kdfast.cli"] > HEIGHT["kdfast.ops"]
 
 
+PUBLIC = {"kd_loss", "linear_kd_loss", "supcon_loss", "__init__ of Lion"}  # their arguments are the library's interface
+
+
+def find_large_functions(path: Path) -> list[str]:
+    """The functions above 80 lines or 12 parameters."""
+    found = []
+    for parent in ast.walk(ast.parse(path.read_text())):
+        for node in ast.iter_child_nodes(parent):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                name = f"{node.name} of {parent.name}" if isinstance(parent, ast.ClassDef) else node.name
+                lines = (node.end_lineno or 0) - node.lineno + 1
+                parameters = sum(isinstance(inner, ast.arg) for inner in ast.iter_child_nodes(node.args))
+                if lines > 80 or (parameters > 12 and name not in PUBLIC):
+                    found.append(f"{name}: {lines} lines, {parameters} parameters")
+    return found
+
+
+@pytest.mark.parametrize("path", [p for p in files() if not p.is_relative_to(ROOT / "kernels")], ids=module_name)
+def test_functions_are_short(path: Path):
+    assert not find_large_functions(path)
+
+
 def run(code: str) -> str:
     return subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, cwd=ROOT).stdout
 
