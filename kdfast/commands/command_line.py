@@ -65,8 +65,7 @@ def resolve(command: Literal["teacher", "distill", "compare"], arguments: Sequen
     command line   the options                                                 --epochs 5
 
     A preset that reproduces a source replaces the training of the data set's layer. In the layers of data set and preset a value of the
-    student's training is the teacher's too, unless "teacher_training.<field>" is there as well. A warm-up of the first three layers is cut
-    to fit the epochs of the last two.
+    student's training is the teacher's too, unless "teacher_training.<field>" is there as well.
 
     Raises:
         ValueError: an unknown recipe, preset or key, a value of another type, or a recipe that contradicts config.toml's.
@@ -89,19 +88,16 @@ def resolve(command: Literal["teacher", "distill", "compare"], arguments: Sequen
         recipe = recipes.get(chosen["recipe"] or table.get("recipe", "conkd"))
         kind, words = Distill[recipe.settings], Distill.__doc__  # type: ignore[assignment,name-defined]
         default = config.defaults(recipe, chosen["preset"] or table.get("preset", "default"), dataset)
-    default = toml.fill(default, _with_epochs(table, chosen), source)
+    default = toml.fill(default, table, source)
     _, options = take(arguments, command, "config")
     return parse(kind, options, command, default, f"{words} With --config FILE, options that are not given come from a config.toml.")
-
-
-_EPOCHS = [f"{part}{name}" for part in ("", "teacher-training.") for name in ("epochs", "warmup")]
 
 
 def _peek(command: str, arguments: Sequence[str]) -> dict[str, Any]:
     """The few options that decide on the others' defaults, by name; None where absent."""
     plain = [argument.replace("_", "-") if argument.startswith("--") and "=" not in argument else argument for argument in arguments]
     resume = [argument for argument in plain if argument in ("--resume", "--no-resume")][-1:] == ["--resume"]
-    names, _ = take(plain, command, "recipe", "preset", "dataset", "config", "out", *_EPOCHS)
+    names, _ = take(plain, command, "recipe", "preset", "dataset", "config", "out")
     return {**vars(names), "resume": resume}
 
 
@@ -113,15 +109,3 @@ def _read_config(chosen: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
         path = toml.of_run(Path(chosen["out"]))
         return toml.read(path), str(path)
     return {}, ""
-
-
-def _with_epochs(table: Mapping[str, Any], chosen: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A config.toml's table with the command line's epochs in it, if it gives no warm-up: toml.fill() then cuts the default warm-up.
-
-    A text that is no number is left to the parser.
-    """
-    for part, prefix in (("training", ""), ("teacher_training", "teacher_training.")):
-        epochs = chosen[f"{prefix}epochs"] or ""
-        if epochs.isdecimal() and int(epochs) > 0 and chosen[f"{prefix}warmup"] is None:
-            table = {**table, part: {**table.get(part, {}), "epochs": int(epochs)}}
-    return table

@@ -14,6 +14,7 @@ import tyro
 
 from kdfast.data.loaders import LoaderName
 from kdfast.engine import Training
+from kdfast.engine.ranges import AtLeastOne, Checked, Range
 from kdfast.recipes.plus import Term
 
 S = TypeVar("S")
@@ -31,7 +32,7 @@ OWN = default_is("the data set's own")
 
 
 @dataclass(frozen=True)
-class DataOptions:
+class DataOptions(Checked):
     """The images and their preparation."""
 
     dataset: str = "digits"
@@ -40,7 +41,7 @@ class DataOptions:
     """Folder that holds the data set, or that it is downloaded to."""
     val_fraction: float = 0.1
     """Fraction of the training images set aside for validation, which chooses the best epoch; 0: no epoch is chosen, the last counts."""
-    label_fraction: float = 1.0
+    label_fraction: Annotated[float, Range("must be above 0 and at most 1", lambda value: 0 < value <= 1)] = 1.0
     """Fraction of the training images whose labels the student sees; a teacher that is trained first sees all labels."""
     max_images: int | None = None
     """Use at most this many training images, the same fraction of every class."""
@@ -59,24 +60,20 @@ class DataOptions:
     workers: Annotated[int | None, default_is("chosen by the data")] = None
     """Processes (torchvision) or threads (dali) of the loader."""
 
-    def __post_init__(self) -> None:
-        if not 0 < self.label_fraction <= 1:
-            raise ValueError(f"label_fraction must be above 0 and at most 1, got {self.label_fraction}")
-
 
 @dataclass(frozen=True)
-class RunOptions:
+class RunOptions(Checked):
     """The place and the manner of a run."""
 
     seed: int = 0
     """Seed of all randomness: splits, labels that are shown, initial weights, order, augmentation."""
-    seeds: int = 1
+    seeds: AtLeastOne = 1
     """Number of seeds: the student is trained once with each, the teacher once in all."""
     baseline: bool = True
     """Also train the student without the teacher, for comparison."""
     device: str = "auto"
     """Device: auto, cpu, cuda or cuda:N."""
-    threads: Annotated[int | None, default_is("one a core")] = None
+    threads: Annotated[AtLeastOne | None, default_is("one a core")] = None
     """CPU threads of PyTorch."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Precision of autocast; auto: bf16 on CUDA, fp32 on the CPU."""
@@ -92,12 +89,6 @@ class RunOptions:
     """Continue the run in --out, whose options need not be repeated; without --out, the newest run under runs/ with the same options."""
     log: tuple[Literal["tensorboard", "wandb"], ...] = ()
     """Also log to these services."""
-
-    def __post_init__(self) -> None:
-        for name in ("seeds", "threads"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
 
 
 # these fields do not change what a run computes, so they may differ when it is resumed
@@ -255,18 +246,12 @@ def update(config: C, values: Mapping[str, Any]) -> C:
     Raises:
         ValueError: a name that no field has, or a value that a field refuses.
     """
-    own: dict[str, Any] = {}
     parts: dict[str, dict[str, Any]] = {}
     for name, value in values.items():
         part, _, rest = name.rpartition(".")
-        part = part or _home(config, name)
-        if part:
-            parts.setdefault(part, {})[rest] = value
-        else:
-            own[name] = value
-    for part, inner in parts.items():
-        own[part] = update(getattr(config, part), inner)
-    return replace(config, **own)  # type: ignore[type-var]
+        parts.setdefault(part or _home(config, name), {})[rest] = value
+    own = parts.pop("", {})
+    return replace(config, **own, **{part: update(getattr(config, part), inner) for part, inner in parts.items()})  # type: ignore[type-var]
 
 
 def _home(config: Any, name: str) -> str:

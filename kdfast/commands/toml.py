@@ -2,7 +2,7 @@
 
 import tomllib
 from collections.abc import Mapping, Sequence
-from dataclasses import fields, is_dataclass, replace
+from dataclasses import asdict, fields, is_dataclass, replace
 from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -10,24 +10,17 @@ from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 import tomlkit
 
 from kdfast.commands.config import FREE_ON_RESUME
-from kdfast.engine import Training
 
 C = TypeVar("C")
 
 
 def dump(config: Any) -> str:
     """Returns the configuration, a dataclass, as TOML; None is written as an empty string."""
-    return tomlkit.dumps(_plain(config))
+    return tomlkit.dumps(asdict(config, dict_factory=_plain))
 
 
-def _plain(value: Any) -> Any:
-    if is_dataclass(value) and not isinstance(value, type):
-        inner = {f.name: _plain(getattr(value, f.name)) for f in fields(value)}
-        simple_first = sorted(inner.items(), key=lambda item: isinstance(item[1], dict))  # TOML wants tables last
-        return {k: "" if v is None else v for k, v in simple_first}
-    if isinstance(value, tuple):
-        return list(value)
-    return str(value) if isinstance(value, Path) else value
+def _plain(items: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    return {name: "" if value is None else str(value) if isinstance(value, Path) else value for name, value in items}
 
 
 def of_run(folder: Path) -> Path:
@@ -75,8 +68,6 @@ def fill(config: C, table: Mapping[str, Any], source: str) -> C:
             values[name] = fill(part, table.get(name, {}), f"{source} [{name}]")
         elif name in table:
             values[name] = _convert(table[name], hints[name], f"{source}: {name}")
-    if isinstance(config, Training) and "epochs" in table and "warmup" not in table:  # a warm-up for 60 epochs may be too long for one
-        values["warmup"] = min(config.warmup, max(0, values["epochs"] - 1))
     return replace(config, **values)  # type: ignore[type-var]
 
 

@@ -37,7 +37,7 @@ class Schedule:
     def __init__(self, optimizer: torch.optim.Optimizer, stage: Stage):
         training = stage.training
         self._by_epoch = LambdaLR(optimizer, lambda epoch: stage.lr_factor(training, epoch))
-        self._warmup = training.warmup
+        self._warmup = training.warmup_epochs
         self._by_metric: ReduceLROnPlateau | None = None
         if training.schedule == "plateau":
             mode: Literal["max", "min"] = "max" if stage.higher_is_better else "min"

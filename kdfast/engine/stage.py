@@ -9,13 +9,13 @@ import math
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor, nn
 
 from kdfast.data import Batch, Loaders
-from kdfast.engine.ranges import check_ranges
+from kdfast.engine.ranges import AtLeastOne, Checked, Count, NotNegative, Positive, Range, UpToOne
 from kdfast.runs.results import Kept
 
 Outputs = Mapping[str, Tensor]
@@ -56,7 +56,7 @@ def as_means(terms: Terms, rows: int) -> dict[str, Mean]:
 
 
 @dataclass(frozen=True)
-class Training:
+class Training(Checked):
     """How a stage is optimized: every field is an option of the command line and a key of config.toml.
 
     Raises:
@@ -72,58 +72,45 @@ class Training:
         ValueError: epochs must be at least 1, got 0
     """
 
-    epochs: int = 240
+    epochs: AtLeastOne = 240
     """Passes over the training images."""
-    batch_size: int = 64
+    batch_size: AtLeastOne = 64
     """Images an optimizer step, over all processes."""
-    micro_batch: int | None = None
+    micro_batch: AtLeastOne | None = None
     """Largest number of images in one forward pass, over all processes; larger batches are accumulated."""
     optimizer: Literal["sgd", "adamw", "lion"] = "sgd"
     """Optimizer by name."""
-    lr: float = 0.05
+    lr: Positive = 0.05
     """Learning rate after warm-up."""
-    weight_decay: float = 5e-4
+    weight_decay: NotNegative = 5e-4
     """Weight decay: L2 for sgd, decoupled for adamw and lion."""
-    momentum: float = 0.9
+    momentum: Annotated[float, Range("must be between 0 and 1", lambda value: 0 <= value < 1)] = 0.9
     """Momentum of sgd."""
     nesterov: bool = False
     """Nesterov momentum for sgd."""
     schedule: Literal["cosine", "steps", "plateau", "constant"] = "steps"
     """Learning rate over epochs."""
-    warmup: int = 0
-    """Epochs of linear warm-up before the schedule."""
-    final_lr: float = 0.0
+    warmup: Count = 0
+    """Epochs of linear warm-up before the schedule; never the last epoch."""
+    final_lr: UpToOne = 0.0
     """Where cosine ends, as a fraction of lr."""
     milestones: tuple[int, ...] = (150, 180, 210)
     """Epochs after which `steps` multiplies the learning rate by gamma."""
-    gamma: float = 0.1
+    gamma: Annotated[float, Range("must be between 0 and 1", lambda value: 0 < value <= 1)] = 0.1
     """Factor of `steps` and `plateau`."""
-    plateau_patience: int = 3
+    plateau_patience: Count = 3
     """Epochs without improvement of the validation metric before `plateau` multiplies by gamma."""
-    early_stop: int | None = None
+    early_stop: AtLeastOne | None = None
     """Stop after this many epochs without improvement of the validation metric."""
-    clip_norm: float | None = None
+    clip_norm: Positive | None = None
     """Largest global norm of the gradients."""
-    ema: float | None = None
+    ema: Annotated[float, Range("must be between 0 and 1", lambda value: 0 < value < 1)] | None = None
     """Decay of an exponential moving average of the weights, which is then evaluated and kept."""
 
-    def __post_init__(self) -> None:
-        check_ranges(
-            self,
-            at_least_one=("epochs", "batch_size", "micro_batch", "early_stop"),
-            positive=("lr", "clip_norm"),
-            not_negative=("weight_decay", "plateau_patience"),
-            up_to_one=("final_lr",),
-        )
-        for name, inside in (
-            ("momentum", 0 <= self.momentum < 1),
-            ("gamma", 0 < self.gamma <= 1),
-            ("ema", self.ema is None or 0 < self.ema < 1),
-        ):
-            if not inside:
-                raise ValueError(f"{name} must be between 0 and 1, got {getattr(self, name)}")
-        if not 0 <= self.warmup < self.epochs:
-            raise ValueError(f"warmup must be from 0 to below epochs ({self.epochs}), got {self.warmup}")
+    @property
+    def warmup_epochs(self) -> int:
+        """Epochs of warm-up: `warmup`, but at least the last epoch is at the full rate."""
+        return min(self.warmup, self.epochs - 1)
 
     def micro_batch_per_process(self, processes: int) -> int | None:
         """Largest number of images in a forward pass of each of `processes` processes; None: the whole batch."""
@@ -138,10 +125,11 @@ def lr_factor(training: Training, epoch: int) -> float:
     others     1
     warm-up    (e + 1) / (warmup + 1) during the first `warmup` epochs of every schedule
     """
-    if epoch < training.warmup:
-        return (epoch + 1) / (training.warmup + 1)
+    warmup = training.warmup_epochs
+    if epoch < warmup:
+        return (epoch + 1) / (warmup + 1)
     if training.schedule == "cosine":
-        done = (epoch - training.warmup) / (training.epochs - training.warmup)
+        done = (epoch - warmup) / (training.epochs - warmup)
         return training.final_lr + (1 - training.final_lr) * (1 + math.cos(math.pi * done)) / 2
     if training.schedule == "steps":
         return training.gamma ** bisect_right(sorted(training.milestones), epoch)

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from kdfast.data import Batch
-from kdfast.engine.ranges import check_ranges
+from kdfast.engine.ranges import NotNegative
 from kdfast.engine.stage import Outputs, Terms
 from kdfast.functional import attention_transfer_loss
 from kdfast.recipes import kd
@@ -29,20 +29,16 @@ from kdfast.recipes.trainings import REPDISTILLER
 class Settings(kd.Settings):
     """Hyper-parameters of attention transfer."""
 
-    attention_weight: float = 1000.0
+    attention_weight: NotNegative = 1000.0
     """Weight of the attention maps' term."""
-    kd_weight: float = 0.0
+    kd_weight: NotNegative = 0.0
     """Weight of the teacher's logits, which has the factor T^2 already."""
-    ce_weight: float = 1.0
+    ce_weight: NotNegative = 1.0
     """Weight of the cross-entropy with the labels."""
     student_stages: tuple[str, ...] = ()
     """Modules of the student whose outputs are compared; none: the ends of its stages."""
     teacher_stages: tuple[str, ...] = ()
     """Modules of the teacher, as many; none: the ends of its stages."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_ranges(self, not_negative=("attention_weight",))
 
 
 def distil(setup: Setup, settings: Settings, teacher: nn.Module) -> Stages[Trained]:

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from kdfast.data import HIDDEN, Batch, Loaders
 from kdfast.engine import Stage, Training
-from kdfast.engine.ranges import check_ranges
+from kdfast.engine.ranges import AtLeastOne, Checked, NotNegative, Positive
 from kdfast.engine.stage import Outputs, Terms, lr_factor
 from kdfast.functional import kd_loss, supcon_loss
 from kdfast.models import Taps, classifier_head, feature_size, projection_head, replace_head
@@ -43,45 +43,37 @@ EMBEDDING = 128  # numbers in the embedding of an image
 
 
 @dataclass(frozen=True)
-class Settings:
+class Settings(Checked):
     """Hyper-parameters of ConKD."""
 
     procedure: Literal["joint", "readme", "notebook"] = "joint"
     """One of the three procedures."""
-    alpha: float = 0.15
+    alpha: NotNegative = 0.15
     """Weight of the contrastive term."""
-    temperature: float = 2.0
+    temperature: Positive = 2.0
     """T, over the standardized logits (notebook: over the standardized embedding)."""
-    contrast_temperature: float = 0.07
+    contrast_temperature: Positive = 0.07
     """Temperature of the contrastive term."""
-    kd_weight: float = 9.0
+    kd_weight: NotNegative = 9.0
     """Weight of the teacher's term, which has the factor T^2 already; standardized logits want about 9 (lskd.py)."""
-    ce_weight: float = 1.0
+    ce_weight: NotNegative = 1.0
     """Weight of the cross-entropy (joint)."""
     label_smoothing: float = 0.0
     """Label smoothing of the cross-entropy (joint)."""
-    classify_epochs: int = 50
+    classify_epochs: AtLeastOne = 50
     """Epochs of the student's classifier (notebook)."""
-    classify_lr: float = 1e-4
+    classify_lr: Positive = 1e-4
     """Learning rate of the student's classifier, with Lion (notebook)."""
-    classify_weight_decay: float = 1e-4
+    classify_weight_decay: NotNegative = 1e-4
     """Weight decay of the student's classifier (notebook)."""
-    teacher_classify_epochs: int = 40
+    teacher_classify_epochs: AtLeastOne = 40
     """Epochs of the teacher's classifier, with AdamW (notebook)."""
-    teacher_classify_lr: float = 5e-4
+    teacher_classify_lr: Positive = 5e-4
     """Learning rate of the teacher's classifier (notebook)."""
     cosine_from_one: bool = False
     """Quirk of the notebooks: their cosine counts epochs from 1, so the first epoch is already below the full rate."""
     keep_last_classifier: bool = False
     """Quirk of the notebooks: the last epoch's classifier is tested, not the best."""
-
-    def __post_init__(self) -> None:
-        check_ranges(
-            self,
-            positive=("temperature", "contrast_temperature", "classify_lr", "teacher_classify_lr"),
-            not_negative=("alpha", "kd_weight", "ce_weight", "classify_weight_decay"),
-            at_least_one=("classify_epochs", "teacher_classify_epochs"),
-        )
 
 
 class EmbeddingTeacher(Extended):
@@ -241,7 +233,7 @@ def load_teacher(network: nn.Module, tensors: Mapping[str, Tensor], facts: Mappi
 
 def _lr_factor_from_one(training: Training, epoch: int) -> float:
     """The notebooks' learning rate: the cosine counts epochs from 1."""
-    return lr_factor(training, epoch + (training.schedule == "cosine" and epoch >= training.warmup))
+    return lr_factor(training, epoch + (training.schedule == "cosine" and epoch >= training.warmup_epochs))
 
 
 def _contrast_twice(embedding: Tensor, batch: Batch, settings: Settings) -> Tensor:

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from kdfast.data import Batch
-from kdfast.engine.ranges import check_ranges
+from kdfast.engine.ranges import AtLeastOne, NotNegative, Positive, UpToOne
 from kdfast.engine.stage import Outputs, Terms
 from kdfast.losses import CRDLoss
 from kdfast.models import Taps
@@ -34,30 +34,20 @@ from kdfast.recipes.trainings import DIH_CRD, REPDISTILLER
 class Settings(kd.Settings):
     """Hyper-parameters of contrastive representation distillation."""
 
-    contrast_weight: float = 0.8
+    contrast_weight: NotNegative = 0.8
     """Weight of the contrast."""
-    negatives: int = 16384
+    negatives: AtLeastOne = 16384
     """Rows of the other network's bank that an image is compared with, drawn with replacement."""
-    contrast_temperature: float = 0.07
+    contrast_temperature: Positive = 0.07
     """Temperature of the embeddings' products."""
-    embedding: int = 128
+    embedding: AtLeastOne = 128
     """Numbers in an embedding."""
-    bank_momentum: float = 0.5
+    bank_momentum: UpToOne = 0.5
     """Weight of the old row when a bank's row is updated."""
-    kd_weight: float = 0.0
+    kd_weight: NotNegative = 0.0
     """Weight of the teacher's logits, which has the factor T^2 already."""
-    ce_weight: float = 1.0
+    ce_weight: NotNegative = 1.0
     """Weight of the cross-entropy with the labels."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_ranges(
-            self,
-            not_negative=("contrast_weight",),
-            at_least_one=("negatives", "embedding"),
-            positive=("contrast_temperature",),
-            up_to_one=("bank_momentum",),
-        )
 
 
 def distil(setup: Setup, settings: Settings, teacher: nn.Module) -> Stages[Trained]:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from kdfast.data import Batch
-from kdfast.engine.ranges import check_ranges
+from kdfast.engine.ranges import Checked, Positive
 from kdfast.engine.stage import Outputs, Terms
 from kdfast.models import flatten_head, read_weights
 from kdfast.recipes import kd, supervised
@@ -32,10 +32,10 @@ from kdfast.recipes.trainings import DIH_CODE, DIH_README
 
 
 @dataclass(frozen=True)
-class Settings:
+class Settings(Checked):
     """Hyper-parameters of distillation via intermediate classifiers."""
 
-    temperature: float = 5.0
+    temperature: Positive = 5.0
     """T, softens all distributions."""
     alpha: tuple[float, ...] = (0.1,)
     """Weight a_h of a teacher's term, which has the factor T^2 already; 1 - a_h is its cross-entropy's. One for all, or one for the final
@@ -48,7 +48,7 @@ class Settings:
     """Modules of the teacher whose outputs get a head; none: the ends of its stages."""
 
     def __post_init__(self) -> None:
-        check_ranges(self, positive=("temperature",))
+        super().__post_init__()
         if not self.alpha or not all(0 <= a <= 1 for a in self.alpha):
             raise ValueError(f"alpha must be from 0 to 1, one for all or one a classifier, got {', '.join(map(str, self.alpha)) or 'none'}")
 

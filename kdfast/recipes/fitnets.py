@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from kdfast import functional
 from kdfast.data import Batch
 from kdfast.engine import Stage, Training
-from kdfast.engine.ranges import check_ranges
+from kdfast.engine.ranges import AtLeastOne, NotNegative
 from kdfast.engine.stage import Outputs, Terms
 from kdfast.losses import HintLoss
 from kdfast.recipes import kd
@@ -42,14 +42,10 @@ class Settings(kd.Settings):
     """Module of the teacher whose output teaches; none: its middle stage."""
     regressor: bool = True
     """A trained convolution between the two; without it their shapes must be equal."""
-    hint_epochs: int | None = None
+    hint_epochs: AtLeastOne | None = None
     """Epochs of the hint (stages); none: a fifth of the epochs that follow."""
-    hint_weight: float = 100.0
+    hint_weight: NotNegative = 100.0
     """Weight of the hint (joint)."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_ranges(self, not_negative=("hint_weight",), at_least_one=("hint_epochs",))
 
 
 def distil(setup: Setup, settings: Settings, teacher: nn.Module) -> Stages[Trained]:
@@ -94,7 +90,7 @@ def distil(setup: Setup, settings: Settings, teacher: nn.Module) -> Stages[Train
 def _hint_training(training: Training, settings: Settings) -> Training:
     """The same optimizer at a constant rate."""
     epochs = settings.hint_epochs or max(1, training.epochs // 5)
-    return replace(training, epochs=epochs, schedule="constant", warmup=min(training.warmup, epochs - 1), early_stop=None)
+    return replace(training, epochs=epochs, schedule="constant", early_stop=None)
 
 
 _LAYER1 = {"student_hint": "layer1", "teacher_hint": "layer1", "regressor": False, "hint_epochs": 40}

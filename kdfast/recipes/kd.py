@@ -14,7 +14,7 @@ from functools import partial
 from torch import Tensor, nn
 
 from kdfast.data import Batch
-from kdfast.engine.ranges import check_ranges
+from kdfast.engine.ranges import Checked, NotNegative, Positive
 from kdfast.engine.stage import Mean, Outputs, Terms
 from kdfast.functional import kd_loss
 from kdfast.models import ModelSpec
@@ -24,22 +24,19 @@ from kdfast.recipes.trainings import DIH_CODE, DIH_README, IMAGENET, REPDISTILLE
 
 
 @dataclass(frozen=True)
-class Settings:
+class Settings(Checked):
     """Hyper-parameters of logit distillation."""
 
-    temperature: float = 4.0
+    temperature: Positive = 4.0
     """T, softens both distributions."""
-    kd_weight: float = 0.9
+    kd_weight: NotNegative = 0.9
     """Weight of the teacher's term, which has the factor T^2 already."""
-    ce_weight: float = 0.1
+    ce_weight: NotNegative = 0.1
     """Weight of the cross-entropy with the labels."""
     standardize: bool = False
     """Standardize each row of logits first (logit standardization)."""
     label_smoothing: float = 0.0
     """Label smoothing of the cross-entropy."""
-
-    def __post_init__(self) -> None:
-        check_ranges(self, positive=("temperature",), not_negative=("kd_weight", "ce_weight"))
 
 
 def distil(setup: Setup, settings: Settings, teacher: nn.Module) -> Stages[Trained]:

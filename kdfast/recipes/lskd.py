@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from kdfast.engine.ranges import NotNegative, Positive
 from kdfast.recipes import kd
 from kdfast.recipes.recipe import Preset, Recipe, Setup, Stages, Trained
 from kdfast.recipes.trainings import IMAGENET, REPDISTILLER
@@ -24,11 +25,11 @@ from kdfast.recipes.trainings import IMAGENET, REPDISTILLER
 class Settings(kd.Settings):
     """Hyper-parameters of logit distillation, with the paper's values."""
 
-    temperature: float = 2.0
+    temperature: Positive = 2.0
     """T, over the standardized logits."""
-    kd_weight: float = 9.0
+    kd_weight: NotNegative = 9.0
     """Weight of the teacher's term, which has the factor T^2 already."""
-    ce_weight: float = 0.1
+    ce_weight: NotNegative = 0.1
     """Weight of the cross-entropy with the labels."""
     standardize: bool = True
     """Standardize each row of logits first."""

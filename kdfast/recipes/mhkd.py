@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from kdfast.data import Batch
-from kdfast.engine.ranges import check_ranges
+from kdfast.engine.ranges import Checked, Count, NotNegative, Positive, UpToOne
 from kdfast.engine.stage import Outputs, Terms
 from kdfast.models import conv_head
 from kdfast.recipes import kd
@@ -28,14 +28,14 @@ from kdfast.recipes.trainings import DIH_README
 
 
 @dataclass(frozen=True)
-class Settings:
+class Settings(Checked):
     """Hyper-parameters of multi-head distillation."""
 
-    temperature: float = 4.0
+    temperature: Positive = 4.0
     """T, softens both distributions."""
-    alpha: float = 0.1
+    alpha: UpToOne = 0.1
     """Weight of a teacher's term, which has the factor T^2 already; the cross-entropy has 1 - alpha."""
-    head_weight: float = 0.5
+    head_weight: NotNegative = 0.5
     """Weight of the heads' distillation."""
     label_smoothing: float = 0.0
     """Label smoothing of the students' cross-entropies."""
@@ -43,13 +43,10 @@ class Settings:
     """Modules of the student that get a head; none: the ends of its stages but the last."""
     teacher_stages: tuple[str, ...] = ()
     """Modules of the teacher that get a head, as many; none: the ends of its stages but the last."""
-    head_padding: int = 1
+    head_padding: Count = 1
     """Padding of the heads' convolutions; the original's 0 needs maps of at least 5 pixels."""
     pull_teacher_heads: bool = False
     """Quirk of the original: distillation's gradient reaches the teacher's heads."""
-
-    def __post_init__(self) -> None:
-        check_ranges(self, positive=("temperature",), up_to_one=("alpha",), not_negative=("head_weight", "head_padding"))
 
 
 def distil(setup: Setup, settings: Settings, teacher: nn.Module) -> Stages[Trained]:

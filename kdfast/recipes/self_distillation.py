@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from kdfast.data import Batch
-from kdfast.engine.ranges import check_ranges
+from kdfast.engine.ranges import Checked, UpToOne
 from kdfast.engine.stage import Outputs, Terms
 from kdfast.losses import SelfDistillationLoss
 from kdfast.models import Taps, tap_shapes
@@ -23,10 +23,10 @@ from kdfast.recipes.trainings import Values
 
 
 @dataclass(frozen=True)
-class Settings:
+class Settings(Checked):
     """Hyper-parameters of self-distillation."""
 
-    alpha: float = 0.5
+    alpha: UpToOne = 0.5
     """Weight of the feature term; the cross-entropy has 1 - alpha."""
     label_smoothing: float = 0.0
     """Label smoothing of the cross-entropy."""
@@ -40,9 +40,6 @@ class Settings:
     """Train the 1x1 convolution; the tutorial leaves it out of its optimizer."""
     best_by_training_accuracy: bool = False
     """Keep the epoch with the highest training accuracy, as the tutorial does, not the highest validation accuracy."""
-
-    def __post_init__(self) -> None:
-        check_ranges(self, up_to_one=("alpha",))
 
 
 def distil(setup: Setup, settings: Settings, teacher: nn.Module | None) -> Stages[Trained]:

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from kdfast.data import Batch
-from kdfast.engine.ranges import check_ranges
+from kdfast.engine.ranges import Checked, NotNegative, Positive
 from kdfast.engine.stage import Mean, Outputs, Terms
 from kdfast.losses import TOFDLoss
 from kdfast.models import Taps, separable_head, tap_shapes
@@ -34,16 +34,16 @@ from kdfast.recipes.trainings import DIH_README, TOFD
 
 
 @dataclass(frozen=True)
-class Settings:
+class Settings(Checked):
     """Hyper-parameters of task-oriented feature distillation."""
 
-    feature_weight: float = 0.05
+    feature_weight: NotNegative = 0.05
     """Weight of the features' distance."""
-    orthogonal_weight: float = 0.03
+    orthogonal_weight: NotNegative = 0.03
     """Weight of the term that keeps the maps between features orthogonal."""
-    temperature: float = 1.0
+    temperature: Positive = 1.0
     """T of the first epoch, before the growth."""
-    temperature_growth: float = 3 / 250
+    temperature_growth: NotNegative = 3 / 250
     """Growth of T in each epoch, the first included."""
     label_smoothing: float = 0.0
     """Label smoothing of the cross-entropies."""
@@ -51,9 +51,6 @@ class Settings:
     """Modules of the student that get a classifier, and at last its own; none: the ends of its stages."""
     teacher_stages: tuple[str, ...] = ()
     """Modules of the teacher, as many; none: the ends of its stages."""
-
-    def __post_init__(self) -> None:
-        check_ranges(self, positive=("temperature",), not_negative=("feature_weight", "orthogonal_weight", "temperature_growth"))
 
 
 class StageClassifiers(Extended):

@@ -93,7 +93,6 @@ def test_a_missing_package_is_one_sentence(arguments, missing, message, request,
 # ---- layers of values ------------------------------------------------------------------------------------------------
 
 
-CUT = {"training.warmup": 0, "teacher_training.epochs": 60, "teacher_training.warmup": 2}
 NOTEBOOK = {"data.image_size": 224, "data.augment": "conkd-student", "training.epochs": 300, "teacher_training.epochs": 60}
 DIGITS = {"training.epochs": 30, "teacher_training.epochs": 30, "run.seeds": 5, "student": "resnet8"}
 
@@ -115,33 +114,13 @@ DIGITS = {"training.epochs": 30, "teacher_training.epochs": 30, "run.seeds": 5, 
         pytest.param("", '[data]\ndataset = "cifar10"', {"training.epochs": 240, "student": "resnet20"}, id="data set of config.toml"),
         pytest.param("--lr 0.5", "[training]\nlr = 0.25\nema = 0.5", {"training.lr": 0.5, "training.ema": 0.5}, id="command line"),
         pytest.param("--batch_size=7", "", {"training.batch_size": 7}, id="underscores"),
-        # a default warm-up is cut to the epochs
-        pytest.param("--dataset . --epochs 1", "", CUT, id="one epoch"),
-        pytest.param("--dataset . --epochs=2 --teacher-training.epochs 1", "", {"teacher_training.warmup": 0}, id="teacher's epochs"),
-        pytest.param("--dataset . --epochs=2", "", {"training.warmup": 1}, id="two epochs"),
-        pytest.param("--dataset . --epochs 3", "", {"training.warmup": 2}, id="it fits"),
-        pytest.param("--dataset . --epochs 1 --warmup 0", "", CUT, id="given warm-up"),
-        pytest.param("--dataset . --preset large-batch --epochs 4", "", {"training.warmup": 3}, id="warm-up of a preset"),
-        pytest.param("--dataset .", "[training]\nepochs = 1\n", CUT, id="epochs of config.toml"),
-        pytest.param("--dataset . --epochs 2", "[training]\nepochs = 1\n", {"training.warmup": 1}, id="epochs of both"),
-        pytest.param("--dataset . --epochs 5", "[training]\nwarmup = 1\n", {"training.warmup": 1}, id="warm-up of config.toml"),
-        pytest.param("--dataset . --epochs 1 --warmup 0", "[training]\nwarmup = 2\n", CUT, id="given over config.toml"),
+        pytest.param("--dataset . --epochs 1", "", {"training.warmup_epochs": 0, "training.warmup": 2}, id="a warm-up that is too long"),
     ],
 )
 def test_a_later_layer_wins(arguments: str, toml: str, expected: dict, tmp_path: Path):
     (tmp_path / "c.toml").write_text(toml)
     made = resolve("distill", [*arguments.split(), "--config", str(tmp_path / "c.toml")])
     assert {name: reduce(getattr, name.split("."), made) for name in expected} == expected
-
-
-@pytest.mark.parametrize("command", ["distill", "teacher"])
-def test_a_given_warmup_that_is_too_long_is_an_error(command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    (tmp_path / "c.toml").write_text("[training]\nwarmup = 2\n")
-    message = "warmup must be from 0 to below epochs (1), got 2"
-    assert message in fail(capsys, command, "--dataset", tmp_path, "--epochs", 1, "--config", tmp_path / "c.toml")
-    with pytest.raises(SystemExit):
-        kdfast(command, "--dataset", tmp_path, "--epochs", 1, "--warmup", 2)
-    assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

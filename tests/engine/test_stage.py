@@ -23,6 +23,7 @@ def test_schedules():
     assert rates(Training(epochs=4, schedule="cosine"), conkd._lr_factor_from_one) == [*cosine[1:], 0.0]
     assert rates(Training(epochs=4, schedule="cosine", final_lr=0.5))[2] == 0.75
     assert rates(Training(epochs=5, schedule="cosine", warmup=3)) == [0.25, 0.5, 0.75, 1.0, 0.5]
+    assert rates(Training(epochs=2, schedule="cosine", warmup=2)) == [0.5, 1.0], "the last epoch has the full rate"
 
 
 @pytest.mark.parametrize(
@@ -32,7 +33,7 @@ def test_schedules():
         ({"batch_size": 0}, "batch_size must be at least 1"),
         ({"lr": 0.0}, "lr must be positive"),
         ({"weight_decay": -1.0}, "weight_decay must not be negative"),
-        ({"warmup": 240}, "warmup must be from 0 to below epochs"),
+        ({"warmup": -1}, "warmup must not be negative"),
         ({"ema": 1.0}, "ema must be between 0 and 1"),
         ({"gamma": -1.0}, "gamma must be between 0 and 1, got -1.0"),
         ({"momentum": 2.0}, "momentum must be between 0 and 1"),
