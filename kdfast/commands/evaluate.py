@@ -12,11 +12,10 @@ from rich.console import Console
 from kdfast import files
 from kdfast.commands import toml
 from kdfast.commands.command_line import parse
-from kdfast.commands.config import FLAT, DataOptions, default_is, parse_options
+from kdfast.commands.config import FLAT, Absent, DataOptions, default_is, parse_options
 from kdfast.commands.images import load_data
 from kdfast.commands.tables import make_table
 from kdfast.data import make_loaders
-from kdfast.data.loaders import LoaderName
 from kdfast.engine import Evaluation, evaluate, join
 from kdfast.models import parameter_count
 from kdfast.report.confusion import MATRIX_CLASSES
@@ -27,29 +26,14 @@ RUNS = default_is("the run's")
 
 
 @dataclass(frozen=True)
-class Images:
-    """The images and their preparation; an option without a value is as in the run's training, else the usual one."""
+class EvalData(DataOptions):
+    """The images and their preparation. An option that is not given is as in the run's config.toml, else as shown."""
 
-    dataset: Annotated[str | None, RUNS] = None
+    dataset: Annotated[str, RUNS] = ""
     """Data set by name (kdfast list datasets), or the path of an image folder."""
-    data_dir: Annotated[Path | None, RUNS] = None
-    """Folder that holds the data set, or that it is downloaded to."""
-    val_fraction: Annotated[float | None, RUNS] = None
-    """Fraction of the training images set aside for validation."""
-    max_images: Annotated[int | None, RUNS] = None
-    """Use at most this many training images, the same fraction of every class."""
-    max_bad_files: Annotated[int | None, RUNS] = None
-    """Leave out up to this many image files that cannot be read."""
-    image_size: Annotated[int | None, RUNS] = None
-    """Side of the square input in pixels."""
-    evaluation: Annotated[str | None, RUNS] = None
-    """Resizing: squash, center-crop, or "none" for images that have the size already."""
-    normalization: Annotated[str | None, default_is("the run's, else the weights' own")] = None
-    """Mean and standard deviation of the channels, by name: imagenet, cifar10, ..."""
-    loader: Annotated[LoaderName | None, RUNS] = None
-    """Image loader; auto: resident if the images fit on the device, else dali if it is installed, else torchvision."""
-    workers: Annotated[int | None, RUNS] = None
-    """Processes (torchvision) or threads (dali) of the loader."""
+    # training alone has these options
+    label_fraction: Absent[float] = 1.0
+    augment: Absent[str | None] = None
 
 
 @dataclass(frozen=True)
@@ -66,18 +50,26 @@ class Eval:
     """Images to evaluate on."""
     batch_size: int = 256
     """Images in one forward pass."""
-    seed: int | None = None
-    """Seed of the split into training, validation and test images, for data sets without a split of their own; none: the run's, else 0."""
+    seed: Annotated[int, default_is("the run's, else 0")] = 0
+    """Seed of the split into training, validation and test images, for data sets without a split of their own."""
     device: str = "auto"
     """Device: auto, cpu, cuda or cuda:N."""
     json: Path | None = None
     """Also write the numbers to this file."""
-    data: Annotated[Images, FLAT] = Images()
+    data: Annotated[EvalData, FLAT] = EvalData()
 
 
 def run(arguments: Sequence[str]) -> None:
     """Runs the command."""
-    run_eval(parse(Eval, arguments, "eval"))
+    weights = parse(Eval, arguments, "eval").weights
+    run_eval(parse(Eval, arguments, "eval", default=as_trained(weights)))
+
+
+def as_trained(weights: str) -> Eval:
+    """Returns the options that evaluate a run on the images of its training; the usual ones if `weights` is not a run folder."""
+    path = Path(weights) / "config.toml"
+    table = toml.read(path) if path.exists() else {}
+    return Eval(weights, seed=table.get("run", {}).get("seed", 0), data=toml.fill(EvalData(), table.get("data", {}), str(path)))
 
 
 def run_eval(options: Eval) -> Evaluation:
@@ -90,28 +82,28 @@ def run_eval(options: Eval) -> Evaluation:
     if options.json is not None:
         files.check_writable(options.json, "--json")
     artifact.find(options.weights)
-    data_options, seed = _as_trained(Path(options.weights) / "config.toml", options.data, options.seed)
-    if not data_options.dataset:
+    asked = options.data
+    if not asked.dataset:
         raise ValueError("dataset is not known: name it with --dataset")
     world = join(options.device)
-    data, _ = load_data(data_options, seed, world, console)
+    data, _ = load_data(asked, options.seed, world, console)
     given = parse_options(options.model_options, "model_options")
     loaded = artifact.load(options.weights, model=options.model, options=given)
     if loaded.classes is not None and loaded.classes != data.classes:
         raise ValueError(f"{loaded.path} was trained on other classes, or in another order, than {data.name}'s")
     mean, std = data.mean, data.std
-    if data_options.normalization is not None:
-        mean, std = artifact.statistics(data_options.normalization)
+    if asked.normalization is not None:
+        mean, std = artifact.statistics(asked.normalization)
     elif loaded.normalization is not None:
         mean, std = loaded.normalization
     prepared = loaded.preparation
     loaders = make_loaders(
         replace(data, mean=mean, std=std, test=getattr(data, options.split)),
         batch_size=options.batch_size,
-        loader=data_options.loader,
-        eval_transform=data_options.evaluation or (prepared.evaluation if prepared else None),
-        image_size=data_options.image_size or (prepared.image_size if prepared else None),
-        workers=data_options.workers,
+        loader=asked.loader,
+        eval_transform=asked.evaluation or (prepared.evaluation if prepared else None),
+        image_size=asked.image_size or (prepared.image_size if prepared else None),
+        workers=asked.workers,
         device=world.device,
         rank=world.rank,
         world_size=world.size,
@@ -125,16 +117,6 @@ def run_eval(options: Eval) -> Evaluation:
             files.write_json(options.json, asdict(result))
     world.close()
     return result
-
-
-def _as_trained(path: Path, given: Images, seed: int | None) -> tuple[DataOptions, int]:
-    """The data options and the seed of a run's config.toml (the usual ones if there is no such file), with the given ones over them."""
-    theirs, theirs_seed = DataOptions(dataset=""), 0
-    if path.exists():
-        table = toml.read(path)
-        theirs, theirs_seed = toml.fill(DataOptions(), table.get("data", {}), str(path)), table.get("run", {}).get("seed", 0)
-    changed = {name: value for name, value in asdict(given).items() if value is not None}
-    return replace(theirs, **changed), theirs_seed if seed is None else seed
 
 
 def _print(console: Console, model: str, parameters: int, dataset: str, split: str, classes: tuple[str, ...], result: Evaluation) -> None:

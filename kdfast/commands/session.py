@@ -16,39 +16,24 @@ from kdfast.engine import Console, Options, Run, World, catching, join, locked
 from kdfast.engine.interrupt import StopRequest
 from kdfast.engine.logs import Log, logs
 
-SECONDS_EVERY = 10.0  # seconds between updates of seconds.txt: kill -9 loses no more than these and an epoch
-
 
 class Clock:
-    """Seconds that a run takes in all, with the sessions that it was resumed from: RUN/seconds.txt."""
+    """Seconds that a run takes in all, with the sessions that it was resumed from. They are kept in a file."""
 
-    def __init__(self) -> None:
-        self._start = self._written = time.monotonic()
-        self._before = 0.0  # in earlier sessions
-        self._path: Path | None = None
+    def __init__(self, path: Path):
+        self._path = path
+        earlier = float(path.read_text()) if path.exists() else 0.0
+        self._start = time.monotonic() - earlier
 
     @property
     def seconds(self) -> float:
         """The seconds so far."""
-        return self._before + time.monotonic() - self._start
+        return time.monotonic() - self._start
 
-    def keep_in(self, folder: Path) -> None:
-        """Keeps the seconds in this folder, and adds them to the seconds that are there."""
-        self._path = folder / "seconds.txt"
-        if self._path.exists():
-            self._before = float(self._path.read_text())
-
-    def tick(self, line: dict[str, Any]) -> None:
-        """Updates the file after an epoch, if the last update is some seconds old."""
-        if time.monotonic() - self._written > SECONDS_EVERY:
-            self.write()
-
-    def write(self) -> None:
+    def write(self, *_: object) -> None:
         """Updates the file; a full disk is reported by others."""
-        self._written = time.monotonic()
-        if self._path is not None:
-            with suppress(OSError):
-                files.write_text(self._path, f"{self.seconds:.3f}\n")
+        with suppress(OSError):
+            files.write_text(self._path, f"{self.seconds:.3f}\n")
 
 
 @dataclass(frozen=True)
@@ -78,9 +63,8 @@ class Session:
         """
         if self.world.main:
             _claim(self.folder, self.config)
-            self.clock.keep_in(self.folder)
             self.closing.callback(self.clock.write)
-            self.run.observers.append(self.clock.tick)
+            self.run.observers.append(self.clock.write)
             self.run.observers.extend(self.closing.enter_context(log(self.folder)) for log in self.logs)
         self.world.barrier()
 
@@ -100,28 +84,19 @@ def session(config: Any, name: str) -> Iterator[Session]:
     options: RunOptions = config.run
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    clock, asked = Clock(), logs(options.log)
+    asked = logs(options.log)
     world = join(options.device)
     console = Console(quiet=not world.main)
     try:
-        folder = _agreed(_folder(config, name), world)
+        folder = Path(world.gather(str(_folder(config, name)))[0])  # all processes take the main process's choice
         with catching() as stop, ExitStack() as closing:
             if world.main:
                 files.check_writable(folder, "--out", folder=True)
                 closing.enter_context(locked(folder))
             run = Run(folder, world, _speed(options, world), seed=options.seed, stop=stop, console=console)
-            yield Session(config, run, world, console, stop, clock, asked, closing)
+            yield Session(config, run, world, console, stop, Clock(folder / "seconds.txt"), asked, closing)
     finally:
         world.close()
-
-
-def _agreed(folder: Path, world: World) -> Path:
-    """The main process's choice of folder, for all processes."""
-    if world.size == 1:
-        return folder
-    chosen = [str(folder)]
-    torch.distributed.broadcast_object_list(chosen, src=0)
-    return Path(chosen[0])
 
 
 def _folder(config: Any, name: str) -> Path:

@@ -92,7 +92,7 @@ def test_every_recipe_resumes_to_the_same_numbers(recipe: str, tmp_path: Path, m
     options = ["distill", "--recipe", *recipe.split(), *SHORT, "--out"]
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     assert kdfast(*options, whole) == 0
-    run_and_kill(monkeypatch, len(metrics_of(whole)) * 2, *options, cut)
+    run_and_kill(monkeypatch, len(metrics_of(whole)) * 3, *options, cut)
     assert not (cut / "results.json").exists(), "the crash came too late to show anything"
     assert kdfast(*options, cut, "--resume") == 0
     assert_same_run(cut, whole)
