@@ -60,13 +60,13 @@ def test_rows_of_other_processes_count_as_often_as_at_home(normalize, self_posit
     got, kept = kernel.forward(anchors, others, names, None, setting)
     gradients = kernel.backward(upstream, anchors, others, names, None, kept, setting, True)
     exact = [x.double() for x in (anchors, others)]
-    want, kept = eager._tiled_forward(*exact, names, None, setting)
+    want, kept = eager.forward(*exact, names, None, setting)
     exact_gradients = eager.backward(upstream.double(), *exact, names, None, kept, setting, True)
     assert error(got, want) < FLOAT32_ERROR
     for a, b in zip(gradients, exact_gradients):
         assert error(a, b) < FLOAT32_ERROR
         assert error(a.roll(1, 0), b) > 0.1
-    unlike = eager._tiled_forward(*exact, names, None, setting._replace(copied=0))[0]
+    unlike = eager.forward(*exact, names, None, setting._replace(copied=0))[0]
     assert error(got, unlike) > 1e-4, "the copies would not be missed"
 
 

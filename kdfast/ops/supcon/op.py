@@ -8,10 +8,8 @@ as well (k_j = k), then the further views in contrast_mode "one" and a queue, wh
     lse_i = log[(k-1) e^{S_ii} + k sum_{j != i} e^{S_ij} + sum_{j > N} k_j e^{S_ij}]
     L_i   = scale (w_i lse_i - f_i . t_i / tau) / d_i,    d_i = w_i, or 1 where w_i < 1e-6 (no positives)
 
-t_i is the sum of the positives of i and w_i their number; with a mask, the weighted sum and the sum of weights. The positives are
-a linear map P of the rows: for labels a class sum less the row itself, O(N D); for a mask one product with it. So only lse is
-N x N work, and S is symmetric: the tiles on and above the diagonal serve their rows and their columns. For the upstream gradient v,
-with h_i = v_i scale / d_i, u_i = w_i h_i and G_ij = u_i e^{S_ij - lse_i},
+t_i is the sum of the positives of i and w_i their number; with a mask, the weighted sum and the sum of weights: the positives are
+a linear map P of the rows. For the upstream gradient v, with h_i = v_i scale / d_i, u_i = w_i h_i and G_ij = u_i e^{S_ij - lse_i},
 
     dL/df = [(G + G') f + G g - h t - P' (h f)] / tau
 
