@@ -7,7 +7,6 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
@@ -34,12 +33,13 @@ def find_missing_places(operator: Operator) -> list[str]:
         f"tests/ops/{operator.tests}.py with the marker kernels": tests.is_file() and "mark.kernels" in tests.read_text(),
         f"docs/: a page that mentions {operator.name}": operator.name in DOCUMENTS,
     }
-    arguments = {"cases": (cpu, torch.float32), "calls": (cpu, torch.float32), "launches": ("sm_90",)}
+    module = operator.module if importlib.util.find_spec(f"kdfast.benchmarks.{operator.benchmark}") else None
+    arguments = {"cases": (cpu, torch.float32), "calls": (cpu, torch.float32)}
+    if operator.benchmark == operator.kernel and importlib.util.find_spec("triton"):  # else it launches another operator's kernel
+        arguments["launches"] = ("sm_90",)
     for name, given in arguments.items():
-        yields = getattr(operator.module, name, lambda *given: ())
-        shared = name == "launches" and operator.module.__name__.rpartition(".")[2] != operator.kernel  # another operator's kernel
-        if name != "launches" or importlib.util.find_spec("triton"):
-            found[f"benchmarks/{operator.module.__name__.rpartition('.')[2]}.py: {name}"] = shared or any(True for _ in yields(*given))
+        yields = getattr(module, name, lambda *given: ())
+        found[f"benchmarks/{operator.benchmark}.py: {name}"] = any(True for _ in yields(*given))
     return [place for place, is_there in found.items() if not is_there]
 
 
@@ -55,7 +55,7 @@ def test_every_kernel_and_every_function_is_registered():
 
 
 def test_each_missing_place_is_named():
-    empty = Operator("no_loss", ModuleType("kdfast.benchmarks.no"), "no", "no", "no_loss", "test_no")
+    empty = Operator("no_loss", "no", "no", "no", "no_loss", "test_no")
     assert [place.partition(":")[0].partition(" ")[0] for place in find_missing_places(empty)] == [
         "kdfast/reference.py", "kernels/no.py", "kdfast/ops/no", "kdfast/functional.py", "tests/ops/test_no.py", "docs/",
         "benchmarks/no.py", "benchmarks/no.py", "benchmarks/no.py",
@@ -95,11 +95,7 @@ def test_skeletons_of_the_guide_make_an_operator_and_a_recipe(tmp_path):
     named = ("__all__ = [\n", '__all__ = [\n    "gap_loss",\n')
     edit("kdfast/reference.py", named, more=f"\n\n{in_reference}")
     edit("kdfast/functional.py", named, ("from kdfast.ops import ", "from kdfast.ops import gap, "), more=f"\n\n{in_functional}")
-    edit(
-        "benchmarks/operators.py",
-        ("import attention_map, ", "import gap, attention_map, "),
-        ('        Operator("kd_loss"', f'        {line}        Operator("kd_loss"'),
-    )
+    edit("benchmarks/operators.py", ('        Operator("kd_loss"', f'        {line}        Operator("kd_loss"'))
     edit("docs/losses.md", more="\ngap_loss compares rows.\n")
     for path, text in (("kernels", kernel), ("kdfast/ops", op), ("benchmarks", benchmark)):
         (clone / path / "gap.py").write_text(text)
