@@ -10,14 +10,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import triton
-from rich import box
-from rich.console import Console
-from rich.table import Table
 
 from kdfast import files, machine
 from kdfast.benchmarks.binaries import Recorded, check_compiles, compile_launches, find_problems, record_launches
 from kdfast.benchmarks.harness import Launch
 from kdfast.benchmarks.operators import OPERATORS
+from kdfast.text import markdown_table
 
 
 @dataclass(frozen=True)
@@ -77,26 +75,21 @@ def run(options: Codegen) -> list[dict[str, Any]]:
     entries = []
     for target in options.targets:
         entries += measure([launch for operator in OPERATORS.values() for launch in operator.module.launches(target)], target)
-    console = Console(width=200, soft_wrap=True, highlight=False)  # a launch is one line, also in a file
-    console.print(make_table(entries))
+    print(make_table(entries))
     wrong = [entry for entry in entries if entry["problems"]]
     for entry in wrong:
-        console.print(f"{entry['target']}, C {_describe(entry)}: {'; '.join(entry['problems'])}", style="red", markup=False)
-    console.print(f"Triton {triton.__version__}: {len(entries)} kernels compiled, {len(wrong)} with a problem")
+        print(f"{entry['target']}, C {_describe(entry)}: {'; '.join(entry['problems'])}")
+    print(f"Triton {triton.__version__}: {len(entries)} kernels compiled, {len(wrong)} with a problem")
     if options.out is not None:
         files.write_json(options.out, machine.document(entries, triton=triton.__version__))
     return entries
 
 
-def make_table(entries: Iterable[dict[str, Any]]) -> Table:
+def make_table(entries: Iterable[dict[str, Any]]) -> str:
     """A row per launch and target. Loads and stores are instructions by width in bits; moved are bytes, or operations (see Launch)."""
-    table = Table(box=box.SIMPLE_HEAD)
-    for column in ("target", "kernel", "case", "plan"):
-        table.add_column(column, no_wrap=True)
-    for column in ("registers", "spills", "shared", "loads", "stores", "tensor cores", "moved / floor"):
-        table.add_column(column, justify="right", no_wrap=True)
-    for entry in entries:
-        table.add_row(
+    columns = ("target", "kernel", "case", "plan", "registers", "spills", "shared", "loads", "stores", "tensor cores", "moved / floor")
+    rows = [
+        (
             entry["target"],
             entry["kernel"] + entry["function"],
             _describe(entry),
@@ -104,9 +97,10 @@ def make_table(entries: Iterable[dict[str, Any]]) -> Table:
             *(str(entry[name]) for name in ("registers", "spilled", "shared")),
             *(_format_counts(entry[name]) for name in ("loads", "stores", "products")),
             f"{entry['bytes_moved'] / entry['bytes_floor']:.2f}",
-            style="red" if entry["problems"] else None,
         )
-    return table
+        for entry in entries
+    ]
+    return markdown_table(columns, rows, left=(0, 1, 2, 3))
 
 
 def _describe(entry: dict[str, Any]) -> str:

@@ -4,11 +4,9 @@ For every variant that runs here:
 
     call_ms       what the caller waits for, forward and backward (Lion: one step), in eager mode; median of rounds in turn
     speedup       its time over ours, median over rounds: above 1, ours is faster
-    backward_ms   the backward pass by itself
     memory        most bytes live at once, beyond the inputs
     value_error, gradient_error     max|x - exact| / max|exact| (Lion: of the momentum and of the parameters' change)
     device_ms     on a GPU: without the host, a CUDA graph of calls that go round sets of buffers
-    cold_ms       on a GPU: a single call on an emptied cache
     launches      on a GPU: kernels of a call
     floor_share   floor_ms / device_ms, on the CPU floor_ms / call_ms
 
@@ -40,12 +38,10 @@ class Step(NamedTuple):
     Attributes:
         run: the timed call.
         results: makes a call on untouched inputs and returns the value, then the gradients.
-        backward: runs the forward pass and returns the backward pass; None where there is none.
     """
 
     run: Callable[[], Any]
     results: Callable[[], Sequence[Tensor]]
-    backward: Callable[[], Callable[[], Any]] | None = None
 
 
 @dataclass(frozen=True)
@@ -191,15 +187,11 @@ def loss_step(loss: Callable[..., Tensor]) -> Callable[..., Step]:
     def make(*inputs: Any) -> Step:
         leaves = [x for x in inputs if isinstance(x, Tensor) and x.requires_grad]
 
-        def forward() -> Callable[[], Any]:
-            value = loss(*inputs)
-            return lambda: torch.autograd.grad(value, leaves)
-
         def run() -> Sequence[Tensor]:
             value = loss(*inputs)
             return value.detach(), *torch.autograd.grad(value, leaves)
 
-        return Step(run, run, forward)
+        return Step(run, run)
 
     return make
 
@@ -271,8 +263,6 @@ def measure(case: Case, *, only: Collection[str] | None = None, rounds: int = 20
         row, variant = rows[name], case.variants[name]
         row["call_ms"] = _round(1e3 * statistics.median(seconds[name]))
         row["speedup"] = _round(timing.speedup(seconds[OURS], seconds[name]))
-        if step.backward is not None:
-            row["backward_ms"] = _round(1e3 * timing.backward_seconds(step.backward, rounds=rounds, device=device))
         if not variant.own_graphs:
             row["memory"] = timing.peak_memory(step.run, device)
         if gpu and not (variant.own_graphs or variant.synchronizes):
@@ -329,7 +319,6 @@ def _time_on_device(case: Case, make: Callable[..., Step], step: Step, rounds: i
         runs = [step.run, *(make(*case.inputs(seed)).run for seed in range(1, sets))]
         return {
             "device_ms": _round(1e3 * timing.device_seconds(runs, rounds=rounds)),
-            "cold_ms": _round(1e3 * timing.cold_seconds(step.run, rounds=rounds)),
             "launches": timing.launches(step.run).total(),
         }
     except RuntimeError as failure:

@@ -11,15 +11,14 @@ import statistics
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich import box
 from rich.console import Console
-from rich.table import Table
+from rich.markdown import Markdown
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -41,6 +40,7 @@ from kdfast.data import (
 from kdfast.data.datasets import IMAGENETTE
 from kdfast.data.loaders import dali_installed
 from kdfast.engine import join
+from kdfast.text import markdown_table
 
 NAMED = ("imagenette", "cifar10")
 GENERATED = 400  # photographs
@@ -292,16 +292,19 @@ def run(options: Loaders) -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as temporary:
         sources = _sources(options, Path(temporary))
         cases = [case for name, data in sources for case in _cases(name, data, options, workers, device)]
-    table = Table(box=box.SIMPLE_HEAD)
-    waiting = any("waiting_share" in case for case in cases)
-    for column in ("images", "loader", "images/s", "PyTorch's", "speed-up", *(["waiting"] if waiting else [])):
-        table.add_column(column, justify="left" if column in ("images", "loader") else "right", no_wrap=True)
-    for case in cases:
-        cells = [f"{case['name']}, {case['image_size']} px", f"{case['loader']}, {case['workers']}", f"{case['images_per_s']:,.0f}"]
-        cells += [f"{case['peer_images_per_s']:,.0f} ({case['peer_workers']})", f"{case['speedup']:.2f}"]
-        table.add_row(*cells, *([f"{case['waiting_share']:.1%}"] if waiting else []))
-    table.caption = "in brackets and after a loader's name: its workers (DALI: threads)"
-    Console(soft_wrap=True).print(table)
+    Console(soft_wrap=True).print(Markdown(make_table(cases)))
     if options.out is not None:
         files.write_json(options.out, machine.document(cases))
     return cases
+
+
+def make_table(cases: Sequence[dict[str, Any]]) -> str:
+    """A Markdown table: a row a data set, loader and number of workers (DALI: threads)."""
+    waiting = ["waiting"] if any("waiting_share" in case for case in cases) else []
+    rows = []
+    for case in cases:
+        peer = f"{case['peer_images_per_s']:,.0f} ({case['peer_workers']} workers)"
+        cells = [case["name"], str(case["image_size"]), case["loader"], str(case["workers"]), f"{case['images_per_s']:,.0f}", peer]
+        rows.append([*cells, f"{case['speedup']:.2f}", *(f"{case['waiting_share']:.1%}" for _ in waiting)])
+    columns = ["images", "pixels", "loader", "workers", "images/s", "PyTorch's, images/s", "speed-up", *waiting]
+    return markdown_table(columns, rows, left=(0, 2))

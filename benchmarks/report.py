@@ -52,19 +52,26 @@ def read(path: Path) -> Results:
     try:
         text = path.read_text()
         try:
-            found = json.loads(text)
+            document = json.loads(text)
         except json.JSONDecodeError:  # gpu.py writes a line per result, the machine first
-            found, *lines = map(json.loads, text.splitlines())
-            found["cases"] = lines
-        cases = found.get("cases") or [benchmark["extra_info"] for benchmark in found["benchmarks"]]
-        cases = [case for case in cases if "variants" in case]
-        machine, date = found.get("machine") or found["machine_info"], found.get("date") or found["datetime"][:10]
+            document, *lines = map(json.loads, text.splitlines())
+            document["cases"] = lines
+        if "benchmarks" in document:  # pytest-benchmark's
+            cases = [benchmark["extra_info"] for benchmark in document["benchmarks"]]
+            document = {"machine": document["machine_info"], "date": document["datetime"][:10], "cases": cases}
+        found = from_document(document)
     except (AttributeError, KeyError, TypeError, ValueError):
-        cases = []
-    if not cases:
+        found = None
+    if found is None or not found.cases:
         raise ValueError(f"{path} must hold results of `kdfast bench kernels` or `pytest benchmarks`, and it holds none")
+    return found
+
+
+def from_document(document: dict[str, Any]) -> Results:
+    """Takes the operators' results from a document of machine.document."""
+    machine = document["machine"]
     packages = ", ".join(f"{name} {version}" for name, version in machine.get("packages", {}).items())
-    return Results(describe(machine, date), packages, cases)
+    return Results(describe(machine, document["date"]), packages, [case for case in document["cases"] if "variants" in case])
 
 
 # ---- tables ----------------------------------------------------------------------------------------------------------
@@ -76,8 +83,8 @@ def summary(results: Sequence[Results]) -> str:
     for case in _cases(results):
         for peer, row in peers(case):
             groups.setdefault((case["operator"], peer), []).append(row["speedup"])
-            if "device_ms" in row and "device_ms" in case["variants"][OURS]:
-                groups.setdefault((case["operator"], f"{peer}, device time"), []).append(_device_speedup(case, row))
+            if (on_device := _device_speedup(case, row)) is not None:
+                groups.setdefault((case["operator"], f"{peer}, device time"), []).append(on_device)
     rows = [
         (*names, str(len(x)), *(f"{spread(x):.2f}" for spread in (min, statistics.median, max)), str(sum(ratio < 1 for ratio in x)))
         for names, x in groups.items()
@@ -97,27 +104,28 @@ def table(results: Sequence[Results]) -> str:
 
 def _operator_table(cases: list[dict[str, Any]]) -> str:
     names = list(dict.fromkeys(peer for case in cases for peer, _ in peers(case)))
-    gpu = any("device_ms" in case["variants"][OURS] for case in cases)
-    columns = [
-        "operator",
-        "case",
-        "ours, ms",
-        *(["device, ms", "cold, ms", "launches"] if gpu else []),
-        *(f"over {peer}" for peer in names),
-    ]
-    columns += ["backward, ms", "of the floor", "memory, MB", "eager's, MB", "value error", "gradient error"]
+    on_gpu = {"device, ms": "device_ms", "launches": "launches"} if any("device_ms" in case["variants"][OURS] for case in cases) else {}
+    columns = ["operator", "case", "ours, ms", *on_gpu, *(f"over {peer}" for peer in names)]
+    columns += ["of the floor", "memory, MB", "eager's, MB", "error"]
     rows = []
     for case in cases:
         ours, eager = case["variants"][OURS], case["variants"].get(EAGER, {})
-        cells = [number(ours["call_ms"]), *((number(ours.get(key)) for key in ("device_ms", "cold_ms", "launches")) if gpu else ())]
-        cells += [speedups(case, peer) for peer in names]
-        cells += [number(ours.get("backward_ms")), percent(ours.get("floor_share"))]
-        cells += [number(variant["memory"] / 1e6 if "memory" in variant else None) for variant in (ours, eager)]
-        cells += ["–" if ours.get(key) is None else f"{ours[key]:.0e}" for key in ("value_error", "gradient_error")]
         dtype = "" if case["dtype"] == "float32" else f", {case['dtype']}"
-        rows.append((case["operator"], f"{case['case']}{dtype}", *cells))
-    why = unmeasured(cases)
-    return markdown_table(columns, rows, left=(0, 1)) + (f"\n\nNot measured: {'; '.join(why)}." if why else "")
+        cells = [case["operator"], f"{case['case']}{dtype}", *(_number(ours.get(key)) for key in ("call_ms", *on_gpu.values()))]
+        cells += [_speedups(case, peer) for peer in names]
+        cells.append(f"{100 * ours['floor_share']:.0f} %" if "floor_share" in ours else "–")
+        cells += [_number(variant["memory"] / 1e6 if "memory" in variant else None) for variant in (ours, eager)]
+        errors = [ours[key] for key in ("value_error", "gradient_error") if key in ours]
+        rows.append([*cells, f"{max(errors):.0e}" if errors else "–"])
+    why = Counter(
+        f"{peer}{', on the device' if key == 'device_skipped' else ''}: {row[key]}"
+        for case in cases
+        for peer, row in case["variants"].items()
+        for key in ("skipped", "device_skipped")
+        if key in row
+    )
+    reasons = "; ".join(f"{reason} ({count} of {len(cases)} cases)" for reason, count in why.items())
+    return markdown_table(columns, rows, left=(0, 1)) + (f"\n\nNot measured: {reasons}." if why else "")
 
 
 def _cases(results: Sequence[Results]) -> list[dict[str, Any]]:
@@ -140,43 +148,25 @@ def peers(case: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
     return ((name, row) for name, row in case["variants"].items() if name != OURS and "call_ms" in row)
 
 
-def _device_speedup(case: dict[str, Any], row: dict[str, Any]) -> float:
-    return row["device_ms"] / case["variants"][OURS]["device_ms"]
+def _device_speedup(case: dict[str, Any], row: dict[str, Any]) -> float | None:
+    ours = case["variants"][OURS]
+    return row["device_ms"] / ours["device_ms"] if "device_ms" in row and "device_ms" in ours else None
 
 
-def speedups(case: dict[str, Any], peer: str) -> str:
+def _speedups(case: dict[str, Any], peer: str) -> str:
     """Formats ours over a peer in call time, and on a GPU in device time."""
     row = case["variants"].get(peer, {})
     if "call_ms" not in row:
         return "–"
-    call = f"{row['speedup']:.2f}"
-    if "device_ms" not in case["variants"][OURS]:
-        return call
-    return f"{call} / {_device_speedup(case, row):.2f}" if "device_ms" in row else f"{call} / –"
+    on_device = _device_speedup(case, row)
+    return f"{row['speedup']:.2f}" + (f" / {on_device:.2f}" if on_device is not None else "")
 
 
-def number(x: float | None) -> str:
+def _number(x: float | None) -> str:
     """Formats a number with three digits."""
     if x is None:
         return "–"
     return f"{x:,.0f}" if x >= 100 else f"{x:.3g}"
-
-
-def percent(x: float | None) -> str:
-    """Formats a share as a percentage."""
-    return "–" if x is None else f"{100 * x:.0f} %"
-
-
-def unmeasured(cases: Sequence[dict[str, Any]]) -> list[str]:
-    """Lists peers that could not be compared: why, and in how many cases."""
-    why = Counter(
-        f"{peer}{', on the device' if key == 'device_skipped' else ''}: {row[key]}"
-        for case in cases
-        for peer, row in case["variants"].items()
-        for key in ("skipped", "device_skipped")
-        if key in row
-    )
-    return [f"{reason} ({count} of {len(cases)} cases)" for reason, count in why.items()]
 
 
 def _sources(results: Sequence[Results]) -> str:
@@ -195,7 +185,7 @@ def _sources(results: Sequence[Results]) -> str:
 def figures(results: Sequence[Results]) -> dict[str, str]:
     """SVGs by name; each carries digest(results), by which a stale one is found."""
     cases = _cases(results)
-    drawn = {"speedup": _speedup_figure(cases), "roofline": _roofline_figure(cases), "memory": _memory_figure(cases)}
+    drawn = {"speedup": _speedup_figure(cases), "memory": _memory_figure(cases)}
     return {name: to_svg(figure, digest(results)) for name, figure in drawn.items() if figure is not None}
 
 
@@ -215,10 +205,7 @@ def _speedup_figure(cases: list[dict[str, Any]]) -> "Figure":
     figure, (axes,) = draw_axes(1, height=1.2 + 0.42 * len(operators))
     for offset, peer in ((0.14, EAGER), (-0.14, COMPILED)):
         found = [(case, case["variants"][peer]) for case in cases if "call_ms" in case["variants"].get(peer, {})]
-        ratios = [
-            _device_speedup(case, row) if {"device_ms"} <= row.keys() & case["variants"][OURS].keys() else row["speedup"]
-            for case, row in found
-        ]
+        ratios = [_device_speedup(case, row) or row["speedup"] for case, row in found]
         heights = [operators.index(case["operator"]) + offset for case, _ in found]
         if found:
             axes.scatter(ratios, heights, s=26, color=COLOURS[peer], alpha=0.75, linewidths=0, label=f"over {NAMES[peer]}")
@@ -229,46 +216,6 @@ def _speedup_figure(cases: list[dict[str, Any]]) -> "Figure":
     axes.set_ylim(-0.6, len(operators) - 0.4)
     axes.set_xlabel("speed-up, a dot a case; left of 1 the peer is faster")
     figure.legend(loc="outside upper center", ncols=2, frameon=False)
-    return figure
-
-
-def _roofline_figure(cases: list[dict[str, Any]]) -> "Figure | None":
-    """Each operator's largest case: operations a second over operations a byte, below what this machine copies and multiplies."""
-    largest: dict[tuple[str, str], dict[str, Any]] = {}
-    for case in sorted((case for case in cases if "floor_ms" in case), key=lambda case: case["floor_ms"]):
-        largest[case["operator"], case["dtype"]] = case
-    if not largest:
-        return None
-    figure, (axes,) = draw_axes(1, height=4.6)
-    intensities = [case["operations"] / case["bytes"] for case in largest.values()]
-    low, high = min(intensities) / 2, max(intensities) * 2
-    for dtype in dict.fromkeys(dtype for _, dtype in largest):
-        of = [case for case in cases if case["dtype"] == dtype and "floor_ms" in case]
-        bandwidth, rate = (statistics.median(case[key] for case in of) for key in ("copy_bytes_per_s", "dense_operations_per_s"))
-        xs = sorted({low, high, min(max(rate / bandwidth, low), high)})
-        axes.plot(xs, [min(rate, bandwidth * x) / 1e9 for x in xs], color="#555555", linewidth=1.2)
-        axes.annotate(
-            f"{dtype}: copies {bandwidth / 1e9:,.0f} GB/s, multiplies {rate / 1e9:,.0f} GFLOP/s",
-            (high, min(rate, bandwidth * high) / 1e9),
-            (0, 3),
-            textcoords="offset points",
-            ha="right",
-            va="bottom",
-            fontsize=9,
-        )
-    for variant in (EAGER, COMPILED, OURS):
-        rows = [(x, case, case["variants"].get(variant, {})) for x, case in zip(intensities, largest.values())]
-        points = [(x, case["operations"] / row.get("device_ms", row["call_ms"]) / 1e6) for x, case, row in rows if "call_ms" in row]
-        if points:
-            axes.scatter([x for x, _ in points], [y for _, y in points], s=26, color=COLOURS[variant], linewidths=0, label=NAMES[variant])
-    axes.set_xscale("log")
-    axes.set_yscale("log")
-    axes.set_ylim(bottom=axes.get_ylim()[0] / 30)  # room for names
-    for x, (operator, _) in zip(intensities, largest):
-        axes.text(x, 0.02, operator, transform=axes.get_xaxis_transform(), rotation=90, ha="center", va="bottom", fontsize=8)
-    axes.set_xlabel("operations a byte that any version has to move")
-    axes.set_ylabel("GFLOP/s")
-    figure.legend(loc="outside upper center", ncols=3, frameon=False)
     return figure
 
 

@@ -67,23 +67,6 @@ def interleaved(ours: Callable[[], Any], theirs: Callable[[], Any], *, pairs: in
     return {**medians, "speedup": speedup(seconds["ours"], seconds["theirs"])}
 
 
-def backward_seconds(forward: Callable[[], Callable[[], Any]], *, rounds: int = 20, device: torch.device = CPU) -> float:
-    """Median seconds of a backward pass by itself.
-
-    Args:
-        forward: runs a forward pass, which is not timed, and returns its backward pass.
-        rounds: how often.
-        device: where they compute.
-    """
-    seconds = []
-    for _ in range(rounds):
-        backward = forward()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        seconds.append(_once(backward, 1, device))
-    return statistics.median(seconds)
-
-
 # ---- as a GPU sees it ------------------------------------------------------------------------------------------------
 
 
@@ -98,18 +81,6 @@ def capture(function: Callable[[], Any]) -> torch.cuda.CUDAGraph:
             function()
     torch.cuda.current_stream().wait_stream(stream)
     return graph
-
-
-def _event_seconds(work: Callable[[], Any], before: Callable[[], Any], rounds: int) -> float:
-    """Median seconds on the device between an event before `work` and one after it; `before` runs outside of them."""
-    pairs = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(rounds)]
-    for start, end in pairs:
-        before()
-        start.record()
-        work()
-        end.record()
-    torch.cuda.synchronize()
-    return statistics.median(1e-3 * start.elapsed_time(end) for start, end in pairs)
 
 
 def device_seconds(functions: Sequence[Callable[[], Any]], *, rounds: int = 20) -> float:
@@ -133,7 +104,13 @@ def device_seconds(functions: Sequence[Callable[[], Any]], *, rounds: int = 20) 
 
     graph = capture(work)
     graph.replay()
-    return _event_seconds(graph.replay, lambda: None, rounds) / calls
+    pairs = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(rounds)]
+    for start, end in pairs:
+        start.record()
+        graph.replay()
+        end.record()
+    torch.cuda.synchronize()
+    return statistics.median(1e-3 * start.elapsed_time(end) for start, end in pairs) / calls
 
 
 def launches(function: Callable[[], Any], device: torch.device | None = None, calls: int = 1) -> Counter[str]:
@@ -150,17 +127,6 @@ def kernels(events: Iterable[Any]) -> Counter[str]:
     """How often each kernel ran, from a profile's events; copies and fills by the copy engines are no kernels."""
     on_device = (event.name for event in events if event.device_type == DeviceType.CUDA)
     return Counter(name[:80] for name in on_device if not name.startswith(("Memcpy", "Memset")))
-
-
-def cold_seconds(function: Callable[[], Any], *, rounds: int = 20) -> float:
-    """Device time of a single call that finds the second-level cache full of other data, the launch of its graph included.
-
-    Raises:
-        RuntimeError: the computation cannot be captured.
-    """
-    graph = capture(function)
-    other = torch.empty(4 * cache_bytes(), dtype=torch.uint8, device="cuda")
-    return _event_seconds(graph.replay, other.zero_, rounds)
 
 
 def cache_bytes() -> int:

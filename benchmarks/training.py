@@ -22,9 +22,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from rich import box
 from rich.console import Console
-from rich.table import Table
+from rich.markdown import Markdown
 from torch import Tensor, nn
 
 from kdfast import files, machine, recipes
@@ -35,6 +34,7 @@ from kdfast.engine.schedule import make_optimizer
 from kdfast.engine.stage import Outputs, Terms
 from kdfast.models import ModelSpec, create
 from kdfast.recipes import Setup
+from kdfast.text import markdown_table
 
 PARTS = ("teacher", "student", "losses", "backward", "optimizer")
 WARMUP = 3  # steps of each side that are not counted: compilation, and cuDNN's choice of algorithms
@@ -315,20 +315,17 @@ def average_parts(steps: list[dict[str, float]]) -> dict[str, float]:
     return {part: statistics.fmean(parts[part] for parts in middle) for part in PARTS}
 
 
-def table(result: dict[str, Any]) -> Table:
-    """The numbers side by side."""
-    ours, plain = result["kdfast"], result["plain"]
-    made = Table(box=box.SIMPLE_HEAD)
-    for column in ("", "kdfast", f"eager losses, {plain['optimizer']}"):
-        made.add_column(column, justify="left" if not column else "right")
-    for part in PARTS:
-        made.add_row(part, *(f"{side['parts_ms'][part]:.2f} ms" for side in (ours, plain)))
-    made.add_section()
-    made.add_row("step", *(f"{side['step_ms']:.2f} ms" for side in (ours, plain)))
-    made.add_row("images/s", *(f"{side['images_per_s']:,.1f}" for side in (ours, plain)))
-    made.add_row("losses and optimizer", *(f"{100 * side['losses_and_optimizer']:.2f} %" for side in (ours, plain)))
-    made.add_row("memory of the step", *(f"{side['memory_bytes'] / 2**20:,.0f} MB" for side in (ours, plain)))
-    return made
+def make_table(result: dict[str, Any]) -> str:
+    """A Markdown table of both sides."""
+    sides = (result["kdfast"], result["plain"])
+    rows = [(part, *(f"{side['parts_ms'][part]:.2f} ms" for side in sides)) for part in PARTS]
+    rows += [
+        ("step", *(f"{side['step_ms']:.2f} ms" for side in sides)),
+        ("images/s", *(f"{side['images_per_s']:,.1f}" for side in sides)),
+        ("losses and optimizer", *(f"{side['losses_and_optimizer']:.2%}" for side in sides)),
+        ("memory of the step", *(f"{side['memory_bytes'] / 2**20:,.0f} MB" for side in sides)),
+    ]
+    return markdown_table(("", "kdfast", f"eager losses, {result['plain']['optimizer']}"), rows)
 
 
 def run(options: Train) -> dict[str, Any]:
@@ -351,7 +348,7 @@ def run(options: Train) -> dict[str, Any]:
         highlight=False,
     )
     result = measure(options, world)
-    console.print(table(result))
+    console.print(Markdown(make_table(result)))
     console.print(f"{result['speedup']:.3f}x the images/s of the plain step; {result['steps']} steps of each", highlight=False)
     if options.out is not None:
         files.write_json(options.out, machine.document([result]))

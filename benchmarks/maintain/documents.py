@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from kdfast import files
+from kdfast.benchmarks import loaders
 from kdfast.benchmarks.maintain import RESULTS, ROOT
 from kdfast.benchmarks.report import Results, draw_axes, figures, identify, read, summary, table, to_svg
 from kdfast.machine import describe
@@ -47,18 +48,10 @@ def training(device: str) -> str:
     return f"{made}\n\n{describe(result['machine'], result['date'])}."
 
 
-def loaders(device: str) -> str:
-    """Images/s of every loader, a row a data set, loader and number of workers."""
+def loading(device: str) -> str:
+    """Images/s of every loader."""
     result = json.loads((RESULTS / f"{device}-loaders.json").read_text())
-    waiting = any("waiting_share" in c for c in result["cases"])
-    columns = ["images", "pixels", "loader", "workers", "images/s", "PyTorch's, images/s", "speed-up", *(["waiting"] if waiting else [])]
-    rows = []
-    for c in result["cases"]:
-        peer = f"{c['peer_images_per_s']:,.0f} ({c['peer_workers']} workers)"
-        cells = [c["name"], str(c["image_size"]), c["loader"], str(c["workers"]), f"{c['images_per_s']:,.0f}", peer, f"{c['speedup']:.2f}"]
-        cells += [format(c["waiting_share"], ".1%")] if waiting else []
-        rows.append(cells)
-    return f"{markdown_table(columns, rows, left=(0, 2))}\n\n{describe(result['machine'], result['date'])}."
+    return f"{loaders.make_table(result['cases'])}\n\n{describe(result['machine'], result['date'])}."
 
 
 def momenta(device: str) -> str:
@@ -74,11 +67,6 @@ def momenta(device: str) -> str:
             rows.append((images, c["momentum"], f"{c['momentum_bytes']:,}", f"{accuracy:.2f}", against))
     made = markdown_table(("images", "momentum", "bytes", "test accuracy, %", "from float32, points"), rows, left=(0, 1))
     return "\n".join([made, "", *(f"- {line}." for line in measured)])
-
-
-def comparison(device: str, grid: str) -> str:
-    """The table of `kdfast compare`, whose comparison.json is results/<device>-compare_<grid>.json."""
-    return markdown(json.loads((RESULTS / f"{device}-compare_{grid}.json").read_text())).strip()
 
 
 def gains_figure(device: str) -> str:
@@ -112,20 +100,27 @@ def read_gains(device: str, grids: Iterable[str] = ("cifar10", "digits_few")) ->
 def fill_tables(text: str) -> str:
     """Returns the text of a page with its tables filled in between their markers."""
 
-    def made(marker: re.Match[str]) -> str:
-        device, kind = marker["device"], marker["kind"]
-        if kind in (None, "summary"):
-            content = {None: table, "summary": summary}[kind](read_committed(device))
-        elif marker["grid"]:
-            content = comparison(device, marker["grid"])
-        else:
-            content = {"training": training, "loaders": loaders, "momenta": momenta}[kind](device)
-        return f"<!-- table: {marker['name']} -->\n{content}\n<!-- end -->"
+    def fill(marker: re.Match[str]) -> str:
+        name, device, kind = marker.groups()
+        return f"<!-- table: {name} -->\n{make_table(device, kind)}\n<!-- end -->"
 
-    pattern = (
-        r"<!-- table: (?P<name>(?P<device>\w+)(-(?P<kind>summary|training|loaders|momenta|compare_(?P<grid>\w+)))?) -->\n.*?<!-- end -->"
-    )
-    return re.sub(pattern, made, text, flags=re.DOTALL)
+    return re.sub(r"<!-- table: ((\w+?)(?:-(\w+))?) -->\n.*?<!-- end -->", fill, text, flags=re.DOTALL)
+
+
+def make_table(device: str, kind: str | None) -> str:
+    """Returns the table of a marker."""
+    match kind:
+        case None:
+            return table(read_committed(device))
+        case "summary":
+            return summary(read_committed(device))
+        case "training":
+            return training(device)
+        case "loaders":
+            return loading(device)
+        case "momenta":
+            return momenta(device)
+    return markdown(json.loads((RESULTS / f"{device}-{kind}.json").read_text())).strip()  # of kdfast compare
 
 
 def write_documents() -> list[Path]:

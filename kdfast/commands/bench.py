@@ -9,9 +9,8 @@ from typing import Annotated, Any, Literal
 
 import torch
 import tyro
-from rich import box
 from rich.console import Console
-from rich.table import Table
+from rich.markdown import Markdown
 
 from kdfast import files, machine
 from kdfast.benchmarks import harness, operators, report
@@ -69,41 +68,12 @@ def kernels(options: Kernels) -> list[dict[str, Any]]:
                 results.append(harness.measure(case, only=None if options.peers else (EAGER, COMPILED, OURS)))
             except torch.OutOfMemoryError:
                 console.print(f"{case} does not fit on this GPU", highlight=False)
-    console.print(_table(results))
-    if any("device_ms" in result["variants"][OURS] for result in results):
-        console.print("speed-ups in call time / in device time", highlight=False)
-    for line in report.unmeasured(results):
-        console.print(f"not measured: {line}", highlight=False)
+    document = machine.document(results, **operators.describe_peers())
+    console.print(Markdown(report.table([report.from_document(document)])))
     if options.out is not None:
-        files.write_json(options.out, machine.document(results, **operators.describe_peers()))
+        files.write_json(options.out, document)
         console.print(options.out, highlight=False, soft_wrap=True)
     return results
-
-
-def _table(results: list[dict[str, Any]]) -> Table:
-    """One line for each case; all other measurements are in the JSON."""
-    peers = list(dict.fromkeys(peer for result in results for peer, _ in report.peers(result)))
-    gpu = any("device_ms" in result["variants"][OURS] for result in results)
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
-    table.add_column("operator", no_wrap=True)
-    table.add_column("case", overflow="fold")
-    over = [f"over {'compiled' if peer == COMPILED else peer}" for peer in peers]
-    for column in ("ms", *(["device, ms"] if gpu else []), *over, "of the floor", "memory, MB", "of eager"):
-        table.add_column(column, justify="right", min_width=max(map(len, column.split())))
-    for result in results:
-        ours, eager = result["variants"][OURS], result["variants"][EAGER]
-        times = [report.number(ours.get(key)) for key in ("call_ms", *(["device_ms"] if gpu else []))]
-        part = f"{100 * ours['memory'] / eager['memory']:.0f} %" if eager.get("memory") else "–"
-        memory = [report.number(ours["memory"] / 1e6), part]
-        table.add_row(
-            result["operator"],
-            result["case"],
-            *times,
-            *(report.speedups(result, peer) for peer in peers),
-            report.percent(ours.get("floor_share")),
-            *memory,
-        )
-    return table
 
 
 @dataclass(frozen=True)
