@@ -148,26 +148,17 @@ class Launch(NamedTuple):
     wide: tuple[int, int] = (0, 0)
 
 
-class Skipped(Exception):
-    """A variant cannot be compared here; the message says why."""
-
-
 # ---- variants --------------------------------------------------------------------------------------------------------
 
 
 def in_float64(loss: Callable[..., Tensor]) -> Callable[..., Sequence[Tensor]]:
     """Makes the exact results of a loss: its value and gradients on float64 copies of the inputs."""
 
-    def exact(*inputs: Any) -> Sequence[Tensor]:
-        return loss_step(loss)(*(_as_float64(x) for x in inputs)).results()
+    def widen(x: Any) -> Any:
+        is_floating = isinstance(x, Tensor) and x.is_floating_point()
+        return x.detach().double().requires_grad_(x.requires_grad) if is_floating else x
 
-    return exact
-
-
-def _as_float64(x: Any) -> Any:
-    if not isinstance(x, Tensor) or not x.is_floating_point():
-        return x
-    return x.detach().double().requires_grad_(x.requires_grad)
+    return lambda *inputs: loss_step(loss)(*map(widen, inputs)).results()
 
 
 def loss_call(
@@ -242,20 +233,17 @@ def measure(case: Case, *, only: Collection[str] | None = None, rounds: int = 20
     gc.collect()
     if gpu:
         torch.cuda.empty_cache()
-    bandwidth, rate = timing.copy_bandwidth(device), timing.dense_rate(device, case.dtype)
-    floor = max(case.bytes / bandwidth, case.operations / rate)
+    floor_ms = 1e3 * floor_seconds(case)
 
     rows: dict[str, dict[str, Any]] = {}
-    makers: dict[str, Callable[..., Step]] = {}
     steps: dict[str, Step] = {}
     inputs = case.inputs(0)
     exact = case.exact(*inputs)
-    for name in case.variants:
+    for name, variant in case.variants.items():
         if only is None or name in only:
-            try:
-                makers[name], steps[name], rows[name] = _check(case, name, inputs, exact)
-            except Skipped as reason:
-                rows[name] = {"skipped": str(reason)}
+            step, rows[name] = _check(case, name, variant, inputs, exact)
+            if step is not None:
+                steps[name] = step
     del exact
 
     seconds = timing.in_turn({name: step.run for name, step in steps.items()}, rounds=rounds, device=device)
@@ -266,10 +254,10 @@ def measure(case: Case, *, only: Collection[str] | None = None, rounds: int = 20
         if not variant.own_graphs:
             row["memory"] = timing.peak_memory(step.run, device)
         if gpu and not (variant.own_graphs or variant.synchronizes):
-            row |= _time_on_device(case, makers[name], step, rounds)
+            row |= time_on_device(case, variant, rounds)
         time_ms = row.get("device_ms") if gpu else row["call_ms"]
         if time_ms is not None and not variant.other:
-            row["floor_share"] = _round(1e3 * floor / time_ms)
+            row["floor_share"] = _round(floor_ms / time_ms)
     return {
         "operator": case.operator,
         "case": case.name,
@@ -278,51 +266,57 @@ def measure(case: Case, *, only: Collection[str] | None = None, rounds: int = 20
         "device": device.type,
         "bytes": case.bytes,
         "operations": case.operations,
-        "copy_bytes_per_s": _round(bandwidth),
-        "dense_operations_per_s": _round(rate),
-        "floor_ms": _round(1e3 * floor),
+        "copy_bytes_per_s": _round(timing.copy_bandwidth(device)),
+        "dense_operations_per_s": _round(timing.dense_rate(device, case.dtype)),
+        "floor_ms": _round(floor_ms),
         "variants": rows,
     }
 
 
-def _check(case: Case, name: str, inputs: Sequence[Any], exact: Sequence[Tensor]) -> tuple[Callable[..., Step], Step, dict[str, Any]]:
-    """Returns what makes the variant's Steps, the Step on these inputs, and its errors. Ours fails loudly, others are Skipped."""
-    variant = case.variants[name]
+def floor_seconds(case: Case) -> float:
+    """The least time of any version: all bytes copied, or all operations made, at the rates that this machine reaches."""
+    return max(case.bytes / timing.copy_bandwidth(case.device), case.operations / timing.dense_rate(case.device, case.dtype))
+
+
+def _check(case: Case, name: str, variant: Variant, inputs: Sequence[Any], exact: Sequence[Tensor]) -> tuple[Step | None, dict[str, Any]]:
+    """Returns a variant's Step on these inputs and its errors, or None and why it is skipped. Ours is never skipped: it raises."""
     if variant.gpu and case.device.type != "cuda":
-        raise Skipped("needs a GPU")
+        return None, {"skipped": "needs a GPU"}
     try:
-        make = variant.prepare()
-        step = make(*inputs)
+        step = variant.prepare()(*inputs)
         results = step.results()
         if variant.other:
-            return make, step, {}
+            return step, {}
         errors = [error(got, want) for got, want in zip(results, exact, strict=True)]
     except Exception as failure:  # whatever a peer may raise
         if name == OURS:
             raise
         if isinstance(failure, ImportError):
-            raise Skipped(f"{failure.name} is not installed") from None
-        raise Skipped(f"{type(failure).__name__}: {str(failure).strip().partition(chr(10))[0][:120]}") from failure
-    if not all(e <= WRONG[case.dtype] for e in errors):
-        sentence = f"computes something else: value and gradients are off by {', '.join(f'{e:.1e}' for e in errors)}"
-        if name == OURS:
-            raise AssertionError(f"{case}: {name} {sentence}")
-        raise Skipped(sentence)
-    return make, step, {"value_error": _round(errors[0]), "gradient_error": _round(max(errors[1:]))}
+            return None, {"skipped": f"{failure.name} is not installed"}
+        return None, {"skipped": f"{type(failure).__name__}: {_first_line(failure)}"}
+    if all(e <= WRONG[case.dtype] for e in errors):
+        return step, {"value_error": _round(errors[0]), "gradient_error": _round(max(errors[1:]))}
+    sentence = f"computes something else: value and gradients are off by {', '.join(f'{e:.1e}' for e in errors)}"
+    if name == OURS:
+        raise AssertionError(f"{case}: {name} {sentence}")
+    return None, {"skipped": sentence}
 
 
-def _time_on_device(case: Case, make: Callable[..., Step], step: Step, rounds: int) -> dict[str, Any]:
-    """Device times, or why there are none."""
+def time_on_device(case: Case, variant: Variant, rounds: int) -> dict[str, Any]:
+    """Device time and number of launches, or why there are none."""
     # all sets together exceed the cache three times, as far as MOST_SETS of them can
     sets = min(MOST_SETS, math.ceil(3 * timing.cache_bytes() / case.bytes))
     try:
-        runs = [step.run, *(make(*case.inputs(seed)).run for seed in range(1, sets))]
-        return {
-            "device_ms": _round(1e3 * timing.device_seconds(runs, rounds=rounds)),
-            "launches": timing.launches(step.run).total(),
-        }
+        make = variant.prepare()
+        runs = [make(*case.inputs(seed)).run for seed in range(sets)]
+        milliseconds = 1e3 * timing.device_seconds(runs, rounds=rounds)
+        return {"device_ms": _round(milliseconds), "launches": timing.launches(runs[0]).total()}
     except RuntimeError as failure:
-        return {"device_skipped": str(failure).strip().partition("\n")[0][:120]}
+        return {"device_skipped": _first_line(failure)}
+
+
+def _first_line(failure: Exception) -> str:
+    return str(failure).strip().partition("\n")[0][:120]
 
 
 def error(got: Tensor, exact: Tensor) -> float:

@@ -9,10 +9,9 @@ On a GPU each loader also feeds a ResNet-18, and the share of the training time 
 
 import statistics
 import tempfile
-import time
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +20,13 @@ from rich.console import Console
 from rich.markdown import Markdown
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.data import DataLoader, Dataset
 
 from kdfast import files, machine
+from kdfast.benchmarks import timing
 from kdfast.data import (
     NORMALIZATIONS,
     Batch,
-    DataError,
     ImageData,
     Loader,
     LoaderOptions,
@@ -37,12 +37,11 @@ from kdfast.data import (
     load,
     training_transform,
 )
-from kdfast.data.datasets import IMAGENETTE
 from kdfast.data.loaders import dali_installed
 from kdfast.engine import join
 from kdfast.text import markdown_table
 
-NAMED = ("imagenette", "cifar10")
+NAMED = {"imagenette": "imagenette2-160", "cifar10": "cifar-10-batches-py"}  # data sets, and their folders
 GENERATED = 400  # photographs
 IN_MEMORY = 10  # times as many images an epoch: they pass that much faster
 
@@ -80,37 +79,26 @@ class Loaders:
 
 def _sources(options: Loaders, temporary: Path) -> Iterator[tuple[str, ImageData]]:
     """By name: the data sets found under data_dir, else data_dir as an image folder; without data_dir generated images."""
-    if options.data_dir is not None and not options.data_dir.is_dir():
-        what = "is no folder" if options.data_dir.exists() else "there is no such path"
-        raise ValueError(f"data_dir {options.data_dir}: {what}")
     if options.data_dir is None:
         make_photographs(temporary, GENERATED)
         yield "generated photographs", load(str(temporary), val_fraction=0, max_images=options.images)
-        yield "generated 32x32", _small_images(IN_MEMORY * options.images)
+        yield "generated 32x32", small_images(IN_MEMORY * options.images, classes=10)
         return
-    found = 0
-    for name in NAMED:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # CIFAR with some of its batches will do here
-            most = options.images * (IN_MEMORY if name == "cifar10" else 1)
-            try:
-                data = load(name, data_dir=options.data_dir, val_fraction=0, download=False, max_images=most)
-            except DataError:
-                continue
-        if name == "imagenette" and not set(data.classes) & set(IMAGENETTE.values()):
-            continue  # its reader takes any folder with train/ in it
-        found += 1
-        yield name, data
-    if not found:
-        yield options.data_dir.resolve().name, load(str(options.data_dir), val_fraction=0, max_images=options.images)
+    folder = options.data_dir.resolve()  # no name of a data set
+    names = [name for name, own in NAMED.items() if (folder / own).is_dir()]
+    for name in names:
+        most = options.images * (IN_MEMORY if name == "cifar10" else 1)
+        yield name, load(name, data_dir=folder, val_fraction=0, download=False, max_images=most)
+    if not names:
+        yield folder.name, load(str(folder), val_fraction=0, max_images=options.images)
 
 
-def _small_images(count: int) -> ImageData:
+def small_images(count: int, classes: int) -> ImageData:
     """Images of CIFAR-10's size in memory; what they show makes no difference to any loader."""
     pixels = torch.randint(256, (count, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    split = Split(torch.arange(count) % 10, pixels=pixels)
-    (mean, std), classes = NORMALIZATIONS["cifar10"], tuple("abcdefghij")
-    return ImageData("generated", classes, split, split, split, mean, std, 32, True, "cifar", "squash")
+    split = Split(torch.arange(count) % classes, pixels=pixels)
+    mean, std = NORMALIZATIONS["cifar10"]
+    return ImageData("generated", tuple(map(str, range(classes))), split, split, split, mean, std, 32, True, "cifar", "squash")
 
 
 def make_photographs(folder: Path, count: int) -> None:
@@ -121,23 +109,15 @@ def make_photographs(folder: Path, count: int) -> None:
     for i in range(count):
         target = folder / f"class{i % 2}"
         target.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(_photograph(375, 500, random).permute(1, 2, 0).numpy()).save(target / f"{i:04}.jpg", quality=95)
-
-
-def _photograph(height: int, width: int, random: torch.Generator) -> Tensor:
-    """uint8 [3, height, width]: noise whose amplitude falls with the fourth root of its frequency."""
-    image, scale = torch.zeros(1, 3, height, width), 2
-    while scale <= max(height, width):
-        noise = torch.randn(1, 3, min(scale, height), min(scale, width), generator=random)
-        image += scale**-0.25 * F.interpolate(noise, (height, width), mode="bilinear")
-        scale *= 2
-    return (127 + 60 * (image[0] - image.mean()) / image.std()).clamp(0, 255).to(torch.uint8)
+        image = F.interpolate(torch.randn(1, 3, 75, 100, generator=random), (375, 500), mode="bilinear")[0]
+        pixels = (127 + 60 * image).clamp(0, 255).to(torch.uint8)
+        Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(target / f"{i:04}.jpg", quality=95)
 
 
 # ---- measurement -----------------------------------------------------------------------------------------------------
 
 
-def _theirs(data: ImageData, size: int) -> torch.utils.data.Dataset:
+def _theirs(data: ImageData, size: int) -> Dataset:
     """The same images as a torchvision data set: files through ImageFolder's reader, CIFAR as Pillow images."""
     from PIL import Image
     from torchvision import transforms
@@ -150,7 +130,7 @@ def _theirs(data: ImageData, size: int) -> torch.utils.data.Dataset:
     labels = split.labels.tolist()
     arrays = None if split.pixels is None else split.pixels.permute(0, 2, 3, 1).numpy()
 
-    class Images(torch.utils.data.Dataset[tuple[Tensor, int]]):
+    class Images(Dataset[tuple[Tensor, int]]):
         def __len__(self) -> int:
             return len(labels)
 
@@ -161,14 +141,10 @@ def _theirs(data: ImageData, size: int) -> torch.utils.data.Dataset:
     return Images()
 
 
-def _time_epoch(batches: Iterable[Any], device: torch.device) -> float:
-    """Seconds of one epoch until all batches are on the device; ours are there already."""
-    start = time.perf_counter()
+def _pass(batches: Iterable[Any], device: torch.device) -> None:
+    """One epoch, all batches on the device; ours are there already."""
     for images, *_ in batches:
         images.to(device, non_blocking=True)
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - start
 
 
 LoadersByName = dict[tuple[str, int], Loader]
@@ -193,45 +169,32 @@ def _ours(data: ImageData, transform: Transform, options: Loaders, workers: list
 
 def _cases(name: str, data: ImageData, options: Loaders, workers: list[int], device: torch.device) -> list[dict[str, Any]]:
     """One data set: our loaders and PyTorch's in turn, medians over epochs."""
-    split: Split = data.train
-    size, augmentation = (options.image_size, "imagenet") if split.pixels is None else (data.image_size, "cifar")
+    gpu, images = device.type == "cuda", len(data.train)
+    size, augmentation = (options.image_size, "imagenet") if data.train.pixels is None else (data.image_size, "cifar")
     ours = _ours(data, training_transform(augmentation, size, data.mean, data.std), options, workers, device)
-    theirs: dict[int, Iterable[Any]] = {
-        count: torch.utils.data.DataLoader(
-            _theirs(data, size),
-            options.batch_size,
-            shuffle=True,
-            num_workers=count,
-            persistent_workers=count > 0,
-            pin_memory=device.type == "cuda",
-        )
-        for count in workers
-    }
-    runs: dict[Any, Iterable[Any]] = {**ours, **theirs}
-    rates: dict[Any, list[float]] = {key: [] for key in runs}
-    for epoch in range(1 + options.epochs):
-        for key, batches in runs.items():
-            rate = len(split) / _time_epoch(batches, device)
-            if epoch:
-                rates[key].append(rate)
-    fastest = max(theirs, key=lambda count: statistics.median(rates[count]))
+    peer = partial(DataLoader, _theirs(data, size), options.batch_size, shuffle=True, pin_memory=gpu)
+    theirs = {count: peer(num_workers=count, persistent_workers=count > 0) for count in workers}
+    epochs = {key: partial(_pass, batches, device) for key, batches in (ours | theirs).items()}
+    seconds = timing.in_turn(epochs, rounds=options.epochs, at_least=0.0, device=device)
+    rates = {key: round(images / statistics.median(measured), 1) for key, measured in seconds.items()}
+    fastest = max(theirs, key=lambda count: rates[count])
     cases = []
     for (loader, count), batches in ours.items():
-        peer = count if loader == "torchvision" else fastest
+        against = count if loader == "torchvision" else fastest
         case = {
             "name": name,
-            "images": len(split),
+            "images": images,
             "image_size": size,
             "batch_size": options.batch_size,
             "loader": loader,
             "workers": count,
-            "peer_workers": peer,
+            "peer_workers": against,
             "device": device.type,
-            "images_per_s": round(statistics.median(rates[loader, count]), 1),
-            "peer_images_per_s": round(statistics.median(rates[peer]), 1),
-            "speedup": round(statistics.median(a / b for a, b in zip(rates[loader, count], rates[peer])), 3),
+            "images_per_s": rates[loader, count],
+            "peer_images_per_s": rates[against],
+            "speedup": round(timing.speedup(seconds[loader, count], seconds[against]), 3),
         }
-        if device.type == "cuda":
+        if gpu:
             case["waiting_share"] = round(waiting_share(batches, resnet18_step(device, len(data.classes)), device), 4)
         cases.append(case)
     return cases
@@ -260,20 +223,14 @@ def waiting_share(loader: Loader, step: Callable[[Batch], None], device: torch.d
     An epoch of steps with batches of the loader, against as many with a batch that is there already; the best of three rounds each.
     """
 
-    def seconds(batches: Iterable[Batch]) -> float:
-        start = time.perf_counter()
+    def train(batches: Iterable[Batch]) -> None:
         for batch in batches:
             step(batch)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        return time.perf_counter() - start
 
-    first = next(iter(loader))
-    same = [first] * len(loader)
+    there = [next(iter(loader))] * len(loader)
     loader.set_epoch(1)
-    seconds(loader)  # the first steps choose algorithms
-    with_loader, without = min(seconds(loader) for _ in range(3)), min(seconds(same) for _ in range(3))
-    return max(0.0, 1 - without / with_loader)
+    seconds = timing.in_turn({"loader": partial(train, loader), "there": partial(train, there)}, rounds=3, at_least=0.0, device=device)
+    return max(0.0, 1 - min(seconds["there"]) / min(seconds["loader"]))
 
 
 def run(options: Loaders) -> list[dict[str, Any]]:

@@ -6,6 +6,7 @@ import statistics
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cache
 from itertools import accumulate
 from typing import Any
 
@@ -28,8 +29,8 @@ def _once(function: Callable[[], Any], calls: int, device: torch.device = CPU) -
 
 
 def in_turn(
-    functions: Mapping[str, Callable[[], Any]], *, rounds: int = 20, at_least: float = 2e-3, device: torch.device = CPU
-) -> dict[str, list[float]]:
+    functions: Mapping[Any, Callable[[], Any]], *, rounds: int = 20, at_least: float = 2e-3, device: torch.device = CPU
+) -> dict[Any, list[float]]:
     """Times functions in turn, a b c a b c ..., so that other work on the machine slows all of them.
 
     Args:
@@ -48,7 +49,7 @@ def in_turn(
         if seconds < at_least:
             seconds = _once(function, 3, device)
         calls[name] = max(1, round(at_least / max(seconds, 1e-7)))
-    measured: dict[str, list[float]] = {name: [] for name in functions}
+    measured: dict[Any, list[float]] = {name: [] for name in functions}
     for _ in range(rounds):
         for name, function in functions.items():
             measured[name].append(_once(function, calls[name], device))
@@ -60,11 +61,9 @@ def speedup(ours: Sequence[float], theirs: Sequence[float]) -> float:
     return statistics.median(b / a for a, b in zip(ours, theirs, strict=True))
 
 
-def interleaved(ours: Callable[[], Any], theirs: Callable[[], Any], *, pairs: int = 20, at_least: float = 2e-3) -> dict[str, float]:
-    """in_turn for two: ours_ms and theirs_ms (medians, milliseconds a call) and their speedup."""
-    seconds = in_turn({"ours": ours, "theirs": theirs}, rounds=pairs, at_least=at_least)
-    medians = {f"{name}_ms": 1e3 * statistics.median(values) for name, values in seconds.items()}
-    return {**medians, "speedup": speedup(seconds["ours"], seconds["theirs"])}
+def interleaved(ours: Callable[[], Any], theirs: Callable[[], Any], *, pairs: int = 20) -> float:
+    """The speedup of ours over theirs, run in turn."""
+    return speedup(*in_turn({"ours": ours, "theirs": theirs}, rounds=pairs).values())
 
 
 # ---- as a GPU sees it ------------------------------------------------------------------------------------------------
@@ -113,13 +112,13 @@ def device_seconds(functions: Sequence[Callable[[], Any]], *, rounds: int = 20) 
     return statistics.median(1e-3 * start.elapsed_time(end) for start, end in pairs) / calls
 
 
-def launches(function: Callable[[], Any], device: torch.device | None = None, calls: int = 1) -> Counter[str]:
+def launches(function: Callable[[], Any], calls: int = 1) -> Counter[str]:
     """The kernels that so many calls run on the GPU, as the profiler sees them: how often each."""
-    torch.cuda.synchronize(device)
+    torch.cuda.synchronize()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiled:
         for _ in range(calls):
             function()
-        torch.cuda.synchronize(device)
+        torch.cuda.synchronize()
     return kernels(profiled.events())
 
 
@@ -137,6 +136,7 @@ def cache_bytes() -> int:
 # ---- ceilings --------------------------------------------------------------------------------------------------------
 
 
+@cache
 def copy_bandwidth(device: torch.device = CPU) -> float:
     """Bytes a second that copy_ reads and writes, on tensors far larger than any cache."""
     elements = 2**27 if device.type == "cuda" else 2**25
@@ -144,6 +144,7 @@ def copy_bandwidth(device: torch.device = CPU) -> float:
     return 8 * elements / _least_seconds(lambda: target.copy_(source), device)
 
 
+@cache
 def dense_rate(device: torch.device = CPU, dtype: torch.dtype = torch.float32) -> float:
     """Operations a second (a multiply-add is two) of a large matrix product in the dtype, at PyTorch's precision settings."""
     n = 8192 if device.type == "cuda" else 1024

@@ -13,7 +13,6 @@ The peer is the same step with the same networks, precision and compilation, but
 lion_pytorch in place of ours. Both run in turn, in one process.
 """
 
-import importlib.util
 import statistics
 import time
 from collections.abc import Callable, Iterable
@@ -28,7 +27,8 @@ from torch import Tensor, nn
 
 from kdfast import files, machine, recipes
 from kdfast.benchmarks import distill_kl, supcon, timing
-from kdfast.data import Batch, ImageData, Split, make_loaders
+from kdfast.benchmarks.loaders import small_images
+from kdfast.data import Batch, make_loaders
 from kdfast.engine import Stage, Training, World, join
 from kdfast.engine.schedule import make_optimizer
 from kdfast.engine.stage import Outputs, Terms
@@ -124,36 +124,24 @@ class Clock:
         return steps
 
 
-class _MarkedTeacher(nn.Module):
-    """A teacher whose forward pass ends with a mark."""
-
-    def __init__(self, model: nn.Module, clock: Clock):
-        super().__init__()
-        self.model, self._clock = model, clock
-
-    def forward(self, images: Tensor) -> Tensor:
-        logits = self.model(images)
-        self._clock.mark("teacher")
-        return logits
-
-
 class Step:
     """A side of the comparison: networks, losses and optimizer, ready to step on one batch again and again.
 
     Args:
         options: as Train.on returns them.
-        teacher: on the device.
         batch: on the device.
         plain: the originals' losses and optimizer.
     """
 
-    def __init__(self, options: Train, teacher: nn.Module, batch: Batch, *, plain: bool):
+    def __init__(self, options: Train, batch: Batch, *, plain: bool):
         device = batch.images.device
         self.clock, self._batch = Clock(device), batch
         # a step's time does not depend on the rate; at this one the weights stay where they are, however many steps fit
         training = Training(optimizer=options.optimizer, lr=1e-6, weight_decay=1e-4, batch_size=len(batch.labels))
         torch.manual_seed(0)  # both sides have the same weights
-        self.stage = _stage(options, training, _MarkedTeacher(teacher, self.clock))
+        teacher = create(str(options.teacher), options.classes)
+        teacher.register_forward_hook(lambda *_: self.clock.mark("teacher"))
+        self.stage = _stage(options, training, teacher)
         for module in (*self.stage.frozen, *self.stage.train):
             module.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.stage.set_modes(training=True)
@@ -185,21 +173,7 @@ class Step:
 def _stage(options: Train, training: Training, teacher: nn.Module) -> Stage:
     """The recipe's stage, as `kdfast distill` would fit it."""
     recipe = recipes.get(options.recipe)
-    # one pixel an image: the stage wants to know of data, but the step brings its own
-    split = Split(torch.arange(options.classes), pixels=torch.zeros(options.classes, 3, 1, 1, dtype=torch.uint8))
-    data = ImageData(
-        name="random",
-        classes=tuple(map(str, range(options.classes))),
-        train=split,
-        val=split,
-        test=split,
-        mean=(0.5, 0.5, 0.5),
-        std=(0.5, 0.5, 0.5),
-        image_size=1,
-        val_is_test=True,
-        train_transform="none",
-        eval_transform="none",
-    )
+    data = small_images(options.classes, options.classes)  # the stage wants to know of data, but the step brings its own
     setup = Setup(
         data=data,
         training=training,
@@ -210,7 +184,7 @@ def _stage(options: Train, training: Training, teacher: nn.Module) -> Stage:
         teacher_pretrained=False,
         labels_hidden=False,
         seed=0,
-        make_loaders=lambda training, augment, all_labels, seed: make_loaders(data, batch_size=training.batch_size),
+        make_loaders=lambda training, *_: make_loaders(data, batch_size=training.batch_size),
         say=lambda line: None,
     )
     return next(recipe.distil(setup, recipe.settings(), teacher))
@@ -240,11 +214,9 @@ def plain_loss(options: Train) -> Callable[[Outputs, Batch], Terms]:
 
 
 def plain_optimizer(parameters: Iterable[nn.Parameter], training: Training) -> torch.optim.Optimizer:
-    """lion_pytorch's faster form in place of our Lion, torch's AdamW where that is not installed; others are torch's already."""
+    """lion_pytorch's faster form in place of our Lion; others are torch's already."""
     if training.optimizer != "lion":
         return make_optimizer(parameters, training)
-    if importlib.util.find_spec("lion_pytorch") is None:
-        return torch.optim.AdamW(parameters, lr=training.lr, weight_decay=training.weight_decay)
     from lion_pytorch.foreach import Lion
 
     return Lion(parameters, lr=training.lr, weight_decay=training.weight_decay)
@@ -268,8 +240,7 @@ def measure(options: Train, world: World) -> dict[str, Any]:
     images = torch.randn(N, 3, size, size, device=device).contiguous(memory_format=torch.channels_last)
     labels = torch.randint(options.classes, (N,), device=device)
     batch = Batch(images, labels, torch.arange(N, device=device))
-    teacher = create(str(options.teacher), options.classes)
-    sides = {"kdfast": Step(options, teacher, batch, plain=False), "plain": Step(options, teacher, batch, plain=True)}
+    sides = {"kdfast": Step(options, batch, plain=False), "plain": Step(options, batch, plain=True)}
     for step in sides.values():
         for _ in range(WARMUP):
             step()
@@ -288,12 +259,13 @@ def measure(options: Train, world: World) -> dict[str, Any]:
                 torch.cuda.synchronize(device)
         rounds += 1
 
-    times = {name: step.clock.take() for name, step in sides.items()}
-    result: dict[str, Any] = asdict(options) | {"steps": len(times["kdfast"])}
+    result: dict[str, Any] = asdict(options)
     del result["out"]
+    totals = {}
     for name, step in sides.items():
-        optimizer = type(step.optimizer)
-        parts = average_parts(times[name])
+        times, optimizer = step.clock.take(), type(step.optimizer)
+        totals[name] = [sum(parts.values()) for parts in times]
+        parts = average_parts(times)
         step_ms = sum(parts.values())
         result[name] = {
             "optimizer": f"{optimizer.__module__.split('.')[0]} {optimizer.__name__}",
@@ -303,9 +275,7 @@ def measure(options: Train, world: World) -> dict[str, Any]:
             "losses_and_optimizer": round((parts["losses"] + parts["optimizer"]) / step_ms, 5),
             "memory_bytes": memory[name],
         }
-    pairs = zip(times["kdfast"], times["plain"])
-    result["speedup"] = round(statistics.median(sum(plain.values()) / sum(ours.values()) for ours, plain in pairs), 4)
-    return result
+    return result | {"steps": len(totals["kdfast"]), "speedup": round(timing.speedup(totals["kdfast"], totals["plain"]), 4)}
 
 
 def average_parts(steps: list[dict[str, float]]) -> dict[str, float]:
@@ -341,21 +311,13 @@ def run(options: Train) -> dict[str, Any]:
         files.check_writable(options.out, "--out")
     world = join(options.device)
     options = options.on(world.device)
-    console = Console(soft_wrap=True)
-    console.print(
-        f"{options.recipe}: {options.teacher} -> {options.student}, batch {options.batch_size}, {options.image_size} px, "
-        f"{options.precision}{', compiled' if options.compile == 'on' else ''}, on {_name(world.device)}",
-        highlight=False,
+    print(
+        f"{options.recipe}: {options.teacher} -> {options.student}, batch {options.batch_size}, {options.image_size} px, on {world.device}"
     )
+    print(f"{options.precision}, compile {options.compile}, {torch.get_num_threads()} threads")
     result = measure(options, world)
-    console.print(Markdown(make_table(result)))
-    console.print(f"{result['speedup']:.3f}x the images/s of the plain step; {result['steps']} steps of each", highlight=False)
+    Console().print(Markdown(make_table(result)))
+    print(f"{result['speedup']:.3f}x the images/s of the plain step; {result['steps']} steps of each")
     if options.out is not None:
         files.write_json(options.out, machine.document([result]))
     return result
-
-
-def _name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"the CPU, {torch.get_num_threads()} threads"

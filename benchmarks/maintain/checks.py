@@ -13,7 +13,6 @@ TRITON_INTERPRET=1 runs `sanitize` on the CPU.
 """
 
 import json
-import math
 import sys
 from concurrent.futures import ProcessPoolExecutor
 from itertools import repeat
@@ -63,18 +62,11 @@ def _compile_part(device: torch.device, part: int, parts: int) -> None:
 
 def time_device(device: torch.device) -> None:
     """Times ours alone on the device, calls going round sets of buffers that exceed the cache."""
-    bandwidth = timing.copy_bandwidth(device)
-    rates = {dtype: timing.dense_rate(device, dtype) for dtype in DTYPES}
     for case in timed_cases(device):
-        make, result = case.variants[OURS].prepare(), {"operator": case.operator, "case": case.name, "dtype": dtype_name(case.dtype)}
-        sets = min(harness.MOST_SETS, math.ceil(3 * timing.cache_bytes() / case.bytes))
-        try:
-            milliseconds = 1e3 * timing.device_seconds([make(*case.inputs(seed)).run for seed in range(sets)], rounds=ROUNDS)
-        except RuntimeError as failure:
-            report(**result, problem=str(failure)[:300])
-            continue
-        floor = 1e3 * max(case.bytes / bandwidth, case.operations / rates[case.dtype])
-        report(**result, device_ms=milliseconds, floor_share=floor / milliseconds)
+        times = harness.time_on_device(case, case.variants[OURS], ROUNDS)
+        if "device_ms" in times:
+            times["floor_share"] = 1e3 * harness.floor_seconds(case) / times["device_ms"]
+        report(operator=case.operator, case=case.name, dtype=dtype_name(case.dtype), **times)
 
 
 def time_calls(device: torch.device) -> None:

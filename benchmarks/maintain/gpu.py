@@ -12,7 +12,7 @@ A second call with --rest runs memcheck, racecheck, initcheck and synccheck (com
 (every operator against its peers) for what is left of the time.
 
 FILE gets a line of JSON per result, written at once: first the machine, then the results of each step and how it ended: "passed",
-"failed", "out of time" (it got less than it needed) or "not available" (a tool is missing). A step has its own processes, so a crash or
+"failed", "out of time" or "not available" (a tool is missing). A step has its own processes, so a crash or
 a hang costs that step alone. The exit status is 1 where a step failed.
 """
 
@@ -39,7 +39,6 @@ from kdfast.benchmarks import operators
 from kdfast.benchmarks.maintain import ROOT
 
 GRACE = 10.0  # seconds between interrupting a process and killing it
-SANITIZERS = ("memcheck", "racecheck", "initcheck", "synccheck")
 MODULE = "kdfast.benchmarks.maintain"
 METRICS = ("gpu__time_duration.sum", "dram__bytes.sum", "sm__inst_executed.sum", "launch__registers_per_thread")
 
@@ -51,7 +50,6 @@ class Step:
     Attributes:
         name: names its results.
         seconds: it gets at most.
-        least: seconds that earlier steps leave it; with fewer it is not begun.
         command: what it runs.
         tool: a program that watches the command, with its options.
         environment: variables in addition to those of this process.
@@ -59,7 +57,6 @@ class Step:
 
     name: str
     seconds: float
-    least: float
     command: Sequence[str]
     tool: Sequence[str] = ()
     environment: Mapping[str, str] = field(default_factory=dict)
@@ -78,14 +75,10 @@ def run(steps: Sequence[Step], out: TextIO, seconds: float) -> bool:
         out.flush()
 
     write(machine.document([], **operators.describe_peers()))
-    for number, step in enumerate(steps):
-        left = end - time.monotonic() - GRACE
+    for step in steps:
         start = time.monotonic()
-        if left < step.least:
-            status, said = "out of time", f"{max(left, 0):.0f} s were left, and it needs {step.least:.0f}"
-        else:
-            later = sum(step.least for step in steps[number + 1 :])
-            status, said = execute(step, min(step.seconds, max(step.least, left - later)), write)
+        left = end - start - GRACE
+        status, said = execute(step, min(step.seconds, left), write) if left > 0 else ("out of time", "no time was left")
         write({"step": step.name, "status": status, "seconds": round(time.monotonic() - start, 1), "said": said, "gpus": machine.gpus()})
         print(f"{step.name}: {status}", flush=True)
         statuses.append(status)
@@ -145,44 +138,37 @@ def parse(line: str) -> dict[str, Any] | None:
 
 
 def first_steps() -> list[Step]:
-    """The steps of a first contact; the seconds are what each may take where it goes badly."""
+    """The steps of a first contact; those before the tests leave them time, even where each takes all it may."""
+    # each example of a fuzz test would be a kernel of its own to compile: the interpreter is the place for those
+    tests = [sys.executable, "-m", "pytest", "tests", "-m", "kernels and not slow and not speed", "-k", "not fuzz", "-rfE", "--tb=line"]
+    if importlib.util.find_spec("xdist") is not None:
+        tests += ["-n", str(min(12, machine.cores()))]
     return [
-        Step("compile", 60, 20, _check("compile")),
-        Step("times", 110, 60, _check("times")),
-        Step("calls", 20, 10, _check("calls")),
-        Step("ncu", 60, 20, _check("once"), ("ncu", "--csv", "--page", "raw", "--metrics", ",".join(METRICS), "-k", "regex:^_[a-z]")),
-        Step("tests", 300, 120, _tests(), environment={"KDFAST_TEST_DEVICE": "cuda"}),
+        Step("compile", 60, _check("compile")),
+        Step("times", 110, _check("times")),
+        Step("calls", 20, _check("calls")),
+        Step("ncu", 60, _check("once"), ("ncu", "--csv", "--page", "raw", "--metrics", ",".join(METRICS), "-k", "regex:^_[a-z]")),
+        Step("tests", 300, tests, environment={"KDFAST_TEST_DEVICE": "cuda"}),
     ]
 
 
 def other_steps() -> list[Step]:
     """The steps of a second call."""
+    sanitizer = ("compute-sanitizer", "--launch-timeout", "60", "--target-processes", "application-only")  # PyTorch is slow to import
     # every tensor an allocation of its own, or a read beyond its end would reach a neighbour
     apart = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    quiet = ("--report-api-errors", "no")  # libraries try calls out and see them fail
     return [
-        *(Step(tool, 45, 20, _check("sanitize"), _sanitizer(tool), apart) for tool in SANITIZERS),
-        Step("loaders", 60, 30, _check("loaders")),
-        Step("training", 60, 30, _check("training")),
-        Step("benchmarks", 600, 60, _check("benchmarks")),
+        Step("memcheck", 45, _check("sanitize"), (*sanitizer, "--tool", "memcheck", *quiet), apart),
+        *(Step(tool, 45, _check("sanitize"), (*sanitizer, "--tool", tool), apart) for tool in ("racecheck", "initcheck", "synccheck")),
+        Step("loaders", 60, _check("loaders")),
+        Step("training", 60, _check("training")),
+        Step("benchmarks", 600, _check("benchmarks")),
     ]
 
 
 def _check(name: str) -> list[str]:
     return [sys.executable, "-m", f"{MODULE}.checks", name]
-
-
-def _sanitizer(tool: str) -> list[str]:
-    options = ["--tool", tool, "--launch-timeout", "60", "--target-processes", "application-only"]  # PyTorch is slow to import
-    if tool == "memcheck":
-        options += ["--report-api-errors", "no"]  # libraries try calls out and see them fail
-    return ["compute-sanitizer", *options]
-
-
-def _tests() -> list[str]:
-    # each example of a fuzz test would be a kernel of its own to compile: the interpreter is the place for those
-    chosen = ["-m", "kernels and not slow and not speed", "-k", "not fuzz", "-rfE", "--tb=line", "-p", "no:cacheprovider"]
-    parallel = ["-n", str(min(12, machine.cores()))] if importlib.util.find_spec("xdist") is not None else []
-    return [sys.executable, "-m", "pytest", "tests", *chosen, *parallel]
 
 
 def main(out: Path, minutes: float = 9.0, rest: bool = False) -> None:

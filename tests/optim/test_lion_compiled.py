@@ -113,7 +113,7 @@ def assert_fast(name, original, least):
     ours, theirs = (case(name, shapes(name)).step(variant) for variant in ("kdfast", original))
     best = 0.0
     for _ in range(5):
-        best = max(best, interleaved(ours.run, theirs.run, pairs=20)["speedup"])
+        best = max(best, interleaved(ours.run, theirs.run, pairs=20))
         if best >= least:
             return
     pytest.fail(f"{best:.2f} of the speed of {original}")
