@@ -68,7 +68,8 @@ def resolve(command: Literal["teacher", "distill", "compare"], arguments: Sequen
     student's training is the teacher's too, unless "teacher_training.<field>" is there as well.
 
     Raises:
-        ValueError: an unknown recipe, preset or key, a value of another type, or a recipe that contradicts config.toml's.
+        ValueError: an unknown recipe, preset or key, a value of another type, a recipe that contradicts config.toml's, or code that only
+            config.toml names.
         SystemExit: the options do not fit, or ask for help.
     """
     chosen = _peek(command, arguments)
@@ -85,12 +86,27 @@ def resolve(command: Literal["teacher", "distill", "compare"], arguments: Sequen
         kind, words = Teach, Teach.__doc__
         default = config.teach_defaults(dataset)
     else:
-        recipe = recipes.get(chosen["recipe"] or table.get("recipe", "conkd"))
+        name = chosen["recipe"] or table.get("recipe", "conkd")
+        _check_code([name], source, arguments)
+        recipe = recipes.get(name)
         kind, words = Distill[recipe.settings], Distill.__doc__  # type: ignore[assignment,name-defined]
         default = config.defaults(recipe, chosen["preset"] or table.get("preset", "default"), dataset)
     default = toml.fill(default, table, source)
     _, options = take(arguments, command, "config")
-    return parse(kind, options, command, default, f"{words} With --config FILE, options that are not given come from a config.toml.")
+    found = parse(kind, options, command, default, f"{words} With --config FILE, options that are not given come from a config.toml.")
+    if isinstance(found, Teach):
+        code = [found.model]
+    else:
+        code = [found.teacher_model, found.student, *getattr(found.method, "assistants", ())]
+    _check_code(code, source, arguments)
+    return found
+
+
+def _check_code(names: Sequence[str], source: str, arguments: Sequence[str]) -> None:
+    """Checks that code to import is named on the command line: a config.toml may be a stranger's."""
+    for name in names:
+        if ":" in name and not any(name in argument for argument in arguments):
+            raise ValueError(f"{source} names {name}, which is not kdfast's: files import nothing, so name it on the command line too")
 
 
 def _peek(command: str, arguments: Sequence[str]) -> dict[str, Any]:

@@ -165,7 +165,8 @@ class Distillation(Job[Distill[Any]]):
     def _load_teacher(self) -> Trained:
         """The given teacher, made to take the student's images."""
         config, classes = self.config, self._setup.classes
-        loaded = artifact.load(config.teacher, model=config.teacher_model, options=self._setup.teacher_spec.options)
+        options = self._setup.teacher_spec.options
+        loaded = artifact.load(config.teacher, model=config.teacher_model, options=options, option="--teacher-model")
         if loaded.spec.num_classes != classes:
             raise ValueError(f"teacher {config.teacher} has {loaded.spec.num_classes} classes, but {self.data.name} has {classes}")
         if loaded.classes is not None and loaded.classes != self.data.classes:

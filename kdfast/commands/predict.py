@@ -26,6 +26,8 @@ class Predict:
     """A run folder or a weights file that this library wrote."""
     images: Annotated[tuple[Path, ...], tyro.conf.Positional]
     """Image files, or folders of them."""
+    model: str | None = None
+    """Architecture, if it is your own: package.module:function."""
     top: int = 3
     """Number of classes to show for each image."""
     batch_size: int = 64
@@ -47,7 +49,7 @@ def predict(options: Predict) -> dict[Path, list[tuple[str, float]]]:
         ValueError: weights that do not say how images are prepared, or no images.
         DataError: some of the files cannot be read as images; the answers for all others have been printed.
     """
-    loaded = artifact.load(options.weights, otherwise="predict needs weights that kdfast wrote")
+    loaded = artifact.load(options.weights, model=options.model, otherwise="predict needs weights that kdfast wrote")
     if loaded.preparation is None or loaded.classes is None:
         raise ValueError(f"{loaded.path} does not say which classes it knows: predict needs weights that kdfast wrote")
     if not options.images:

@@ -100,34 +100,36 @@ def load(
     model: str | None = None,
     options: Mapping[str, str | int | float | bool] | None = None,
     num_classes: int | None = None,
-    otherwise: str = "name it with --model",
+    option: str = "--model",
+    otherwise: str = "",
 ) -> Classifier:
-    """Loads a classifier.
+    """Loads a classifier. A file imports nothing: a network outside kdfast and torchvision is built only if `model` names it too.
 
     Args:
         run_or_weights: a run folder, a file that this library wrote, or another weights file.
-        model: architecture of another weights file; a file of this library names its own and ignores this.
+        model: architecture of another weights file. A file of this library names its own; only "package.module:function" is compared.
         options: of that architecture, over the options that the weights' names and shapes show.
         num_classes: for weights whose shapes do not show it.
-        otherwise: advice for the error if neither the file nor `model` names the architecture.
+        option: of the command line that gives `model`, for errors.
+        otherwise: advice in place of that option where neither the file nor `model` names the architecture.
 
     Raises:
-        ValueError: no such file, no architecture known, or weights of another architecture (the names are listed).
+        ValueError: no such file, a damaged header, no architecture known, a network that `model` would have to name, or weights of another
+            architecture (the names are listed).
     """
     path = find(run_or_weights)
     state, metadata = read_weights(path)
     normalization: Statistics | None = None
     classes, preparation = None, None
-    facts = json.loads(metadata.get(METADATA, "{}"))
-    if facts:
-        spec = ModelSpec.from_json(facts["spec"])
-        classes = tuple(facts["classes"])
-        known = facts["preparation"]
-        preparation = Preparation(tuple(known["mean"]), tuple(known["std"]), known["image_size"], known["evaluation"])
+    facts: dict[str, Any] = {}
+    if METADATA in metadata:
+        facts, spec, classes, preparation = _read_header(path, metadata[METADATA])
         normalization = preparation.mean, preparation.std
+        if ":" in spec.name and spec.name != model:
+            raise ValueError(f"{path} is of {spec.name}, which is not kdfast's: files import nothing, so name it with {option} {spec.name}")
     else:
         if model is None:
-            raise ValueError(f"{path} does not say which architecture it is of: {otherwise}")
+            raise ValueError(f"{path} does not say which architecture it is of: {otherwise or f'name it with {option}'}")
         spec, expected = recognize(state, model)
         if expected is not None:
             normalization = NORMALIZATIONS[expected]
@@ -141,6 +143,17 @@ def load(
     else:
         load_weights(network, path)  # by its path, so that a mismatch names the file
     return Classifier(network.eval(), spec, classes, preparation, normalization, path, facts, state)
+
+
+def _read_header(path: Path, text: str) -> tuple[dict[str, Any], ModelSpec, tuple[str, ...], Preparation]:
+    """This library's part of a file's header, as `save` wrote it."""
+    try:
+        facts = json.loads(text)
+        known = facts["preparation"]
+        preparation = Preparation(tuple(known["mean"]), tuple(known["std"]), int(known["image_size"]), str(known["evaluation"]))
+        return facts, ModelSpec.from_json(facts["spec"]), tuple(map(str, facts["classes"])), preparation
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} has a damaged header: {error}") from error
 
 
 class Renormalized(nn.Module):
