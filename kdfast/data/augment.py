@@ -1,13 +1,12 @@
-"""Random changes of images that keep their size: of one image by torchvision, and of a batch where every image has its own numbers.
+"""Random changes of images that keep their size, of a batch in which every image has its own random numbers.
 
-Both forms of a step do the same to an image given the same numbers. torchvision's batched functions do the work wherever several images
-share their parameters; the code here handles the rest. Numbers are drawn on the CPU and sent after the images, so nothing waits for a GPU.
+torchvision's functions do the work wherever several images share their parameters; the code here handles the rest. Numbers are drawn on
+the CPU and sent after the images, so nothing waits for a GPU.
 """
 
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -20,13 +19,7 @@ from kdfast.data.seeding import Draws
 class Step:
     """A random change of images that keeps their size."""
 
-    random: ClassVar[bool] = True
-
-    def transform_image(self, image: Tensor) -> Tensor:
-        """uint8 [3, H, W] -> the same, drawing from torch's default generator."""
-        raise NotImplementedError
-
-    def transform_batch(self, images: Tensor, draws: Draws) -> Tensor:
+    def change(self, images: Tensor, draws: Draws) -> Tensor:
         """uint8 [B, 3, H, W], on any device -> the same."""
         raise NotImplementedError
 
@@ -37,19 +30,11 @@ class Shift(Step):
     def __init__(self, padding: int, *, reflect: bool = False) -> None:
         self.padding, self.reflect = padding, reflect
 
-    def transform_image(self, image: Tensor) -> Tensor:
-        # torchvision's RandomCrop takes ten times as long, which is most of an epoch of 8x8 or 32x32 images
-        p, (H, W) = self.padding, image.shape[-2:]
-        top, left = torch.randint(2 * p + 1, (2,)).tolist()
-        if self.reflect:
-            return image.index_select(-2, _mirror(top - p, H, H)).index_select(-1, _mirror(left - p, W, W))
-        return F.pad(image, (p, p, p, p))[..., top : top + H, left : left + W]
-
-    def transform_batch(self, images: Tensor, draws: Draws) -> Tensor:
+    def change(self, images: Tensor, draws: Draws) -> Tensor:
         p, (H, W) = self.padding, images.shape[-2:]
         top, left = (draws.below(2 * p + 1).to(images.device, non_blocking=True) for _ in range(2))
         if self.reflect:
-            rows, columns = (_mirror(-p, side + 2 * p, side).to(images.device, non_blocking=True) for side in (H, W))
+            rows, columns = (_mirror(p, side).to(images.device, non_blocking=True) for side in (H, W))
             padded = images.index_select(2, rows).index_select(3, columns)
         else:
             padded = F.pad(images, (p, p, p, p))
@@ -57,24 +42,17 @@ class Shift(Step):
         return windows[torch.arange(len(images), device=images.device), :, top, left]
 
 
-def _mirror(start: int, count: int, size: int) -> Tensor:
-    """Start .. start + count - 1 as positions in 0 .. size - 1, mirrored at both ends without repeating the edge."""
-    position = torch.arange(start, start + count).abs()
+def _mirror(padding: int, size: int) -> Tensor:
+    """The pixels of a padded side, as positions in 0 .. size - 1: mirrored at both ends without repeating the edge."""
+    position = torch.arange(-padding, size + padding).abs()
     return torch.where(position < size, position, 2 * (size - 1) - position)
 
 
 class Flip(Step):
     """Mirrors left and right, half of the time."""
 
-    def transform_image(self, image: Tensor) -> Tensor:
-        return image.flip(-1) if torch.rand(()).item() < 0.5 else image
-
-    def transform_batch(self, images: Tensor, draws: Draws) -> Tensor:
-        return torch.where(_expand(self.choose(draws), images), images.flip(-1), images)
-
-    def choose(self, draws: Draws) -> Tensor:
-        """The images to flip: bool [B], CPU."""
-        return draws.uniform(1)[:, 0] < 0.5
+    def change(self, images: Tensor, draws: Draws) -> Tensor:
+        return torch.where(_expand(draws.uniform(1)[:, 0] < 0.5, images), images.flip(-1), images)
 
 
 class Cutout(Step):
@@ -88,18 +66,12 @@ class Cutout(Step):
     def __init__(self, side: int, color: tuple[int, int, int]) -> None:
         self.side, self.color = side, torch.tensor(color, dtype=torch.uint8).view(3, 1, 1)
 
-    def transform_image(self, image: Tensor) -> Tensor:
-        middle = [torch.randint(side, ()) for side in image.shape[-2:]]
-        return torch.where(self._mask(image, *middle), self.color, image)
-
-    def transform_batch(self, images: Tensor, draws: Draws) -> Tensor:
-        middle = [_expand(draws.below(side), images) for side in images.shape[-2:]]
-        return torch.where(self._mask(images, *middle), self.color.to(images.device, non_blocking=True), images)
-
-    def _mask(self, images: Tensor, y: Tensor, x: Tensor) -> Tensor:
+    def change(self, images: Tensor, draws: Draws) -> Tensor:
+        y, x = (_expand(draws.below(side), images) for side in images.shape[-2:])
         (H, W), half = images.shape[-2:], self.side // 2
         rows, columns = torch.arange(H, device=images.device)[:, None], torch.arange(W, device=images.device)
-        return (rows >= y - half) & (rows < y - half + self.side) & (columns >= x - half) & (columns < x - half + self.side)
+        inside = (rows >= y - half) & (rows < y - half + self.side) & (columns >= x - half) & (columns < x - half + self.side)
+        return torch.where(inside, self.color.to(images.device, non_blocking=True), images)
 
 
 class Rotation(Step):
@@ -108,10 +80,7 @@ class Rotation(Step):
     def __init__(self, degrees: float) -> None:
         self.degrees = degrees
 
-    def transform_image(self, image: Tensor) -> Tensor:
-        return need("torchvision.transforms.v2").RandomRotation(self.degrees)(image)
-
-    def transform_batch(self, images: Tensor, draws: Draws) -> Tensor:
+    def change(self, images: Tensor, draws: Draws) -> Tensor:
         return _warp(images, _rotate(self.degrees * (2 * draws.uniform(1)[:, 0] - 1)))
 
 
@@ -121,15 +90,12 @@ class ColorJitter(Step):
     def __init__(self, strength: float) -> None:
         self.strength = strength
 
-    def transform_image(self, image: Tensor) -> Tensor:
-        return need("torchvision.transforms.v2").ColorJitter(*(self.strength,) * 4)(image)
-
-    def transform_batch(self, images: Tensor, draws: Draws) -> Tensor:
+    def change(self, images: Tensor, draws: Draws) -> Tensor:
         amount = self.strength * (2 * draws.uniform(4) - 1)
         order = draws.uniform(4).argsort(dim=1)
         images = images.clone()
         for place in range(4):
-            for k, change in enumerate((change_brightness, change_contrast, change_saturation, change_hue)):
+            for k, change in enumerate((adjust_brightness, adjust_contrast, adjust_saturation, adjust_hue)):
                 _apply_where(order[:, place] == k, images, change, amount[:, k])
         return images
 
@@ -147,10 +113,7 @@ class RandAugment(Step):
     def __init__(self, count: int, magnitude: int) -> None:
         self.count, self.magnitude = count, magnitude
 
-    def transform_image(self, image: Tensor) -> Tensor:
-        return need("torchvision.transforms.v2").RandAugment(self.count, self.magnitude)(image)
-
-    def transform_batch(self, images: Tensor, draws: Draws) -> Tensor:
+    def change(self, images: Tensor, draws: Draws) -> Tensor:
         images = images.clone()
         for _ in range(self.count):
             operation, sign = draws.below(self.OPERATIONS), 1 - 2.0 * draws.below(2)
@@ -170,7 +133,7 @@ class RandAugment(Step):
         share = self.magnitude / 30
         factor = 0.9 * share
         _apply_where((operation >= 1) & (operation <= 5), images, _warp, self._make_matrices(images, operation, sign))
-        for k, change in ((6, change_brightness), (7, change_saturation), (8, change_contrast)):
+        for k, change in ((6, adjust_brightness), (7, adjust_saturation), (8, adjust_contrast)):
             _apply_where(operation == k, images, change, factor * sign)
         for s in (-1, 1):
             _apply_where((operation == 9) & (sign == s), images, partial(functional.adjust_sharpness, sharpness_factor=1 + s * factor))
@@ -230,17 +193,17 @@ def _warp(images: Tensor, matrices: Tensor) -> Tensor:
     return F.grid_sample(images.float(), grid, mode="nearest", padding_mode="zeros", align_corners=False).to(torch.uint8)
 
 
-def change_brightness(images: Tensor, amount: Tensor) -> Tensor:
+def adjust_brightness(images: Tensor, amount: Tensor) -> Tensor:
     """uint8 [B, 3, H, W] times 1 + amount (float [B], as in the three functions below)."""
     return images.mul(1 + _expand(amount, images)).clamp_(0, 255).to(torch.uint8)
 
 
-def change_saturation(images: Tensor, amount: Tensor) -> Tensor:
+def adjust_saturation(images: Tensor, amount: Tensor) -> Tensor:
     """Away from grey by 1 + amount."""
     return _blend(images, _to_grey(images), 1 + _expand(amount, images))
 
 
-def change_contrast(images: Tensor, amount: Tensor) -> Tensor:
+def adjust_contrast(images: Tensor, amount: Tensor) -> Tensor:
     """Away from the mean brightness by 1 + amount."""
     return _blend(images, _to_grey(images).mean(dim=(1, 2, 3), keepdim=True), 1 + _expand(amount, images))
 
@@ -255,7 +218,7 @@ def _blend(images: Tensor, others: Tensor, share: Tensor) -> Tensor:
     return images.mul(share).add_(others * (1 - share)).clamp_(0, 255).to(torch.uint8)
 
 
-def change_hue(images: Tensor, amount: Tensor) -> Tensor:
+def adjust_hue(images: Tensor, amount: Tensor) -> Tensor:
     """Turns the hue by amount * 360 degrees in the hexagonal HSV model; value and saturation stay."""
     rgb = images.float() / 255
     low, value = rgb.amin(1, keepdim=True), rgb.amax(1, keepdim=True)

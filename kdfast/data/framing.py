@@ -1,10 +1,11 @@
 """From images of any size to size x size: the visible part of an image, and its resampling.
 
-A framing computes for each image the part to cut out, the size to resize it to, and the window to keep. Loaders that decode on a GPU or
-hold images there use these numbers; torchvision's transform of one image is the reference beside them.
+A framing computes for each image the part to cut out, the size to resize it to, and the window to keep. cut() resizes images one by one
+with torchvision, resample() a batch on any device; DALI gets the numbers.
 """
 
 import math
+from collections.abc import Iterable
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -40,10 +41,6 @@ class Framing:
     def __init__(self, size: int) -> None:
         self.size = size
 
-    def transform_image(self, image: Tensor) -> Tensor:
-        """uint8 [3, H, W] -> uint8 [3, size, size], drawing from torch's default generator. If not random, it takes [B, 3, H, W] too."""
-        raise NotImplementedError
-
     def frames(self, sizes: Tensor, draws: Draws) -> Frames:
         """The visible parts of images of these sizes: int64 [B, 2], height and width."""
         raise NotImplementedError
@@ -53,12 +50,6 @@ class Squash(Framing):
     """Resizes with antialiasing, whatever the aspect ratio; an image of that size stays as it is."""
 
     random = False
-
-    def transform_image(self, image: Tensor) -> Tensor:
-        size = [self.size, self.size]
-        if list(image.shape[-2:]) == size:
-            return image
-        return need("torchvision.transforms.v2.functional").resize(image, size, antialias=True)
 
     def frames(self, sizes: Tensor, draws: Draws) -> Frames:
         H, W = sizes.unbind(1)
@@ -73,10 +64,6 @@ class ResizedCrop(Framing):
     AREA = 0.08, 1.0
     RATIO = 3 / 4, 4 / 3
     TRIES = 10
-
-    def transform_image(self, image: Tensor) -> Tensor:
-        crop = need("torchvision.transforms.v2").RandomResizedCrop
-        return crop(self.size, self.AREA, self.RATIO, antialias=True)(image)
 
     def frames(self, sizes: Tensor, draws: Draws) -> Frames:
         H, W = sizes[:, :1], sizes[:, 1:]
@@ -100,26 +87,36 @@ class ResizedCrop(Framing):
 
 
 class CenterCrop(Framing):
-    """The shorter side resized to 256/224 of `size`, then the middle: how ImageNet is evaluated."""
+    """The shorter side resized to 256/224 of `size`, then the middle: how ImageNet is evaluated (torchvision's Resize and CenterCrop)."""
 
     random = False
 
-    @property
-    def shorter(self) -> int:
-        """Pixels of the shorter side before the middle is cut out."""
-        return round(self.size * 256 / 224)
-
-    def transform_image(self, image: Tensor) -> Tensor:
-        v2 = need("torchvision.transforms.v2")
-        return v2.CenterCrop(self.size)(v2.Resize(self.shorter, antialias=True)(image))
-
     def frames(self, sizes: Tensor, draws: Draws) -> Frames:
         H, W = sizes.unbind(1)
-        least = sizes.amin(1)
-        rows, columns = self.shorter * H // least, self.shorter * W // least
+        shorter, least = round(self.size * 256 / 224), sizes.amin(1)
+        rows, columns = shorter * H // least, shorter * W // least
         down, right = (((side - self.size) / 2).round().long() for side in (rows, columns))
         zero = torch.zeros_like(H)
         return Frames(zero, zero, H, W, rows, columns, down, right, self.size)
+
+
+def cut(images: Iterable[Tensor], frames: Frames) -> list[Tensor]:
+    """Cuts out the visible part of each image, resizes it by torchvision, and cuts out the window.
+
+    Args:
+        images: uint8 [..., H, W].
+        frames: of these images.
+
+    Returns:
+        uint8 [..., size, size] of each image.
+    """
+    windows = []
+    for image, (top, left, height, width, *resized, down, right) in zip(images, torch.stack(frames[:8], dim=1).tolist()):
+        part = image[..., top : top + height, left : left + width]
+        if list(part.shape[-2:]) != resized:
+            part = need("torchvision.transforms.v2.functional").resize(part, resized, antialias=True)
+        windows.append(part[..., down : down + frames.size, right : right + frames.size])
+    return windows
 
 
 def resample(images: Tensor, frames: Frames) -> Tensor:

@@ -6,7 +6,8 @@ number of images, at least one a class, and every class within one image or so o
 """
 
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,6 +33,7 @@ class Split:
         paths: n file names, if they are not.
         sizes: int32 [n, 2], height and width of each file; known after kdfast.data.usable().
         plain: bool [n], whether every JPEG decoder sees the file's image alike; known after kdfast.data.usable().
+        stores: decoded images that ResidentLoader keeps, by device and framing; splits that differ in their labels only share them.
 
     Raises:
         DataError: the numbers of images and labels differ.
@@ -49,6 +51,7 @@ class Split:
     paths: tuple[str, ...] | None = None
     sizes: Tensor | None = None
     plain: Tensor | None = None
+    stores: dict[Any, Any] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         images = self.paths if self.pixels is None else self.pixels

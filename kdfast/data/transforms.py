@@ -1,8 +1,8 @@
 """From a decoded image to the network's input, by name: augmentation or resizing on uint8, then normalization to float32.
 
-A transform is a list of steps, each of which has two forms: for one uint8 image, by torchvision, drawing from torch's default generator;
-and for a batch on any device, where every image has its own numbers. Normalization, (pixel / 255 - mean) / std, is done for a whole batch
-on its device, so images travel between processes and to the GPU as bytes.
+A transform is a framing, which gives images one size, and steps that change a batch on any device, where every image has its own random
+numbers. Normalization, (pixel / 255 - mean) / std, is done for a whole batch on its device, so images travel between processes and to the
+GPU as bytes.
 
     training        none            squash only
                     digits          squash, shift by up to 1/8 of the side
@@ -22,15 +22,16 @@ Squash is resizing to image_size x image_size whatever the aspect ratio; an imag
 To add one, add it to NORMALIZATIONS, TRAINING or EVALUATION and to the table above.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from kdfast.data.augment import ColorJitter, Cutout, Flip, RandAugment, Rotation, Shift, Step
-from kdfast.data.framing import CenterCrop, Framing, ResizedCrop, Squash
+from kdfast.data.framing import CenterCrop, Framing, ResizedCrop, Squash, cut
 from kdfast.data.protocol import DataError
+from kdfast.data.seeding import Draws
 
 Channels = tuple[float, float, float]
 
@@ -74,7 +75,8 @@ class Transform:
     """Augmentation or resizing, then normalization.
 
     Attributes:
-        steps: one after another; a Framing, if any, is the first.
+        framing: makes images of one size; None: they stay as they are.
+        steps: random changes, one after another.
         mean, std: of pixels scaled to 0..1.
 
     Example:
@@ -84,24 +86,58 @@ class Transform:
         (torch.Size([3, 32, 32]), torch.float32, True)
     """
 
-    steps: tuple[Framing | Step, ...]
+    framing: Framing | None
+    steps: tuple[Step, ...]
     mean: Channels
     std: Channels
 
     @property
     def random(self) -> bool:
         """True if augment() draws random numbers."""
-        return any(step.random for step in self.steps)
+        return bool(self.steps) or (self.framing is not None and self.framing.random)
 
     def augment(self, image: Tensor) -> Tensor:
-        """uint8 [3, H, W] -> uint8 [3, h, w], by torchvision. If not random, it takes [B, 3, H, W] as well."""
+        """uint8 [3, H, W] -> uint8 [3, h, w], drawing from torch's default generator."""
+        seed = int(torch.randint(2**63 - 1, ())) if self.random else 0
+        return self.augment_all([image], Draws(seed, index=torch.zeros(1, dtype=torch.int64)))[0]
+
+    def augment_all(self, images: Sequence[Tensor], draws: Draws) -> Tensor:
+        """uint8 [3, H, W] of each image -> uint8 [B, 3, h, w].
+
+        Raises:
+            DataError: the images differ in size, and the transform does not resize.
+        """
+        sizes = torch.tensor([image.shape[-2:] for image in images])
+        if self.framing is None:
+            check_same_size(sizes)
+        else:
+            images = cut(images, self.framing.frames(sizes, draws))
+        return self.change(torch.stack(list(images)), draws)
+
+    def change(self, images: Tensor, draws: Draws) -> Tensor:
+        """The steps after the framing: uint8 [B, 3, h, w] -> the same."""
         for step in self.steps:
-            image = step.transform_image(image)
-        return image
+            images = step.change(images, draws)
+        return images
 
     def __call__(self, image: Tensor) -> Tensor:
         """uint8 [3, H, W] -> float32 [3, h, w]."""
         return Normalize(self.mean, self.std)(self.augment(image))
+
+
+def check_same_size(sizes: Tensor) -> None:
+    """Checks that images have one size, for a transform that does not resize.
+
+    Args:
+        sizes: int64 [n, 2], heights and widths.
+
+    Raises:
+        DataError: they differ.
+    """
+    different = sizes.unique(dim=0)
+    if len(different) > 1:
+        h, w = different[:2].unbind(1)
+        raise DataError(f"images differ in size ({w[0]}x{h[0]} and {w[1]}x{h[1]}): choose a transform that resizes, such as squash")
 
 
 def training_names() -> tuple[str, ...]:
@@ -152,31 +188,31 @@ def evaluation_transform(name: str, image_size: int, mean: Channels, std: Channe
     return _build("evaluation", EVALUATION, name, image_size, mean, std)
 
 
-Builder = Callable[[int, Channels], "list[Framing | Step]"]
-"""(image_size, mean) -> steps."""
+Builder = Callable[[int, Channels], "tuple[Framing | None, *tuple[Step, ...]]"]
+"""(image_size, mean) -> framing and steps."""
 
 
-def _cut_out(size: int, mean: Channels) -> list[Framing | Step]:
+def _cut_out(size: int, mean: Channels) -> tuple[Framing, *tuple[Step, ...]]:
     red, green, blue = (round(255 * m) for m in mean)
-    return [Squash(size), Shift(4), Flip(), Cutout(16, (red, green, blue))]
+    return Squash(size), Shift(4), Flip(), Cutout(16, (red, green, blue))
 
 
 TRAINING: dict[str, Builder] = {
-    "none": lambda size, mean: [Squash(size)],
-    "digits": lambda size, mean: [Squash(size), Shift(max(1, size // 8))],
-    "cifar": lambda size, mean: [Squash(size), Shift(4), Flip()],
-    "cifar-reflect": lambda size, mean: [Squash(size), Shift(4, reflect=True), Flip()],
+    "none": lambda size, mean: (Squash(size),),
+    "digits": lambda size, mean: (Squash(size), Shift(max(1, size // 8))),
+    "cifar": lambda size, mean: (Squash(size), Shift(4), Flip()),
+    "cifar-reflect": lambda size, mean: (Squash(size), Shift(4, reflect=True), Flip()),
     "cifar-cutout": _cut_out,
-    "tiny": lambda size, mean: [Squash(size), Shift(4), Flip()],
-    "imagenet": lambda size, mean: [ResizedCrop(size), Flip()],
-    "conkd-teacher": lambda size, mean: [Squash(size), RandAugment(5, 14), Shift(16)],
-    "conkd-student": lambda size, mean: [Squash(size), RandAugment(5, 14), Shift(16), Flip(), Rotation(10), ColorJitter(0.2)],
+    "tiny": lambda size, mean: (Squash(size), Shift(4), Flip()),
+    "imagenet": lambda size, mean: (ResizedCrop(size), Flip()),
+    "conkd-teacher": lambda size, mean: (Squash(size), RandAugment(5, 14), Shift(16)),
+    "conkd-student": lambda size, mean: (Squash(size), RandAugment(5, 14), Shift(16), Flip(), Rotation(10), ColorJitter(0.2)),
 }
 
 EVALUATION: dict[str, Builder] = {
-    "none": lambda size, mean: [],
-    "squash": lambda size, mean: [Squash(size)],
-    "center-crop": lambda size, mean: [CenterCrop(size)],
+    "none": lambda size, mean: (None,),
+    "squash": lambda size, mean: (Squash(size),),
+    "center-crop": lambda size, mean: (CenterCrop(size),),
 }
 
 
@@ -185,4 +221,5 @@ def _build(purpose: str, builders: dict[str, Builder], name: str, image_size: in
         raise DataError(f"{purpose} transform must be one of {', '.join(builders)}, got {name!r}")
     if image_size < 1:
         raise DataError(f"image_size must be at least 1, got {image_size}")
-    return Transform(tuple(builders[name](image_size, mean)), mean, std)
+    framing, *steps = builders[name](image_size, mean)
+    return Transform(framing, tuple(steps), mean, std)

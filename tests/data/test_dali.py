@@ -99,7 +99,7 @@ def compare(split, transform, other, least=0.5, **options):
     [
         pytest.param(CROP, 1, id="imagenet"),
         pytest.param(CROP, 2, id="two views"),
-        pytest.param(replace(CROP, steps=(CROP.steps[0], *training_transform("cifar-cutout", 64, *LEVELS).steps[1:])), 2, id="torch steps"),
+        pytest.param(replace(CROP, steps=training_transform("cifar-cutout", 64, *LEVELS).steps), 2, id="torch steps"),
         pytest.param(training_transform("cifar", 64, *LEVELS), 1, id="cifar"),
         pytest.param(training_transform("cifar-cutout", 64, *LEVELS), 1, id="cutout"),
         pytest.param(training_transform("none", 64, *LEVELS), 1, id="none"),

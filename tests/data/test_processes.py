@@ -68,7 +68,7 @@ def test_each_image_has_its_own_augmentation():
 class Dying(Step):
     """Dies as a process that takes too much memory does."""
 
-    def transform_image(self, image):
+    def change(self, images, draws):
         os.kill(os.getpid(), signal.SIGKILL)
 
 

@@ -1,12 +1,23 @@
-"""The resident loader alone: torchvision's evaluation bit for bit, images of many sizes, sharing, memory."""
+"""The resident loader alone: torchvision's batches bit for bit, images of many sizes, sharing, memory."""
 
 import gc
 import warnings
+import weakref
 
 import pytest
 import torch
 
-from kdfast.data import DataError, Split, evaluation_transform, hide_labels, load, make_loaders, training_names, training_transform
+from kdfast.data import (
+    DataError,
+    Split,
+    evaluation_names,
+    evaluation_transform,
+    hide_labels,
+    load,
+    make_loaders,
+    training_names,
+    training_transform,
+)
 from kdfast.data.images import decode
 from kdfast.data.loaders import resident
 from tests.data.samples import HALF, join_images, make_loader, make_split, same, write_pngs
@@ -18,12 +29,19 @@ def resident_of(split, transform=AUGMENT, batch_size=4, **options):
     return make_loader("resident", split, transform, batch_size, **options)
 
 
-@pytest.mark.parametrize("name", ["none", "squash", "center-crop"])
+@pytest.mark.parametrize("name", evaluation_names())
 @pytest.mark.parametrize("in_memory", [False, True])
 def test_evaluation_gives_torchvisions_batches_bit_for_bit(tmp_path, name, in_memory):
     split = write_pngs(tmp_path, 7)[in_memory]
     transform = evaluation_transform(name, 8, *HALF)
     assert same(list(resident_of(split, transform)), list(make_loader("torchvision", split, transform)))
+
+
+@pytest.mark.parametrize("name", [name for name in training_names() if name != "imagenet"])
+def test_training_gives_torchvisions_batches_bit_for_bit(tmp_path, name):
+    split, _ = write_pngs(tmp_path, 7)
+    transform = training_transform(name, 24, *HALF)
+    assert same(*(list(make_loader(kind, split, transform, views=2 if transform.random else 1)) for kind in ("resident", "torchvision")))
 
 
 def test_files_of_many_sizes_are_cropped_as_decoded(tmp_path):
@@ -57,10 +75,10 @@ def test_loaders_of_the_same_images_share_them(tmp_path, monkeypatch):
     for labelled in (split, hide_labels(split, 0.5, seed=0), split):
         list(resident_of(labelled))
     assert sorted(decoded) == sorted(split.paths)
-    before = len(resident._STORES)
+    store = weakref.ref(*split.stores.values())
     del split, labelled
     gc.collect()
-    assert len(resident._STORES) == before - 1
+    assert store() is None
 
 
 def test_nothing_is_decoded_before_the_first_batch(tmp_path):

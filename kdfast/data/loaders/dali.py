@@ -1,9 +1,9 @@
-"""Image files decoded, cropped, resized and normalized by NVIDIA DALI: on a GPU, or in C++ threads on the CPU.
+"""Image files decoded, cropped and resized by NVIDIA DALI: on a GPU, or in C++ threads on the CPU.
 
 DALI's own readers shuffle a buffer, and its own crops draw from generators inside the pipeline, so an epoch could not be resumed and
 other loaders would see other images. This loader therefore feeds DALI everything: the names of a batch's files, the window of each to
-decode, and the flips. Order, ranks, resuming and augmentation are functions of (seed, epoch, index) as in the other loaders, and the
-windows are those of ResidentLoader.
+decode. Order, ranks, resuming and augmentation are functions of (seed, epoch, index) as in the other loaders; the steps after the framing
+are theirs.
 
 DALI reads JPEG and PNG of 8 bits grey or colour: there it gives Pillow's pixels. All other files are decoded once, by kdfast.data.images,
 and kept as PNG in a temporary folder for the life of the loader.
@@ -22,16 +22,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kdfast.data.augment import Flip, Step
 from kdfast.data.extras import need
-from kdfast.data.framing import Framing
 from kdfast.data.images import decode, has_standard_pixels
 from kdfast.data.loaders.options import LoaderOptions
-from kdfast.data.loaders.ordered import AUGMENTATION, OrderedLoader, Request, check_same_size, interleave
+from kdfast.data.loaders.ordered import OrderedLoader, Request, draw, interleave
 from kdfast.data.protocol import Batch, DataError
 from kdfast.data.seeding import Draws
 from kdfast.data.splits import Split
-from kdfast.data.transforms import Transform
+from kdfast.data.transforms import Transform, check_same_size
 from kdfast.imports import require
 
 AHEAD = 2
@@ -61,13 +59,9 @@ class DaliLoader(OrderedLoader):
         super().__init__(split, transform, options)
         if split.paths is None or split.pixels is not None:
             raise DataError("the dali loader reads image files, and these images are in memory: choose --loader resident")
-        first, *_ = transform.steps or (None,)
-        self._framing = first if isinstance(first, Framing) else None
-        self._steps = tuple(step for step in transform.steps if isinstance(step, Step))
-        self._in_dali = not self._steps or (len(self._steps) == 1 and isinstance(self._steps[0], Flip))
         self._pipeline = self._build_pipeline()  # first: it is cheap, and shows whether DALI is there
         self._sizes = split.measure()
-        if self._framing is None:
+        if transform.framing is None:
             check_same_size(self._sizes)
         self._paths = self._make_readable(split.paths)
         self._labels = split.labels.to(self._device)
@@ -94,7 +88,7 @@ class DaliLoader(OrderedLoader):
         """Gives DALI work."""
         for epoch, positions in requests:
             index = torch.tensor(positions)
-            draws = [Draws(self._options.seed, AUGMENTATION, epoch, view, index=index) for view in range(self._options.views)]
+            draws = draw(self._options, epoch, index)
             for name, values in self._make_inputs(index, draws).items():
                 self._pipeline.feed_input(name, values)
             self._pipeline.schedule_run()
@@ -105,8 +99,8 @@ class DaliLoader(OrderedLoader):
         sizes = self._sizes[index]
         names = [np.frombuffer(os.fsencode(self._paths[i]), np.uint8) for i in index.tolist() for _ in draws]
         inputs: dict[str, Any] = {"name": names}
-        if self._framing is not None:
-            frames = [self._framing.frames(sizes, d) for d in draws]
+        if self._transform.framing is not None:
+            frames = [self._transform.framing.frames(sizes, d) for d in draws]
             cut = [torch.stack([f.top, f.left, f.height, f.width], dim=1) for f in frames]
             # the window of size x size in the part resized to rows x columns, in pixels of the part that is cut out
             scale = [torch.stack([f.height / f.rows, f.width / f.columns], dim=1) for f in frames]
@@ -114,9 +108,6 @@ class DaliLoader(OrderedLoader):
             shown = [torch.cat([a, a + f.size * s], dim=1) for f, a, s in zip(frames, start, scale)]
             inputs["anchor"], inputs["shape"] = interleave(cut).int().numpy().reshape(-1, 2, 2).swapaxes(0, 1).copy()
             inputs["start"], inputs["end"] = interleave(shown).float().numpy().reshape(-1, 2, 2).swapaxes(0, 1).copy()
-        if self._in_dali:
-            flips = [[step.choose(d) for step in self._steps if isinstance(step, Flip)] for d in draws]
-            inputs["mirror"] = interleave([f[0] if f else torch.zeros(len(index)) for f in flips]).int().numpy()
         return inputs
 
     def _receive(self) -> Batch:
@@ -132,24 +123,10 @@ class DaliLoader(OrderedLoader):
             raise self._explain(index, "images differ in size")
         with torch.cuda.device(self._device if cuda else -1):
             images = torch.from_dlpack(output.as_tensor())  # this memory is ours: the dynamic executor does not use it again
+        views = images.permute(0, 3, 1, 2).unflatten(0, (-1, self._options.views)).unbind(1)
+        changed = [self._transform.change(view, numbers) for view, numbers in zip(views, draws)]
         there = index.to(self._device, non_blocking=True)
-        return Batch(self._complete(images, draws), self._labels[there], there)
-
-    def _complete(self, images: Tensor, draws: list[Draws]) -> Tensor:
-        """Does the steps that DALI has not done.
-
-        Args:
-            images: normalized, in the order of the memory format; or uint8 [B * views, H, W, 3].
-            draws: the random numbers of each view.
-        """
-        if self._in_dali:
-            last = self._format == torch.channels_last
-            return self._separate_views((images.permute(0, 3, 1, 2) if last else images).to(self._options.dtype))
-        views = list(images.permute(0, 3, 1, 2).unflatten(0, (-1, self._options.views)).unbind(1))
-        for view, numbers in enumerate(draws):
-            for step in self._steps:
-                views[view] = step.transform_batch(views[view], numbers)
-        return self._finish(interleave(views))
+        return Batch(self._finish(interleave(changed)), self._labels[there], there)
 
     def _explain(self, index: Tensor, error: Exception | str) -> DataError:
         """The fault of a batch, as a sentence that names the file if another decoder refuses it too."""
@@ -186,10 +163,10 @@ class DaliLoader(OrderedLoader):
         """A pipeline without work."""
         dali: Any = require("nvidia.dali", extra="dali", what="the dali loader")
         fn, types = dali.fn, dali.types
-        cuda = self._device.type == "cuda"
+        cuda, framing = self._device.type == "cuda", self._transform.framing
 
-        def feed(name: str, dtype: Any, ndim: int = 1) -> Any:
-            return fn.external_source(name=name, dtype=dtype, ndim=ndim)
+        def feed(name: str, dtype: Any) -> Any:
+            return fn.external_source(name=name, dtype=dtype, ndim=1)
 
         def define() -> Any:
             data = fn.io.file.read(feed("name", types.UINT8), dont_use_mmap=True)  # with mmap a file that shrinks would end the process
@@ -200,23 +177,12 @@ class DaliLoader(OrderedLoader):
                 "adjust_orientation": False,  # as Pillow does
                 "affine": False,  # several ranks would tie their threads to the same cores
             }
-            if self._framing is None:
-                images = fn.decoders.image(data, **decoding)
-            else:
-                window = {"start": feed("anchor", types.INT32), "shape": feed("shape", types.INT32), "axis_names": "HW"}
-                images = fn.decoders.image_slice(data, **window, **decoding)
-                part = {"roi_start": feed("start", types.FLOAT), "roi_end": feed("end", types.FLOAT)}
-                images = fn.resize(images, size=(self._framing.size,) * 2, **part, interp_type=types.INTERP_LINEAR, antialias=True)
-            if not self._in_dali:
-                return images
-            return fn.crop_mirror_normalize(
-                images,
-                mirror=feed("mirror", types.INT32, ndim=0),
-                mean=[255 * x for x in self._transform.mean],
-                std=[255 * x for x in self._transform.std],
-                dtype=types.FLOAT16 if self._options.dtype == torch.float16 else types.FLOAT,
-                output_layout="HWC" if self._format == torch.channels_last else "CHW",
-            )
+            if framing is None:
+                return fn.decoders.image(data, **decoding)
+            window = {"start": feed("anchor", types.INT32), "shape": feed("shape", types.INT32), "axis_names": "HW"}
+            images = fn.decoders.image_slice(data, **window, **decoding)
+            part = {"roi_start": feed("start", types.FLOAT), "roi_end": feed("end", types.FLOAT)}
+            return fn.resize(images, size=(framing.size,) * 2, **part, interp_type=types.INTERP_LINEAR, antialias=True)
 
         pipeline = dali.pipeline_def(
             batch_size=self._options.batch_size * self._options.views,
@@ -233,7 +199,7 @@ class _Pending(NamedTuple):
     """A batch that DALI works on."""
 
     index: Tensor  # type: ignore[assignment]  # int64 [B], positions in the split
-    draws: list[Draws]  # of each view; the steps that DALI does not do continue to draw from these
+    draws: list[Draws]  # of each view; the steps after the framing continue to draw from these
 
 
 def _copy(path: str, to: str) -> None:

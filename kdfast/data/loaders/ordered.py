@@ -12,7 +12,7 @@ from torch import Tensor
 
 from kdfast.data.loaders.options import LoaderOptions
 from kdfast.data.protocol import Batch, DataError
-from kdfast.data.seeding import make_generator
+from kdfast.data.seeding import Draws, make_generator
 from kdfast.data.splits import Split
 from kdfast.data.transforms import Normalize, Transform
 from kdfast.machine import cores
@@ -122,28 +122,15 @@ class OrderedLoader:
 
     def _finish(self, images: Tensor) -> Tensor:
         """uint8 [B * views, 3, H, W] on the device -> normalized [B, 3, H, W], or [B, views, 3, H, W]."""
-        return self._separate_views(self._normalize(images.contiguous(memory_format=self._format)))
-
-    def _separate_views(self, images: Tensor) -> Tensor:
-        """[B * views, ...] -> [B, views, ...]; with one view the same."""
+        images = self._normalize(images.contiguous(memory_format=self._format))
         return images if self._options.views == 1 else images.unflatten(0, (-1, self._options.views))
+
+
+def draw(options: LoaderOptions, epoch: int, index: Tensor) -> list[Draws]:
+    """The random numbers of these images (int64 [B], CPU) in an epoch, for each view."""
+    return [Draws(options.seed, AUGMENTATION, epoch, view, index=index) for view in range(options.views)]
 
 
 def interleave(views: list[Tensor]) -> Tensor:
     """[B, ...] of each view -> [B * views, ...], the views of an image in a row."""
     return views[0] if len(views) == 1 else torch.stack(views, dim=1).flatten(0, 1)
-
-
-def check_same_size(sizes: Tensor) -> None:
-    """Checks that images have one size, for a transform that does not resize.
-
-    Args:
-        sizes: int64 [n, 2], heights and widths.
-
-    Raises:
-        DataError: they differ.
-    """
-    different = sizes.unique(dim=0)
-    if len(different) > 1:
-        h, w = different[:2].unbind(1)
-        raise DataError(f"images differ in size ({w[0]}x{h[0]} and {w[1]}x{h[1]}): choose a transform that resizes, such as squash")

@@ -1,8 +1,6 @@
 """Batches of a split through PyTorch's DataLoader and torchvision's transforms: the loader that works everywhere.
 
-The augmentation of image i in epoch e draws from torch's default generator, seeded by (seed, e, i), so the number of workers changes
-nothing. Work is divided so that bytes travel: workers decode and augment to uint8, and the batch is normalized on the loader's device. On
-CUDA the next batch is copied and normalized on a separate stream while the current one trains.
+Work is divided so that bytes travel: workers decode and augment to uint8, and the batch is normalized on the loader's device.
 """
 
 import os
@@ -12,14 +10,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from kdfast.data.extras import need
 from kdfast.data.loaders.options import LoaderOptions
-from kdfast.data.loaders.ordered import AUGMENTATION, OrderedLoader, Request, check_same_size
+from kdfast.data.loaders.ordered import OrderedLoader, Request, draw, interleave
 from kdfast.data.protocol import Batch, DataError
-from kdfast.data.seeding import mix
 from kdfast.data.splits import Split
 from kdfast.data.transforms import Transform
 
@@ -49,7 +45,7 @@ class TorchvisionLoader(OrderedLoader):
             need("torchvision.transforms.v2")
         self._plan, self._turn = _Plan(), object()
         self._loader = DataLoader(
-            _Samples(split, transform, options.seed, options.views),
+            _Samples(split, transform, options),
             batch_size=None,  # the plan's requests are batches already
             sampler=self._plan,
             num_workers=workers,
@@ -60,8 +56,9 @@ class TorchvisionLoader(OrderedLoader):
         )
 
     def _batches(self, requests: list[Request]) -> Iterator[Batch]:
-        batches = self._make_host_batches(requests)
-        return self._prefetch(batches) if self._device.type == "cuda" else map(self._send, batches)
+        for batch in self._make_host_batches(requests):
+            images, labels, index = (part.to(self._device, non_blocking=True) for part in batch)
+            yield Batch(self._finish(images), labels, index)
 
     def _make_host_batches(self, requests: list[Request]) -> Iterator[Batch]:
         """uint8 batches in host memory; an error of a worker is raised here, without the worker's traceback."""
@@ -82,31 +79,6 @@ class TorchvisionLoader(OrderedLoader):
             cause = "a process that reads images died, often for lack of memory or shared memory; try fewer workers"
             raise DataError(f"{cause} ({str(error).splitlines()[0]})") from None
 
-    def _send(self, batch: Batch) -> Batch:
-        """The batch on the device, normalized."""
-        images, labels, index = (part.to(self._device, non_blocking=True) for part in batch)
-        return Batch(self._finish(images), labels, index)
-
-    def _prefetch(self, batches: Iterator[Batch]) -> Iterator[Batch]:
-        """CUDA: copies and normalizes the next batch on another stream while the caller works with one."""
-        side = torch.cuda.Stream(self._device)
-        waiting: tuple[Batch, torch.cuda.Event] | None = None
-        for batch in batches:
-            with torch.cuda.stream(side):
-                following = self._send(batch), side.record_event()
-            if waiting is not None:
-                yield self._hand_over(*waiting)
-            waiting = following
-        if waiting is not None:
-            yield self._hand_over(*waiting)
-
-    def _hand_over(self, batch: Batch, ready: torch.cuda.Event) -> Batch:
-        stream = torch.cuda.current_stream(self._device)
-        stream.wait_event(ready)
-        for part in batch:
-            part.record_stream(stream)  # its memory belongs to the other stream, which must not reuse it before this one is done
-        return batch
-
 
 class _Plan(Sampler[Request]):
     """The requests of an iteration, set before it starts."""
@@ -121,40 +93,18 @@ class _Plan(Sampler[Request]):
 class _Samples(Dataset[Batch | str]):
     """Answers a request with its uint8 batch, or with the sentence of a DataError: an exception would arrive as a traceback."""
 
-    def __init__(self, split: Split, transform: Transform, seed: int, views: int) -> None:
-        self._split, self._transform = split, transform
-        self._seed, self._views = seed, views
+    def __init__(self, split: Split, transform: Transform, options: LoaderOptions) -> None:
+        self._split, self._transform, self._options = split, transform, options
 
     def __getitem__(self, request: Request) -> Batch | str:
         epoch, positions = request
         index = torch.tensor(positions)
         try:
-            images = self._make_images(epoch, index)
+            images = [self._split.read(i) for i in positions]
+            views = [self._transform.augment_all(images, draws) for draws in draw(self._options, epoch, index)]
         except DataError as error:
             return str(error)
-        return Batch(images, self._split.labels[index], index)
-
-    def _make_images(self, epoch: int, index: Tensor) -> Tensor:
-        """uint8 [B * views, 3, h, w]."""
-        if not self._transform.random:
-            if self._split.pixels is not None:
-                return self._transform.augment(self._split.pixels[index])
-            return _stack([self._transform.augment(self._split.read(i)) for i in index.tolist()])
-        before = torch.default_generator.get_state()  # without workers this is the generator of the training itself
-        try:
-            return _stack([view for i in index.tolist() for view in self._augment(epoch, i)])
-        finally:
-            torch.default_generator.set_state(before)
-
-    def _augment(self, epoch: int, i: int) -> Iterator[Tensor]:
-        image = self._split.read(i)
-        torch.default_generator.manual_seed(mix(self._seed, AUGMENTATION, epoch, i))
-        return (self._transform.augment(image) for _ in range(self._views))
-
-
-def _stack(images: list[Tensor]) -> Tensor:
-    check_same_size(torch.tensor([image.shape[-2:] for image in images]))
-    return torch.stack(images)
+        return Batch(interleave(views), self._split.labels[index], index)
 
 
 @contextmanager

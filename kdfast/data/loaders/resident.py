@@ -1,27 +1,22 @@
 """A data set that stays on the device as uint8: no files, no workers; a batch is one indexing and a few batched operations.
 
-The part of a transform that is the same for an image in all epochs (resizing, for example) is done once, by torchvision, when the images
-are put there. Random numbers are drawn for a whole batch at once: the numbers of image i in epoch e are a function of (seed, e, i), so
-batch size and ranks change nothing.
+A framing that is the same for an image in all epochs (resizing, for example) is done once, by torchvision, when the images are put there.
 """
 
 import functools
-import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from kdfast.data.augment import Step
 from kdfast.data.framing import Framing, Squash, resample
 from kdfast.data.loaders.options import LoaderOptions
-from kdfast.data.loaders.ordered import AUGMENTATION, OrderedLoader, Request, check_same_size, interleave
+from kdfast.data.loaders.ordered import OrderedLoader, Request, draw, interleave
 from kdfast.data.protocol import Batch, DataError
-from kdfast.data.seeding import Draws
 from kdfast.data.splits import Split
-from kdfast.data.transforms import Transform
+from kdfast.data.transforms import Transform, check_same_size
 from kdfast.machine import cores
 
 HEADROOM = 0.8
@@ -48,15 +43,15 @@ class ResidentLoader(OrderedLoader):
 
     def __init__(self, split: Split, transform: Transform, options: LoaderOptions) -> None:
         super().__init__(split, transform, options)
-        self._once, self._steps = _separate_constant_part(split, transform)
-        _check_memory(split, self._once, self._device)
-        if not any(isinstance(step, Framing) for step in transform.steps):
+        self._constant = _take_constant_part(split, transform)
+        _check_memory(split, self._constant.framing, self._device)
+        if transform.framing is None:
             check_same_size(split.measure())
 
     @functools.cached_property
     def _images(self) -> "_Store":
         """Decoded when the first batch is asked for: not every loader that is made is used."""
-        return _find_store(self._split, self._once, self._device)
+        return _find_store(self._split, self._constant, self._device)
 
     @functools.cached_property
     def _labels(self) -> Tensor:
@@ -71,25 +66,21 @@ class ResidentLoader(OrderedLoader):
     def _augment(self, epoch: int, index: Tensor, there: Tensor) -> Tensor:
         """uint8 [B * views, 3, h, w]."""
         images = self._images.take(index, there)
-        if not self._steps:
+        if self.deterministic:
             return images
-        sizes = self._images.sizes[index]
+        framing = self._transform.framing
         views = []
-        for view in range(self._options.views):
-            draws, seen = Draws(self._options.seed, AUGMENTATION, epoch, view, index=index), images
-            for step in self._steps:
-                seen = resample(seen, step.frames(sizes, draws)) if isinstance(step, Framing) else step.transform_batch(seen, draws)
-            views.append(seen)
+        for draws in draw(self._options, epoch, index):
+            framed = resample(images, framing.frames(self._images.sizes[index], draws)) if framing and framing.random else images
+            views.append(self._transform.change(framed, draws))
         return interleave(views)
 
 
-def _separate_constant_part(split: Split, transform: Transform) -> tuple[Framing | None, tuple[Framing | Step, ...]]:
-    """The framing that is the same in all epochs, if there is one and it changes anything, and the other steps."""
-    first, *others = transform.steps or (None,)
-    if not isinstance(first, Framing) or first.random:
-        return None, transform.steps
-    idle = split.pixels is not None and isinstance(first, Squash) and split.pixels.shape[-2:] == (first.size, first.size)
-    return None if idle else first, tuple(others)
+def _take_constant_part(split: Split, transform: Transform) -> Transform:
+    """The framing that is the same in all epochs, if there is one and it changes anything."""
+    framing = transform.framing
+    idle = isinstance(framing, Squash) and split.pixels is not None and split.pixels.shape[-2:] == (framing.size, framing.size)
+    return replace(transform, framing=None if framing is None or framing.random or idle else framing, steps=())
 
 
 # ---- images on the device ----------------------------------------------------------------------------------------------
@@ -100,7 +91,7 @@ class _Store:
 
     Attributes:
         sizes: int64 [n, 2], height and width, on the CPU.
-        origin: their pixels or paths, referenced so that its id stays its own.
+        origin: their pixels or paths, referenced so that no other object gets their id.
     """
 
     def __init__(self, images: Tensor | list[Tensor], origin: object) -> None:
@@ -124,36 +115,28 @@ class _Store:
         return batch
 
 
-_STORES: "weakref.WeakValueDictionary[tuple[Any, ...], _Store]" = weakref.WeakValueDictionary()
-_OWNERS: "weakref.WeakKeyDictionary[Split, list[_Store]]" = weakref.WeakKeyDictionary()
-"""The stages of a run have their own loaders of the same images: a store lives as long as one of its splits."""
+def _find_store(split: Split, constant: Transform, device: torch.device) -> _Store:
+    """The split's images on the device after the constant framing. The stages of a run have their own loaders, which share them."""
+    images = split.paths if split.pixels is None else split.pixels
+    framing = constant.framing
+    key = id(images), type(framing), framing and framing.size, device
+    if key not in split.stores:
+        split.stores[key] = _Store(_load_images(split, constant, device), images)
+    return split.stores[key]
 
 
-def _find_store(split: Split, once: Framing | None, device: torch.device) -> _Store:
-    """The split's images on the device after the framing `once`; images that are there already are shared."""
-    origin = split.paths if split.pixels is None else split.pixels
-    key = (id(origin), type(once), once and once.size, device)
-    store = _STORES.get(key)
-    if store is None:
-        _STORES[key] = store = _Store(_load_images(split, once, device), origin)
-    stores = _OWNERS.setdefault(split, [])
-    if store not in stores:
-        stores.append(store)
-    return store
-
-
-def _load_images(split: Split, once: Framing | None, device: torch.device) -> Tensor | list[Tensor]:
+def _load_images(split: Split, constant: Transform, device: torch.device) -> Tensor | list[Tensor]:
     """Decodes and frames the images: one tensor if they have one size."""
-    frame: Callable[[Tensor], Tensor] = (lambda image: image) if once is None else once.transform_image
+    framing = constant.framing
     if split.pixels is not None:
-        whole = split.pixels if once is None else torch.cat([frame(part) for part in split.pixels.split(1024)])
+        whole = split.pixels if framing is None else torch.cat([constant.augment(part) for part in split.pixels.split(1024)])
         return whole.to(device)
-    sizes = split.measure() if once is None else torch.tensor([[once.size, once.size]])
+    sizes = split.measure() if framing is None else torch.tensor([[framing.size, framing.size]])
     (height, width), *others = sizes.unique(dim=0).tolist()
     with ThreadPoolExecutor(cores()) as threads:  # decoding and resizing release Python's lock
-        images = threads.map(lambda i: frame(split.read(i)), range(len(split)))
+        images = threads.map(lambda i: constant.augment(split.read(i)), range(len(split)))
         if others:
-            return [image.contiguous().to(device) for image in images]
+            return [image.to(device) for image in images]
         dense = torch.empty(len(split), 3, height, width, dtype=torch.uint8, device=device)  # filled; stacking would take twice as much
         for place, image in zip(dense, images):
             place.copy_(image)
@@ -173,7 +156,7 @@ def _check_memory(split: Split, once: Framing | None, device: torch.device) -> N
 
 def resident_bytes(split: Split, transform: Transform) -> int:
     """Bytes that the images of a split take on a device."""
-    return _count_bytes(split, _separate_constant_part(split, transform)[0])
+    return _count_bytes(split, _take_constant_part(split, transform).framing)
 
 
 def _count_bytes(split: Split, once: Framing | None) -> int:
