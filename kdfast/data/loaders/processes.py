@@ -3,14 +3,10 @@
 Work is divided so that bytes travel: workers decode and augment to uint8, and the batch is normalized on the loader's device.
 """
 
-import os
-import signal
-import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import Dataset, Sampler
 
 from kdfast.data.extras import need
 from kdfast.data.loaders.options import LoaderOptions
@@ -18,6 +14,7 @@ from kdfast.data.loaders.ordered import OrderedLoader, Request, draw, interleave
 from kdfast.data.protocol import Batch, DataError
 from kdfast.data.splits import Split
 from kdfast.data.transforms import Transform
+from kdfast.data.workers import iterate, make_loader
 
 
 class TorchvisionLoader(OrderedLoader):
@@ -44,15 +41,12 @@ class TorchvisionLoader(OrderedLoader):
             need("torchvision.io")
             need("torchvision.transforms.v2")
         self._plan, self._turn = _Plan(), object()
-        self._loader = DataLoader(
+        self._loader = make_loader(
             _Samples(split, transform, options),
-            batch_size=None,  # the plan's requests are batches already
-            sampler=self._plan,
-            num_workers=workers,
+            workers,
+            sampler=self._plan,  # its requests are batches already
             persistent_workers=workers > 0,
             pin_memory=self._device.type == "cuda",
-            worker_init_fn=_leave_signals_to_main_process if workers else None,
-            generator=torch.Generator(),  # DataLoader draws a number an epoch: not from the default generator
         )
 
     def _batches(self, requests: list[Request]) -> Iterator[Batch]:
@@ -63,21 +57,13 @@ class TorchvisionLoader(OrderedLoader):
     def _make_host_batches(self, requests: list[Request]) -> Iterator[Batch]:
         """uint8 batches in host memory; an error of a worker is raised here, without the worker's traceback."""
         self._plan.requests = requests
-        try:
-            with _hold_signals():
-                batches = iter(self._loader)
-            turn = self._turn = object()
-            while (batch := next(batches, None)) is not None:
-                if isinstance(batch, str):
-                    raise DataError(batch)
-                yield batch
-                if turn is not self._turn and self._loader.num_workers:
-                    raise DataError("a loader with workers was iterated again before an earlier iteration was over: it cannot go on")
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
-                raise
-            cause = "a process that reads images died, often for lack of memory or shared memory; try fewer workers"
-            raise DataError(f"{cause} ({str(error).splitlines()[0]})") from None
+        turn = self._turn = object()
+        for batch in iterate(self._loader):
+            if isinstance(batch, str):
+                raise DataError(batch)
+            yield batch
+            if turn is not self._turn and self._loader.num_workers:
+                raise DataError("a loader with workers was iterated again before an earlier iteration was over: it cannot go on")
 
 
 class _Plan(Sampler[Request]):
@@ -105,30 +91,3 @@ class _Samples(Dataset[Batch | str]):
         except DataError as error:
             return str(error)
         return Batch(interleave(views), self._split.labels[index], index)
-
-
-@contextmanager
-def _hold_signals() -> Iterator[None]:
-    """Blocks Ctrl-C and SIGTERM until the block has ended; workers that it starts inherit that until they have their own handling."""
-    if not hasattr(signal, "pthread_sigmask"):
-        yield
-        return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT, signal.SIGTERM])
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def _leave_signals_to_main_process(_: int) -> None:
-    """In a worker: Ctrl-C, and a SIGTERM to the whole process group, are for the main process, which saves and stops the workers."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if hasattr(signal, "sigwaitinfo"):  # on Linux
-        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
-        threading.Thread(target=_end_when_main_process_asks, daemon=True).start()
-
-
-def _end_when_main_process_asks() -> None:
-    while signal.sigwaitinfo([signal.SIGTERM]).si_pid != os.getppid():
-        pass  # from another sender: the signal has reached the main process too
-    os._exit(0)

@@ -1,0 +1,69 @@
+"""Worker processes of PyTorch's DataLoader: signals and sudden deaths are the main process's matter."""
+
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader
+
+from kdfast.data.protocol import DataError
+
+
+def make_loader(data: Any, workers: int, **options: Any) -> "DataLoader[Any]":
+    """A DataLoader without batching, whose workers leave signals to the main process; it draws nothing from the default generator."""
+    return DataLoader(
+        data,
+        batch_size=None,
+        num_workers=workers,
+        worker_init_fn=_leave_signals_to_main_process if workers else None,
+        generator=torch.Generator(),  # DataLoader draws a number an epoch
+        **options,
+    )
+
+
+def iterate(loader: "DataLoader[Any]") -> Iterator[Any]:
+    """The loader's items.
+
+    Raises:
+        DataError: a worker died.
+    """
+    try:
+        with _hold_signals():
+            items = iter(loader)
+        yield from items
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        cause = "a process that reads images died, often for lack of memory or shared memory; try fewer workers"
+        raise DataError(f"{cause} ({str(error).splitlines()[0]})") from None
+
+
+@contextmanager
+def _hold_signals() -> Iterator[None]:
+    """Blocks Ctrl-C and SIGTERM until the block has ended; workers that it starts inherit that until they have their own handling."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT, signal.SIGTERM])
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _leave_signals_to_main_process(_: int) -> None:
+    """In a worker: Ctrl-C, and a SIGTERM to the whole process group, are for the main process, which saves and stops the workers."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):  # on Linux
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+        threading.Thread(target=_end_when_main_process_asks, daemon=True).start()
+
+
+def _end_when_main_process_asks() -> None:
+    while signal.sigwaitinfo([signal.SIGTERM]).si_pid != os.getppid():
+        pass  # from another sender: the signal has reached the main process too
+    os._exit(0)
