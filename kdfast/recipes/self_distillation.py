@@ -18,6 +18,7 @@ from kdfast.engine.ranges import Checked, UpToOne
 from kdfast.engine.stage import Outputs, Terms
 from kdfast.losses import SelfDistillationLoss
 from kdfast.models import Taps, tap_shapes
+from kdfast.recipes.features import middle_stage, stage_paths
 from kdfast.recipes.recipe import Preset, Recipe, Setup, Stages, Trained, cross_entropy
 from kdfast.recipes.trainings import Values
 
@@ -45,10 +46,7 @@ class Settings(Checked):
 def distil(setup: Setup, settings: Settings, teacher: nn.Module | None) -> Stages[Trained]:
     """One stage: cross-entropy and the feature term."""
     student, size = setup.student(), setup.data.image_size
-    stages: tuple[str, ...] = getattr(student, "stages", ())
-    if not stages and not (settings.shallow and settings.deep):
-        raise ValueError(f"shallow and deep must be named: {setup.student_spec.name} does not say where its stages are")
-    paths = settings.shallow or stages[(len(stages) - 1) // 2], settings.deep or stages[-1]
+    paths = settings.shallow or middle_stage(student, "shallow"), settings.deep or stage_paths(student, "deep")[-1]
     (shallow_channels, *_), (deep_channels, *_) = tap_shapes(student, paths, (3, size, size))
     tapped = Taps(student, paths)
     feature_loss = SelfDistillationLoss(settings.alpha, shallow_channels, deep_channels, detach_teacher=settings.detach_deep)
