@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 from kdfast import imports
@@ -25,7 +25,7 @@ class StageProgress:
         epochs: of the stage.
         images: of an epoch, over all processes.
         say: prints a line.
-        update: moves the progress bar to a number of images and a text of metrics; None: there is no bar.
+        update: moves the progress bar (completed=images, metrics=text); None: there is no bar.
         last: metrics of the last finished epoch.
     """
 
@@ -33,7 +33,7 @@ class StageProgress:
     epochs: int
     images: int
     say: Callable[[str], None]
-    update: Callable[[int, str], None] | None = None
+    update: Callable[..., object] | None = None
     last: dict[str, Any] = field(default_factory=dict)
     _done: int = 0  # images, in all epochs
     _printed_at: float = field(default_factory=time.monotonic)
@@ -42,13 +42,13 @@ class StageProgress:
         """Counts one optimizer step over `images` images."""
         self._done += images
         if self.update is not None:
-            self.update(self._done, describe(self.last) if self.last else "")
+            self.update(completed=self._done)
 
     def epoch(self, line: dict[str, Any]) -> None:
         """Ends an epoch with its line of metrics.jsonl."""
         self.last, self._done = line, line["epoch"] * self.images
         if self.update is not None:
-            self.update(self._done, describe(line))
+            self.update(completed=self._done, metrics=describe(line))
         elif time.monotonic() - self._printed_at > PLAIN_EVERY:
             self._printed_at = time.monotonic()
             self.say(f"  {self.name}: epoch {line['epoch']} of {self.epochs}, {describe(line)}")
@@ -92,21 +92,15 @@ class Console:
     @contextmanager
     def stage(self, name: str, epochs: int, images: int) -> Iterator[StageProgress]:
         """Shows the progress of a stage of `epochs` epochs over `images` images within the block."""
-        start = time.monotonic()
+        start, progress = time.monotonic(), StageProgress(name, epochs, images, self.say)
         if self._quiet or not self.rich.is_terminal:
-            progress = StageProgress(name, epochs, images, self.say)
             yield progress
         else:
             from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
             columns = TextColumn("{task.description}"), BarColumn(30), TextColumn("{task.fields[metrics]}"), TimeRemainingColumn()
             with Progress(*columns, console=self.rich, transient=True) as bar:
-                task = bar.add_task(f"  {name}", total=epochs * images, metrics="")
-
-                def update(done: int, metrics: str) -> None:
-                    bar.update(task, completed=done, metrics=metrics)
-
-                progress = StageProgress(name, epochs, images, self.say, update)
+                progress.update = partial(bar.update, bar.add_task(f"  {name}", total=epochs * images, metrics=""))
                 yield progress
         if progress.last:
             done = f"{count(progress.last['epoch'], 'epoch')} in {time.monotonic() - start:.1f} s"

@@ -104,7 +104,6 @@ class StageLoop:
         self.epoch = 0  # the current epoch, from 0
         self.best_metric: float | None = None
         self.best_epoch = -1
-        self.seconds = 0.0  # of training epochs, without validation
         self._start_meters()
         stage.data.train.set_epoch(0)
 
@@ -139,7 +138,6 @@ class StageLoop:
             if self._better(metric):
                 self.best_metric, self.best_epoch = metric, self.epoch
             self._schedule.step(metric)
-            self.seconds += seconds
             self._start_meters()
             self.epoch += 1
             if self.epoch < training.epochs:
@@ -209,9 +207,8 @@ class StageLoop:
     # ---- one step ----
 
     def _autocast(self) -> AbstractContextManager:
-        if self._options.precision == "fp32":
-            return nullcontext()
-        return torch.autocast(self._world.device.type, torch.bfloat16 if self._options.precision == "bf16" else torch.float16)
+        dtype = torch.float16 if self._options.precision == "fp16" else torch.bfloat16
+        return torch.autocast(self._world.device.type, dtype, enabled=self._options.precision != "fp32")
 
     def _step(self, batch: Batch) -> dict[str, Mean]:
         parts = self._parts(batch)
@@ -300,9 +297,15 @@ class StageLoop:
 
     # ---- weights and state ----
 
-    def averaged_weights(self) -> AbstractContextManager:
+    @contextmanager
+    def averaged_weights(self) -> Iterator[None]:
         """Within the block the trained modules hold the moving average, if there is one."""
-        return _swap(self.trained, self._ema.module) if self._ema is not None else nullcontext()
+        exchanged = [] if self._ema is None else list(zip(_tensors(self.trained), _tensors(self._ema.module)))
+        _exchange(exchanged)
+        try:
+            yield
+        finally:
+            _exchange(exchanged)
 
     def state_dict(self) -> dict[str, Any]:
         """Returns everything that decides the following steps; collective over processes."""
@@ -311,7 +314,7 @@ class StageLoop:
             "stage": self.stage.name,
             "epoch": self.epoch,
             "best": [self.best_metric, self.best_epoch],
-            "seconds": [self.seconds, self._epoch_seconds],
+            "seconds": self._epoch_seconds,
             "own": self._world.gather(own),
         } | {name: part.state_dict() for name, part in self._stateful.items()}
 
@@ -319,7 +322,7 @@ class StageLoop:
         """Continues from `state`."""
         self.epoch = state["epoch"]
         self.best_metric, self.best_epoch = state["best"]
-        self.seconds, self._epoch_seconds = state["seconds"]
+        self._epoch_seconds = state["seconds"]
         for name, part in self._stateful.items():
             part.load_state_dict(state[name])
         if len(state["own"]) == self._world.size:  # with another number of processes each sees other images from here on
@@ -338,17 +341,10 @@ def _concatenate(outputs: Sequence[Outputs]) -> Outputs:
     return outputs[0] if len(outputs) == 1 else {name: torch.cat([part[name] for part in outputs]) for name in outputs[0]}
 
 
-@contextmanager
-def _swap(a: nn.Module, b: nn.Module) -> Iterator[None]:
-    """Exchanges the tensors of two modules of one architecture within the block."""
-    pairs = list(zip([*a.parameters(), *a.buffers()], [*b.parameters(), *b.buffers()]))
+def _tensors(module: nn.Module) -> list[Tensor]:
+    return [*module.parameters(), *module.buffers()]
 
-    def exchange() -> None:
-        for x, y in pairs:
-            x.data, y.data = y.data, x.data
 
-    exchange()
-    try:
-        yield
-    finally:
-        exchange()
+def _exchange(pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
+    for x, y in pairs:
+        x.data, y.data = y.data, x.data

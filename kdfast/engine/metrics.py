@@ -159,7 +159,7 @@ def evaluate(model: Callable[[Tensor], Tensor], batches: Iterable[Batch], classe
     """
     C = len(classes)
     confusion = torch.zeros(C * C, dtype=torch.int64, device=world.device)
-    sums = torch.zeros(3, dtype=torch.float64, device=world.device)  # top-1, top-5, loss
+    sums = torch.zeros(2, dtype=torch.float64, device=world.device)  # top-5, loss
     seconds, seen = 0.0, 0  # of this process
     for batch in batches:
         start = _now(world.device)
@@ -169,16 +169,15 @@ def evaluate(model: Callable[[Tensor], Tensor], batches: Iterable[Batch], classe
         if logits.shape[1:] != (C,):
             raise ValueError(f"the model gives outputs of shape {tuple(logits.shape)}, but the data has {C} classes")
         best = logits.topk(min(5, C), dim=1).indices
-        correct = best == batch.labels[:, None]
         loss = F.cross_entropy(logits.float(), batch.labels, reduction="sum")
-        sums += torch.stack([correct[:, 0].sum(), correct.any(dim=1).sum(), loss])
+        sums += torch.stack([(best == batch.labels[:, None]).sum(), loss])
         confusion += torch.bincount(batch.labels * C + best[:, 0], minlength=C * C)
-    top1, top5, total_loss = world.sum(sums).tolist()
-    table = world.sum(confusion).view(C, C).tolist()
-    images = sum(map(sum, table))
+    top5, total_loss = world.sum(sums).tolist()
+    table = world.sum(confusion).view(C, C)
+    images, top1 = int(table.sum()), int(table.trace())
     if not images:
         raise ValueError("there are no images to evaluate on")
-    return Evaluation(top1 / images, top5 / images, total_loss / images, table, images, seen / max(seconds, 1e-9))
+    return Evaluation(top1 / images, top5 / images, total_loss / images, table.tolist(), images, seen / max(seconds, 1e-9))
 
 
 def _now(device: torch.device) -> float:

@@ -216,7 +216,7 @@ class Run:
             "epoch": kept["epoch"],
             "epochs": len(lines),
             "metrics": {name: value for name, value in kept.items() if name.startswith("val/")},
-            "seconds": round(loop.seconds, 3),
+            "seconds": round(sum(line["seconds"] for line in lines), 3),
             "images_per_s": statistics.median(rates[1:] or rates),
             "kept": stage.keep,
         }
