@@ -21,6 +21,7 @@ from sphinx.application import Sphinx
 from sphinx.util.docutils import SphinxDirective
 
 from kdfast import recipes
+from kdfast.text import markdown_table
 
 SECTION = re.compile(r"(Args|Attributes|Returns|Yields|Raises|Example|Examples|Note|Warning):$")
 
@@ -62,12 +63,6 @@ def tabulate_presets(name: str) -> list[tuple[str, str]]:
     return [(f"`{preset}`", entry.source) for preset, entry in recipes.get(name).presets.items()]
 
 
-def to_markdown(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:
-    """The lines of a Markdown table."""
-    escaped = [[cell.replace("|", "\\|").replace("*", "\\*") for cell in row] for row in rows]
-    return [f"| {' | '.join(cells)} |" for cells in [header, ["---"] * len(header), *escaped]]
-
-
 class RecipeTable(SphinxDirective):
     """A table of one recipe, whose name is the directive's argument."""
 
@@ -76,8 +71,8 @@ class RecipeTable(SphinxDirective):
 
     def run(self) -> list[nodes.Node]:
         """Parses the table where the directive stands."""
-        lines = to_markdown(self.header, self.tabulate(self.arguments[0]))
-        parsed = self.parse_text_to_nodes("\n".join(lines))
+        rows = [[cell.replace("|", "\\|").replace("*", "\\*") for cell in row] for row in self.tabulate(self.arguments[0])]
+        parsed = self.parse_text_to_nodes(markdown_table(self.header, rows, left=range(len(self.header))))
         parsed[0]["classes"].append("names-first")  # kdfast.css keeps names in the first column whole
         return parsed
 

@@ -52,8 +52,6 @@ def run(arguments: Sequence[str]) -> None:
     configs: dict[str, Distill[Any]] = {}
     for name in names:
         title = recipes.get(name).name
-        if title == "teacher":
-            raise ValueError(f"recipe {name} is called teacher, as the folder of the teacher that all share: rename it")
         if title in configs:
             raise ValueError(f"recipes {configs[title].recipe} and {name} are both called {title}: rename one")
         configs[title] = cast("Distill[Any]", resolve("compare", ["--recipe", name, *others]))

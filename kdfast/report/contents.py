@@ -1,11 +1,11 @@
 """The content of the pages, gathered from run folders as plain values for the templates."""
 
 import math
+import os
 import statistics
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from kdfast.report.confusion import describe_confusion
@@ -133,7 +133,9 @@ def _seed_rows(results: Results) -> list[dict[str, Any]]:
 
 def describe_comparison(runs: Sequence[RunFolder]) -> dict[str, Any]:
     """Returns the values of comparison.html."""
-    names = _names([run.path.resolve() for run in runs])
+    folders = [run.path.resolve() for run in runs]
+    shared = os.path.commonpath([folder.parent for folder in folders])
+    names = [str(folder.relative_to(shared)) for folder in folders]
     summaries = [summary_rows(run.results) if run.results else [] for run in runs]
     rows: list[dict[str, Any]] = []
     lines = []
@@ -162,16 +164,6 @@ def describe_comparison(runs: Sequence[RunFolder]) -> dict[str, Any]:
         "chosen_on_test": [name for name, results in finished if results.get("val_is_test") and kept(results) == "best"],
         "kept": sorted({kept(results) for _, results in finished}),
     }
-
-
-def _names(folders: Sequence[Path]) -> list[str]:
-    """As many of the last parts of their paths as tell the folders apart."""
-    depth = max(len(folder.parts) for folder in folders)
-    for parts in range(1, depth + 1):
-        names = [str(Path(*folder.parts[-parts:])) for folder in folders]
-        if len(set(names)) == len(set(folders)):
-            break
-    return names
 
 
 def _distilled_accuracy(run: RunFolder) -> list[tuple[list[int], list[float]]]:

@@ -99,7 +99,6 @@ def load(
     *,
     model: str | None = None,
     options: Mapping[str, str | int | float | bool] | None = None,
-    num_classes: int | None = None,
     option: str = "--model",
     otherwise: str = "",
 ) -> Classifier:
@@ -109,7 +108,6 @@ def load(
         run_or_weights: a run folder, a file that this library wrote, or another weights file.
         model: architecture of another weights file. A file of this library names its own; only "package.module:function" is compared.
         options: of that architecture, over the options that the weights' names and shapes show.
-        num_classes: for weights whose shapes do not show it.
         option: of the command line that gives `model`, for errors.
         otherwise: advice in place of that option where neither the file nor `model` names the architecture.
 
@@ -134,14 +132,10 @@ def load(
         if expected is not None:
             normalization = NORMALIZATIONS[expected]
         spec = replace(spec, options={**spec.options, **(options or {})})
-        if num_classes is not None:
-            spec = replace(spec, num_classes=num_classes)
     network = build(spec)
     extra = tuple(f"{name}." for name in facts if name not in ("spec", "classes", "preparation"))  # tensors of a recipe's own parts
-    if extra:
-        load_weights(network, {name: value for name, value in state.items() if not name.startswith(extra)})
-    else:
-        load_weights(network, path)  # by its path, so that a mismatch names the file
+    own = {name: value for name, value in state.items() if not name.startswith(extra)}
+    load_weights(network, own if extra else path)  # by its path, so that a mismatch names the file
     return Classifier(network.eval(), spec, classes, preparation, normalization, path, facts, state)
 
 

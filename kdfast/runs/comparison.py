@@ -9,7 +9,8 @@ from kdfast.machine import describe
 from kdfast.runs.results import Results, Student, accuracies, kept, students
 from kdfast.runs.summary import paired_difference
 
-SHOWN = ("label_fraction", "epochs", "batch_size", "optimizer", "lr", "weight_decay", "schedule", "precision")  # of the common settings
+# of the common settings
+SHOWN = ("dataset", "student", "label_fraction", "epochs", "batch_size", "optimizer", "lr", "weight_decay", "schedule", "precision")
 COLUMNS = ("recipe", "best top-1, %", "last top-1, %", "against alone, points", "training images/s", "seconds")
 
 
@@ -68,28 +69,9 @@ def _mean(values: list[float]) -> str:
     return f"{text.percent(statistics.mean(values))}{spread}"
 
 
-def describe_settings(settings: Mapping[str, Any]) -> str:
-    """Returns settings as a list: "30 epochs a stage, batch_size 64, lr 0.05"; values that change nothing are left out."""
-    idle = {"label_fraction": 1.0, "precision": "auto"}
-    return ", ".join(_describe(key, value) for key, value in settings.items() if idle.get(key) != value)
-
-
-def _describe(key: str, value: Any) -> str:
-    if key == "epochs":
-        return f"{text.count(value, 'epoch')} a stage"
-    if key == "label_fraction":
-        return f"{text.share(value)} of the labels"
-    return str(value) if key in ("optimizer", "precision") else f"{key} {value}"
-
-
-def _compared(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Says by which of the two accuracies recipes are compared with the student alone."""
-    last = [row["recipe"] for row in rows if row.get("kept") == "last"]  # these runs chose no epoch
-    if not last:
-        return "seed by seed"
-    if all(row.get("kept", "last") == "last" for row in rows):
-        return "seed by seed, of the last epochs"
-    return f"{', '.join(last)} by the last epochs"
+def _describe(settings: Mapping[str, Any]) -> str:
+    """Formats settings: "epochs 30, batch_size 64, lr 0.05"."""
+    return ", ".join(f"{name} {value}" for name, value in settings.items())
 
 
 def markdown(facts: Mapping[str, Any]) -> str:
@@ -98,17 +80,12 @@ def markdown(facts: Mapping[str, Any]) -> str:
     Args:
         facts: the content of comparison.json: settings, rows, machine, date.
     """
-    common = facts["settings"]
-    words = [f"{common['dataset']}: {common['student']}", describe_settings({key: common[key] for key in SHOWN if key in common})]
-    training = f"{', '.join(filter(None, words))}."
-    own: dict[str, list[str]] = {}
-    for row in facts["rows"]:
-        if "own" in row:
-            own.setdefault(describe_settings(row["own"]), []).append(row["recipe"])
-    training += "".join(f" {', '.join(names)}: {words}." for words, names in own.items())
+    common = {name: facts["settings"][name] for name in SHOWN if name in facts["settings"]}
+    own = "".join(f" {row['recipe']}: {_describe(row['own'])}." for row in facts["rows"] if "own" in row)
     note = (
         "Mean and sample standard deviation over seeds, of test accuracy with the weights of the best validation epoch and of the last; "
-        f"against alone: {_compared(facts['rows'])}, with a 95 % interval; seconds of training a seed, the teacher's left out."
+        "against alone: seed by seed, with a 95 % interval, of the epoch that a run keeps, which is the last where validation chose none; "
+        "seconds of training a seed, the teacher's left out."
     )
     measured = f"{describe(facts['machine'], facts['date'])}."
-    return "\n".join([text.markdown_table(COLUMNS, map(cells, facts["rows"])), "", f"{training} {note}", "", measured, ""])
+    return "\n".join([text.markdown_table(COLUMNS, map(cells, facts["rows"])), "", f"{_describe(common)}.{own} {note}", "", measured, ""])

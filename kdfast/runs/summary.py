@@ -120,24 +120,11 @@ def verdict(results: Results) -> str:
     paired = results.get("paired")
     if not paired:
         before = statistics.fmean(alone)
-        (change,) = _points(statistics.fmean(distilled) - before)
-        evidence = "one seed shows" if len(distilled) == 1 else "seeds that do not pair show"
         return (
-            f"With distillation the student reaches {accuracy}, {change} points against "
-            f"the {100 * before:.1f} % without; {evidence} no spread, so this may be chance."
+            f"With distillation the student reaches {accuracy}, {text.signed(statistics.fmean(distilled) - before)} points against "
+            f"the {100 * before:.1f} % without; without two pairs of seeds there is no spread, so this may be chance."
         )
-    middle, low, high = _points(paired["mean"], paired["low"], paired["high"])
-    seeds, confidence = text.count(paired["n"], "seed"), f"{100 * paired['confidence']:g} %"
+    interval = f"{100 * paired['confidence']:g} % interval {text.signed(paired['low'])} to {text.signed(paired['high'])}"
     if outcome(results) == "undecided":
-        return f"Distillation made no difference that {seeds} can show: {middle} points ({confidence} interval {low} to {high})."
-    # "lowered by 2.1" says the sign, so the interval leaves it out and runs from small to large
-    near, far = (low, high) if paired["mean"] > 0 else (high, low)
-    by, near, far = (number.lstrip("+-") for number in (middle, near, far))
-    return f"Distillation {outcome(results)} test accuracy by {by} points ({confidence} interval {near} to {far}, {seeds})."
-
-
-def _points(*fractions: float) -> list[str]:
-    """Percentage points with a sign, all with as many decimals (1 to 3) as keep the smallest from reading as zero."""
-    points = [100 * fraction for fraction in fractions]
-    decimals = next((d for d in (1, 2, 3) if all(round(x, d) or abs(x) < 1e-9 for x in points)), 3)
-    return [f"{x + 0.0:+.{decimals}f}" if round(x, decimals) else f"{0:.{decimals}f}" for x in points]
+        return f"Distillation made no difference that {paired['n']} seeds can show: {text.signed(paired['mean'])} points ({interval})."
+    return f"Distillation {outcome(results)} test accuracy: {text.signed(paired['mean'])} points ({interval}, {paired['n']} seeds)."

@@ -84,7 +84,7 @@ NO_NUMBERS = {**RESULTS["teacher"], "images_per_s": None, "loss": math.nan, "par
     [
         pytest.param({}, {}, ["validation top-1, %"], ["are the same here"], id="validation images"),
         pytest.param({}, {"val_is_test": True}, [SAME_IMAGES], ["validation top-1, %"], id="validation on test images"),
-        pytest.param({"seeds": 1}, {}, ["one seed shows no spread", "fewer than two pairs of seeds"], ["±", "Student's t"], id="one seed"),
+        pytest.param({"seeds": 1}, {}, ["there is no spread", "fewer than two pairs of seeds"], ["±", "Student's t"], id="one seed"),
         pytest.param(
             {"seeds": 1, "baseline": False}, {}, ["without a student trained alone", "distilled"], ["student alone"], id="no baseline"
         ),

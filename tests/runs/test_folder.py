@@ -70,19 +70,3 @@ def test_a_comparison_is_by_the_epoch_that_each_run_keeps() -> None:
     }
     rows = comparison.make_rows({"kd": run, "at": run})
     assert rows[1]["paired"]["mean"] == pytest.approx(0.06)
-    machine = {"cpu": "c", "threads": 1, "torch": "2", "python": "3"}
-    text = comparison.markdown({"settings": {"dataset": "d", "student": "s"}, "rows": rows, "machine": machine, "date": "d"})
-    assert "against alone: seed by seed, of the last epochs" in text
-
-
-@pytest.mark.parametrize(
-    ("settings", "words"),
-    [
-        ({"label_fraction": 0.002, "epochs": 3}, "0.2% of the labels, 3 epochs a stage"),
-        ({"label_fraction": 0.05, "optimizer": "lion", "lr": 0.1}, "5% of the labels, lion, lr 0.1"),
-        ({"label_fraction": 1.0, "precision": "auto", "epochs": 1}, "1 epoch a stage"),
-    ],
-    ids=["few labels", "optimizer", "idle"],
-)
-def test_settings_are_described(settings: dict[str, Any], words: str) -> None:
-    assert comparison.describe_settings(settings) == words
