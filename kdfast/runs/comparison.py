@@ -81,11 +81,15 @@ def markdown(facts: Mapping[str, Any]) -> str:
         facts: the content of comparison.json: settings, rows, machine, date.
     """
     common = {name: facts["settings"][name] for name in SHOWN if name in facts["settings"]}
-    own = "".join(f" {row['recipe']}: {_describe(row['own'])}." for row in facts["rows"] if "own" in row)
+    own: dict[str, list[str]] = {}
+    for row in facts["rows"]:
+        if "own" in row:
+            own.setdefault(_describe(row["own"]), []).append(row["recipe"])
+    settings = [_describe(common), *(f"{', '.join(names)}: {words}" for words, names in own.items())]
     note = (
         "Mean and sample standard deviation over seeds, of test accuracy with the weights of the best validation epoch and of the last; "
         "against alone: seed by seed, with a 95 % interval, of the epoch that a run keeps, which is the last where validation chose none; "
         "seconds of training a seed, the teacher's left out."
     )
     measured = f"{describe(facts['machine'], facts['date'])}."
-    return "\n".join([text.markdown_table(COLUMNS, map(cells, facts["rows"])), "", f"{_describe(common)}.{own} {note}", "", measured, ""])
+    return "\n".join([text.markdown_table(COLUMNS, map(cells, facts["rows"])), "", f"{'. '.join(settings)}. {note}", "", measured, ""])

@@ -72,5 +72,7 @@ def test_settings_of_one_recipe_are_said_apart():
     rows = [{"recipe": name, "own": own[name], "best": [0.5], "last": [0.5]} for name in configs]
     facts = {"settings": common, "rows": rows, "machine": {"cpu": "c", "threads": 1, "torch": "2", "python": "3"}, "date": "d"}
     text = comparison.markdown(facts)
-    assert "dataset cifar10, student resnet20, label_fraction 1.0, epochs 240, batch_size 64, precision auto. kd: optimizer sgd, " in text
+    assert (
+        "dataset cifar10, student resnet20, label_fraction 1.0, epochs 240, batch_size 64, precision auto. kd, at: optimizer sgd, " in text
+    )
     assert " conkd: optimizer lion, lr 0.001, " in text
