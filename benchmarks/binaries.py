@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -67,12 +68,6 @@ def _leaves(name: str, value: Any) -> Iterator[tuple[str, Any]]:
         yield name, value
 
 
-def check_compiles() -> None:
-    """Raises RuntimeError where this process interprets kernels."""
-    if knobs.runtime.interpret:
-        raise RuntimeError("codegen compiles kernels, which it cannot in a process started with TRITON_INTERPRET=1: unset it")
-
-
 @contextmanager
 def record_launches() -> Iterator[list[Recorded]]:
     """Lists the kernels launched in the block instead of running them; tensors may be on the CPU.
@@ -80,7 +75,8 @@ def record_launches() -> Iterator[list[Recorded]]:
     Raises:
         RuntimeError: kernels are interpreted here, not compiled.
     """
-    check_compiles()
+    if knobs.runtime.interpret:
+        raise RuntimeError("codegen compiles kernels, which it cannot in a process started with TRITON_INTERPRET=1: unset it")
     launches: list[Recorded] = []
 
     def record(function: JITFunction, *arguments: Any, grid: Any, warmup: bool, **options: Any) -> None:
@@ -90,20 +86,16 @@ def record_launches() -> Iterator[list[Recorded]]:
         yield launches
 
 
-class _AbsentDriver:
-    """A driver for a GPU that is not there; it answers what Triton's JIT asks before it compiles."""
-
-    def __init__(self, target: GPUTarget):
-        self.target = target
-
-    def get_current_device(self) -> GPUTarget:
-        return self.target  # the key under which the JIT keeps what it compiled
-
-    def get_current_stream(self, device: GPUTarget) -> int:
-        return 0
-
-    def get_current_target(self) -> GPUTarget:
-        return self.target
+@contextmanager
+def absent_gpu(target: str) -> Iterator[None]:
+    """Makes Triton compile for a GPU that is not there, one of TARGETS."""
+    gpu = TARGETS[target]
+    # what Triton's JIT asks before it compiles; the device is the key under which it keeps what it compiled
+    driver.set_active(SimpleNamespace(get_current_device=lambda: gpu, get_current_stream=lambda device: 0, get_current_target=lambda: gpu))
+    try:
+        yield
+    finally:
+        driver.set_active(None)  # Triton finds the real one when it is next needed
 
 
 def compile_launches(launches: Iterable[Recorded], target: str) -> list["Code"]:
@@ -111,14 +103,14 @@ def compile_launches(launches: Iterable[Recorded], target: str) -> list["Code"]:
 
     def compile_one(launch: Recorded) -> Code:
         kernel = launch.function.warmup(*launch.arguments, grid=launch.grid, **launch.options)
-        return _nvidia(kernel) if TARGETS[target].backend == "cuda" else _amd(kernel)
+        nvidia = TARGETS[target].backend == "cuda"
+        registers, stack, accesses, products = (_nvidia if nvidia else _amd)(kernel)
+        loads, stores = (dict(Counter(bits for kind, bits in accesses if kind == wanted)) for wanted in ("load", "store"))
+        widths = _widths(kernel) if nvidia else {}
+        return Code(int(registers), int(stack), kernel.metadata.shared, loads, stores, dict(Counter(products)), widths)
 
-    driver.set_active(_AbsentDriver(TARGETS[target]))
-    try:
-        with ThreadPoolExecutor(2) as pool:
-            return list(pool.map(compile_one, launches))
-    finally:
-        driver.set_active(None)  # Triton finds the real one when it is next needed
+    with absent_gpu(target), ThreadPoolExecutor(2) as pool:
+        return list(pool.map(compile_one, launches))
 
 
 # ---- binaries --------------------------------------------------------------------------------------------------------
@@ -136,72 +128,55 @@ class Code(NamedTuple):
     widths: dict[str, int]  # bits of the narrowest access by argument; NVIDIA only
 
 
-def _nvidia(kernel: Any) -> Code:
+Machine = tuple[str, str, list[tuple[str, int]], list[str]]  # registers, bytes of stack, loads and stores in bits, tensor-core instructions
+
+
+def _nvidia(kernel: Any) -> Machine:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
-        resources, sass = (_cuobjdump(option, file.name) for option in ("--dump-resource-usage", "-sass"))
+        resources, sass = (
+            subprocess.run([knobs.nvidia.cuobjdump.path, option, file.name], check=True, capture_output=True, text=True).stdout
+            for option in ("--dump-resource-usage", "-sass")
+        )
     ((registers, stack),) = re.findall(r"REG:(\d+) STACK:(\d+)", resources)
-    accesses: dict[str, Counter[int]] = {"LDG": Counter(), "STG": Counter()}
-    for name, modifiers in re.findall(r"\s(LDG|LDGSTS|STG)((?:\.\w+)*) ", sass):
-        bits = re.search(r"\.[US]?(8|16|64|128|256)\b", modifiers)
-        accesses[name[:3]][int(bits[1]) if bits else 32] += 1
-    products = Counter(re.findall(r"\s(\w+MMA)\b", sass))
-    loads, stores = dict(accesses["LDG"]), dict(accesses["STG"])
-    return Code(int(registers), int(stack), kernel.metadata.shared, loads, stores, dict(products), _widths(kernel))
+    found = re.findall(r"\s(LDG|LDGSTS|STG)((?:\.\w+)*) ", sass)
+    sizes = [(name, re.search(r"\.[US]?(8|16|64|128|256)\b", modifiers)) for name, modifiers in found]
+    accesses = [("store" if name == "STG" else "load", int(bits[1]) if bits else 32) for name, bits in sizes]
+    return registers, stack, accesses, re.findall(r"\s(\w+MMA)\b", sass)
 
 
-def _cuobjdump(option: str, path: str) -> str:
-    return subprocess.run([knobs.nvidia.cuobjdump.path, option, path], check=True, capture_output=True, text=True).stdout
-
-
-def _amd(kernel: Any) -> Code:
+def _amd(kernel: Any) -> Machine:
     text = kernel.asm["amdgcn"]
     bits = {"dwordx4": 128, "dwordx3": 96, "dwordx2": 64, "dword": 32, "short": 16, "byte": 8}
-    accesses: dict[str, Counter[int]] = {"load": Counter(), "store": Counter()}
-    for kind, size in re.findall(r"\b(?:global|buffer|flat)_(load|store)_[us]?(dword(?:x\d)?|short|byte)", text):
-        accesses[kind][bits[size]] += 1
-    registers, scratch = (int(re.findall(rf"\.{key}:\s+(\d+)", text)[0]) for key in ("vgpr_count", "private_segment_fixed_size"))
-    products = Counter(re.findall(r"\b(v_mfma)_", text))
-    return Code(registers, scratch, kernel.metadata.shared, dict(accesses["load"]), dict(accesses["store"]), dict(products), {})
+    found = re.findall(r"\b(?:global|buffer|flat)_(load|store)_[us]?(dword(?:x\d)?|short|byte)", text)
+    accesses = [(kind, bits[size]) for kind, size in found]
+    registers, scratch = (re.findall(rf"\.{key}:\s+(\d+)", text)[0] for key in ("vgpr_count", "private_segment_fixed_size"))
+    return registers, scratch, accesses, re.findall(r"\b(v_mfma)_", text)
 
 
 def _widths(kernel: Any) -> dict[str, int]:
     """The narrowest global access through each pointer argument, in bits, from the PTX.
 
-    An address is traced back through the instructions that made it to the one pointer parameter it starts from.
+    Addresses are followed from the pointer parameters through the instructions that make them; an address that was loaded has none.
     """
     # PTX parameters are the arguments that are left when tuples are opened and constants taken out
     leaves = [leaf for name, kind in kernel.src.signature.items() for leaf in _leaves(name, kind) if leaf[1] != "constexpr"]
-    pointers = {f"param_{i}": name for i, (name, kind) in enumerate(leaves) if kind.startswith("*")}
-    made_from: dict[str, set[str]] = {}
-    accesses: list[tuple[str, int]] = []
+    origins = {f"param_{i}": {name} for i, (name, kind) in enumerate(leaves) if kind.startswith("*")}
+    widths: dict[str, int] = {}
     for line in kernel.asm["ptx"].splitlines():
         if wide := re.search(r"(?:ld|st)\.global\S*?(?:\.v(\d))?\.[busf](\d+)\s.*\[\s*(%rd\d+)", line):
-            accesses.append((wide[3], int(wide[1] or 1) * int(wide[2])))
+            address, bits = wide[3], int(wide[1] or 1) * int(wide[2])
         elif copy := re.search(r"cp\.async\S*\s+\[.*?\],\s*\[\s*(%rd\d+).*?\],\s*0x(\w+)", line):
-            accesses.append((copy[1], int(copy[2], 16) * 8))
-        elif made := re.search(r"(%rd\d+),\s*(.*);", line):
-            made_from.setdefault(made[1], set()).update(re.findall(r"%rd\d+|param_\d+", made[2]))
-    widths: dict[str, int] = {}
-    for register, bits in accesses:
-        if (origin := _origin(register, made_from, pointers)) is not None:
-            name = pointers[origin]
+            address, bits = copy[1], int(copy[2], 16) * 8
+        else:
+            if made := re.search(r"(%rd\d+),\s*(.*);", line):
+                sources = re.findall(r"%rd\d+|param_\d+", made[2])
+                origins.setdefault(made[1], set()).update(*(origins.get(source, ()) for source in sources))
+            continue
+        for name in origins.get(address, ()):
             widths[name] = min(bits, widths.get(name, bits))
     return widths
-
-
-def _origin(register: str, made_from: dict[str, set[str]], pointers: dict[str, str]) -> str | None:
-    """The parameter that an address starts from; None where it was itself loaded."""
-    seen: set[str] = set()
-    todo = {register}
-    while todo:
-        seen |= todo
-        todo = {source for r in todo for source in made_from.get(r, ())} - seen
-    origins = seen & pointers.keys()
-    if len(origins) > 1:
-        raise ValueError(f"the address in {register} starts from several parameters: {', '.join(sorted(origins))}")
-    return next(iter(origins), None)
 
 
 def find_problems(launch: Recorded, code: Code, target: str, wide: tuple[int, int] = (0, 0)) -> list[str]:

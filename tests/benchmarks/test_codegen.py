@@ -170,7 +170,7 @@ def test_the_wrong_kind_of_process_is_refused(monkeypatch):
         pass
     monkeypatch.setattr(binaries.knobs.runtime, "interpret", True)
     with pytest.raises(RuntimeError, match="it cannot in a process started with TRITON_INTERPRET=1: unset it"):
-        codegen.measure([], "sm_90")
+        codegen.measure([distillation.rescale_launch(1000, FP32)], "sm_90")
 
 
 # ---- bytes -----------------------------------------------------------------------------------------------------------

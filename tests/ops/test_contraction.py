@@ -10,7 +10,6 @@ import torch
 triton = pytest.importorskip("triton")
 
 import triton.language as tl  # noqa: E402
-from triton.runtime import driver  # noqa: E402
 
 from kdfast.benchmarks import attention_map, binaries, codegen, nce, supcon  # noqa: E402
 
@@ -67,11 +66,8 @@ class Program:
 
 
 def compiled(launch: binaries.Recorded) -> Program:
-    driver.set_active(binaries._AbsentDriver(binaries.TARGETS["sm_90"]))
-    try:
+    with binaries.absent_gpu("sm_90"):
         kernel = launch.function.warmup(*launch.arguments, grid=launch.grid, **launch.options)
-    finally:
-        driver.set_active(None)
     return Program(kernel.asm["ptx"])
 
 
