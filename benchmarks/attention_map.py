@@ -45,15 +45,10 @@ def case(
     tier: Any = "usual",
 ) -> Case:
     """Feature maps [B, C, H, W] of student and teacher, and the loss's gradient in the student's."""
-    memory_format = torch.channels_last if channels_last else torch.contiguous_format
 
-    def inputs(seed: int) -> tuple[Tensor, Tensor]:
-        random = torch.Generator(device).manual_seed(seed)
-        student, teacher = (
-            torch.randn(shape, generator=random, device=device).to(dtype=dtype, memory_format=memory_format)
-            for shape in (student_shape, teacher_shape)
-        )
-        return student.requires_grad_(), teacher
+    def inputs(seed: int) -> list[Tensor]:
+        student, teacher = _maps([student_shape, teacher_shape], dtype, device, channels_last, seed)
+        return [student.requires_grad_(), teacher]
 
     student, teacher = prod(student_shape), prod(teacher_shape)
     against = "" if student_shape == teacher_shape else f" to {teacher_shape[1]} channels"
@@ -71,6 +66,15 @@ def case(
         variants=loss_variants(original, attention_transfer_loss),
         tier=tier,
     )
+
+
+def _maps(
+    shapes: Sequence[tuple[int, ...]], dtype: torch.dtype, device: torch.device, channels_last: bool, seed: int, skip: int = 0
+) -> list[Tensor]:
+    """Feature maps after `skip` channels of larger ones: the last channel ends where the allocation does."""
+    random, layout = torch.Generator(device).manual_seed(seed), torch.channels_last if channels_last else torch.contiguous_format
+    larger = [torch.randn(B, skip + C, H, W, generator=random, device=device).to(dtype) for B, C, H, W in shapes]
+    return [x.to(memory_format=layout)[:, skip:] for x in larger]
 
 
 def original(student: Tensor, teacher: Tensor) -> Tensor:
@@ -97,17 +101,11 @@ def calls(device: torch.device, dtype: torch.dtype) -> Iterator[Call]:
 def _call(
     stages: list[tuple[int, ...]], dtype: torch.dtype, device: torch.device, channels_last: bool, *, skip: int = 0, p: float = 2
 ) -> Call:
-    layout = torch.channels_last if channels_last else torch.contiguous_format
     n = len(stages)
+    shapes = [*stages, *((B, C + 3, H, W) for B, C, H, W in stages)]
 
     def inputs(seed: int) -> list[Tensor]:
-        random = torch.Generator(device).manual_seed(seed)
-
-        def draw(B: int, C: int, H: int, W: int) -> Tensor:
-            whole = torch.randn(B, skip + C, H, W, generator=random, device=device).to(dtype).to(memory_format=layout)
-            return whole[:, skip:].requires_grad_()  # the last channel ends where the allocation does
-
-        return [*(draw(*shape) for shape in stages), *(draw(B, C + 3, H, W) for B, C, H, W in stages)]
+        return [x.requires_grad_() for x in _maps(shapes, dtype, device, channels_last, seed, skip)]
 
     name = f"{stages[0]}, {n} stage{'s' * (n > 1)}, p {p}{', channels_last' * channels_last}{f', after {skip} channels' * bool(skip)}"
     return loss_call(
@@ -169,8 +167,7 @@ def stage_launches(maps: Maps, functions: Sequence[str]) -> Iterator[Launch]:
     C, P, channels_last = maps.C, maps.H * maps.W, maps.channels_last
 
     def call() -> None:
-        layout = torch.channels_last if channels_last else torch.contiguous_format
-        student, teacher = (torch.zeros(IMAGES, C, maps.H, maps.W, dtype=maps.dtype).to(memory_format=layout) for _ in range(2))
+        student, teacher = _maps([(IMAGES, C, maps.H, maps.W)] * 2, maps.dtype, CPU, channels_last, 0)
         _, (slopes,) = kernel.loss_and_slopes([student], [teacher], maps.p, [True, False])
         kernel.gradient(student, slopes, torch.ones(()), maps.p)
 

@@ -55,10 +55,8 @@ def case(loss: str, N: int, C: int, dtype: torch.dtype = torch.float32, device: 
     with_labels = "ce_weight" in options
 
     def inputs(seed: int) -> tuple[Tensor, Tensor, Tensor | None]:
-        random = torch.Generator(device).manual_seed(seed)
-        student, teacher = (3 * torch.randn(N, C, generator=random, device=device).to(dtype) for _ in range(2))
-        labels = torch.randint(C, (N,), generator=random, device=device) if with_labels else None
-        return student.requires_grad_(), teacher, labels
+        labels, student, teacher = _draw(2, N, C, dtype, device, seed)
+        return student.requires_grad_(), teacher, labels if with_labels else None
 
     peers = {"liger-kernel": Variant(lambda: loss_step(_liger(**options)), gpu=True)} if loss in ("kd", "js") else {}
     return Case(
@@ -75,6 +73,13 @@ def case(loss: str, N: int, C: int, dtype: torch.dtype = torch.float32, device: 
         variants=loss_variants(lambda *x: original(*x, **options), lambda *x: kd_loss(*x, **options), peers),
         tier=tier,
     )
+
+
+def _draw(networks: int, N: int, C: int, dtype: torch.dtype, device: torch.device, seed: int, skip: int = 0) -> list[Tensor]:
+    """Labels, and logits of so many networks after `skip` classes of larger ones: the last row ends where the allocation does."""
+    random = torch.Generator(device).manual_seed(seed)
+    logits = [torch.randn(N, skip + C, generator=random, device=device).to(dtype)[:, skip:] for _ in range(networks)]
+    return [torch.randint(C, (N,), generator=random, device=device), *logits]
 
 
 def original(
@@ -127,48 +132,34 @@ EVERYTHING: dict[str, Any] = {"temperature": 2.0, "standardize": True, "ce_weigh
 
 def calls(device: torch.device, dtype: torch.dtype) -> Iterator[Call]:
     """Several rows a program, rows in registers and walked rows; few and many gradients; aligned, odd and strided rows."""
+
+    def call(name: str, N: int, C: int, teachers: int = 2, learn: bool = False, skip: int = 0, **options: Any) -> Call:
+        def inputs(seed: int) -> list[Tensor]:
+            labels, *logits = _draw(1 + teachers, N, C, dtype, device, seed, skip)
+            labels[-1] = -100
+            return [labels, *(x.requires_grad_(i == 0 or learn) for i, x in enumerate(logits))]
+
+        return loss_call(
+            f"{name} {N} x {C}, teachers {teachers}",
+            inputs,
+            lambda labels, student, *rest: kd_loss(student, rest, labels, **options),
+            lambda labels, student, *rest: reference.kd_loss(student, rest, labels, **options),
+            launches=None if C > 1000 or learn or skip or "divergence" in options else 3,
+        )
+
     float32 = dtype == torch.float32
     for C in (10, 100, 1001, 4096, 8191, 9001, 12000) if float32 else (10, 1001, 9001):
-        yield _call("kd", 5, C, dtype, device, {"temperature": 2.0}, teachers=1)
-        yield _call("mutual lskd+ce", 3, C, dtype, device, EVERYTHING, learn=True)
+        yield call("kd", 5, C, teachers=1, temperature=2.0)
+        yield call("mutual lskd+ce", 3, C, learn=True, **EVERYTHING)
     for C in (10, 1001, 9001) if float32 else (1001,):
-        yield _call("js", 5, C, dtype, device, {"divergence": "js", "standardize": True})
-        yield _call("reverse", 5, C, dtype, device, {"divergence": "reverse"})
-        yield _call("strided, summed", 5, C, dtype, device, {"reduction": "sum", "ce_weight": 0.1}, strided=True)
+        yield call("js", 5, C, divergence="js", standardize=True)
+        yield call("reverse", 5, C, divergence="reverse")
+        yield call("strided, summed", 5, C, skip=3, reduction="sum", ce_weight=0.1)
     if float32:
-        yield _call("kd", 257, 10, dtype, device, {}, teachers=1)
-        yield _call("five teachers", 64, 100, dtype, device, EVERYTHING, teachers=5)
+        yield call("kd", 257, 10, teachers=1)
+        yield call("five teachers", 64, 100, teachers=5, **EVERYTHING)
     if device.type == "cuda":  # the interpreter would take a minute
-        yield _call("more programs than one adds up", 1100, 520, dtype, device, {})
-
-
-def _call(
-    name: str,
-    N: int,
-    C: int,
-    dtype: torch.dtype,
-    device: torch.device,
-    options: dict[str, Any],
-    *,
-    teachers: int = 2,
-    learn: bool = False,
-    strided: bool = False,
-) -> Call:
-    def inputs(seed: int) -> list[Tensor]:
-        random = torch.Generator(device).manual_seed(seed)
-        gap = 3 * strided  # the last row ends where the allocation does
-        whole = [torch.randn(N, C + gap, generator=random, device=device).to(dtype) for _ in range(1 + teachers)]
-        labels = torch.randint(C, (N,), generator=random, device=device)
-        labels[-1] = -100
-        return [labels, *(x[:, gap:].requires_grad_(i == 0 or learn) for i, x in enumerate(whole))]
-
-    return loss_call(
-        f"{name} {N} x {C}, teachers {teachers}",
-        inputs,
-        lambda labels, student, *rest: kd_loss(student, rest, labels, **options),
-        lambda labels, student, *rest: reference.kd_loss(student, rest, labels, **options),
-        launches=None if C > 1000 or learn or strided or "divergence" in options else 3,
-    )
+        yield call("more programs than one adds up", 1100, 520)
 
 
 def hostile_calls(device: torch.device) -> None:

@@ -6,7 +6,7 @@ Its value is the momentum after the first step, its gradient the change of the p
 import importlib
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 from unittest import mock
 
 import torch
@@ -72,12 +72,10 @@ def case(name: str, sizes: list[torch.Size], dtype: torch.dtype = torch.float32,
 
 
 def _variants(device: torch.device) -> dict[str, Variant]:
-    def peer(name: str, *, needs: str | None = None, compile: bool = False, **options: Any) -> Callable[[], Callable[..., Step]]:
+    def peer(name: str, *, compile: bool = False, **options: Any) -> Callable[[], Callable[..., Step]]:
         module, _, optimizer = name.rpartition(".")
 
         def prepare() -> Callable[..., Step]:
-            if needs is not None:
-                importlib.import_module(needs)
             make = getattr(importlib.import_module(module), optimizer)
             return partial(optimizer_step, partial(make, **OPTIONS, **options), compile=compile)
 
@@ -88,8 +86,7 @@ def _variants(device: torch.device) -> dict[str, Variant]:
         EAGER: Variant(peer("lion_pytorch.Lion")),
         COMPILED: Variant(peer("lion_pytorch.Lion", compile=True)),
         "lion-pytorch foreach": Variant(peer("lion_pytorch.foreach.Lion")),
-        # it ends the process where there is no Triton, and tunes in its first step, which is Step.results
-        "lion-pytorch Triton": Variant(peer("lion_pytorch.Lion", needs="triton", use_triton=True), gpu=True),
+        "lion-pytorch Triton": Variant(peer("lion_pytorch.Lion", use_triton=True), gpu=True),  # tunes in its first step: Step.results
         "torch-optimi": Variant(peer("optimi.Lion", kahan_sum=False)),  # no other compensates 16-bit parameters unasked
         "timm": Variant(peer("timm.optim.Lion")),
         "bitsandbytes": Variant(peer("bitsandbytes.optim.Lion32bit"), synchronizes=True),
@@ -159,22 +156,6 @@ def _exact(params: list[Tensor], grads: list[Tensor]) -> tuple[Tensor, Tensor]:
 # ---- launches whose machine code is read -----------------------------------------------------------------------------
 
 
-class Request(NamedTuple):
-    """The options of a step that change the kernel."""
-
-    rounding: str = "nearest"
-    cautious: bool = False
-    scaled: bool = False  # by a loss scale or clipping, with a rate on the device
-
-
-REQUESTS = {
-    "plain": Request(),
-    "scaled, lr on device": Request(scaled=True),
-    "cautious": Request(cautious=True),
-    "stochastic": Request("stochastic"),
-    "kahan": Request("kahan"),
-    "kahan, cautious, scaled": Request("kahan", True, True),
-}
 ELEMENTS = 100_003  # of the tensor: whole blocks, and a last one that is not
 
 
@@ -182,7 +163,7 @@ def launches(target: str) -> Iterator[Launch]:
     """Every combination of dtypes that training has, with every rounding."""
     fp32, bf16, fp16, int8 = torch.float32, torch.bfloat16, torch.float16, torch.int8
     for dtypes in ((fp32, fp32, fp32), (fp32, fp32, bf16), (fp32, bf16, fp32), (fp32, fp32, int8)):
-        for request in ("plain", "scaled, lr on device", "cautious"):
+        for request in ("plain", "scaled", "cautious"):
             yield from step_launches(target, request, *dtypes)
     for dtypes in ((bf16, bf16, bf16), (bf16, bf16, fp32), (bf16, fp32, fp32), (bf16, bf16, int8), (fp16, fp16, fp16), (fp16, fp16, fp32)):
         for request in ("plain", "stochastic", "kahan", "kahan, cautious, scaled"):
@@ -190,20 +171,24 @@ def launches(target: str) -> Iterator[Launch]:
 
 
 def step_launches(target: str, request: str, param: torch.dtype, grad: torch.dtype, momentum: torch.dtype) -> Iterator[Launch]:
-    """The step, and the count that a cautious step makes first."""
+    """The step, and the count that a cautious step makes first. The words of the request are its options.
+
+    scaled: by a loss scale or clipping, with a rate on the device.
+    """
     from kdfast.benchmarks.binaries import TARGETS
     from kdfast.kernels import lion as kernel
 
-    r = REQUESTS[request]
+    words = request.split(", ")
+    rounding = next((word for word in ("stochastic", "kahan") if word in words), "nearest")
+    cautious, one = "cautious" in words, torch.ones(()) if "scaled" in words else None
 
     def call() -> None:
         p, g, m = (torch.zeros(ELEMENTS, dtype=dtype) for dtype in (param, grad, momentum))
         row = Row(p, g, m, torch.zeros(count_scales(ELEMENTS)), torch.zeros_like(p), torch.zeros(()))
         with mock.patch.object(kernel, "WARPS", kernel.count_warps(TARGETS[target].warp_size)):
             kernel.step(
-                row, kernel.make_table([row]), [p, m], lr=torch.ones(()) if r.scaled else 1e-4, betas=(0.9, 0.99), weight_decay=0.1,
-                rounding=r.rounding, cautious=r.cautious, maximize=False,
-                grad_factor=torch.ones(()) if r.scaled else None, found_inf=torch.zeros(()) if r.scaled else None,
+                row, kernel.make_table([row]), [p, m], lr=1e-4 if one is None else one, betas=(0.9, 0.99), weight_decay=0.1,
+                rounding=rounding, cautious=cautious, maximize=False, grad_factor=one, found_inf=one,
             )  # fmt: skip
 
     def size(dtypes: Sequence[torch.dtype]) -> int:
@@ -213,11 +198,10 @@ def step_launches(target: str, request: str, param: torch.dtype, grad: torch.dty
         """Accesses of 128 bits by a thread of a whole block; 8 elements of int8 are fewer bits."""
         return sum(kernel.ELEMENTS_A_THREAD * dtype.itemsize // 16 for dtype in dtypes)
 
-    kahan = r.rounding == "kahan"
-    counted = (grad, momentum)
-    loaded, stored = (param, grad, momentum, *[param] * kahan), (param, momentum, *[param] * kahan)
+    counted, compensated = (grad, momentum), [param] * (rounding == "kahan")
+    loaded, stored = (param, grad, momentum, *compensated), (param, momentum, *compensated)
     names = "/".join(short_names(dtype) for dtype in (param, grad, momentum))
-    if r.cautious:
+    if cautious:
         yield Launch("lion", 1, ELEMENTS, names, request, call, size(counted), size(counted), "_count_moving", (wide(counted), 0))
     moved = size(loaded) + size(stored)
     yield Launch("lion", 1, ELEMENTS, names, request, call, moved, moved, "_step", (wide(loaded), wide(stored)))

@@ -4,6 +4,7 @@ Sizes: CRD's on CIFAR (50,000 images, and the 10,000 of one of its files), fewer
 """
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,14 +12,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kdfast import reference
-from kdfast.benchmarks.harness import Call, Case, Launch, loss_call, loss_variants, short_names
+from kdfast.benchmarks.harness import Call, Case, Launch, in_float64, loss_call, loss_variants, short_names
 from kdfast.benchmarks.timing import CPU
 from kdfast.functional import crd_loss
 
 TEMPERATURE = 0.07
 EPS = 1e-7
 FEATURES = 128
-AT_ONCE = 8  # anchors whose rows are gathered in float64
 BATCHES = {  # B, K, n
     "quick": [(16, 1024, 10_000)],
     "usual": [(64, 16384, 10_000), (64, 16384, 50_000), (64, 4096, 50_000)],
@@ -35,31 +35,6 @@ def cases(device: torch.device, dtype: torch.dtype) -> Iterator[Case]:
 
 def case(B: int, K: int, n: int, dtype: torch.dtype = torch.float32, device: torch.device = CPU, tier: Any = "usual") -> Case:
     """Unit embeddings of B samples, two float32 banks of n unit rows, K negatives for each sample, constants that are set."""
-
-    def inputs(seed: int) -> tuple[Tensor, ...]:
-        random = torch.Generator(device).manual_seed(seed)
-
-        def rows(count: int) -> Tensor:
-            return F.normalize(torch.randn(count, FEATURES, generator=random, device=device), dim=1)
-
-        student, teacher = (rows(B).to(dtype).requires_grad_() for _ in range(2))
-        indices = torch.randint(n, (B, 1 + K), generator=random, device=device)
-        Z = torch.full((), n * 1.5, device=device)
-        return student, teacher, rows(n), rows(n), indices, Z, Z.clone()
-
-    def exact(*inputs: Tensor) -> tuple[Tensor, ...]:
-        student, teacher, student_bank, teacher_bank, indices, *constants = inputs
-        total, gradients = torch.zeros((), dtype=torch.float64, device=device), []
-        for v, bank, Z in ((student, teacher_bank, constants[0]), (teacher, student_bank, constants[1])):
-            gradient, bank = [], bank.double()
-            for anchors, index in zip(v.detach().double().split(AT_ONCE), indices.split(AT_ONCE)):
-                anchors.requires_grad_()
-                value = reference.crd_loss(anchors, bank, index, Z=Z.double(), temperature=TEMPERATURE) * (len(index) / B)
-                total += value.detach()
-                gradient.append(torch.autograd.grad(value, anchors)[0])
-            gradients.append(torch.cat(gradient))
-        return total, *gradients
-
     read = min(B * (1 + K), n) * FEATURES * 4 + B * (1 + K) * 8  # each row that is asked for, and every index
     return Case(
         operator="crd_loss",
@@ -69,16 +44,34 @@ def case(B: int, K: int, n: int, dtype: torch.dtype = torch.float32, device: tor
         device=device,
         bytes=2 * read,
         operations=2 * B * (1 + K) * 4 * FEATURES,  # both directions: the products, and the weighted sum of rows
-        inputs=inputs,
-        exact=exact,
+        inputs=lambda seed: _inputs(B, n, K, FEATURES, dtype, torch.float32, device, seed) + _constants(n, device),
+        exact=in_float64(exact),
         variants=loss_variants(gathered, ours),
         tier=tier,
     )
 
 
-def ours(student: Tensor, teacher: Tensor, student_bank: Tensor, teacher_bank: Tensor, indices: Tensor, *Zs: Tensor) -> Tensor:
-    """Our loss with given constants."""
-    return crd_loss(student, teacher, student_bank, teacher_bank, indices, *Zs, temperature=TEMPERATURE)
+def _inputs(B: int, n: int, K: int, D: int, dtype: torch.dtype, bank_dtype: torch.dtype, device: torch.device, seed: int) -> list[Tensor]:
+    random = torch.Generator(device).manual_seed(seed)
+    rows = [F.normalize(torch.randn(N, D, generator=random, device=device), dim=1) for N in (B, B, n, n)]
+    student, teacher = (x.to(dtype).requires_grad_() for x in rows[:2])
+    return [student, teacher, *(x.to(bank_dtype) for x in rows[2:]), torch.randint(n, (B, 1 + K), generator=random, device=device)]
+
+
+def _constants(n: int, device: torch.device) -> list[Tensor]:
+    return [torch.full((), n * 1.5, device=device) for _ in range(2)]
+
+
+def ours(*inputs: Tensor) -> Tensor:
+    """Our loss; constants that are not given are estimated."""
+    return crd_loss(*inputs, temperature=TEMPERATURE)
+
+
+def exact(student: Tensor, teacher: Tensor, student_bank: Tensor, teacher_bank: Tensor, indices: Tensor, *Zs: Tensor) -> Tensor:
+    """The sum of both directions."""
+    pairs = ((student, teacher_bank), (teacher, student_bank))
+    Z = Zs[0] if Zs else None
+    return torch.stack([reference.crd_loss(v, bank, indices, Z=Z, temperature=TEMPERATURE) for v, bank in pairs]).sum()
 
 
 def gathered(student: Tensor, teacher: Tensor, student_bank: Tensor, teacher_bank: Tensor, indices: Tensor, *Zs: Tensor) -> Tensor:
@@ -99,34 +92,21 @@ def gathered(student: Tensor, teacher: Tensor, student_bank: Tensor, teacher_ban
 
 def calls(device: torch.device, dtype: torch.dtype) -> Iterator[Call]:
     """Rows of every width, many parts and few columns, no negatives, a bank of another dtype, constants known and estimated."""
+
+    def call(B: int, K: int, D: int, n: int = 37, bank_dtype: torch.dtype = dtype, estimate: bool = False) -> Call:
+        Zs = [] if estimate else _constants(n, device)
+        name = f"B {B}, K {K}, {n} rows of {D}, {short_names(bank_dtype)} banks{', constants estimated' * estimate}"
+        inputs = partial(_inputs, B, n, K, D, dtype, bank_dtype, device)
+        return loss_call(name, inputs, lambda *x: ours(*x, *Zs), lambda *x: exact(*x, *Zs))
+
     for D in (3, 16, 100, 101, 128, 300, 2050) if dtype == torch.float32 else (16, 101, 2050):
-        yield _call(3, 37, 70, D, dtype, dtype, device)
-    yield _call(3, 37, 0, 16, dtype, dtype, device)
-    yield _call(3, 37, 130, 128, dtype, torch.bfloat16, device)
-    yield _call(3, 37, 130, 128, dtype, dtype, device, estimate=True)
+        yield call(3, 70, D)
+    yield call(3, 0, 16)
+    yield call(3, 130, 128, bank_dtype=torch.bfloat16)
+    yield call(3, 130, 128, estimate=True)
     if device.type == "cuda":  # the interpreter would take a minute
-        yield _call(64, 5000, 16384, 128, dtype, dtype, device)
-        yield _call(3000, 37, 5, 128, dtype, dtype, device)  # more losses than a block adds up at a time
-
-
-def _call(
-    B: int, n: int, K: int, D: int, dtype: torch.dtype, bank_dtype: torch.dtype, device: torch.device, estimate: bool = False
-) -> Call:
-    Zs = () if estimate else (torch.full((), n * 1.5, device=device),) * 2
-
-    def inputs(seed: int) -> list[Tensor]:
-        random = torch.Generator(device).manual_seed(seed)
-        rows = [F.normalize(torch.randn(N, D, generator=random, device=device), dim=1) for N in (B, B, n, n)]
-        student, teacher = (x.to(dtype).requires_grad_() for x in rows[:2])
-        return [student, teacher, *(x.to(bank_dtype) for x in rows[2:]), torch.randint(n, (B, 1 + K), generator=random, device=device)]
-
-    def exact(student: Tensor, teacher: Tensor, student_bank: Tensor, teacher_bank: Tensor, indices: Tensor) -> Tensor:
-        Z = Zs[0].double() if Zs else None
-        pairs = ((student, teacher_bank), (teacher, student_bank))
-        return torch.stack([reference.crd_loss(v, bank, indices, Z=Z, temperature=TEMPERATURE) for v, bank in pairs]).sum()
-
-    name = f"B {B}, K {K}, {n} rows of {D}, {short_names(bank_dtype)} banks{', constants estimated' * estimate}"
-    return loss_call(name, inputs, lambda *x: crd_loss(*x, *Zs, temperature=TEMPERATURE), exact)
+        yield call(64, 16384, 128, n=5000)
+        yield call(3000, 5, 128)  # more losses than a block adds up at a time
 
 
 def hostile_calls(device: torch.device) -> None:

@@ -6,7 +6,7 @@ Two views of N / 2 samples, 10 classes, unit rows, tau = 0.07. A training step c
 
 import importlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 from unittest import mock
 
 import torch
@@ -136,25 +136,6 @@ def _call(N: int, D: int, dtype: torch.dtype, device: torch.device, *, others: i
 # ---- launches whose machine code is read -----------------------------------------------------------------------------
 
 
-class Request(NamedTuple):
-    """The options of supcon_loss that change the kernels."""
-
-    normalize: bool = False
-    duplicates: int = 1
-    masked: bool = False
-    contrast: int = 0  # rows that are no anchors
-    precision: str = "highest"  # of float32 products
-
-
-REQUESTS = {
-    "labels": Request(),
-    "labels, tf32": Request(precision="high"),
-    "normalize, 2 views": Request(normalize=True, duplicates=2),
-    "mask, queue": Request(masked=True, contrast=64),
-    "mask, queue, tf32": Request(masked=True, contrast=64, precision="high"),
-}
-
-
 def launches(target: str) -> Iterator[Launch]:
     """Every plan of both walks on the target, and the kernels beside them."""
     fp32, bf16, fp16 = torch.float32, torch.bfloat16, torch.float16
@@ -176,28 +157,30 @@ def launches(target: str) -> Iterator[Launch]:
 def step_launches(
     target: str, N: int, D: int, request: str, dtype: torch.dtype, functions: Sequence[str] = ("_denominators", "_gradients")
 ) -> Iterator[Launch]:
-    """Launches of one training step of the loss: the two walks, or those of the functions."""
+    """Launches of one training step of the loss: the two walks, or those of the functions. The words of the request are its options."""
     from kdfast.benchmarks.binaries import SHARED_LIMIT
     from kdfast.kernels import supcon as kernel
 
-    r = REQUESTS[request]
-    setting = Setting(0.07, 1.0, r.duplicates, False, r.normalize)
+    words = request.split(", ")
+    queue = 64 if "queue" in words else 0  # rows that are no anchors
+    masked, matmul_precision = "mask" in words, "high" if "tf32" in words else "highest"
+    setting = Setting(0.07, 1.0, 2 if "2 views" in words else 1, False, "normalize" in words)
     device = kernel.H100 if target == "sm_90" else kernel.Device(SHARED_LIMIT[target], tensor_memory=target == "sm_100")
 
     def call() -> None:
         before = torch.get_float32_matmul_precision()
-        torch.set_float32_matmul_precision(r.precision)
+        torch.set_float32_matmul_precision(matmul_precision)
         try:
             with mock.patch.object(kernel, "_kind", return_value=device):
-                anchors, others = torch.zeros(N, D, dtype=dtype), torch.zeros(r.contrast, D, dtype=dtype)
-                names, mask = torch.zeros(N, dtype=torch.int64), torch.zeros(4, 4) if r.masked else None
+                anchors, others = torch.zeros(N, D, dtype=dtype), torch.zeros(queue, D, dtype=dtype)
+                names, mask = torch.zeros(N, dtype=torch.int64), torch.zeros(4, 4) if masked else None
                 saved = kernel.forward(anchors, others, names, mask, setting)[1]
-                kernel.backward(torch.ones(N), anchors, others, names, mask, saved, setting, r.contrast > 0)
+                kernel.backward(torch.ones(N), anchors, others, names, mask, saved, setting, queue > 0)
         finally:
             torch.set_float32_matmul_precision(before)
 
-    precision = "ieee" if dtype == torch.float32 and r.precision == "highest" else "tf32"
-    slice = kernel.plans(N, -(-D // 8) * 8, dtype, precision, r.masked, device).slice
+    precision = "ieee" if dtype == torch.float32 and "tf32" not in words else "tf32"
+    slice = kernel.plans(N, -(-D // 8) * 8, dtype, precision, masked, device).slice
     forward, backward = kernel.operations(N, D, slice)
     counted = {"_denominators": (forward, forward), "_gradients": (backward, 4 * N**2 * D)}
     for function in functions:

@@ -156,16 +156,6 @@ def test_another_optimizer_is_timed_and_not_called_wrong(dtype):
 
 
 @pytest.mark.usefixtures("ceilings")
-def test_lion_pytorchs_triton_form_needs_a_gpu_and_triton(monkeypatch):
-    name, case = "lion-pytorch Triton", lion.case("one", [torch.Size([40])])
-    assert measure(case, only=(name, OURS), rounds=1)["variants"][name] == {"skipped": "needs a GPU"}
-    monkeypatch.setitem(sys.modules, "triton", None)
-    with pytest.raises(ModuleNotFoundError) as missing:  # and not the end of the process
-        case.variants[name].prepare()
-    assert missing.value.name == "triton"
-
-
-@pytest.mark.usefixtures("ceilings")
 def test_a_peer_that_cannot_run_says_why_and_ours_fails():
     def missing():
         import no_such_package_at_all
