@@ -149,7 +149,7 @@ def linear_kd_loss(
         labels: class indices, int64 [...], as for kd_loss.
         student_bias: [C].
         teacher_bias: [C].
-        chunk_rows: rows whose logits exist at a time. None: 2^24 / C (2^27 / C on CUDA), at least 64; or all, if that saves memory.
+        chunk_rows: rows whose logits exist at a time. None: 2^24 / C (2^27 / C on CUDA), at least 64.
         temperature: T > 0, this and the following as for kd_loss.
         standardize: standardizes each row of logits.
         eps: added to the standard deviation.

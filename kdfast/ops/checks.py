@@ -3,12 +3,10 @@
 import math
 from collections.abc import Sequence
 from numbers import Real
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
-
-T = TypeVar("T", Tensor, Tensor | None)
 
 
 def number(name: str, value: Any) -> float:
@@ -74,14 +72,3 @@ def refuse_second_derivative(operator: str) -> None:
     """Raises RuntimeError in a backward pass that is itself recorded (create_graph=True); compiled graphs cannot tell."""
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         raise RuntimeError(f"{operator} has no second derivative: call backward() or grad() without create_graph=True")
-
-
-def distinct(*tensors: T) -> tuple[T, ...]:
-    """Returns the tensors; while compiling, a repeated tensor becomes a view, as autograd functions require."""
-    if not torch.compiler.is_compiling():
-        return tensors
-    made: list[Any] = []
-    for k, tensor in enumerate(tensors):
-        repeated = any(tensor is other for other in tensors[:k])
-        made.append(tensor.view_as(tensor) if tensor is not None and repeated else tensor)
-    return tuple(made)

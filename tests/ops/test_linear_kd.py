@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from kdfast import reference
 from kdfast.benchmarks.timing import peak_memory
 from kdfast.functional import kd_loss, linear_kd_loss
-from kdfast.ops.distill_kl.linear import LEAST_ROWS, Layer, default_rows
+from kdfast.ops.distill_kl import linear as operator
 from tests.numeric import ALLOWANCE, DEVICE, FLOAT32_ERROR, INTERPRETED, error, value_and_gradients
 from tests.ops.contracts import FLOATS, make_fuzz
 from tests.ops.distillation import OPTIONS, agree, linear, make_layers
@@ -209,9 +209,12 @@ def test_memory_is_bounded_by_the_chunks(dtypes, teacher_learns, options):
     assert 0.9 * chunks < held <= HELD * chunks + sums
 
 
-def test_memory_is_bounded_with_more_features_than_classes():
+def test_memory_is_bounded_with_more_features_than_classes_and_by_default(monkeypatch):
     leaves = [x.requires_grad_() for x in make_layers(256, 500, 1000, 1000)]
-    assert measure_peak(leaves, chunk_rows=64) <= HELD * 64 * 500 * 8
+    monkeypatch.setattr(operator, "DEFAULT_CHUNK", 64 * 500)
+    monkeypatch.setattr(operator, "DEFAULT_CHUNK_CUDA", 64 * 500)
+    for chunk_rows in (64, None):
+        assert measure_peak(leaves, chunk_rows=chunk_rows) <= HELD * 64 * 500 * 8
 
 
 def test_memory_without_gradients():
@@ -229,24 +232,6 @@ def test_gradients_become_grad_without_a_copy():
     leaves = [x.requires_grad_() for x in make_layers(64, 2000, 256, 256)]
     loss = linear(chunk_rows=16)(*leaves)
     assert peak_memory(loss.backward, torch.device(DEVICE)) < 2000
-
-
-@pytest.mark.parametrize(
-    ("N", "C", "dtype", "weight_learns", "rows"),
-    [
-        pytest.param(10000, 131072, torch.float32, True, 128 if DEVICE == "cpu" else 1024, id="float32"),
-        pytest.param(10000, 10**7, torch.float32, True, LEAST_ROWS, id="at least"),
-        pytest.param(10000, 131072, torch.bfloat16, True, 128 if DEVICE == "cpu" else 1024, id="bfloat16"),
-        pytest.param(400, 10**7, torch.bfloat16, True, LEAST_ROWS, id="many rows"),
-        # 64 + D = 320 rows take no more than a float32 sum of the weight's gradient
-        pytest.param(300, 10**7, torch.bfloat16, True, 300, id="all rows"),
-        pytest.param(300, 10**7, torch.bfloat16, False, LEAST_ROWS, id="no sum"),
-    ],
-)
-def test_default_rows(N, C, dtype, weight_learns, rows):
-    hidden, weight = torch.empty(N, 256, dtype=dtype), torch.empty((), dtype=dtype).expand(C, 256)
-    layer = Layer(hidden, weight, None)
-    assert default_rows(layer, layer, (True, weight_learns) + 4 * (False,), None) == rows
 
 
 # ---- bad input -------------------------------------------------------------------------------------------------------
@@ -291,6 +276,3 @@ def test_bad_input_is_named(changes, message):
     arguments = {"student_hidden": H, "student_weight": W, "teacher_hidden": H, "teacher_weight": W, **changes}
     with pytest.raises((ValueError, TypeError), match=f"^linear_kd_loss: .*{message}"):
         linear_kd_loss(**arguments)
-
-
-# ---- speed -----------------------------------------------------------------------------------------------------------

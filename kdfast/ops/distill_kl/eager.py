@@ -80,7 +80,7 @@ def _evaluate(
     if len(shape) != 2:
         inputs = [x.reshape(-1, C) for x in inputs]
     N, dtype = inputs[0].shape[0], arithmetic(*inputs)
-    labels, ignored, invalid = _check_labels(labels, C, options.ignore_index)
+    labels, ignored, invalid = check_labels(labels, C, options)
 
     scale: Scale = 1.0
     if options.reduction == "mean":
@@ -115,11 +115,11 @@ def _evaluate(
     return loss, gradients
 
 
-def _check_labels(labels: Tensor | None, C: int, ignore_index: int) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+def check_labels(labels: Tensor | None, C: int, options: KDOptions) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Labels that can be used as indices, ignored rows, and (not on the CPU) rows whose label is out of range; each [N, 1]."""
     if labels is None:
         return None, None, None
-    labels = labels.reshape(-1, 1)
+    labels, ignore_index = labels.reshape(-1, 1), options.ignore_index
     if labels.is_cpu:
         if not labels.numel():
             return labels, None, None
@@ -132,7 +132,7 @@ def _check_labels(labels: Tensor | None, C: int, ignore_index: int) -> tuple[Ten
         return labels.masked_fill(ignored | invalid, 0), ignored, invalid
     if invalid.any():
         label = labels[invalid][0].item()
-        raise ValueError(f"kd_loss: labels must be in [0, {C}) or equal to ignore_index {ignore_index}, got {label}")
+        raise ValueError(f"{options.operator}: labels must be in [0, {C}) or equal to ignore_index {ignore_index}, got {label}")
     return labels.masked_fill(ignored, 0), ignored, None
 
 

@@ -67,8 +67,7 @@ def _check_layers(student: Layer, teacher: Layer, cast: torch.dtype | None) -> N
     for name, (hidden, weight, bias) in (("student", student), ("teacher", teacher)):
         checks.is_tensor(f"linear_kd_loss: {name}_hidden", hidden)
         checks.is_tensor(f"linear_kd_loss: {name}_weight", weight)
-        if not hidden.is_floating_point():
-            raise TypeError(f"linear_kd_loss: {name}_hidden must be floating, got {hidden.dtype}")
+        checks.is_floating(f"linear_kd_loss: {name}_hidden", hidden)
         if hidden.dim() == 0 or hidden.shape[-1] == 0:
             raise ValueError(f"linear_kd_loss: {name}_hidden must be [..., D] with at least one feature, got shape {tuple(hidden.shape)}")
         if hidden.shape[:-1] != student.hidden.shape[:-1]:
@@ -90,8 +89,7 @@ def _check_layers(student: Layer, teacher: Layer, cast: torch.dtype | None) -> N
         for part, x in (("hidden", hidden), ("weight", weight), ("bias", bias)):
             if x is None:
                 continue
-            if x.device != student.hidden.device:
-                raise ValueError(f"linear_kd_loss: {name}_{part} must be on student_hidden's {student.hidden.device}, got {x.device}")
+            checks.is_on(f"linear_kd_loss: {name}_{part}", x, "student_hidden's", student.hidden.device)
             if _logit_dtype(x, cast) != _logit_dtype(hidden, cast):
                 raise TypeError(f"linear_kd_loss: {name}_{part} must have {name}_hidden's dtype {hidden.dtype}, got {x.dtype}")
 
@@ -105,7 +103,7 @@ def _logit_dtype(x: Tensor, cast: torch.dtype | None) -> torch.dtype:
 class _LinearKDCall(KDCall):
     """A call of linear_kd_loss; its tensors are the student's hidden, weight and bias, then the teacher's."""
 
-    chunk_rows: int | None  # None: `default_rows`
+    chunk_rows: int | None  # None: a default number of elements
     cast: torch.dtype | None  # dtype of the logits and of the products' operands; None: the inputs' own
 
     def defers(self, learning: Sequence[Tensor]) -> bool:
@@ -130,12 +128,14 @@ class _LinearKDCall(KDCall):
         """
         student, teacher = Layer(*tensors[:3]), Layer(*tensors[3:])
         shape, C, device = student.hidden.shape[:-1], student.weight.shape[0], student.hidden.device
-        _check_range(labels, C, self.options.ignore_index)
+        if labels is not None and labels.is_cpu:  # elsewhere reading them would wait for the device: the kernel answers with NaN
+            eager.check_labels(labels, C, self.options)
         dtype, N = arithmetic(student.hidden, teacher.hidden), shape.numel()
         weight = torch.ones((), dtype=dtype, device=device) if upstream is None else upstream.to(dtype)
         if self.options.reduction == "mean":
             weight = weight / (max(N, 1) if labels is None else (labels != self.options.ignore_index).sum().clamp_min(1))
-        R = max(1, min(N, self.chunk_rows or default_rows(student, teacher, wanted, self.cast)))
+        default = max(LEAST_ROWS, (DEFAULT_CHUNK_CUDA if student.hidden.is_cuda else DEFAULT_CHUNK) // C)
+        R = max(1, min(N, self.chunk_rows or default))
         networks = [_Network(layer, needs, self.cast, R) for layer, needs in ((student, wanted[:3]), (teacher, wanted[3:]))]
         losses = self._compute_chunks(networks, None if labels is None else labels.reshape(-1), weight.expand(shape).reshape(-1), R)
         loss = losses.view(shape) if self.options.reduction == "none" else losses.sum()
@@ -176,24 +176,6 @@ class _LinearKDCall(KDCall):
             for logits in learning:
                 logits[part] = gradients.pop(0)  # freed before the next part's are made
         return losses
-
-
-def default_rows(student: Layer, teacher: Layer, wanted: Sequence[bool], cast: torch.dtype | None) -> int:
-    """The rows of a chunk: few enough to bound the memory, enough for a matrix product; or all, where chunks would save nothing."""
-    N, C = student.hidden.shape[:-1].numel(), student.weight.shape[0]
-    rows = max(LEAST_ROWS, (DEFAULT_CHUNK_CUDA if student.hidden.is_cuda else DEFAULT_CHUNK) // C)
-    # a single chunk needs no float32 sums of 16-bit weights' gradients, whose bytes pay for this many more rows
-    sums = sum(4 * x.weight.shape[1] for x, need in ((student, wanted[1]), (teacher, wanted[4])) if need and x.weight.itemsize == 2)
-    logits = sum(_logit_dtype(x.hidden, cast).itemsize for x in (student, teacher))
-    return N if rows + sums // logits >= N else rows
-
-
-def _check_range(labels: Tensor | None, C: int, ignore_index: int) -> None:
-    """Checks labels on the CPU only: on a GPU reading them would wait for the device, and the kernel answers with NaN."""
-    if labels is not None and labels.is_cpu:
-        invalid = labels[((labels < 0) | (labels >= C)) & (labels != ignore_index)]
-        if invalid.numel():
-            raise ValueError(f"linear_kd_loss: labels must be in [0, {C}) or equal to ignore_index {ignore_index}, got {invalid[0].item()}")
 
 
 class _Network:
@@ -272,7 +254,8 @@ def _op(
     choices: str,
 ) -> list[Tensor]:
     hidden = [x for x in (tensors[0], tensors[3]) if x is not None]
-    call = _LinearKDCall(KDOptions.decode(numbers, ignore_index, choices), kernel("distill_kl", *hidden) or eager, chunk_rows, cast)
+    options = replace(KDOptions.decode(numbers, ignore_index, choices), operator="linear_kd_loss")
+    call = _LinearKDCall(options, kernel("distill_kl", *hidden) or eager, chunk_rows, cast)
     loss, gradients = call.compute(labels, tensors, wanted, upstream)
     return [loss, *gradients]
 

@@ -49,8 +49,7 @@ def check_tensors(student: Tensor, teachers: Sequence[Tensor], labels: Tensor | 
     """Raises one sentence that names the argument. The range of labels is checked later, where their values are read."""
     name = options.operator
     checks.is_tensor(f"{name}: student", student)
-    if not student.is_floating_point():
-        raise TypeError(f"{name}: student must be floating, got {student.dtype}")
+    checks.is_floating(f"{name}: student", student)
     if student.dim() == 0 or student.shape[-1] == 0:
         raise ValueError(f"{name}: student must be [..., C] with at least one class, got shape {tuple(student.shape)}")
     if not teachers:
@@ -62,10 +61,8 @@ def check_tensors(student: Tensor, teachers: Sequence[Tensor], labels: Tensor | 
                 f"{name}: teacher must have student's shape {tuple(student.shape)} "
                 f"(or be [K, ...] or a sequence of such), got {tuple(teacher.shape)}"
             )
-        if not teacher.is_floating_point():
-            raise TypeError(f"{name}: teacher must be floating, got {teacher.dtype}")
-        if teacher.device != student.device:
-            raise ValueError(f"{name}: teacher must be on student's device {student.device}, got {teacher.device}")
+        checks.is_floating(f"{name}: teacher", teacher)
+        checks.is_on(f"{name}: teacher", teacher, "student's device", student.device)
     weights = len(options.weights(len(teachers)))
     if weights != len(teachers):
         raise ValueError(f"{name}: teacher_weights must hold {len(teachers)} numbers, got {weights}")
@@ -82,8 +79,7 @@ def check_tensors(student: Tensor, teachers: Sequence[Tensor], labels: Tensor | 
         images = student.dim() > 2 and labels.shape == student.shape[:1] + student.shape[2:]
         hint = ", as if student were [B, C, ...]: permute its classes to the end" if images else ""
         raise ValueError(f"{name}: labels must have shape {tuple(student.shape[:-1])}, got {tuple(labels.shape)}{hint}")
-    if labels.device != student.device:
-        raise ValueError(f"{name}: labels must be on student's device {student.device}, got {labels.device}")
+    checks.is_on(f"{name}: labels", labels, "student's device", student.device)
 
 
 def choose_form(*tensors: Tensor) -> ModuleType | None:
@@ -101,7 +97,9 @@ class KDCall:
     def differentiate(self, labels: Tensor | None, *tensors: Tensor | None) -> Tensor:
         """The loss, with gradients for those tensors that require them."""
         if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
-            return _DistillKL.apply(self, labels, *checks.distinct(*tensors))
+            if torch.compiler.is_compiling():  # which takes no tensor twice
+                tensors = tuple([x if x is None else x.view_as(x) for x in tensors])
+            return _DistillKL.apply(self, labels, *tensors)
         return self.evaluate(labels, tensors, (False,) * len(tensors), None)[0]
 
     def defers(self, learning: Sequence[Tensor]) -> bool:

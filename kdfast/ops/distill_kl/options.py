@@ -1,6 +1,5 @@
 """The options of kd_loss as one value that checks itself."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -48,8 +47,7 @@ class KDOptions:
                 raise TypeError(f"{name}: teacher_weights must be a sequence of numbers, got {self.teacher_weights!r}")
             weights = tuple([checks.number(f"{name}: teacher_weights", weight) for weight in self.teacher_weights])
             object.__setattr__(self, "teacher_weights", weights)
-        if not 0 < self.temperature < math.inf:
-            raise ValueError(f"{name}: temperature must be positive, got {self.temperature}")
+        checks.positive_number(f"{name}: temperature", self.temperature)
         if self.standardize and not self.eps >= 0:
             raise ValueError(f"{name}: eps must not be negative, got {self.eps}")
         if not 0 <= self.label_smoothing <= 1:
