@@ -7,6 +7,7 @@ For every variant that runs here:
     memory        most bytes live at once, beyond the inputs
     value_error, gradient_error     max|x - exact| / max|exact| (Lion: of the momentum and of the parameters' change)
     device_ms     on a GPU: without the host, a CUDA graph of calls that go round sets of buffers
+    cold_ms       on a GPU: a single call on an emptied cache
     launches      on a GPU: kernels of a call
     floor_share   floor_ms / device_ms, on the CPU floor_ms / call_ms
 
@@ -303,14 +304,17 @@ def _check(case: Case, name: str, variant: Variant, inputs: Sequence[Any], exact
 
 
 def time_on_device(case: Case, variant: Variant, rounds: int) -> dict[str, Any]:
-    """Device time and number of launches, or why there are none."""
+    """Device times and number of launches, or why there are none."""
     # all sets together exceed the cache three times, as far as MOST_SETS of them can
     sets = min(MOST_SETS, math.ceil(3 * timing.cache_bytes() / case.bytes))
     try:
         make = variant.prepare()
         runs = [make(*case.inputs(seed)).run for seed in range(sets)]
-        milliseconds = 1e3 * timing.device_seconds(runs, rounds=rounds)
-        return {"device_ms": _round(milliseconds), "launches": timing.launches(runs[0]).total()}
+        return {
+            "device_ms": _round(1e3 * timing.device_seconds(runs, rounds=rounds)),
+            "cold_ms": _round(1e3 * timing.cold_seconds(runs[0], rounds=rounds)),
+            "launches": timing.launches(runs[0]).total(),
+        }
     except RuntimeError as failure:
         return {"device_skipped": _first_line(failure)}
 

@@ -104,7 +104,9 @@ def table(results: Sequence[Results]) -> str:
 
 def _operator_table(cases: list[dict[str, Any]]) -> str:
     names = list(dict.fromkeys(peer for case in cases for peer, _ in peers(case)))
-    on_gpu = {"device, ms": "device_ms", "launches": "launches"} if any("device_ms" in case["variants"][OURS] for case in cases) else {}
+    on_gpu = {"device, ms": "device_ms", "cold, ms": "cold_ms", "launches": "launches"}
+    if not any("device_ms" in case["variants"][OURS] for case in cases):
+        on_gpu = {}
     columns = ["operator", "case", "ours, ms", *on_gpu, *(f"over {peer}" for peer in names)]
     columns += ["of the floor", "memory, MB", "eager's, MB", "error"]
     rows = []
@@ -185,7 +187,7 @@ def _sources(results: Sequence[Results]) -> str:
 def figures(results: Sequence[Results]) -> dict[str, str]:
     """SVGs by name; each carries digest(results), by which a stale one is found."""
     cases = _cases(results)
-    drawn = {"speedup": _speedup_figure(cases), "memory": _memory_figure(cases)}
+    drawn = {"speedup": _speedup_figure(cases), "roofline": _roofline_figure(cases), "memory": _memory_figure(cases)}
     return {name: to_svg(figure, digest(results)) for name, figure in drawn.items() if figure is not None}
 
 
@@ -215,6 +217,36 @@ def _speedup_figure(cases: list[dict[str, Any]]) -> "Figure":
     axes.set_yticks(range(len(operators)), operators)
     axes.set_ylim(-0.6, len(operators) - 0.4)
     axes.set_xlabel("speed-up, a dot a case; left of 1 the peer is faster")
+    figure.legend(loc="outside upper center", ncols=2, frameon=False)
+    return figure
+
+
+def _roofline_figure(cases: list[dict[str, Any]]) -> "Figure | None":
+    """Each operator's largest case: operations a second over operations a byte, below what this machine copies and multiplies."""
+    cases = sorted((case for case in cases if "floor_ms" in case), key=lambda case: case["floor_ms"])
+    largest = {(case["operator"], case["dtype"]): case for case in cases}
+    if not largest:
+        return None
+    figure, (axes,) = draw_axes(1, height=4.6)
+    intensities = [case["operations"] / case["bytes"] for case in largest.values()]
+    for dtype in dict.fromkeys(case["dtype"] for case in cases):
+        own = [case for case in cases if case["dtype"] == dtype]
+        bandwidth, rate = (statistics.median(case[key] for case in own) for key in ("copy_bytes_per_s", "dense_operations_per_s"))
+        xs = sorted([min(intensities) / 2, rate / bandwidth, max(intensities) * 2])
+        label = f"{dtype}: copies {bandwidth / 1e9:,.0f} GB/s, multiplies {rate / 1e9:,.0f} GFLOP/s"
+        axes.plot(xs, [min(rate, bandwidth * x) / 1e9 for x in xs], color="#555555", linewidth=1.2, label=label)
+    for variant in (EAGER, COMPILED, OURS):
+        rows = [(x, case, case["variants"].get(variant, {})) for x, case in zip(intensities, largest.values())]
+        points = [(x, case["operations"] / row.get("device_ms", row["call_ms"]) / 1e6) for x, case, row in rows if "call_ms" in row]
+        if points:
+            axes.scatter([x for x, _ in points], [y for _, y in points], s=26, color=COLOURS[variant], linewidths=0, label=NAMES[variant])
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.set_ylim(bottom=axes.get_ylim()[0] / 30)  # room for names
+    for x, (operator, _) in zip(intensities, largest):
+        axes.text(x, 0.02, operator, transform=axes.get_xaxis_transform(), rotation=90, ha="center", va="bottom", fontsize=8)
+    axes.set_xlabel("operations a byte that any version has to move")
+    axes.set_ylabel("GFLOP/s")
     figure.legend(loc="outside upper center", ncols=2, frameon=False)
     return figure
 

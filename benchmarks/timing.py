@@ -103,13 +103,29 @@ def device_seconds(functions: Sequence[Callable[[], Any]], *, rounds: int = 20) 
 
     graph = capture(work)
     graph.replay()
+    return _replay_seconds(graph, lambda: None, rounds) / calls
+
+
+def cold_seconds(function: Callable[[], Any], *, rounds: int = 20) -> float:
+    """Device time of a single call that finds the second-level cache full of other data, the launch of its graph included.
+
+    Raises:
+        RuntimeError: the computation cannot be captured.
+    """
+    other = torch.empty(4 * cache_bytes(), dtype=torch.uint8, device="cuda")
+    return _replay_seconds(capture(function), other.zero_, rounds)
+
+
+def _replay_seconds(graph: torch.cuda.CUDAGraph, before: Callable[[], Any], rounds: int) -> float:
+    """Median seconds of a replay on the device; `before` runs first, untimed."""
     pairs = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(rounds)]
     for start, end in pairs:
+        before()
         start.record()
         graph.replay()
         end.record()
     torch.cuda.synchronize()
-    return statistics.median(1e-3 * start.elapsed_time(end) for start, end in pairs) / calls
+    return statistics.median(1e-3 * start.elapsed_time(end) for start, end in pairs)
 
 
 def launches(function: Callable[[], Any], calls: int = 1) -> Counter[str]:

@@ -200,8 +200,9 @@ def test_device_times_or_the_reason_why_not(monkeypatch):
     seen = []
     monkeypatch.setattr(timing, "cache_bytes", lambda: 1000)
     monkeypatch.setattr(timing, "device_seconds", lambda runs, rounds: seen.append(len(runs)) or 1e-3)
+    monkeypatch.setattr(timing, "cold_seconds", lambda run, rounds: 2e-3)
     monkeypatch.setattr(timing, "launches", lambda run: Counter(_forward=1, _backward=1))
-    assert harness.time_on_device(case, case.variants[OURS], 5) == {"device_ms": 1.0, "launches": 2}
+    assert harness.time_on_device(case, case.variants[OURS], 5) == {"device_ms": 1.0, "cold_ms": 2.0, "launches": 2}
     assert seen == [8], "sets of buffers, together three times the cache"
 
     def refuse(run):
@@ -251,7 +252,7 @@ def test_report_of_a_small_result(tmp_path, capsys):
     assert "torch.compile: no compiler (2 of 2 cases); liger-kernel: needs a GPU (2 of 2 cases)" in text
     assert text.count("a CPU, 1 thread, PyTorch 2.15, Python 3.12, 2026-01-02.\n") == 2
     assert text.count("With triton 3.9.") == 1
-    for name in ("speedup", "memory"):
+    for name in ("speedup", "roofline", "memory"):
         assert f"![{name}]({name}.svg)" in text
         assert "kd_loss (lskd)" in (tmp_path / "out" / f"{name}.svg").read_text()
 
@@ -259,10 +260,10 @@ def test_report_of_a_small_result(tmp_path, capsys):
 def test_device_times_have_their_own_columns(tmp_path):
     case = result(3.0)
     for name, device_ms in ((EAGER, 8.0), (OURS, 1.0)):
-        case["variants"][name] |= {"device_ms": device_ms, "launches": 2}
+        case["variants"][name] |= {"device_ms": device_ms, "cold_ms": device_ms + 0.25, "launches": 2}
     case["variants"]["torch.compile max-autotune"] = {"call_ms": 3.0, "speedup": 1.5}
     results = [report.read(write(tmp_path / "x.json", case))]
-    assert "| 64 x 100 | 2 | 1 | 2 | 3.00 / 8.00 | 1.50 |" in report.table(results)
+    assert "| 64 x 100 | 2 | 1 | 1.25 | 2 | 3.00 / 8.00 | 1.50 |" in report.table(results)
     assert "| kd_loss (lskd) | eager, device time | 1 | 8.00 |" in report.summary(results)
 
 
