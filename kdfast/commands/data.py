@@ -1,9 +1,11 @@
 """kdfast data: the content of a data set, its bad image files, and a sheet of augmented images."""
 
-import time
+import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Annotated
 
@@ -14,6 +16,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
+from torchvision.utils import make_grid
 
 from kdfast import files
 from kdfast.commands.command_line import Command, run_one_of
@@ -21,7 +24,7 @@ from kdfast.commands.config import OWN
 from kdfast.commands.images import checking
 from kdfast.data import Checked, DataError, ImageData, Split, check, evaluation_transform, load, training_transform
 from kdfast.data.images import EXTENSIONS, find
-from kdfast.data.seeding import mix
+from kdfast.data.seeding import Draws
 
 COMMANDS = {
     "info": "classes, image sizes and formats, bad files",
@@ -30,7 +33,6 @@ COMMANDS = {
 }
 DRAWS = 6  # augmentations of one image on the sheet
 LEGIBLE = 64  # pixels: smaller images are magnified on the sheet
-GAP = 2  # pixels between images
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,7 @@ def info(options: Info) -> ImageData:
         height, width = data.train.pixels.shape[-2:]  # type: ignore[union-attr]
         console.print(f"sizes: all {width} x {height}\nformats: in memory", highlight=False)
         return data
-    checked, _ = _checked(paths, console)
+    checked = _check(paths, console)
     sizes = checked.sizes[checked.sizes[:, 0] > 0]
     if len(sizes):
         ordered = sizes[sizes.prod(dim=1).argsort(stable=True)].tolist()
@@ -105,7 +107,7 @@ class Check:
 
 
 def check_files(options: Check) -> Checked:
-    """Prints each bad file with its reason, and the speed; returns the findings.
+    """Prints each bad file with its reason; returns the findings.
 
     Raises:
         DataError: more than options.max_bad_files are bad, or there are no image files.
@@ -116,12 +118,11 @@ def check_files(options: Check) -> Checked:
     paths = _paths(options)
     if not paths:
         console.print(f"{options.dataset}: the images are in memory, there are no files to check", highlight=False)
-    checked, seconds = _checked(paths, console, options.workers)
+    checked = _check(paths, console, options.workers)
     for path, reason in checked.bad.items():
         console.print(f"{path}: {reason}", highlight=False, markup=False)
-    known = f", {len(paths) - checked.decoded:,} of them known from before" if checked.decoded < len(paths) else ""
-    speed = f"{len(paths) / max(seconds, 1e-9):,.0f} images/s"
-    console.print(f"{len(paths):,} image files in {seconds:.1f} s ({speed}{known}), {len(checked.bad):,} bad", highlight=False)
+    known = len(paths) - checked.decoded
+    console.print(f"{len(paths):,} image files, {known:,} of them known from before, {len(checked.bad):,} bad", highlight=False)
     if len(checked.bad) > options.max_bad_files:
         raise DataError(f"{options.dataset}: {len(checked.bad):,} bad image files, where --max-bad-files allows {options.max_bad_files:,}")
     return checked
@@ -142,14 +143,9 @@ def _splits(data: ImageData) -> list[Split]:
     return [data.train, data.val] if data.val is data.test else [data.train, data.val, data.test]
 
 
-def _checked(paths: list[str], console: Console, workers: int | None = None) -> tuple[Checked, float]:
-    """The findings of check(), and the seconds it took."""
-    import torchvision.io  # noqa: F401  # now, or its import would count as the first image's time
-
-    start = time.monotonic()
+def _check(paths: list[str], console: Console, workers: int | None = None) -> Checked:
     with checking(console) as progress:
-        checked = check(paths, workers=workers, progress=progress)
-    return checked, time.monotonic() - start
+        return check(paths, workers=workers, progress=progress)
 
 
 @dataclass(frozen=True)
@@ -185,52 +181,41 @@ def preview(options: Preview) -> Path:
     data = load(options.dataset, data_dir=options.data_dir, val_fraction=0)
     size = data.image_size if options.image_size is None else options.image_size
     name = options.transform or data.train_transform
-    augment = training_transform(name, size, data.mean, data.std).augment
+    augment = training_transform(name, size, data.mean, data.std).augment_all
     squash = evaluation_transform("squash", size, data.mean, data.std).augment
     console = Console(soft_wrap=True)
-    rows = []
-    with torch.random.fork_rng(devices=[]):
-        for i, image in _good(data.train, options.count):
-            draws = [squash(image)]
-            for draw in range(DRAWS):
-                torch.manual_seed(mix(options.seed, i, draw))
-                draws.append(augment(image))
-            rows.append(torch.stack(draws))
-            source = "" if data.train.paths is None else f"  {data.train.paths[i]}"
-            console.print(f"row {len(rows)}: {data.classes[int(data.train.labels[i])]}{source}", highlight=False, markup=False)
-    if not rows:
+    sheet: list[Tensor] = []
+    for row, (i, image) in enumerate(_good(data.train, options.count), start=1):
+        index = torch.tensor([i])
+        draws = [Draws(options.seed, draw, index=index) for draw in range(DRAWS)]
+        sheet += [squash(image), *(augment([image], numbers)[0] for numbers in draws)]
+        source = "" if data.train.paths is None else f"  {data.train.paths[i]}"
+        console.print(f"row {row}: {data.classes[int(data.train.labels[i])]}{source}", highlight=False, markup=False)
+    if not sheet:
         raise DataError(f"{data.name}: no training image can be read: see kdfast data check")
     with files.replacing(options.out) as temporary:
-        Image.fromarray(_sheet(torch.stack(rows)).permute(1, 2, 0).contiguous().numpy()).save(temporary, format="PNG")
-    console.print(f"{options.out}: {len(rows)} images as they are, and {DRAWS} draws of {name} each", highlight=False, markup=False)
+        Image.fromarray(_sheet(torch.stack(sheet)).permute(1, 2, 0).contiguous().numpy()).save(temporary, format="PNG")
+    console.print(
+        f"{options.out}: {len(sheet) // (1 + DRAWS)} images as they are, and {DRAWS} draws of {name} each", highlight=False, markup=False
+    )
     return options.out
 
 
 def _good(split: Split, count: int) -> Iterator[tuple[int, Tensor]]:
     """Up to `count` readable images with their positions: the first of each class, then the second of each, and so on."""
-    labels = split.labels
-    rank = torch.empty_like(labels)  # of an image within its class
-    for label in labels.unique().tolist():
-        members = labels == label
-        rank[members] = torch.arange(int(members.sum()))
-    for i in (rank * (int(labels.max()) + 1) + labels).argsort().tolist():
-        try:
-            image = split.read(i)
-        except DataError:  # `kdfast data check` names these files
-            continue
-        yield i, image
-        count -= 1
-        if not count:
-            return
+    classes = [(split.labels == label).nonzero().flatten().tolist() for label in split.labels.unique()]
+    for i in chain.from_iterable(zip_longest(*classes)):
+        if i is not None and count:
+            with suppress(DataError):  # `kdfast data check` names these files
+                yield i, split.read(i)
+                count -= 1
 
 
 def _sheet(images: Tensor) -> Tensor:
-    """uint8 [rows, columns, 3, size, size] -> uint8 [3, H, W], white between the images."""
-    factor = -(-LEGIBLE // images.shape[-1]) if images.shape[-1] < LEGIBLE else 1
+    """uint8 [n, 3, size, size] -> uint8 [3, H, W], white around the images."""
+    factor = max(1, math.ceil(LEGIBLE / images.shape[-1]))
     images = images.repeat_interleave(factor, -2).repeat_interleave(factor, -1)
-    padded = torch.nn.functional.pad(images, (0, GAP, 0, GAP), value=255)
-    rows, columns, _, height, width = padded.shape
-    return padded.permute(2, 0, 3, 1, 4).reshape(3, rows * height, columns * width)[:, :-GAP, :-GAP]
+    return make_grid(images, nrow=1 + DRAWS, pad_value=255)
 
 
 def run(arguments: Sequence[str]) -> None:

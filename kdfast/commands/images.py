@@ -1,5 +1,6 @@
 """The images of a command: loaded, checked by one process a machine, prepared, and served in batches."""
 
+import functools
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -17,7 +18,6 @@ from kdfast.runs import artifact
 from kdfast.runs.artifact import Preparation
 
 PLAIN_EVERY = 10.0  # seconds between lines of progress without a terminal
-BEAT_EVERY = 30.0  # seconds that processes wait for one another at most: NCCL gives up after ten minutes
 
 
 def load_data(
@@ -33,7 +33,7 @@ def load_data(
     notes: list[str] = []
     shown = rich if world.main else RichConsole(quiet=True)
 
-    def check(beat: Callable[[], None]) -> ImageData:
+    def check(beat: Callable[[], bool]) -> ImageData:
         with checking(shown, stop, beat) as progress:
             return usable(data, max_bad_files=options.max_bad_files, say=notes.append, progress=progress)
 
@@ -43,35 +43,22 @@ def load_data(
     return data, notes
 
 
-def _check_in_turn(world: World, check: Callable[[Callable[[], None]], ImageData]) -> ImageData:
+def _check_in_turn(world: World, check: Callable[[Callable[[], bool]], ImageData]) -> ImageData:
     """Calls `check` in the first process of each machine, then in the others, which find every answer in that machine's cache.
 
-    A waiting process asks all processes, again and again, whether one is still checking; a checking process answers twice a minute, so
-    that no process waits longer than NCCL allows. An error ends a process only after the last such question: the others then meet the
+    A waiting process asks all processes, again and again, whether one is still checking; a checking process answers with every progress,
+    so that no process waits longer than NCCL allows. An error ends a process only after the last such question: the others then meet the
     same error, rather than wait for a process that has left. If the cache cannot be written, each process checks by itself.
     """
-    asked = time.monotonic()
-
-    def beat() -> None:
-        nonlocal asked
-        if time.monotonic() - asked > BEAT_EVERY:
-            world.any(True)
-            asked = time.monotonic()
-
-    def wait() -> None:
+    first = os.environ.get("LOCAL_RANK", str(world.rank)) == "0"
+    try:
+        if first:
+            data = check(lambda: world.any(True))
+    finally:
         while world.any(False):
             pass
-
-    if world.size == 1:
-        return check(lambda: None)
-    if os.environ.get("LOCAL_RANK", str(world.rank)) == "0":
-        try:
-            data = check(beat)
-        finally:
-            wait()
-    else:
-        wait()
-        data = check(lambda: None)
+    if not first:
+        data = check(lambda: False)
     if len(set(world.gather((len(data.train), len(data.val), len(data.test))))) > 1:
         raise DataError(f"{data.name}: not all processes can read the same image files: see kdfast data check on each machine")
     return data
@@ -79,7 +66,7 @@ def _check_in_turn(world: World, check: Callable[[Callable[[], None]], ImageData
 
 @contextmanager
 def checking(
-    rich: RichConsole, stop: StopRequest | None = None, beat: Callable[[], None] = lambda: None
+    rich: RichConsole, stop: StopRequest | None = None, beat: Callable[[], bool] = lambda: False
 ) -> Iterator[Callable[[int, int], None]]:
     """Yields a function that shows the progress (done, total) of a check of image files, if it takes more than a second.
 
@@ -126,14 +113,13 @@ def loader_maker(
     The hidden labels depend on `seed` alone: every arm and every repetition sees the same labels. The choice of loader and its reason
     are printed once, not for every stage.
     """
-    hidden, said = data, set[str]()
+    hidden = data
     if options.label_fraction < 1:
         hidden = replace(data, train=hide_labels(data.train, options.label_fraction, seed=seed))
 
+    @functools.cache
     def say_once(sentence: str) -> None:
-        if sentence not in said:
-            said.add(sentence)
-            say(f"  {sentence}")
+        say(f"  {sentence}")
 
     def make(training: Training, augment: str | None, all_labels: bool, order_seed: int) -> Loaders:
         if training.batch_size % world.size:

@@ -4,22 +4,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-_MASK = (1 << 64) - 1
-_GOLDEN = 0x9E3779B97F4A7C15
-
 
 def mix(*numbers: int) -> int:
     """One well-spread 64-bit seed for a tuple of integers, e.g. (seed, epoch, sample): the finalizer of splitmix64, chained.
 
     Neighbouring tuples give unrelated seeds; sums or exclusive-ors of their members would not.
     """
-    state = 0
+    state = np.zeros(1, np.uint64)
     for number in numbers:
-        state = (state + number + _GOLDEN) & _MASK
-        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
-        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & _MASK
-        state ^= state >> 31
-    return state
+        state = _mix_arrays(state, np.uint64(number & 0xFFFF_FFFF_FFFF_FFFF))
+    return int(state[0])
 
 
 def make_generator(*numbers: int) -> torch.Generator:
@@ -52,9 +46,9 @@ class Draws:
         return (self.uniform(1)[:, 0] * bound).long()
 
 
-def _mix_arrays(state: np.ndarray | np.uint64, number: np.ndarray) -> np.ndarray:
+def _mix_arrays(state: np.ndarray | np.uint64, number: np.ndarray | np.uint64) -> np.ndarray:
     """One link of mix() for arrays of uint64, whose arithmetic wraps around."""
-    bits: np.ndarray = state + number + np.uint64(_GOLDEN)
+    bits = np.asarray(state + number + np.uint64(0x9E3779B97F4A7C15))
     bits = (bits ^ (bits >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     bits = (bits ^ (bits >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return bits ^ (bits >> np.uint64(31))

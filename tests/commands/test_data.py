@@ -34,28 +34,19 @@ def test_info_shows_classes_sizes_formats_and_bad_files(tmp_path: Path, capsys: 
     assert "all 8 x 8" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("allowed", "status"), [(0, 1), (1, 1), (2, 0)])
-def test_check_fails_with_too_many_bad_files(tmp_path: Path, capsys: pytest.CaptureFixture[str], allowed: int, status: int):
-    assert kdfast("data", "check", write_class_folders(tmp_path / "i", TWO_BAD), "--max-bad-files", allowed) == status
-    shown = capsys.readouterr()
-    assert all(shown.out.count(name) == 1 for name in TWO_BAD)
-    assert "images/s" in shown.out
-    assert "32 image files" in shown.out
-    assert ("2 bad image files, where --max-bad-files allows" in shown.err) == bool(status)
-
-
-def test_check_names_every_bad_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    plant_all(tmp_path / "mixture")
-    assert kdfast("data", "check", tmp_path / "mixture") == 1
-    shown = capsys.readouterr().out
-    assert all(shown.count(f"/{name}: ") == 1 for name in REASONS)
-    assert not any(name in shown for name in GOOD)
-
-
-def test_check_needs_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_check_names_every_bad_file_and_fails_with_too_many(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    paths, bad = plant_all(tmp_path / "mixture"), len(REASONS)
+    for allowed, status in ((0, 1), (bad - 1, 1), (bad, 0)):
+        assert kdfast("data", "check", tmp_path / "mixture", "--max-bad-files", allowed) == status
+        shown = capsys.readouterr()
+        assert all(shown.out.count(f"/{name}: ") == 1 for name in REASONS)
+        assert not any(name in shown.out for name in GOOD)
+        assert f"{len(paths)} image files" in shown.out
+        assert (f"{bad} bad image files, where --max-bad-files allows" in shown.err) == bool(status)
+    (tmp_path / "empty").mkdir()
     assert kdfast("data", "check", "digits") == 0
     assert "in memory" in capsys.readouterr().out
-    assert kdfast("data", "check", tmp_path) == 1
+    assert kdfast("data", "check", tmp_path / "empty") == 1
     assert "no image files" in capsys.readouterr().err
 
 
@@ -68,9 +59,9 @@ def test_preview_draws_a_sheet(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert [kind for kind, _ in rows] == ["dog", "cat", "dog"], "the first cat cannot be read"
     assert all(f"/train/{kind}/" in path for kind, path in rows)
     with Image.open(out) as sheet:
-        assert (sheet.format, sheet.size) == ("PNG", (7 * 82 - 2, 3 * 82 - 2))
+        assert (sheet.format, sheet.size) == ("PNG", (7 * 82 + 2, 3 * 82 + 2))
         pixels = np.asarray(sheet)
-    cells = [pixels[:80, 82 * k : 82 * k + 80] for k in range(7)]
+    cells = [pixels[2:82, 82 * k + 2 : 82 * k + 82] for k in range(7)]
     assert sum((cells[0] != cell).any() for cell in cells[1:]) >= 5, "draws differ from the image"
     assert len({cell.tobytes() for cell in cells}) >= 6, "and from one another"
     first = out.read_bytes()
