@@ -50,12 +50,9 @@ class _Unpickler(pickle.Unpickler):
 def _unpickle(path: Path) -> dict[str, Any]:
     try:
         with path.open("rb") as file:
-            content = _Unpickler(file, encoding="latin1").load()
+            return dict(_Unpickler(file, encoding="latin1").load())
     except Exception as error:  # a damaged pickle can raise nearly any exception
         raise DataError(f"{path}: not an official CIFAR batch: {error or type(error).__name__}") from None
-    if not isinstance(content, dict):
-        raise DataError(f"{path}: not an official CIFAR batch: it holds a {type(content).__name__}, not a dictionary")
-    return content
 
 
 def _read_batch(path: Path, labels_key: str) -> tuple[Tensor, Tensor]:

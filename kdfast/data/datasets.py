@@ -122,7 +122,8 @@ def load(
         (1079, 359, 359, 8)
     """
     if name not in DATASETS:
-        _check_folder(name)
+        if not Path(name).is_dir():
+            raise DataError(f"no data set or folder is called {name!r}; known names: {', '.join(names())}")
         name, data_dir = "folder", name
     if not 0 <= val_fraction < 1:
         raise DataError(f"val_fraction must be at least 0 and below 1, got {val_fraction}")
@@ -147,16 +148,6 @@ def load(
         eval_transform=source.eval_transform,
     )
     return data if max_images is None else replace(data, train=limit(data.train, max_images, seed=seed))
-
-
-def _check_folder(name: str) -> None:
-    if Path(name).is_dir():
-        return
-    if Path(name).exists():
-        raise DataError(f"dataset {name} is a file: expected a folder of images, or one of {', '.join(names())}")
-    if len(Path(name).parts) > 1 or name.startswith(("/", ".", "~")):
-        raise DataError(f"dataset {name}: there is no such path")
-    raise DataError(f"no data set or folder is called {name!r}; known names: {', '.join(names())}")
 
 
 def _make_splits(content: _Content, source: _DataSet, val_fraction: float, seed: int) -> tuple[Split, Split | None, Split]:
@@ -198,8 +189,7 @@ def _locate(name: str, source: _DataSet, data_dir: str | Path | None, download: 
         found = _find(root, source)
     if found is None:
         expected = " or ".join(source.folders)
-        where = f"{root} (--data-dir)" if data_dir is not None else f"{root}; name the folder that holds it with --data-dir"
-        raise DataError(f"{name} was not found: looked for {expected} with {source.marker} inside, in {where}")
+        raise DataError(f"{name} was not found: looked for {expected} with {source.marker} inside, in {root} (--data-dir)")
     return found
 
 
@@ -256,8 +246,6 @@ def _read_tiny_imagenet(folder: Path) -> _Content:
             raise DataError(f"{annotations}, line {number}: {expected}, got {line[:60]!r}")
         paths.append(str(folder / "val" / "images" / file))
         labels.append(label_of[wnid])
-    if not paths:
-        raise DataError(f"{annotations}: the file is empty")
     words = folder / "words.txt"
     readable = dict(line.split("\t", 1) for line in words.read_text().splitlines() if "\t" in line) if words.is_file() else {}
     classes = tuple(readable.get(wnid, wnid).split(",")[0] for wnid in wnids)
@@ -278,8 +266,6 @@ def _read_folder(folder: Path) -> _Content:
         classes, split = _read_classes(train)
         others = [_read_classes(part, classes)[1] for part in (val, test) if part is not None]
         return _Content(classes, split, held_out=others[-1], val=others[0] if len(others) == 2 else None)
-    if [entry.name for entry in images.list_subfolders(folder)] == ["train"]:
-        raise DataError(f"{folder}: has train/ but neither val/ nor test/; without splits, put the class folders directly into it")
     return _Content(*_read_classes(folder))
 
 
@@ -295,8 +281,7 @@ def _read_classes(folder: Path, known: tuple[str, ...] | None = None) -> tuple[t
     """
     subfolders = images.list_subfolders(folder)
     if not subfolders:
-        loose = "it holds images directly" if images.find(folder) else "it is empty of images"
-        raise DataError(f"{folder}: expected one folder a class with images inside, found none: {loose}")
+        raise DataError(f"{folder}: expected one folder a class with images inside, found no folder")
     classes = known or tuple(entry.name for entry in subfolders)
     paths: list[str] = []
     labels: list[int] = []
@@ -306,12 +291,9 @@ def _read_classes(folder: Path, known: tuple[str, ...] | None = None) -> tuple[t
         found = images.find(entry)
         paths += found
         labels += [classes.index(entry.name)] * len(found)
-    if not paths:
-        endings = ", ".join(images.EXTENSIONS)
-        raise DataError(f"{folder}: no images in its {len(subfolders)} class folders; known endings: {endings}")
     split = Split(torch.tensor(labels, dtype=torch.int64), paths=tuple(paths))
     if missing := list_missing(split.labels, classes):
-        raise DataError(f"{folder}: no image of {missing}")
+        raise DataError(f"{folder}: no image of {missing}; known endings: {', '.join(images.EXTENSIONS)}")
     return classes, split
 
 

@@ -127,11 +127,9 @@ def resample(images: Tensor, frames: Frames) -> Tensor:
         frames: of the B images.
 
     Returns:
-        uint8 [B, 3, size, size], on the images' device; `images` itself if every frame shows a whole image.
+        uint8 [B, 3, size, size], on the images' device.
     """
     H, W = images.shape[-2:]
-    if H == W == frames.size and all(bool((part == H).all()) for part in (frames.height, frames.width, frames.rows, frames.columns)):
-        return images
     vertical = _weights(frames.top, frames.height, frames.rows, frames.down, frames.size, H, images.device)
     horizontal = _weights(frames.left, frames.width, frames.columns, frames.right, frames.size, W, images.device)
     resampled = vertical[:, None] @ images.float() @ horizontal[:, None].mT

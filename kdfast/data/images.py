@@ -91,9 +91,7 @@ def read_file(path: str) -> bytes:
             raise DataError(f"{path}: the image cannot be opened: it is no regular file")
         return Path(path).read_bytes()
     except OSError as error:
-        dangling = isinstance(error, FileNotFoundError) and os.path.islink(path)
-        reason = "it is a link to a file that is not there" if dangling else error.strerror
-        raise DataError(f"{path}: the image cannot be opened: {reason}") from error
+        raise DataError(f"{path}: the image cannot be opened: {error.strerror}") from error
 
 
 class _JpegHeader(NamedTuple):

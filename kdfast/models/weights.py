@@ -59,8 +59,6 @@ def read_weights(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"read_weights: there is no file {path}")
-    if path.stat().st_size == 0:
-        raise ValueError(f"read_weights: {path} is empty")
     state, metadata = _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
     return _strip_prefixes(state), metadata
 
@@ -141,10 +139,6 @@ def save_weights(
     """
     from safetensors.torch import save
 
-    metadata = dict(metadata or {})
-    for name, text in metadata.items():
-        if not isinstance(name, str) or not isinstance(text, str):
-            raise TypeError(f"save_weights: metadata must be text by name, got {name!r}: {text!r}")
     state = model_or_state.state_dict() if isinstance(model_or_state, nn.Module) else model_or_state
     tensors: dict[str, Tensor] = {}
     memories: set[int] = set()
@@ -153,7 +147,7 @@ def save_weights(
         if tensors[name].untyped_storage().data_ptr() in memories:
             tensors[name] = tensors[name].clone()
         memories.add(tensors[name].untyped_storage().data_ptr())
-    files.write_bytes(Path(path), save(tensors, metadata))
+    files.write_bytes(Path(path), save(tensors, dict(metadata or {})))
 
 
 def recognize(state: Mapping[str, Tensor], name: str) -> tuple[ModelSpec, str | None]:

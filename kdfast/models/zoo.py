@@ -5,7 +5,6 @@ with num_classes and the options, returns an nn.Module that ends in a linear lay
 """
 
 import difflib
-import inspect
 import json
 import os
 from collections.abc import Callable, Mapping
@@ -40,7 +39,6 @@ class ModelSpec:
 
     Raises:
         ValueError: num_classes below 1, or a head of another name.
-        TypeError: an option that JSON could not carry.
 
     Example:
         >>> spec = kdfast.models.ModelSpec("resnet20", num_classes=10, options={"shortcut": "A"})
@@ -60,9 +58,6 @@ class ModelSpec:
             raise ValueError(f"ModelSpec: num_classes must be a positive integer, got {self.num_classes!r}")
         if self.head not in HEADS:
             raise ValueError(f"ModelSpec: head must be one of {', '.join(HEADS)}, got {self.head!r}")
-        for name, value in self.options.items():
-            if not isinstance(value, Option):
-                raise TypeError(f"ModelSpec: option {name!r} must be str, int, float or bool, got {type(value).__name__}")
 
     def to_json(self) -> str:
         """One line of JSON, the same for equal specs."""
@@ -164,29 +159,20 @@ def _create(spec: ModelSpec, pretrained: bool) -> nn.Module:
         near = difflib.get_close_matches(name, names(), n=5, cutoff=0.5)
         hint = f"; the nearest names are {', '.join(near)}" if near else ""
         raise ValueError(f"create: there is no network {name!r}{hint} (or give package.module:function)")
-    _check_options(name, make, spec.options)
-    model = make(num_classes=spec.num_classes, **spec.options)
+    try:
+        model = make(num_classes=spec.num_classes, **spec.options)
+    except TypeError as error:
+        raise ValueError(f"create: {name!r} does not take these options: {error}") from error
     if not isinstance(model, nn.Module):
         raise ValueError(f"create: {name!r} must return a torch.nn.Module, got {type(model).__name__}")
     return set_head(model, spec.head, spec.num_classes)
 
 
-def _check_options(name: str, make: Callable[..., Any], options: Mapping[str, Option]) -> None:
-    parameters = inspect.signature(make).parameters
-    unknown = sorted(set(options) - set(parameters))
-    if unknown and all(p.kind is not p.VAR_KEYWORD for p in parameters.values()):
-        known = ", ".join(p for p in parameters if p != "num_classes") or "none"
-        raise ValueError(f"create: {name!r} has no option {unknown[0]!r}; its options: {known}")
-
-
 def _import_function(name: str) -> Callable[..., Any]:
     try:
-        function = imports.import_object(name)
+        return imports.import_object(name)
     except ValueError as error:
         raise ValueError(f"create: {name!r} must name an importable package.module:function: {error}") from error
-    if not callable(function):
-        raise ValueError(f"create: {name!r} must name a function, got a {type(function).__name__}")
-    return function
 
 
 def _import_torchvision() -> Any:
@@ -201,29 +187,19 @@ def _list_torchvision() -> list[str]:
 
 def _create_torchvision(name: str, pretrained: bool, num_classes: int, **options: Any) -> nn.Module:
     models = _import_torchvision()
+    weights = models.get_model_weights(name).DEFAULT if pretrained else None
     try:
-        if pretrained:
-            model = _create_pretrained(name, num_classes, options)
-        else:
-            model = models.get_model(name, weights=None, num_classes=num_classes, **options)
-    except TypeError as error:
-        raise ValueError(f"create: torchvision's {name!r} does not take these options: {error}") from error
-    if isinstance(model, models.ResNet):
-        model.stages = ("layer1", "layer2", "layer3", "layer4")
-    return model
-
-
-def _create_pretrained(name: str, num_classes: int, options: Mapping[str, Any]) -> nn.Module:
-    models = _import_torchvision()
-    weights = models.get_model_weights(name).DEFAULT
-    try:
-        model = models.get_model(name, weights=weights, **options)
+        model = models.get_model(name, weights=weights, num_classes=1000 if pretrained else num_classes, **options)
     except (OSError, RuntimeError) as error:  # no network (URLError is an OSError), or a file with another checksum
+        if weights is None:
+            raise
         folder = os.path.join(torch.hub.get_dir(), "checkpoints")
         raise OSError(
             f"create: the ImageNet weights of {name!r} could not be fetched ({error}): put {weights.url} into {folder}, "
             f"or build without pretrained and load a file with load_weights"
         ) from error
-    if num_classes != 1000:
+    if pretrained and num_classes != 1000:
         replace_head(model, nn.Linear(feature_size(model), num_classes))
+    if isinstance(model, models.ResNet):
+        model.stages = ("layer1", "layer2", "layer3", "layer4")
     return model

@@ -140,7 +140,7 @@ BAD = {
 }
 SPECIAL = {
     "fifo.jpg": "no regular file",
-    "dangling.jpg": "a link to a file that is not there",
+    "dangling.jpg": os.strerror(errno.ENOENT),
     "loop.jpg": os.strerror(errno.ELOOP),
 }
 REASONS = {name: reason for name, (_, reason) in BAD.items()} | SPECIAL

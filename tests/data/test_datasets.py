@@ -22,6 +22,7 @@ def pixels(height=12, width=16, seed=0):
 
 def class_folders(root, counts, *, ending="png"):
     """root/<class>/<i>.png, counts[class] images each."""
+    root.mkdir(parents=True, exist_ok=True)
     for c, (name, count) in enumerate(counts.items()):
         (root / name).mkdir(parents=True, exist_ok=True)
         for i in range(count):
@@ -60,9 +61,6 @@ def counts(split, classes):
     return torch.bincount(split.labels, minlength=classes).tolist()
 
 
-# ---- one image ------------------------------------------------------------------------------------------------------------------
-
-
 # ---- dividing -------------------------------------------------------------------------------------------------------------------
 
 
@@ -97,12 +95,9 @@ def test_hide_labels_keeps_a_stratified_part_and_the_images():
     assert not torch.equal(split.labels, hide_labels(data.train, 0.1, seed=4).labels)
     assert (hide_labels(data.train, 1e-9, seed=0).labels >= 0).sum() == 10, "at least one a class"
     assert torch.equal(hide_labels(data.train, 1.0, seed=0).labels, data.train.labels)
-
-
-@pytest.mark.parametrize("fraction", [0.0, -0.1, 1.1, float("nan")])
-def test_hide_labels_names_a_bad_fraction(fraction):
-    with pytest.raises(DataError, match="above 0 and at most 1"):
-        hide_labels(load("digits").train, fraction, seed=0)
+    for fraction in (0.0, 1.1, float("nan")):
+        with pytest.raises(DataError, match="above 0 and at most 1"):
+            hide_labels(data.train, fraction, seed=0)
 
 
 # ---- digits ---------------------------------------------------------------------------------------------------------------------
@@ -122,19 +117,13 @@ def test_digits_are_divided_60_20_20_and_stratified():
     scaled = seen.double() / 255
     assert scaled.mean().item() == pytest.approx(data.mean[0], abs=1e-3)
     assert scaled.std().item() == pytest.approx(data.std[0], abs=1e-3)
-
-
-def test_options_divide_the_digits_otherwise():
-    data = load("digits", val_fraction=0)
-    assert data.val_is_test
-    assert data.val is data.test
-    assert (len(data.train), len(data.test)) == (1438, 359)
-    data = load("digits", max_images=100)
-    assert (len(data.train), len(data.val), len(data.test)) == (100, 359, 359)
-    assert all(9 <= n <= 11 for n in counts(data.train, 10)), "a stratified part"
-    assert len(load("digits", max_images=10**6).train) == 1079
-    assert torch.equal(load("digits", seed=1).test.pixels, load("digits", seed=1).test.pixels)
-    assert not torch.equal(load("digits", seed=1).test.pixels, load("digits", seed=2).test.pixels)
+    few = load("digits", val_fraction=0, max_images=100, seed=1)
+    assert few.val_is_test
+    assert few.val is few.test
+    assert (len(few.train), len(few.test)) == (100, 359)
+    assert all(9 <= n <= 11 for n in counts(few.train, 10)), "a stratified part"
+    assert torch.equal(few.test.pixels, load("digits", val_fraction=0, seed=1).test.pixels)
+    assert not torch.equal(few.test.pixels, data.test.pixels)
 
 
 @pytest.mark.parametrize(
@@ -145,8 +134,6 @@ def test_options_divide_the_digits_otherwise():
         pytest.param({"max_images": 0}, "max_images must be", id="max_images 0"),
         pytest.param({"max_images": 5}, "cannot choose 5 of 1079 images", id="max_images 5"),
         pytest.param({"name": "mnist"}, r"'mnist'; known names: digits, cifar10, .*folder", id="name"),
-        pytest.param({"name": "no/where"}, "dataset no/where: there is no such path", id="path"),
-        pytest.param({"name": __file__}, "is a file: expected a folder of images", id="file"),
         pytest.param({"name": "folder"}, "folder: name the folder of images with --data-dir", id="no folder"),
         pytest.param({"name": "folder", "data_dir": "nowhere"}, "--data-dir nowhere is not a folder", id="absent folder"),
     ],
@@ -200,25 +187,20 @@ def test_the_second_of_two_folders_is_test_and_val_comes_from_train(tmp_path, he
 
 # images of each class of train/ and of val/ (0: an empty class folder), and the message
 WRONG = {
-    "class missing in val": ({"ant": 4, "bee": 4}, {"ant": 2}, "val: no image of class 'bee'"),
     "class without images in val": ({"ant": 4, "bee": 4}, {"ant": 2, "bee": 0}, "val: no image of class 'bee'"),
     "class without images in train": ({"ant": 0, "bee": 4}, {"ant": 2, "bee": 2}, "train: no image of class 'ant'"),
     "class not in train": ({"ant": 4, "bee": 4}, {"ant": 2, "bee": 2, "cat": 1}, "val: class 'cat' is not among the 2 classes of train/"),
-    "no images": ({"ant": 0, "bee": 0}, {"ant": 0}, r"train: no images in its 2 class folders; known endings: \.jpg"),
-    "no class folders": ({}, {"ant": 2}, "train: expected one folder a class with images inside, found none: it is empty of images"),
-    "images without class folders": ({".": 1}, {"ant": 2}, "train: expected one folder a class .* it holds images directly"),
+    "no images": ({"ant": 0, "bee": 0}, {"ant": 0}, r"train: no image of classes 'ant', 'bee'; known endings: \.jpg"),
+    "no class folders": ({".": 1}, {"ant": 2}, "train: expected one folder a class with images inside, found no folder"),
     "one class": ({"ant": 4}, {"ant": 2}, "at least 2 classes are needed, found 1: ant"),
-    "train alone": ({"ant": 4, "bee": 4}, None, "has train/ but neither val/ nor test/"),
     "one image a class": ({"ant": 4, "bee": 1}, {"ant": 2, "bee": 2}, "class 'bee' with 1 image"),
 }
 
 
 @pytest.mark.parametrize(("train", "val", "message"), WRONG.values(), ids=list(WRONG))
 def test_a_broken_folder_gets_one_sentence(tmp_path, train, val, message):
-    for part, counts in (("train", train), ("val", val)):
-        if counts is not None:
-            (tmp_path / part).mkdir()
-            class_folders(tmp_path / part, counts)
+    class_folders(tmp_path / "train", train)
+    class_folders(tmp_path / "val", val)
     with pytest.raises(DataError, match=message) as caught:
         load("folder", data_dir=tmp_path)
     assert "\n" not in str(caught.value)
@@ -248,10 +230,9 @@ def test_tiny_imagenet_reads_the_official_layout(tmp_path):
     assert data.test.paths[4] == str(folder / "val" / "images" / "004.JPEG")
     assert data.test.labels[:5].tolist() == [0, 1, 2, 0, 1]
     assert data.test.read(4).shape == (3, 12, 16)
-    for text, message in (("000.JPEG\tn77\t0\n", r"val_annotations\.txt, line 1: .*'000.JPEG\\tn77"), ("", "file is empty")):
-        (folder / "val" / "val_annotations.txt").write_text(text)
-        with pytest.raises(DataError, match=message):
-            load("tiny-imagenet", data_dir=tmp_path)
+    (folder / "val" / "val_annotations.txt").write_text("000.JPEG\tn77\t0\n")
+    with pytest.raises(DataError, match=r"val_annotations\.txt, line 1: .*'000.JPEG\\tn77"):
+        load("tiny-imagenet", data_dir=tmp_path)
 
 
 @pytest.mark.parametrize("name", ["cifar10", "cifar100", "tiny-imagenet", "imagenette"])
@@ -362,8 +343,3 @@ def test_real_imagenette(real_data):
     data = load("imagenette", data_dir=real_data)
     assert (len(data.train), len(data.val), len(data.test)) == (8522, 947, 3925)
     assert data.classes[-1] == "parachute"
-
-
-def test_stratified_choice_is_the_same_in_every_version_of_pytorch():
-    chosen, _ = choose_stratified(torch.arange(3).repeat(10), 6, seed=0, purpose=TEST)
-    assert chosen.tolist() == [4, 8, 11, 21, 22, 27]

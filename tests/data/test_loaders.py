@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from kdfast.data import DataError, ImageData, LoaderOptions, Split, evaluation_transform, load, make_loaders, training_transform, usable
+from kdfast.data import DataError, ImageData, LoaderOptions, evaluation_transform, load, make_loaders, training_transform
 from kdfast.data.loaders import CLASSES, choose_loader, dali_installed
 from kdfast.data.protocol import Loader
 from kdfast.data.splits import HIDDEN
@@ -51,16 +51,6 @@ def test_every_image_comes_once_an_epoch(photographs, name, world_size, drop_las
     assert all(len(batch.images) == len(batch.labels) == len(batch.index) for epoch in epochs for batch in epoch)
     index = join_index(*epochs)
     assert len(index.unique()) == len(index) == (22 if not drop_last else {1: 20, 2: 16, 3: 12}[world_size])
-
-
-@pytest.mark.parametrize("n", [2, 8, 11, 13, 16])
-@pytest.mark.parametrize("world_size", [2, 3])
-def test_ranks_share_few_images_without_repetition(n, world_size):
-    ranks = [
-        make_loader("resident", make_split(n), PLAIN, 2, shuffle=False, rank=rank, world_size=world_size) for rank in range(world_size)
-    ]
-    assert join_index(*ranks).sort().values.tolist() == list(range(n))
-    assert sum(loader.samples for loader in ranks) == n
 
 
 def test_batches_of_ranks_join_to_the_batches_of_one_process():
@@ -189,11 +179,6 @@ def test_dtype_and_memory_format(photographs, name, dtype, channels_last, augmen
     assert torch.equal(images, exact.to(dtype)), "rounded once"
 
 
-def test_memory_images_are_normalized():
-    images = join_images(make_loader("torchvision", make_split(5), evaluation_transform("none", 8, *HALF), shuffle=False))
-    assert torch.allclose(images, (make_split(5).pixels / 255 - 0.5) / 0.5, atol=1e-6)
-
-
 @every_loader
 def test_a_broken_image_is_one_sentence_that_names_it(tmp_path, name):
     split, _ = write_pngs(tmp_path, 9)
@@ -208,41 +193,6 @@ def test_a_broken_image_is_one_sentence_that_names_it(tmp_path, name):
 def test_different_sizes_need_a_transform_that_resizes(tmp_path, name):
     with pytest.raises(DataError, match=r"images differ in size \(10x8 and 8x9\)"):
         list(make_loader(name, samples.write_sizes(tmp_path), evaluation_transform("none", 8, *HALF)))
-
-
-# ---- a folder with bad files ----------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> ImageData:
-    """Two classes of good files of all kinds and sizes, and every kind of bad file in one of them, which the check leaves out."""
-    root = samples.write_class_folders(tmp_path_factory.mktemp("folder"), {})
-    for name in samples.GOOD:
-        samples.plant(root / "train" / "cat", name)
-    for name in samples.REASONS:
-        samples.plant(root / "train" / "dog" / "bad", name)
-    loaded, said = load(str(root), val_fraction=0), []
-    with pytest.raises(DataError, match=r"13 image files are bad, where --max-bad-files allows 12"):
-        usable(loaded, max_bad_files=12)
-    good = usable(loaded, max_bad_files=13, say=said.append)
-    assert all(" ".join(said).count(f"{name} (") == 1 for name in samples.REASONS)
-    assert not any("/bad/" in path for path in good.train.paths)
-    return good
-
-
-@every_loader
-def test_no_loader_meets_a_bad_file(data, name):
-    made = make_loaders(data, batch_size=4, image_size=16, loader=name, workers=0)
-    whole = [join_images(made.test), join_images(made.val.in_order())]
-    small = make_loaders(data, batch_size=4, image_size=16, loader=name, workers=0, micro_batch=3)
-    for part, most in ((small.train, 4), (small.val, 4), (small.test, 3), (small.train.in_order(), 3), (small.val.in_order(), 3)):
-        batches = list(part)
-        assert max(len(batch.labels) for batch in batches) == most
-        assert all(batch.images.shape[1:] == (3, 16, 16) and batch.images.isfinite().all() for batch in batches)
-    assert torch.equal(join_images(small.test), whole[0])
-    assert torch.equal(join_images(small.val.in_order()), whole[1])
-    reference = join_images(make_loaders(data, batch_size=4, image_size=16, loader="torchvision", workers=0).test)
-    assert (whole[0] - reference).abs().mean() * 255 * 0.225 < 1, "within a grey level; 0.225 is ImageNet's least deviation"
 
 
 # ---- options and make_loaders ---------------------------------------------------------------------------------------------------
@@ -270,11 +220,6 @@ def test_a_bad_option_is_named(options, message):
         make_loaders(load("digits"), **({"batch_size": 4} | options))
 
 
-def test_an_empty_split_is_refused():
-    with pytest.raises(DataError, match="empty split"):
-        make_loader("resident", make_split(3).subset(torch.tensor([], dtype=torch.int64)), PLAIN)
-
-
 def test_make_loaders_follows_the_data_set():
     data, said = load("digits"), []
     loaders = make_loaders(data, batch_size=64, say=said.append)
@@ -284,6 +229,8 @@ def test_make_loaders_follows_the_data_set():
     images = join_images(loaders.test)
     assert images.mean().abs() < 0.05
     assert abs(images.std().item() - 1) < 0.05
+    small = make_loaders(data, batch_size=64, micro_batch=30)
+    assert [max(len(batch.labels) for batch in part) for part in (*small, small.val.in_order())] == [64, 64, 30, 30]
     same_options = make_loaders(data, LoaderOptions(batch_size=32), batch_size=64)
     assert same(list(same_options.train), list(loaders.train)), "keywords replace fields of the options"
 
@@ -319,8 +266,3 @@ def test_auto_names_its_choice_and_the_reason(tmp_path, monkeypatch):
     name, why = choose_loader(parts, cpu)
     assert name == "torchvision"
     assert "kdfast[dali]" in why
-
-
-def test_a_split_needs_as_many_images_as_labels():
-    with pytest.raises(DataError, match="got 2 images and 3 labels"):
-        Split(torch.zeros(3, dtype=torch.int64), paths=("a", "b"))

@@ -11,7 +11,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from kdfast.data import DataError, Split, evaluation_transform, training_transform
+from kdfast.data import DataError, evaluation_transform, training_transform
 from kdfast.data.augment import Step
 from tests.data.samples import HALF, join_index, make_loader, make_split, same, write_pngs
 
@@ -21,12 +21,6 @@ PLAIN = evaluation_transform("squash", 8, *HALF)
 
 def loader_of(split, transform=AUGMENT, batch_size=4, **options):
     return make_loader("torchvision", split, transform, batch_size, **options)
-
-
-@pytest.mark.parametrize("transform", [AUGMENT, PLAIN, training_transform("imagenet", 8, *HALF)], ids=["cifar", "squash", "imagenet"])
-def test_files_and_memory_give_the_same_batches(tmp_path, transform):
-    on_disk, in_memory = write_pngs(tmp_path, 7)
-    assert same(list(loader_of(on_disk, transform)), list(loader_of(in_memory, transform)))
 
 
 def test_workers_change_nothing(tmp_path):
@@ -57,12 +51,6 @@ def catch_complaint(loader):
     except DataError as error:
         return str(error)
     return pytest.fail("no DataError was raised")
-
-
-def test_each_image_has_its_own_augmentation():
-    alike = Split(torch.zeros(20, dtype=torch.int64), pixels=make_split(1).pixels.repeat(20, 1, 1, 1))
-    (batch,) = loader_of(alike, batch_size=20)
-    assert len(batch.images.flatten(1).unique(dim=0)) > 10
 
 
 class Dying(Step):

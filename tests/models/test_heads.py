@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from kdfast.models import classifier_head, create, feature_size, find_head, projection_head, replace_head
+from kdfast.models import create, feature_size, find_head, projection_head, replace_head
 
 CLASSIFIERS = {
     "resnet20": ("linear", 64),
@@ -64,12 +64,6 @@ def test_an_mlp_counts_as_one_head():
     assert find_head(model) == ("linear.4", model.linear[4])
     assert feature_size(model) == 64
     assert replace_head(model, nn.Linear(64, 5))(torch.randn(2, 3, 8, 8)).shape == (2, 5)
-
-
-def test_replace_head_works_inside_a_sequential():
-    model = replace_head(create("mobilenetv2_cifar", 10), classifier_head(1280, 4, hidden=8))
-    assert model.eval()(torch.randn(2, 3, 32, 32)).shape == (2, 4)
-    assert len(model.classifier) == 1
 
 
 def test_projection_head_has_two_layers_and_unit_rows():

@@ -54,12 +54,10 @@ def test_parameter_counts_are_the_papers(name):
 
 
 @pytest.mark.parametrize("name", STAGES)
-def test_stages_at_32_and_64_pixels(name):
+def test_stages_at_32_pixels(name):
     with torch.device("meta"):
         model = create(name, 7)
         assert list(tap_shapes(model, model.stages, (3, 32, 32))) == STAGES[name]
-        doubled = tap_shapes(model, model.stages, (3, 64, 64))
-    assert [shape[0] for shape in doubled] == [shape[0] for shape in STAGES[name]]
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -71,12 +69,8 @@ def test_every_network_has_stages_and_a_head(name):
         assert model(torch.empty(2, 1, 64, 64).to(memory_format=torch.channels_last)).shape == (2, 10)
         headless = create(name, 10, head="none")
         assert headless(torch.empty(2, 3, 32, 32)).shape == (2, feature_size(headless))
-
-
-@pytest.mark.parametrize("size", [8, 16])
-@pytest.mark.parametrize("name", ["resnet8", "resnet14", "resnet20", "wrn_16_2", "vgg8_cifar", "mobilenetv2_cifar"])
-def test_small_images(name, size):
-    assert create(name, 10, in_channels=1)(torch.randn(2, 1, size, size)).shape == (2, 10)
+        if name != "vgg11_cifar":
+            assert model(torch.empty(2, 1, 8, 8)).shape == (2, 10)
 
 
 def test_vgg11_requires_32_pixels():
@@ -91,19 +85,11 @@ def test_channels_last_keeps_values_and_format():
     torch.testing.assert_close(model(x), model(x.to(memory_format=torch.channels_last)), rtol=1e-4, atol=1e-5)
 
 
-class TestOptionA:
-    @pytest.mark.parametrize("name", ["resnet20", "resnet8x4", "resnet18_cifar"])
-    def test_has_no_shortcut_parameters(self, name):
-        with torch.device("meta"):
-            plain, free = create(name, 10), create(name, 10, shortcut="A")
-        shortcuts = {key for key in plain.state_dict() if ".shortcut." in key}
-        assert shortcuts
-        assert plain.state_dict().keys() - free.state_dict().keys() == shortcuts
-
-    def test_takes_every_other_pixel_between_channels_of_zeros(self):
-        x = torch.randn(2, 16, 5, 6)
-        y = create("resnet8", 10, shortcut="A").layer2[0].shortcut(x)
-        assert torch.equal(y, torch.cat([torch.zeros(2, 8, 3, 3), x[:, :, ::2, ::2], torch.zeros(2, 8, 3, 3)], dim=1))
+def test_option_a_takes_every_other_pixel_between_channels_of_zeros():
+    model, x = create("resnet8", 10, shortcut="A"), torch.randn(2, 16, 5, 6)
+    y = torch.cat([torch.zeros(2, 8, 3, 3), x[:, :, ::2, ::2], torch.zeros(2, 8, 3, 3)], dim=1)
+    assert torch.equal(model.layer2[0].shortcut(x), y)
+    assert not any(".shortcut." in key for key in model.state_dict())
 
 
 @pytest.mark.parametrize("name", ["resnet8", "wrn_16_2", "vgg8_cifar", "mobilenetv2_cifar"])
@@ -137,9 +123,6 @@ class TestSpec:
             pytest.param(("resnet8", 0), ValueError, "positive integer", id="no class"),
             pytest.param(("resnet8", 2.5), ValueError, "positive integer", id="half a class"),
             pytest.param(("resnet8", 3, "fc"), ValueError, "linear, mlp, none", id="head"),
-            pytest.param(
-                ("resnet8", 1, "linear", {"widths": [1]}), TypeError, "'widths' must be str, int, float or bool, got list", id="option"
-            ),
         ],
     )
     def test_names_a_bad_field(self, arguments, error, message):
@@ -157,8 +140,8 @@ def test_names_lists_ours_and_torchvisions():
     ("name", "options", "message"),
     [
         pytest.param("resnt20", {}, r"no network 'resnt20'; the nearest names are resnet20", id="name"),
-        pytest.param("resnet8", {"widht": 2}, r"'resnet8' has no option 'widht'; its options: shortcut, in_channels", id="option"),
-        pytest.param("resnet18", {"in_channels": 1}, "torchvision's 'resnet18' does not take these options", id="torchvision option"),
+        pytest.param("resnet8", {"widht": 2}, "'resnet8' does not take these options: .*'widht'", id="option"),
+        pytest.param("resnet18", {"in_channels": 1}, "'resnet18' does not take these options", id="torchvision option"),
         pytest.param("resnet20", {"pretrained": True}, r"no pretrained weights for 'resnet20'.*load_weights", id="pretrained"),
     ],
 )
@@ -191,9 +174,6 @@ def test_a_users_function_is_called_with_classes_and_options():
 
 
 class TestTorchvision:
-    def test_mobilenet_v2_without_head_returns_features(self):
-        assert create("mobilenet_v2", 10, head="none").eval()(torch.randn(1, 3, 64, 64)).shape == (1, 1280)
-
     def test_pretrained_gets_a_new_classifier(self, monkeypatch):
         import torchvision
 

@@ -40,7 +40,7 @@ class TorchvisionLoader(OrderedLoader):
         if workers:  # once, before they are forked: each of them would take seconds to import these
             need("torchvision.io")
             need("torchvision.transforms.v2")
-        self._plan, self._turn = _Plan(), object()
+        self._plan = _Plan()
         self._loader = make_loader(
             _Samples(split, transform, options),
             workers,
@@ -57,12 +57,11 @@ class TorchvisionLoader(OrderedLoader):
     def _make_host_batches(self, requests: list[Request]) -> Iterator[Batch]:
         """uint8 batches in host memory; an error of a worker is raised here, without the worker's traceback."""
         self._plan.requests = requests
-        turn = self._turn = object()
         for batch in iterate(self._loader):
             if isinstance(batch, str):
                 raise DataError(batch)
             yield batch
-            if turn is not self._turn and self._loader.num_workers:
+            if self._plan.requests is not requests and self._loader.num_workers:
                 raise DataError("a loader with workers was iterated again before an earlier iteration was over: it cannot go on")
 
 
