@@ -194,7 +194,7 @@ class Run:
             if self.world.main:
                 if line["best"]:
                     with loop.averaged_weights():
-                        save_weights(loop.trained, folder / "best.safetensors")
+                        save_weights(loop.trained, folder / "best.safetensors", stage.metadata)
                 self._journal.append(line)
                 for observe in self.observers:
                     observe(line)
@@ -208,7 +208,7 @@ class Run:
 
     def _write_result(self, stage: Stage, loop: StageLoop, folder: Path) -> None:
         with loop.averaged_weights():
-            save_weights(loop.trained, folder / "last.safetensors")
+            save_weights(loop.trained, folder / "last.safetensors", stage.metadata)
         lines = [line for line in self._journal.lines() if line["stage"] == stage.name]
         kept = lines[-1] if stage.keep == "last" else lines[loop.best_epoch]
         rates = [line["images_per_s"] for line in lines]

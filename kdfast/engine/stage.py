@@ -8,7 +8,7 @@ named loss terms (`loss`; the engine minimizes their sum), which optimizer and s
 import math
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 import torch
@@ -162,6 +162,7 @@ class Stage:
         optimizer: (trained parameters, training) -> optimizer, in place of `training`'s. Its learning rate follows the schedule, and
             checkpoints hold its state.
         lr_factor: (training, epoch from 0) -> learning rate divided by `training.lr`.
+        metadata: text by name, written into the files of the stage's weights.
 
     Example:
         >>> from torch import nn
@@ -195,6 +196,7 @@ class Stage:
     prepare: Callable[[], None] = lambda: None
     optimizer: Callable[[Sequence[nn.Parameter], Training], torch.optim.Optimizer] | None = None
     lr_factor: Callable[[Training, int], float] = lr_factor
+    metadata: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def higher_is_better(self) -> bool:

@@ -15,13 +15,14 @@ so a gathered row is read once: the forward pass computes the gradient from it t
 saved in float32 for every dtype of the anchors: float16 would lose a mean's gradient before a GradScaler's factor lifts it.
 
 The gathered rows [B, 1 + K, D] never exist at once. The kernel (kernels/nce.py) holds a tile of one anchor's rows. The PyTorch form
-gathers a chunk of columns at a time. reference.crd_loss defines the values.
+gathers a chunk of columns at a time. On a CPU, if the bank has not many more rows than an anchor needs, it multiplies some anchors by the
+whole bank and selects the needed products: a product costs a twentieth of a gathered row. reference.crd_loss defines the values.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -33,7 +34,9 @@ from kdfast.ops.precision import arithmetic
 from kdfast.ops.registration import opaque
 
 EPS = 1e-7  # the authors'
-CHUNK = 2**20  # elements of gathered rows that exist at once
+CHUNK = 2**20  # elements of gathered rows, or of products, that exist at once
+DENSE = 8  # up to so many bank rows for each needed row, the bank is multiplied whole (measured: equal at about 12)
+DENSE_ROWS = 2**16  # larger banks are gathered from: too few anchors could be multiplied at once
 UNSETTLED = -1.0  # a normalizer that is not yet known, as in the authors' code
 
 
@@ -177,21 +180,63 @@ def _normalizer(anchors: Tensor, bank: Tensor, indices: Tensor, Z: Tensor, tempe
 # ---- in PyTorch ------------------------------------------------------------------------------------------------------
 
 
-def _parts(v: Tensor, bank: Tensor, indices: Tensor, temperature: float) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yields rows [B, c, D] of some columns of all anchors at a time, in the same memory, and their scores x . v / T, [B, c].
+class _Part(NamedTuple):
+    """Some of the scores."""
 
-    A score is NaN if it is infinite, or if the index is not in the bank. The caller may overwrite them.
-    """
+    anchors: slice
+    has_positives: bool  # in column 0
+    scores: Tensor  # [b, c], x . v / T, which the caller may overwrite: NaN if infinite, or if the index is not in the bank
+    pull: Callable[[Tensor], Tensor]  # weights [b, c] -> [b, D], the sum of weighted rows
+
+
+def _parts(v: Tensor, bank: Tensor, indices: Tensor, temperature: float) -> Iterator[_Part]:
+    """Yields all scores, part by part."""
+    # only on a CPU does scatter_add_ add the weights of one row in a fixed order
+    if v.device.type == "cpu" and bank.dtype == v.dtype and len(bank) <= min(DENSE * indices.shape[1], DENSE_ROWS):
+        return _by_anchors(v, bank, indices, temperature)
+    return _by_columns(v, bank, indices, temperature)
+
+
+def _by_anchors(v: Tensor, bank: Tensor, indices: Tensor, temperature: float) -> Iterator[_Part]:
+    """Multiplies some anchors at a time by the whole bank and selects the needed products; indices have been checked."""
+    n = len(bank)
+    most = max(1, CHUNK // max(n, indices.shape[1]))
+    finite = bank.where(bank.isfinite(), 0.0) if not math.isfinite(bank.sum().item()) else bank  # a row that no index names has weight 0
+    memory = v.new_empty(min(most, len(v)), n)
+    for start in range(0, len(v), most):
+        anchors = slice(start, min(start + most, len(v)))
+        index = indices[anchors]
+        products = memory[: len(index)]
+        torch.mm(v[anchors], bank.T, out=products)  # out=: autocast leaves it alone
+        scores = products.gather(1, index).div_(temperature)
+        scores.masked_fill_(~scores.isfinite(), math.nan)
+
+        def pull(weights: Tensor, index: Tensor = index, sums: Tensor = products) -> Tensor:
+            sums.zero_().scatter_add_(1, index, weights)
+            return torch.mm(sums, finite, out=v.new_empty(len(index), bank.shape[1]))
+
+        yield _Part(anchors, True, scores, pull)
+
+
+def _by_columns(v: Tensor, bank: Tensor, indices: Tensor, temperature: float) -> Iterator[_Part]:
+    """Gathers the rows [B, c, D] of some columns of all anchors at a time, into the same memory."""
     (B, D), n = v.shape, len(bank)
     width = max(1, min(CHUNK // max(1, B * D), indices.shape[1]))
     memory = bank.new_empty(B * width, D)
-    for index in indices.split(width, 1):
+    for start in range(0, indices.shape[1], width):
+        index = indices[:, start : start + width]
         inside = (index >= 0) & (index < n)  # all of them on a CPU, where they were checked
         rows = memory[: index.numel()]
         torch.index_select(bank, 0, index.clamp(0, n - 1).reshape(-1), out=rows)
         rows = rows.view(B, index.shape[1], D).to(v.dtype)
-        scores = torch.bmm(rows, v[:, :, None], out=v.new_empty(B, index.shape[1], 1)).squeeze(2).div_(temperature)  # out=: not autocast
-        yield rows, scores.where(scores.isfinite() & inside, math.nan)
+        scores = v.new_empty(B, index.shape[1], 1)
+        torch.bmm(rows, v[:, :, None], out=scores)
+        scores = scores.squeeze(2).div_(temperature)
+
+        def pull(weights: Tensor, rows: Tensor = rows) -> Tensor:
+            return torch.bmm(weights[:, None, :], rows, out=v.new_empty(B, 1, D)).squeeze(1)
+
+        yield _Part(slice(0, B), start == 0, scores.where(scores.isfinite() & inside, math.nan), pull)
 
 
 def loss_and_gradient(
@@ -203,16 +248,16 @@ def loss_and_gradient(
     shift = Z.to(dtype).log() + log_b
     total = v.new_zeros(())
     gradient = v.new_zeros(B if with_gradient else 0, D)
-    for number, (rows, scores) in enumerate(_parts(v, bank, indices, temperature)):
-        t = scores.sub_(shift)
-        if number == 0:  # the first column holds the positives
+    for part in _parts(v, bank, indices, temperature):
+        t = part.scores.sub_(shift)
+        if part.has_positives:
             t[:, 0].neg_()
         total -= F.logsigmoid(-t).sum()  # softplus, exact also beyond torch's threshold
         if with_gradient:
             share = t.sigmoid_()
-            if number == 0:
+            if part.has_positives:
                 share[:, 0].neg_()
-            gradient += torch.bmm(share[:, None], rows, out=v.new_empty(B, 1, D)).squeeze(1)
+            gradient[part.anchors] += part.pull(share)
     mean = 1 / max(B, 1)
     return total * mean + (constant if B else 0.0), gradient.mul_(mean / temperature)
 
@@ -223,7 +268,7 @@ def mean_score(anchors: Tensor, bank: Tensor, indices: Tensor, Z: Tensor, temper
         return Z.clone()
     v = anchors.to(arithmetic(anchors, bank, Z)).contiguous()
     total = v.new_zeros(())
-    for _rows, scores in _parts(v, bank, indices, temperature):
-        total += scores.exp_().sum()
+    for part in _parts(v, bank, indices, temperature):
+        total += part.scores.exp_().sum()
     made = (total / indices.numel() * len(bank) if indices.numel() else torch.full_like(total, math.nan)).to(Z.dtype)
     return torch.where(is_settled(Z), Z, made)

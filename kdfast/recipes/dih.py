@@ -7,12 +7,15 @@ teachers beside its final classifier.
     2. k heads, each Flatten - Linear, one on the output of each stage of the frozen teacher, are trained together on the sum of their CE
     3. the student: loss = sum over h in {final classifier, heads 1..k} of (1 - a_h) CE(s, y) + a_h T^2 KL(t_h || s)
 
-All k + 1 teachers are one fused call.
+All k + 1 teachers are one fused call. The run keeps the heads: `--heads RUN` uses them again, together with their teacher.
 
 Presets: dih-readme and dih-code (the authors' README and code, which differ).
 """
 
+import json
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -20,9 +23,9 @@ from torch import Tensor, nn
 from kdfast.data import Batch
 from kdfast.engine.ranges import Checked, Positive
 from kdfast.engine.stage import Outputs, Terms
-from kdfast.models import flatten_head
+from kdfast.models import flatten_head, read_weights
 from kdfast.recipes import kd, supervised
-from kdfast.recipes.features import FeatureMaps
+from kdfast.recipes.features import FeatureMaps, fingerprint
 from kdfast.recipes.recipe import Extended, Preset, Recipe, Setup, Stages, Trained
 from kdfast.recipes.remembered import Remembered
 from kdfast.recipes.trainings import DIH_CODE, DIH_README
@@ -39,6 +42,8 @@ class Settings(Checked):
     classifier and each head in turn; 0 leaves a head out altogether."""
     label_smoothing: float = 0.0
     """Label smoothing of the cross-entropy."""
+    heads: Path | None = None
+    """A run whose heads are used again; none: trained here."""
     teacher_stages: tuple[str, ...] = ()
     """Modules of the teacher whose outputs get a head; none: the ends of its stages."""
 
@@ -68,15 +73,43 @@ class HeadedTeacher(Extended):
 
 
 def train_heads(setup: Setup, settings: Settings, given: Trained | None) -> Stages[Trained]:
-    """Takes or trains the teacher, then trains its heads."""
+    """Takes or trains the teacher, then loads or trains its heads."""
+    if settings.heads is not None and given is None:
+        raise ValueError("heads belong to one teacher: name it with --teacher, as in the run that trained them")
     model, spec = yield from supervised.teacher(setup, settings, given)
     maps = FeatureMaps(model, settings.teacher_stages, "teacher_stages", setup.data.image_size)
     count = 1 + len(maps.paths)
     if len(settings.alpha) not in (1, count):
         raise ValueError(f"alpha must be 1 value or {count}, one for each of the teacher's classifiers, got {len(settings.alpha)}")
     teacher = HeadedTeacher(model, maps, nn.ModuleList(flatten_head(shape, setup.classes) for shape in maps.shapes))
-    yield from supervised.train_heads(setup, model, teacher.heads, lambda images: teacher.predict(images)[1:], maps.paths)
+    facts = {"teacher": fingerprint(model), "stages": json.dumps(maps.paths), "classes": str(setup.classes)}
+    if settings.heads is not None:
+        _load(teacher.heads, settings.heads, facts)
+    else:
+        yield from supervised.train_heads(
+            setup, model, teacher.heads, lambda images: teacher.predict(images)[1:], maps.paths, metadata=facts
+        )
     return Trained(teacher, spec)
+
+
+def _load(heads: nn.ModuleList, run: Path, facts: Mapping[str, str]) -> None:
+    """Loads the heads from a run's folder or from a weights file.
+
+    Raises:
+        ValueError: it has no heads, or heads of another teacher, other stages or other classes.
+    """
+    path = run / "stages" / supervised.HEADS / "best.safetensors" if run.is_dir() else run
+    if not path.exists():
+        raise ValueError(f"heads: {run} holds none: it is not a run of recipe dih that trained heads")
+    state, found = read_weights(path)
+    for name, meaning in (
+        ("teacher", "another teacher's heads"),
+        ("stages", "heads of other stages"),
+        ("classes", "heads of other classes"),
+    ):
+        if found.get(name) != facts[name]:
+            raise ValueError(f"heads: {run} holds {meaning}: {found.get(name, 'none')} there, {facts[name]} here")
+    heads.load_state_dict({name.removeprefix("0."): tensor for name, tensor in state.items()})
 
 
 def distil(setup: Setup, settings: Settings, teacher: HeadedTeacher) -> Stages[Trained]:

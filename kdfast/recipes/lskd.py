@@ -13,9 +13,11 @@ Presets: cifar100, cifar100-<teacher>-<student> and imagenet (the authors' table
 
 from dataclasses import dataclass
 
+from torch import nn
+
 from kdfast.engine.ranges import NotNegative, Positive
 from kdfast.recipes import kd
-from kdfast.recipes.recipe import Preset, Recipe
+from kdfast.recipes.recipe import Preset, Recipe, Setup, Stages, Trained
 from kdfast.recipes.trainings import IMAGENET, REPDISTILLER
 
 
@@ -31,6 +33,17 @@ class Settings(kd.Settings):
     """Weight of the cross-entropy with the labels."""
     standardize: bool = True
     """Standardize each row of logits first."""
+
+
+def distil(setup: Setup, settings: Settings, teacher: nn.Module) -> Stages[Trained]:
+    """One stage: the student follows the teacher's standardized logits."""
+    T = settings.temperature
+    setup.say(
+        f"  effective weights: {settings.ce_weight:g} CE + {settings.kd_weight:g} x T^2 = {settings.kd_weight * T * T:g} KL at T = {T:g}"
+    )
+    if settings.kd_weight < 1:
+        setup.say(f"  warning: kd_weight {settings.kd_weight:g} suits raw logits; standardized ones want about 9, or accuracy drops")
+    return (yield from kd.distil(setup, settings, teacher))
 
 
 def _cifar100(pair: str, temperature: float, weight: float, teacher: str, student: str, **more: object) -> Preset:
@@ -53,5 +66,5 @@ RECIPE = Recipe(
             {**IMAGENET, "temperature": 2.0, "kd_weight": 9.0, "ce_weight": 1.0},
         ),
     },
-    distil=kd.distil,
+    distil=distil,
 )

@@ -1,12 +1,14 @@
 """Training on labels alone: the teacher if none is given, a teacher's heads, and the student that distillation is compared with."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from torch import Tensor, nn
 
 from kdfast.data import Loaders
 from kdfast.engine import Stage, Training
 from kdfast.recipes.recipe import Setup, Stages, Trained, cross_entropy
+
+HEADS = "teacher/heads"  # the stage that trains classifiers on a teacher's maps
 
 
 def supervised(
@@ -29,9 +31,15 @@ def supervised(
 
 
 def train_heads(
-    setup: Setup, model: nn.Module, heads: nn.Module, predict: Callable[[Tensor], Sequence[Tensor]], names: Sequence[str]
+    setup: Setup,
+    model: nn.Module,
+    heads: nn.Module,
+    predict: Callable[[Tensor], Sequence[Tensor]],
+    names: Sequence[str],
+    *,
+    metadata: Mapping[str, str] | None = None,
 ) -> Stages[None]:
-    """One stage that trains classifiers on the maps of the frozen `model` with the sum of their cross-entropies.
+    """One stage, HEADS, that trains classifiers on the maps of the frozen `model` with the sum of their cross-entropies.
 
     Args:
         setup: of the run; all labels are shown.
@@ -39,9 +47,10 @@ def train_heads(
         heads: the classifiers, one module.
         predict: images -> logits [B, C] of each classifier.
         names: of the classifiers, for metrics and the printed accuracies.
+        metadata: written into the file of their weights.
     """
     result = yield Stage(
-        "teacher/heads",
+        HEADS,
         train=(heads,),
         frozen=(model,),
         forward=lambda batch: {f"logits/{name}": logits for name, logits in zip(names, predict(batch.images))},
@@ -49,6 +58,7 @@ def train_heads(
         data=setup.loaders(setup.teacher_training, all_labels=True),
         training=setup.teacher_training,
         best="val/loss",
+        metadata=metadata or {},
     )
     top1 = (f"{name} {100 * result.metrics[f'val/top1/{name}']:.2f} %" for name in names)
     setup.say(f"  heads, validation top-1: {', '.join(top1)}")

@@ -132,6 +132,19 @@ def test_the_notebooks_quirk_reports_the_classifier_that_it_saves(tmp_path: Path
     assert evaluate(run)["top1"] == results_of(run)["arms"]["distilled"][0]["last/top1"]
 
 
+def test_dihs_heads_are_used_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    first, again, other = (tmp_path / name for name in ("first", "again", "other"))
+    options = ["distill", "--recipe", "dih", *SHORT]
+    assert kdfast(*options, "--out", first) == 0
+    assert re.search(r"heads, validation top-1: layer1 \S+ %, layer2 \S+ %, layer3 \S+ %", capsys.readouterr().out)
+    assert kdfast(*options, "--teacher", first / "teacher.safetensors", "--heads", first, "--out", again) == 0
+    assert stages_of(again) == ["seed0/distil"]
+    assert results_of(first)["arms"]["distilled"][0]["best/loss"] == results_of(again)["arms"]["distilled"][0]["best/loss"]
+    save_weights(create("resnet8", 10), other.with_suffix(".safetensors"), {})
+    wrong = ["--teacher", other.with_suffix(".safetensors"), "--heads", first, "--out", tmp_path / "wrong"]
+    assert "another teacher's" in fail(capsys, *options, *wrong)
+
+
 @pytest.mark.parametrize(
     "more",
     [
@@ -170,12 +183,12 @@ def test_a_recipe_of_ones_own_is_distilled_resumed_and_evaluated(tmp_path: Path)
 
 
 def test_a_trained_teacher_serves_the_next_run(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    arguments = ["--recipe", "dih", "--teacher", finished / "teacher.safetensors", *SHORT]
+    arguments = ["--recipe", "lskd", "--teacher", finished / "teacher.safetensors", *SHORT]
     assert kdfast("distill", *arguments, "--out", tmp_path / "run") == 0
     shown = capsys.readouterr().out
     assert f"test top-1 {100 * results_of(finished)['teacher']['top1']:.2f} %" in shown
-    assert re.search(r"heads, validation top-1: layer1 \S+ %, layer2 \S+ %, layer3 \S+ %", shown)
-    assert stages_of(tmp_path / "run") == ["teacher/heads", "seed0/distil"]
+    assert "effective weights" in shown
+    assert "teacher" not in stages_of(tmp_path / "run")
 
 
 def test_a_given_teacher_that_is_trained_further_is_saved_and_said_to_be(finished: Path, tmp_path: Path):

@@ -307,7 +307,8 @@ def test_backend_chooses_the_form_and_float64_has_no_kernel(operator):
         pytest.param(linear_kd, (512, 256, 32000), id="linear_kd_loss, many classes"),
         pytest.param(supcon, (256, 128), id="supcon_loss"),
         pytest.param(supcon, (1024, 128), id="supcon_loss, many rows"),
-        pytest.param(nce, (32, 2048, 20_000), id="crd_loss"),
+        pytest.param(nce, (32, 2048, 20_000), id="crd_loss, gathered"),
+        pytest.param(nce, (32, 2048, 10_000), id="crd_loss, whole bank"),
     ],
 )
 def test_cpu_is_not_slower_than_the_original(bench, shape):

@@ -13,8 +13,9 @@ from kdfast import recipes
 from kdfast.data import make_loaders
 from kdfast.engine import Options, Run, Training
 from kdfast.engine.stage import as_means
-from kdfast.models import ModelSpec, create, projection_head
-from kdfast.recipes import at, conkd, crd, dih, fitnets, kd, mhkd, plus, remembered, self_distillation, takd, tofd
+from kdfast.models import ModelSpec, create, projection_head, save_weights
+from kdfast.recipes import at, conkd, crd, dih, fitnets, kd, mhkd, plus, remembered, self_distillation, supervised, takd, tofd
+from kdfast.recipes.features import fingerprint
 from kdfast.recipes.recipe import Setup, Trained
 from tests.engine.small import CPU, equal, hide_labels, loaders, noise
 
@@ -296,6 +297,25 @@ def test_dih_student_follows_all_classifiers(alpha):
     weights = alpha * 4 if len(alpha) == 1 else alpha
     expected = sum((1 - a) * ce(logits, batch.labels) + a * kl(logits, t, 5.0) for a, t in zip(weights, opinions) if a)
     assert_same(stage, batch, expected)
+
+
+def test_dih_uses_heads_of_a_run_again(tmp_path):
+    teacher, settings = network(), dih.Settings(heads=tmp_path)
+    made = headed(dih.Settings(), teacher)
+    stage = next(dih.train_heads(setup(), dih.Settings(), Trained(teacher, ModelSpec("resnet14", 3))))
+    assert stage.metadata["teacher"] == fingerprint(teacher)
+    path = tmp_path / "stages" / supervised.HEADS / "best.safetensors"
+    with pytest.raises(ValueError, match="holds none: it is not a run of recipe dih"):
+        headed(settings, teacher)
+    save_weights(nn.ModuleList([made.heads]), path, stage.metadata)
+    again = headed(settings, teacher)
+    assert equal(made.heads.state_dict(), again.heads.state_dict())
+    with pytest.raises(ValueError, match="holds another teacher's heads"):
+        headed(settings, network(seed=1))
+    with pytest.raises(ValueError, match="holds heads of other stages"):
+        headed(replace(settings, teacher_stages=("layer1",)), teacher)
+    with pytest.raises(ValueError, match="heads belong to one teacher: name it with --teacher"):
+        next(dih.train_heads(setup(), settings, None))
 
 
 # ---- multi-head ------------------------------------------------------------------------------------------------------
