@@ -96,61 +96,44 @@ def test_accesses_are_as_wide_as_the_arguments_allow(C, stride, V, dtype, first,
     x, y = torch.zeros(2, 4096, dtype=dtype)
     launch, made = code("sm_90", _copy, x[first:], y, C, stride, V=V, BLOCK=1024)
     assert made.widths == widths
+    assert ({*made.loads}, {*made.stores}) == ({widths["x"]}, {widths["y"]})
     assert binaries.find_problems(launch, made, "sm_90") == []
+
+
+ROWS = {"C": 1000, "stride": 1000, "BLOCK": 1024}
+SHORT = {"BLOCK": 2**10, "num_warps": 4}
+FAULTS = {  # a kernel, the shape of its tensors, options with the fault and without it, a part of the sentence
+    "pieces": (_copy, (3, 1000), ROWS | {"V": 1}, ROWS | {"V": 4}, "x is accessed 32 bits at a time, its rows allow 128"),
+    "few registers": (_softmax, (2**12,), {"BLOCK": 2**12, "num_warps": 4, "maxnreg": 24}, SHORT, "spills"),
+    "long rows": (_softmax, (2**17,), {"BLOCK": 2**17, "num_warps": 16}, SHORT, "spills"),
+    "memory": (_turn, (512 * 512,), {"BLOCK": 512, "num_warps": 32}, {"BLOCK": 64}, "bytes of shared memory"),
+}
+SLOW_FAULTS = [(target, fault) for target in ("sm_80", "sm_100") for fault in ("pieces", "few registers", "memory")]
+
+
+@compiles
+@pytest.mark.parametrize(
+    ("target", "fault"),
+    [
+        ("sm_90", "pieces"),
+        ("sm_90", "few registers"),
+        ("gfx942", "memory"),
+        *(pytest.param(*row, marks=pytest.mark.slow) for row in [*SLOW_FAULTS, ("gfx942", "long rows")]),
+    ],
+)
+def test_a_fault_is_found_where_it_is(target, fault):
+    function, shape, bad, good, problem = FAULTS[fault]
+    x, y = torch.zeros(2, *shape)
+    assert problem in binaries.find_problems(*code(target, function, x, y, **bad), target)[0]
+    assert not binaries.find_problems(*code(target, function, x, y, **good), target)
 
 
 @compiles
 def test_fusion_must_be_stated():
     x = torch.zeros(64)
-    with binaries.record_launches() as launches:
-        _copy[(1,)](x, x.clone(), 64, 64, V=4, BLOCK=64)
-    (made,) = binaries.compile_launches(launches, "sm_90")
-    assert binaries.find_problems(launches[0], made, "sm_90") == ["does not state enable_fp_fusion, whose default differs between releases"]
-
-
-@compiles
-@pytest.mark.parametrize("target", ["sm_90", *FAR])
-def test_rows_in_small_pieces_are_seen(target):
-    x = torch.zeros(3, 1000)
-    launch, made = code(target, _copy, x, x.clone(), 1000, 1000, V=1, BLOCK=1024)
-    assert made.loads == {32: 8}
-    assert made.stores == {32: 8}
-    assert made.widths == {"x": 32, "y": 32}
-    assert binaries.find_problems(launch, made, target) == [f"{name} is accessed 32 bits at a time, its rows allow 128" for name in "xy"]
-    launch, made = code(target, _copy, x, x.clone(), 1000, 1000, V=4, BLOCK=1024)
-    assert made.loads == made.stores == {128: 2}
-    assert binaries.find_problems(launch, made, target) == []
-
-
-@compiles
-@pytest.mark.parametrize(
-    ("target", "block", "options"),
-    [
-        pytest.param("sm_90", 2**12, {"num_warps": 4, "maxnreg": 24}, id="sm_90, few registers"),
-        *(pytest.param(target, 2**17, {"num_warps": 16}, marks=pytest.mark.slow, id=target) for target in binaries.TARGETS),
-    ],
-)
-def test_spills_are_seen(target, block, options):
-    x, y = torch.zeros(2, block)
-    launch, made = code(target, _softmax, x, y, BLOCK=block, **options)
-    assert made.spilled > 24
-    assert binaries.find_problems(launch, made, target) == [f"spills {made.spilled} bytes a thread"]
-    launch, made = code(target, _softmax, x, y, BLOCK=2**10, num_warps=4)
-    assert made.spilled == 0
-    assert made.registers < 64
-    assert binaries.find_problems(launch, made, target) == []
-
-
-@compiles
-@pytest.mark.parametrize("target", ["gfx942", pytest.param("sm_90", marks=pytest.mark.slow), *FAR])
-def test_too_much_shared_memory_is_seen(target):
-    x, y = torch.zeros(2, 512 * 512)
-    launch, made = code(target, _turn, x, y, BLOCK=512, num_warps=32)
-    assert made.shared > binaries.SHARED_LIMIT[target]
-    assert any("bytes of shared memory" in problem for problem in binaries.find_problems(launch, made, target))
-    launch, made = code(target, _turn, x, y, BLOCK=64)
-    assert 64 * 64 <= made.shared <= binaries.SHARED_LIMIT[target]
-    assert binaries.find_problems(launch, made, target) == []
+    launch, made = code("sm_90", _copy, x, x.clone(), 64, 64, V=4, BLOCK=64)
+    del launch.options["enable_fp_fusion"]
+    assert binaries.find_problems(launch, made, "sm_90") == ["does not state enable_fp_fusion, whose default differs between releases"]
 
 
 @compiles
@@ -338,7 +321,7 @@ def test_instructions_ask_for_the_predicted_bytes(C, requests):
 @pytest.mark.parametrize("normalize", [False, True])
 @pytest.mark.parametrize("N", [8192, 32768])
 def test_contrastive_loss_takes_little_memory(N, normalize, monkeypatch):
-    """What the launchers allocate beyond the features and their gradient is below 4 N D b + 64 N bytes."""
+    """Its launchers allocate less than 4 N D b + 64 N bytes beyond the features and their gradient."""
     monkeypatch.setattr(triton.JITFunction, "run", lambda *_, **__: None)
     features, step = step_of_supcon(N, 128, BF16, Setting(0.07, 1.0, 1, False, normalize))
     assert 0 < peak_memory(step) - features.nbytes < 4 * features.nbytes + 64 * N
@@ -346,12 +329,11 @@ def test_contrastive_loss_takes_little_memory(N, normalize, monkeypatch):
 
 @compiles
 def test_noise_contrast_takes_little_memory(monkeypatch):
-    """What the launcher allocates, where the gathered rows are 537 MB."""
+    """Its launcher allocates less than 1 MB, where the gathered rows are 537 MB."""
     (B, K, n), D = noise_contrast.SHAPE, 128
     monkeypatch.setattr(triton.JITFunction, "run", lambda *_, **__: None)
     arguments = torch.zeros(B, D), torch.empty(n, D), torch.zeros(B, 1 + K, dtype=torch.int64), torch.ones(()), 0.07, 0.0, 0.0, True
-    split, _ = nce.parts(B, 1 + K, nce.plan(D)[0])
-    assert 0 < peak_memory(lambda: nce.loss_and_gradient(*arguments)) <= 4 * (B * split * (D + 1) + B * D + 1) < 2**20
+    assert 0 < peak_memory(lambda: nce.loss_and_gradient(*arguments)) < 2**20
 
 
 @compiles
