@@ -39,6 +39,7 @@ from kdfast.data import (
 )
 from kdfast.data.loaders import dali_installed
 from kdfast.engine import join
+from kdfast.engine.ranges import AtLeastOne, Checked, Count
 from kdfast.text import markdown_table
 
 NAMED = {"imagenette": "imagenette2-160", "cifar10": "cifar-10-batches-py"}  # data sets, and their folders
@@ -47,31 +48,25 @@ IN_MEMORY = 10  # times as many images an epoch: they pass that much faster
 
 
 @dataclass(frozen=True)
-class Loaders:
+class Loaders(Checked):
     """Loading throughput, images/s, of kdfast's loaders and of torchvision's data sets in PyTorch's DataLoader."""
 
     data_dir: Path | None = None
     """An image folder, or a folder that holds imagenette2-160/ or cifar-10-batches-py/; none: generated images."""
-    workers: int | None = None
+    workers: Count | None = None
     """Processes on either side, beside the case of none, and threads of DALI; none: one a core, up to 8."""
-    images: int = 1000
+    images: AtLeastOne = 1000
     """Training images an epoch, at most; ten times as many where they are small and in memory."""
-    image_size: int = 224
+    image_size: AtLeastOne = 224
     """Pixels of the crops of image files."""
-    batch_size: int = 64
+    batch_size: AtLeastOne = 64
     """Images a batch."""
-    epochs: int = 5
+    epochs: AtLeastOne = 5
     """Timed epochs of each loader."""
     device: str = "auto"
     """Device of the batches: auto, cpu, cuda or cuda:N."""
     out: Path | None = None
     """Also write the numbers, with machine and versions, to this JSON file."""
-
-    def __post_init__(self) -> None:
-        for name, least in (("workers", 0), ("images", 1), ("image_size", 1), ("batch_size", 1), ("epochs", 1)):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise ValueError(f"{name} must be at least {least}, got {value}")
 
 
 # ---- images ----------------------------------------------------------------------------------------------------------

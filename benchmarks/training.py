@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from rich.console import Console
@@ -30,19 +30,21 @@ from kdfast.benchmarks import distill_kl, supcon, timing
 from kdfast.benchmarks.loaders import small_images
 from kdfast.data import Batch, make_loaders
 from kdfast.engine import Stage, Training, World, join
+from kdfast.engine.ranges import AtLeastOne, Checked, Positive, Range
 from kdfast.engine.schedule import make_optimizer
 from kdfast.engine.stage import Outputs, Terms
 from kdfast.models import ModelSpec, create
 from kdfast.recipes import Setup
 from kdfast.text import markdown_table
 
+AtLeastTwo = Annotated[int, Range("must be at least 2", lambda value: value >= 2)]
 PARTS = ("teacher", "student", "losses", "backward", "optimizer")
 WARMUP = 3  # steps of each side that are not counted: compilation, and cuDNN's choice of algorithms
 ROUNDS = 3  # at least, however long they take
 
 
 @dataclass(frozen=True)
-class Train:
+class Train(Checked):
     """Training-step throughput: images/s, where the time goes, and the same step without kdfast's losses and optimizer."""
 
     recipe: Literal["kd", "lskd", "conkd"] = "conkd"
@@ -51,11 +53,11 @@ class Train:
     """Student's architecture (kdfast list models)."""
     teacher: str | None = None
     """Teacher's architecture; none: resnet101 on CUDA, resnet34 on the CPU."""
-    classes: int = 1000
+    classes: AtLeastTwo = 1000
     """Outputs of both networks."""
-    image_size: int | None = None
+    image_size: AtLeastOne | None = None
     """Pixels; none: 224 on CUDA, 64 on the CPU."""
-    batch_size: int | None = None
+    batch_size: AtLeastTwo | None = None
     """Images a step; none: 256 on CUDA, 32 on the CPU."""
     optimizer: Literal["lion", "adamw", "sgd"] = "lion"
     """The student's optimizer."""
@@ -65,18 +67,10 @@ class Train:
     """torch.compile of the forward passes; auto: on CUDA."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
-    seconds: float = 30.0
+    seconds: Positive = 30.0
     """Time for the steps that count; networks are made, compiled and warmed up before."""
     out: Path | None = None
     """Also write the numbers, with machine and versions, to this JSON file."""
-
-    def __post_init__(self) -> None:
-        for name, least in (("classes", 2), ("image_size", 1), ("batch_size", 2)):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise ValueError(f"{name} must be at least {least}, got {value}")
-        if not self.seconds > 0:
-            raise ValueError(f"seconds must be positive, got {self.seconds}")
 
     def on(self, device: torch.device) -> "Train":
         """These options with nothing left to choose."""

@@ -35,13 +35,9 @@ def report(**result: object) -> None:
 
 
 def timed_cases(device: torch.device) -> list[Case]:
-    """The usual cases of every operator in bfloat16 and float32, the largest of each operator first."""
-    cases = [
-        sorted((case for case in operator.module.cases(device, dtype) if case.tier != "long"), key=lambda case: -case.bytes)
-        for operator in OPERATORS.values()
-        for dtype in (torch.bfloat16, torch.float32)
-    ]
-    return [group[i] for i in range(max(map(len, cases))) for group in cases if i < len(group)]
+    """The usual cases of every operator in bfloat16 and float32, the largest first."""
+    cases = operators.cases(device, torch.bfloat16) + operators.cases(device, torch.float32)
+    return sorted(cases, key=lambda case: -case.bytes)
 
 
 def compile_kernels(device: torch.device) -> None:
@@ -79,9 +75,8 @@ def time_calls(device: torch.device) -> None:
 
 def run_once(device: torch.device) -> None:
     """Runs the largest bfloat16 case of every operator once."""
-    for operator in OPERATORS.values():
-        case = max((case for case in operator.module.cases(device, torch.bfloat16) if case.tier != "long"), key=lambda case: case.bytes)
-        case.step(OURS).run()
+    for name in OPERATORS:
+        max(operators.cases(device, torch.bfloat16, operators=[name]), key=lambda case: case.bytes).step(OURS).run()
 
 
 def run_for_sanitizer(device: torch.device) -> None:
