@@ -17,6 +17,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -94,28 +95,25 @@ class Clock:
 
     def __init__(self, device: torch.device):
         self._gpu = device.type == "cuda"
-        self._marks: list[tuple[str, Any]] = []
+        self._steps: list[dict[str, Any]] = []
 
     @torch.compiler.disable
     def mark(self, part: str) -> None:
         """Ends a part here; "start" begins a step."""
+        now: Any = torch.cuda.Event(enable_timing=True) if self._gpu else time.perf_counter()
         if self._gpu:
-            now: Any = torch.cuda.Event(enable_timing=True)
             now.record()
-        else:
-            now = time.perf_counter()
-        self._marks.append((part, now))
+        if part == "start" or not self._steps:
+            self._steps.append({})
+        self._steps[-1][part] = now
 
     def take(self) -> list[dict[str, float]]:
         """Returns the milliseconds of each part, one entry per step, and clears the marks. The device must have finished."""
-        steps: list[dict[str, float]] = []
-        for (_, before), (part, now) in zip([("", None), *self._marks], self._marks):
-            if part == "start":
-                steps.append({})
-            else:
-                steps[-1][part] = before.elapsed_time(now) if self._gpu else 1e3 * (now - before)
-        self._marks = []
-        return steps
+        steps, self._steps = self._steps, []
+        return [{part: self._milliseconds(marks[before], marks[part]) for before, part in pairwise(marks)} for marks in steps]
+
+    def _milliseconds(self, start: Any, end: Any) -> float:
+        return start.elapsed_time(end) if self._gpu else 1e3 * (end - start)
 
 
 class Step:
@@ -235,11 +233,11 @@ def measure(options: Train, world: World) -> dict[str, Any]:
     labels = torch.randint(options.classes, (N,), device=device)
     batch = Batch(images, labels, torch.arange(N, device=device))
     sides = {"kdfast": Step(options, batch, plain=False), "plain": Step(options, batch, plain=True)}
-    for step in sides.values():
+    memory = {}
+    for name, step in sides.items():
         for _ in range(WARMUP):
             step()
-    memory = {name: timing.peak_memory(step, device) for name, step in sides.items()}
-    for step in sides.values():
+        memory[name] = timing.peak_memory(step, device)
         step.clock.take()
 
     # a GPU is to have the next step's kernels waiting, as in training: several steps before the other side's turn

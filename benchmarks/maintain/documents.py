@@ -4,10 +4,10 @@ A table stands between <!-- table: DEVICE --> (every case of every operator) or 
 loaders, momenta, compare_GRID), and <!-- end -->. DEVICE is how the names of files in results/ begin: "cpu" for cpu-lion.json.
 """
 
+import contextlib
 import json
 import re
 import statistics
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -20,29 +20,33 @@ from kdfast.runs.comparison import markdown
 from kdfast.text import markdown_table
 
 PAGES = (ROOT / "README.md", *(ROOT / "docs" / name for name in ("performance.md", "loaders.md", "comparison.md")))
+GAINS = {"cifar10": "CIFAR-10, a fifth of the images", "digits_few": "digits, 5 % of the labels"}  # comparisons, and their titles
 FIGURES = ROOT / "docs" / "figures"
 
 
+def load(name: str) -> dict[str, Any]:
+    """Loads results/<name>.json."""
+    return dict(json.loads((RESULTS / f"{name}.json").read_text()))
+
+
 def read_committed(device: str) -> list[Results]:
-    """Reads the committed results of a device."""
+    """Reads the committed results of the operators on a device."""
     found = []
     for path in sorted(RESULTS.glob(f"{device}-*.json")):
-        try:
+        with contextlib.suppress(ValueError):  # loaders, training
             found.append(read(path))
-        except ValueError:  # loaders, training
-            continue
     return found
 
 
 def devices() -> list[str]:
-    """The devices with committed results."""
+    """The devices on which operators were measured."""
     names = {path.name.partition("-")[0] for path in RESULTS.glob("*-*.json")}
     return sorted(name for name in names if read_committed(name))
 
 
 def training(device: str) -> str:
     """Images/s of whole training loops."""
-    result = json.loads((RESULTS / f"{device}-self_distillation.json").read_text())
+    result = load(f"{device}-self_distillation")
     rows = [(c["variant"], f"{c['images_per_s']:.1f}", f"{c['speedup']:.2f}") for c in result["cases"]]
     made = markdown_table(("loop", "images/s", "over the tutorial's"), rows)
     return f"{made}\n\n{describe(result['machine'], result['date'])}."
@@ -50,7 +54,7 @@ def training(device: str) -> str:
 
 def loading(device: str) -> str:
     """Images/s of every loader."""
-    result = json.loads((RESULTS / f"{device}-loaders.json").read_text())
+    result = load(f"{device}-loaders")
     return f"{loaders.make_table(result['cases'])}\n\n{describe(result['machine'], result['date'])}."
 
 
@@ -58,15 +62,14 @@ def momenta(device: str) -> str:
     """Accuracy with narrow momenta, a row a data set and dtype."""
     rows, measured = [], []
     for path in sorted(RESULTS.glob(f"{device}-lion_momentum_*.json")):
-        result = json.loads(path.read_text())
-        measured.append(f"{result['cases'][0]['dataset']}: {describe(result['machine'], result['date'])}")
+        result = load(path.stem)
+        measured.append(f"- {result['cases'][0]['dataset']}: {describe(result['machine'], result['date'])}.")
         for c in result["cases"]:
-            accuracy, runs = statistics.mean(c["accuracy"]), len(c["accuracy"])
             against = "" if c["momentum"] == "float32" else f"{c['difference']:+.2f} ± {c['standard_error']:.2f}"
-            images = f"{c['dataset']}, {c['epochs']} epochs, {runs} seeds"
-            rows.append((images, c["momentum"], f"{c['momentum_bytes']:,}", f"{accuracy:.2f}", against))
+            images = f"{c['dataset']}, {c['epochs']} epochs, {len(c['accuracy'])} seeds"
+            rows.append((images, c["momentum"], f"{c['momentum_bytes']:,}", f"{statistics.mean(c['accuracy']):.2f}", against))
     made = markdown_table(("images", "momentum", "bytes", "test accuracy, %", "from float32, points"), rows, left=(0, 1))
-    return "\n".join([made, "", *(f"- {line}." for line in measured)])
+    return "\n".join([made, "", *measured])
 
 
 def gains_figure(device: str) -> str:
@@ -74,11 +77,9 @@ def gains_figure(device: str) -> str:
 
     Bars are means over seeds, lines their 95 % intervals, where there are several seeds.
     """
-    titles = {"cifar10": "CIFAR-10, a fifth of the images", "digits_few": "digits, 5 % of the labels"}
-    figure, panels = draw_axes(len(titles), height=3.6)
-    shown = read_gains(device, titles)
-    for axes, (grid, title) in zip(panels, titles.items()):
-        rows = shown[grid]
+    figure, panels = draw_axes(len(GAINS), height=3.6)
+    shown = read_gains(device)
+    for axes, (grid, rows) in zip(panels, shown.items()):
         gains = [100 * row["paired"]["mean"] for row in rows]
         axes.barh([row["recipe"] for row in rows], gains, color=["#00795c" if gain > 0 else "#b0305c" for gain in gains])
         for place, row in enumerate(rows):
@@ -86,14 +87,14 @@ def gains_figure(device: str) -> str:
                 axes.plot([100 * row["paired"]["low"], 100 * row["paired"]["high"]], [place, place], color="#222222", linewidth=1)
         axes.axvline(0, color="#555555", linewidth=1)
         seeds = len(rows[0]["seeds"])
-        axes.set_title(f"{title}, {seeds} seed{'s' if seeds > 1 else ''}", fontsize=10)
+        axes.set_title(f"{GAINS[grid]}, {seeds} seed{'s' if seeds > 1 else ''}", fontsize=10)
         axes.set_xlabel("points over the student alone")
     return to_svg(figure, identify(shown))
 
 
-def read_gains(device: str, grids: Iterable[str] = ("cifar10", "digits_few")) -> dict[str, list[dict[str, Any]]]:
+def read_gains(device: str) -> dict[str, list[dict[str, Any]]]:
     """The recipes' rows of committed comparisons, by grid, the smallest gain first."""
-    rows = {grid: json.loads((RESULTS / f"{device}-compare_{grid}.json").read_text())["rows"] for grid in grids}
+    rows = {grid: load(f"{device}-compare_{grid}")["rows"] for grid in GAINS}
     return {grid: sorted((row for row in of if "paired" in row), key=lambda row: row["paired"]["mean"]) for grid, of in rows.items()}
 
 
@@ -120,7 +121,7 @@ def make_table(device: str, kind: str | None) -> str:
             return loading(device)
         case "momenta":
             return momenta(device)
-    return markdown(json.loads((RESULTS / f"{device}-{kind}.json").read_text())).strip()  # of kdfast compare
+    return markdown(load(f"{device}-{kind}")).strip()  # of kdfast compare
 
 
 def write_documents() -> list[Path]:

@@ -117,13 +117,10 @@ def _find(name: str) -> Command:
     Raises:
         ImportError: it needs a package that is not installed.
     """
-    if name == "kernels":
-        return Kernels, kernels
-    if name == "report":
-        return Report, make_report
-    module_name, options = {"loaders": ("loaders", "Loaders"), "train": ("training", "Train"), "codegen": ("codegen", "Codegen")}[name]
+    if name in ("kernels", "report"):
+        return {"kernels": (Kernels, kernels), "report": (Report, make_report)}[name]
     try:
-        module = importlib.import_module(f"kdfast.benchmarks.{module_name}")
+        module = importlib.import_module(f"kdfast.benchmarks.{'training' if name == 'train' else name}")
     except ModuleNotFoundError as missing:
-        raise MissingPackage(missing.name or module_name, extra="bench", what=f"kdfast bench {name}") from missing
-    return getattr(module, options), module.run
+        raise MissingPackage(missing.name or name, extra="bench", what=f"kdfast bench {name}") from missing
+    return getattr(module, name.capitalize()), module.run
