@@ -117,8 +117,10 @@ def _find(name: str) -> Command:
     Raises:
         ImportError: it needs a package that is not installed.
     """
-    if name in ("kernels", "report"):
-        return {"kernels": (Kernels, kernels), "report": (Report, make_report)}[name]
+    if name == "kernels":
+        return Kernels, kernels
+    if name == "report":
+        return Report, make_report
     try:
         module = importlib.import_module(f"kdfast.benchmarks.{'training' if name == 'train' else name}")
     except ModuleNotFoundError as missing:
