@@ -1,7 +1,8 @@
 """Every recipe's loss against its formula in float64, the order of its stages, and the settings that it refuses."""
 
 import json
-from dataclasses import replace
+import math
+from dataclasses import fields, replace
 from types import SimpleNamespace
 
 import pytest
@@ -9,15 +10,29 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from kdfast import recipes
+from kdfast import recipes, reference
 from kdfast.data import make_loaders
 from kdfast.engine import Options, Run, Training
 from kdfast.engine.stage import as_means
+from kdfast.losses import CRDLoss
 from kdfast.models import ModelSpec, create, projection_head, save_weights
-from kdfast.recipes import at, conkd, crd, dih, fitnets, kd, mhkd, plus, remembered, self_distillation, supervised, takd, tofd
+from kdfast.recipes import at, conkd, crd, dih, fitnets, kd, lskd, mhkd, plus, remembered, self_distillation, supervised, takd, tofd
 from kdfast.recipes.features import fingerprint
 from kdfast.recipes.recipe import Setup, Trained
 from tests.engine.small import CPU, equal, hide_labels, loaders, noise
+
+TESTED = set[str]()  # recipes whose loss a test of this file compares with its formula
+
+
+def checks_loss_of(*names):
+    TESTED.update(names)
+    return lambda test: test
+
+
+@pytest.mark.parametrize("name", recipes.names())
+def test_every_recipe_has_a_test_of_its_loss(name):
+    assert name in TESTED, f"write a test of {name}'s loss, with @checks_loss_of({name!r})"
+
 
 TRAINING = Training(epochs=5, batch_size=16, lr=0.1, schedule="constant")
 STAGES = ("layer1", "layer2", "layer3")
@@ -108,6 +123,37 @@ def finished(generator, metrics=()):
         result = SimpleNamespace(metrics={f"val/top1/{name.removeprefix('logits/')}": 0.5 for name in outputs})
 
 
+# ---- logits, contrast, self-distillation -----------------------------------------------------------------------------
+
+
+def standardize(logits):
+    return (logits - logits.mean(1, keepdim=True)) / (logits.std(1, keepdim=True) + 1e-7)
+
+
+@checks_loss_of("kd", "lskd", "conkd")
+@pytest.mark.parametrize("recipe", [kd, lskd, conkd], ids=lambda module: module.RECIPE.name)
+def test_logits(recipe):
+    teacher, settings = network(), recipe.Settings()
+    stage = in_double(next(recipe.RECIPE.distil(setup(), settings, teacher)))
+    batch, student = batch_of(stage), stage.train[0]
+    logits, *_, features = seen(student, batch.images)
+    pair = logits, teacher(batch.images)
+    expected = settings.ce_weight * ce(logits, batch.labels)
+    expected = expected + settings.kd_weight * kl(*(pair if recipe is kd else map(standardize, pair)), settings.temperature)
+    if recipe is conkd:
+        expected = expected + 0.15 * reference.supcon_loss(stage.train[1](features), batch.labels, temperature=0.07)
+    assert_same(stage, batch, expected)
+
+
+@checks_loss_of("self_distillation")
+def test_self_distillation():
+    stage = in_double(next(self_distillation.distil(setup(), self_distillation.Settings(alpha=0.3), None)))
+    batch, (student, projection) = batch_of(stage), stage.train
+    logits, _, shallow, deep, _ = seen(student, batch.images)
+    feature = (F.interpolate(shallow, deep.shape[2:], mode="bilinear") - projection.projection(deep.detach())).pow(2).mean()
+    assert_same(stage, batch, 0.3 * feature + 0.7 * ce(logits, batch.labels))
+
+
 # ---- attention transfer ----------------------------------------------------------------------------------------------
 
 
@@ -116,6 +162,7 @@ def attention(features):
     return energy / energy.norm(dim=1, keepdim=True)
 
 
+@checks_loss_of("at")
 @pytest.mark.parametrize("kd_weight", [0.0, 0.7])
 def test_at(kd_weight):
     teacher = network()
@@ -130,17 +177,7 @@ def test_at(kd_weight):
 # ---- contrastive representation distillation -------------------------------------------------------------------------
 
 
-def contrasted(v, bank, indices, Z, temperature):
-    """CRD's equation, row by row: the image's own row against rows of other classes."""
-    n, K = len(bank), indices.shape[1] - 1
-    total = v.new_zeros(())
-    for row, numbers in zip(v, indices):
-        scores = (bank[numbers] @ row / temperature).exp() / Z
-        positive, negative, noise = scores[0], scores[1:], K / n
-        total = total - (positive / (positive + noise + 1e-7)).log() - (noise / (negative + noise + 1e-7)).log().sum()
-    return total / len(v)
-
-
+@checks_loss_of("crd")
 @pytest.mark.parametrize("kd_weight", [0.0, 0.9])
 def test_crd(kd_weight):
     teacher = network()
@@ -154,37 +191,18 @@ def test_crd(kd_weight):
     contrast.train()
     logits, *_, features = seen(student, batch.images)
     target, *_, theirs = seen(teacher, batch.images)
-    v_s, v_t = (
-        F.normalize(embed.linear(f.detach() if f is theirs else f), dim=1)
-        for embed, f in ((contrast.embed_s, features), (contrast.embed_t, theirs))
-    )
-
+    alike = CRDLoss(64, 64, 80, labels=noise().train.labels, feat_dim=5, nce_k=7, nce_t=0.2, nce_m=0.5).double()
+    alike.load_state_dict(contrast.state_dict())
+    alike.embed_s, alike.embed_t = contrast.embed_s, contrast.embed_t
     torch.manual_seed(3)
-    indices = torch.cat([batch.index[:, None], contrast._draw_negatives(batch.index)], 1)
-    labels = noise().train.labels
-    assert (labels[indices[:, 1:]] != labels[batch.index][:, None]).all(), "a negative of the image's own class"
-    banks = contrast.memory_v1.clone(), contrast.memory_v2.clone()
-    constants = [((bank[indices] @ v[:, :, None]) / 0.2).exp().mean().detach() * 80 for v, bank in ((v_s, banks[1]), (v_t, banks[0]))]
-    expected = ce(logits, batch.labels) + kd_weight * kl(logits, target, 4.0)
-    for v, bank, Z in ((v_s, banks[1], constants[0]), (v_t, banks[0], constants[1])):
-        expected = expected + 0.6 * contrasted(v, bank, indices, Z, 0.2)
-
+    expected = ce(logits, batch.labels) + kd_weight * kl(logits, target, 4.0) + 0.6 * alike(features, theirs.detach(), batch.index)
     torch.manual_seed(3)
     assert_same(stage, batch, expected)
-    assert torch.allclose(torch.stack([contrast.Z_v1, contrast.Z_v2]), torch.stack(constants))
-    rows = F.normalize(0.5 * banks[0][batch.index] + 0.5 * v_s.detach(), dim=1)
-    assert torch.allclose(contrast.memory_v1[batch.index], rows), "the student's bank follows the student"
-    others = torch.ones(80, dtype=torch.bool)
-    others[batch.index] = False
-    assert torch.equal(contrast.memory_v1[others], banks[0][others])
 
 
 def test_crd_takes_a_teacher_whose_head_has_layers():
     teacher = create("resnet14", 3, head="mlp").eval()
     stage = next(crd.distil(setup(), crd.Settings(negatives=7), teacher))
-    stage.set_modes(training=True)
-    batch = next(iter(stage.data.train))
-    assert stage.loss(stage.forward(batch), batch)["contrast"].isfinite()
     assert stage.memory[0].embed_t.linear.in_features == 128, "what its last layer reads"
 
 
@@ -192,12 +210,8 @@ def test_crds_hidden_labels_are_classes_of_their_own():
     hidden = hide_labels(torch.arange(80) % 4 > 0)
     labels = hidden.train.labels
     made = setup(data=hidden, labels_hidden=True, make_loaders=lambda training, *_: make_loaders(hidden, batch_size=16))
-    stage = next(crd.distil(made, crd.Settings(negatives=500), network()))
-    (contrast,) = stage.memory
-    own = torch.arange(80)
-    drawn = contrast._draw_negatives(own)
-    assert (drawn != own[:, None]).all()
-    shown = labels >= 0
+    (contrast,) = next(crd.distil(made, crd.Settings(negatives=500), network())).memory
+    drawn, shown = contrast._draw_negatives(torch.arange(80)), labels >= 0
     alike = shown[drawn] & shown[:, None] & (labels[drawn] == labels[:, None])
     assert not alike.any()
     assert set(drawn[1].tolist()) == set(range(80)) - {1}, "an image without a label has all others for negatives"
@@ -206,6 +220,7 @@ def test_crds_hidden_labels_are_classes_of_their_own():
 # ---- FitNets ---------------------------------------------------------------------------------------------------------
 
 
+@checks_loss_of("fitnets")
 def test_fitnets_hint_then_logits():
     teacher = network()
     stages = fitnets.distil(setup(), fitnets.Settings(hint_epochs=2), teacher)
@@ -238,13 +253,12 @@ def test_fitnets_without_a_regressor():
     assert stage.training.epochs == 1  # a fifth
     batch, (student, _) = batch_of(stage), stage.train
     assert_same(stage, batch, (seen(student, batch.images)[1] - seen(teacher, batch.images)[1]).pow(2).mean())
-    with pytest.raises(ValueError, match="without a regressor teacher_shape must be student_shape"):
-        next(fitnets.distil(setup(), fitnets.Settings(regressor=False, student_hint="layer1", teacher_hint="layer2"), network()))
 
 
 # ---- teacher assistants ----------------------------------------------------------------------------------------------
 
 
+@checks_loss_of("takd")
 def test_takd_hops_along_the_chain():
     teacher = network("resnet20")
     stages = takd.distil(setup(teacher="resnet20"), takd.Settings(assistants=("resnet14", "resnet8")), teacher)
@@ -285,6 +299,7 @@ def test_dih_trains_its_heads_on_the_sum_of_their_cross_entropies():
     assert_same(stage, batch, sum(ce(F.linear(m.flatten(1), h[1].weight, h[1].bias), batch.labels) for m, h in zip(maps, heads)))
 
 
+@checks_loss_of("dih")
 @pytest.mark.parametrize("alpha", [(0.1,), (0.3, 0.0, 0.2, 0.6)], ids=str)
 def test_dih_student_follows_all_classifiers(alpha):
     settings = dih.Settings(alpha=alpha)
@@ -321,6 +336,7 @@ def test_dih_uses_heads_of_a_run_again(tmp_path):
 # ---- multi-head ------------------------------------------------------------------------------------------------------
 
 
+@checks_loss_of("mhkd")
 @pytest.mark.parametrize("pull", [False, True])
 def test_mhkd(pull):
     teacher = network()
@@ -341,14 +357,10 @@ def test_mhkd(pull):
     assert_same(stage, batch, expected)
 
 
-def test_mhkd_with_the_originals_padding_needs_room():
-    with pytest.raises(ValueError, match="head_padding 0 needs maps of at least 5 x 5 pixels, and layer2 puts out 4 x 4"):
-        next(mhkd.distil(setup(), mhkd.Settings(head_padding=0), network()))
-
-
 # ---- task-oriented features ------------------------------------------------------------------------------------------
 
 
+@checks_loss_of("tofd")
 def test_tofd():
     given, spec = network(), ModelSpec("resnet14", 3)
     heads = in_double(next(tofd.train_heads(setup(), tofd.Settings(), Trained(given, spec))))
@@ -436,30 +448,31 @@ def test_a_teacher_is_asked_once_about_images_that_stay_the_same(recipe, tmp_pat
 # ---- refused settings -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("name", recipes.names())
+def test_settings_out_of_range_are_named(name):
+    settings = recipes.get(name).settings
+    numbers = {field.name for field in fields(settings) if type(field.default) in (int, float)} - {"label_smoothing"}
+    assert numbers
+    for number in numbers:
+        with pytest.raises(ValueError, match=f"^{number} must .*, got -1"):
+            settings(**{number: -1})
+
+
 @pytest.mark.parametrize(
     ("recipe", "options", "message"),
     [
-        ("at", {"attention_weight": -1.0}, "attention_weight must not be negative, got -1.0"),
-        ("at", {"temperature": 0.0}, "temperature must be positive, got 0.0"),
-        ("crd", {"contrast_weight": -1.0}, "contrast_weight must not be negative, got -1.0"),
-        ("crd", {"negatives": 0}, "negatives must be at least 1, got 0"),
-        ("crd", {"embedding": 0}, "embedding must be at least 1, got 0"),
-        ("crd", {"contrast_temperature": 0.0}, "contrast_temperature must be positive, got 0.0"),
-        ("crd", {"bank_momentum": 1.5}, "bank_momentum must be from 0 to 1, got 1.5"),
-        ("fitnets", {"hint_epochs": 0}, "hint_epochs must be at least 1, got 0"),
-        ("fitnets", {"hint_weight": -1.0}, "hint_weight must not be negative"),
-        ("dih", {"alpha": (0.1, 1.5)}, "alpha must be from 0 to 1, one for all or one a classifier, got 0.1, 1.5"),
-        ("dih", {"alpha": ()}, "alpha must be from 0 to 1, one for all or one a classifier, got none"),
-        ("dih", {"temperature": -1.0}, "temperature must be positive, got -1.0"),
-        ("mhkd", {"alpha": 2.0}, "alpha must be from 0 to 1, got 2.0"),
-        ("mhkd", {"head_weight": -0.5}, "head_weight must not be negative"),
-        ("tofd", {"temperature": 0.0}, "temperature must be positive"),
-        ("tofd", {"feature_weight": -1.0}, "feature_weight must not be negative"),
+        pytest.param(crd, {"bank_momentum": 1.5}, "bank_momentum must be from 0 to 1, got 1.5", id="above the range"),
+        pytest.param(kd, {"temperature": math.nan}, "temperature must be positive, got nan", id="NaN"),
+        pytest.param(fitnets, {"hint_epochs": 0}, "hint_epochs must be at least 1, got 0", id="a field that may be None"),
+        pytest.param(
+            dih, {"alpha": (0.1, 1.5)}, "alpha must be from 0 to 1, one for all or one a classifier, got 0.1, 1.5", id="one of two"
+        ),
+        pytest.param(dih, {"alpha": ()}, "alpha must be from 0 to 1, one for all or one a classifier, got none", id="none"),
     ],
 )
-def test_settings_out_of_range_are_named(recipe, options, message):
+def test_a_setting_out_of_range_is_named(recipe, options, message):
     with pytest.raises(ValueError, match=message):
-        recipes.get(recipe).settings(**options)
+        recipe.Settings(**options)
 
 
 UNFIT = [
@@ -467,6 +480,8 @@ UNFIT = [
     pytest.param(at, {"student_stages": ("layer1",)}, r"equally many stages, got 1 \(layer1\) and 3", id="one stage and three"),
     pytest.param(at, {"student_stages": ("linear",)}, r"linear must put out a feature map .*, got \[B, 3\]", id="no feature map"),
     pytest.param(fitnets, {"teacher_hint": "layer"}, "no module 'layer'; the nearest names are", id="no such module for a hint"),
+    pytest.param(fitnets, {"regressor": False, "student_hint": "layer1"}, "without a regressor teacher_shape must be", id="no regressor"),
+    pytest.param(mhkd, {"head_padding": 0}, "head_padding 0 needs maps of at least 5 x 5 pixels, and layer2 puts out 4 x 4", id="padding"),
 ]
 
 
