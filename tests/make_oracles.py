@@ -71,6 +71,11 @@ def differentiate(loss: Any, *inputs: Tensor) -> list[np.ndarray]:
     return [value.detach().numpy().reshape(()), *(x.grad.numpy() for x in leaves if x.grad is not None)]
 
 
+def name_fields(case: str, **fields: Any) -> Arrays:
+    """Returns the arrays of a case by their names in the file."""
+    return {f"{case}/{name}": value for name, value in fields.items()}
+
+
 def logit_distillation(clones: Path) -> Arrays:
     folder = clones / "logit-standardization-KD" / "mdistiller" / "distillers"
     _, kd_loss = functions_of(folder / "KD.py", "normalize", "kd_loss")
@@ -80,14 +85,9 @@ def logit_distillation(clones: Path) -> Arrays:
         (2, 1000, 1.0, False),
     ):  # fmt: skip
         student, teacher = 3 * randn(N, C), 3 * randn(N, C)
-        loss, *gradients = differentiate(lambda s, t: kd_loss(s, t, T, standardize), student, teacher)  # noqa: B023
-        made |= {
-            f"lskd_n{N}_c{C}_T{T}_std{standardize:d}/{key}": value
-            for key, value in {
-                "student": student, "teacher": teacher, "temperature": T, "standardize": standardize, "loss": loss,
-                "grad_student": gradients[0], "grad_teacher": gradients[1],
-            }.items()
-        }  # fmt: skip
+        loss, grad_student, grad_teacher = differentiate(lambda s, t: kd_loss(s, t, T, standardize), student, teacher)  # noqa: B023
+        case, given = f"lskd_n{N}_c{C}_T{T}_std{standardize:d}", {"temperature": T, "standardize": standardize, "loss": loss}
+        made |= name_fields(case, student=student, teacher=teacher, **given, grad_student=grad_student, grad_teacher=grad_teacher)
     return made
 
 
@@ -100,19 +100,12 @@ def supervised_contrast(clones: Path) -> Arrays:
     ):  # fmt: skip
         features, labels = F.normalize(randn(B, V, D), dim=2), torch.randint(0, classes, (B,))
         loss, gradient = differentiate(lambda f: original(tau, mode)(f, labels), features)  # noqa: B023
-        made |= {
-            f"supcon_b{B}_v{V}_d{D}_k{classes}_tau{tau}_{mode}/{key}": value
-            for key, value in {
-                "features": features, "labels": labels, "temperature": tau, "base_temperature": 0.07, "contrast_mode": mode, "loss": loss,
-                "grad": gradient,
-            }.items()
-        }  # fmt: skip
+        options = {"temperature": tau, "base_temperature": 0.07, "contrast_mode": mode}
+        case = f"supcon_b{B}_v{V}_d{D}_k{classes}_tau{tau}_{mode}"
+        made |= name_fields(case, features=features, labels=labels, **options, loss=loss, grad=gradient)
     features = F.normalize(randn(20, 2, 32), dim=2)
     loss, gradient = differentiate(lambda f: original(0.1)(f), features)
-    made |= {
-        f"simclr_b20_v2_d32/{key}": value
-        for key, value in {"features": features, "temperature": 0.1, "loss": loss, "grad": gradient}.items()
-    }
+    made |= name_fields("simclr_b20_v2_d32", features=features, temperature=0.1, loss=loss, grad=gradient)
     return made
 
 
@@ -122,8 +115,8 @@ def conkd_contrast(clones: Path) -> Arrays:
     for B, D, classes in ((16, 10, 10), (65, 64, 10), (128, 32, 100)):
         features, labels = randn(B, D), torch.randint(0, classes, (B,))
         loss, gradient = differentiate(lambda f: original(0.07)(f, labels), features)  # noqa: B023
-        fields = {"features": features, "labels": labels, "temperature": 0.07, "loss": loss, "grad": gradient}
-        made |= {f"supcontrastive_seed_n{B}_d{D}_k{classes}/{key}": value for key, value in fields.items()}
+        case = f"supcontrastive_seed_n{B}_d{D}_k{classes}"
+        made |= name_fields(case, features=features, labels=labels, temperature=0.07, loss=loss, grad=gradient)
     return made
 
 
@@ -133,8 +126,7 @@ def attention_maps(clones: Path) -> Arrays:
     for B, (c_s, size_s), (c_t, size_t) in ((4, (16, 8), (64, 8)), (1, (32, 16), (32, 8)), (2, (8, 7), (24, 14))):
         student, teacher = randn(B, c_s, size_s, size_s), randn(B, c_t, size_t, size_t)
         loss, gradient = differentiate(lambda s: original([s], [teacher.double()]), student)  # noqa: B023
-        fields = {"student": student, "teacher": teacher, "loss": loss, "grad": gradient}
-        made |= {f"at_n{B}_{c_s}x{size_s}_{c_t}x{size_t}/{key}": value for key, value in fields.items()}
+        made |= name_fields(f"at_n{B}_{c_s}x{size_s}_{c_t}x{size_t}", student=student, teacher=teacher, loss=loss, grad=gradient)
     return made
 
 
@@ -158,11 +150,11 @@ def representation_distillation(clones: Path) -> Arrays:
         idx = torch.randperm(n_data)[:B]
         contrast_idx = torch.cat([idx[:, None], torch.randint(0, n_data, (B, nce_k))], 1)
         value, grad_s, grad_t = differentiate(lambda s, t: loss(s, t, idx, contrast_idx), f_s, f_t)  # noqa: B023
-        fields = {"f_s": f_s, "f_t": f_t, "idx": idx, "contrast_idx": contrast_idx, "loss": value, "grad_s": grad_s, "grad_t": grad_t}
-        made |= {f"step{step}/{key}": field for key, field in fields.items()}
+        drawn = {"f_s": f_s, "f_t": f_t, "idx": idx, "contrast_idx": contrast_idx}
+        made |= name_fields(f"step{step}", **drawn, loss=value, grad_s=grad_s, grad_t=grad_t)
     made |= {f"{name}_after": getattr(loss.contrast, name).numpy() for name in ("memory_v1", "memory_v2")}
     made |= {"Z_v1": loss.contrast.params[2].item(), "Z_v2": loss.contrast.params[3].item()}
-    return {f"crd/{key}": value for key, value in made.items()}
+    return name_fields("crd", **made)
 
 
 def lion(_: Path) -> Arrays:
@@ -178,7 +170,7 @@ def lion(_: Path) -> Arrays:
         optimizer.step()
     made |= {f"final{i}": p.detach().numpy() for i, p in enumerate(params)}
     made |= {f"exp_avg{i}": optimizer.state[p]["exp_avg"].numpy() for i, p in enumerate(params)}
-    return {f"lion/{key}": value for key, value in made.items()}
+    return name_fields("lion", **made)
 
 
 def main() -> None:

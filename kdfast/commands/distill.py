@@ -126,6 +126,9 @@ class Distillation(Job[Distill[Any]]):
         epochs = count(training.epochs, "epoch")
         self.say(f"  student: {config.student}, {epochs}, batch {training.batch_size}, {training.optimizer} lr {training.lr:g}")
         self.say(f"  folder: {self.session.folder}, on {self.session.world.device}")
+        if training.micro_batch is not None:
+            parts = f"micro-batches of {training.micro_batch}"
+            self.say(f"  {parts}: contrastive terms see the whole batch by cached embeddings (two passes), BatchNorm sees the parts")
         if data.val_is_test:
             self.say("  note: no validation images (val_fraction 0): the last epoch is kept")
 

@@ -144,10 +144,8 @@ def test_a_wrong_config_is_refused(text: str, message: str, tmp_path: Path, caps
 @pytest.mark.parametrize(
     ("command", "message"),
     [
-        ("dance", "there is no command 'dance'"),
         ("distil", "there is no command 'distil'; did you mean distill?"),
         ("distill --recipe kdd", "did you mean kd"),
-        ("distill --recipe zzz", "takd, tofd or package.module:RECIPE, got 'zzz'"),
         ("distill --preset best", "preset must be one of default, notebook, readme"),
         ("distill --student resnet21", "resnet20"),
         ("distill --dataset cifar11", "no data set or folder is called 'cifar11'; known names: digits"),
@@ -157,11 +155,8 @@ def test_a_wrong_config_is_refused(text: str, message: str, tmp_path: Path, caps
         ("distill --normalization none", "normalization must be one of"),
         ("distill --student-options shortcut", "student_options must be key=value, got 'shortcut'"),
         ("distill --device tpu", "device must be auto, cpu, cuda or cuda:N"),
-        ("distill --label-fraction 0", "label_fraction must be above 0 and at most 1, got 0.0"),
-        ("distill --label-fraction 2", "label_fraction must be above 0 and at most 1, got 2.0"),
         ("compare --label-fraction nan", "label_fraction must be above 0 and at most 1, got nan"),
         ("distill --seeds 0", "seeds must be at least 1"),
-        ("distill --temperature 0", "temperature must be positive"),
         ("distill --plus nst", "plus must begin with kd, lskd, supcon, got 'nst'"),
         ("distill --plus kd:wait=1", "plus kd takes weight=NUMBER"),
         ("distill --plus kd:weight=0", "plus kd: weight must be positive, got 0"),
@@ -186,8 +181,6 @@ def test_a_wrong_config_is_refused(text: str, message: str, tmp_path: Path, caps
         ("bench report nowhere.json", "No such file or directory: nowhere.json"),
         ("bench loaders --epochs 0", "epochs must be at least 1, got 0"),
         ("bench train --classes 1", "classes must be at least 2, got 1"),
-        ("bench train --batch-size 1", "batch_size must be at least 2, got 1"),
-        ("bench train --image-size 0", "image_size must be at least 1"),
         ("bench train --seconds 0", "seconds must be positive"),
         ("bench train --device cpu --student resnet19", "there is no network 'resnet19'"),
         ("list colours", "list shows recipes, presets, models, datasets"),
@@ -199,7 +192,6 @@ def test_a_wrong_config_is_refused(text: str, message: str, tmp_path: Path, caps
             "must name an importable package.module:RECIPE: module 'own_recipes' has no attribute 'OTHER'",
         ),
         ("distill --recipe no_such_module:RECIPE", "must name an importable package.module:RECIPE: No module named 'no_such_module'"),
-        ("distill --recipe :RECIPE", "must name an importable package.module:RECIPE"),
         ("distill --recipe own_recipes:Settings", "must name a kdfast.recipes.Recipe, got a type"),
     ],
     ids=lambda text: text[:50],
@@ -238,11 +230,9 @@ def test_an_unwritable_place_is_found_before_any_work(command, option: str, kind
     access = os.access
     monkeypatch.setattr(os, "access", lambda path, mode: Path(path).name != "locked" and access(path, mode))  # root may write everywhere
     command = [finished if argument == "RUN" else argument for argument in command]
-    for out, message in (
-        ("file" if kind == "folder" else "folder", " is a file: name a folder" if kind == "folder" else " is a folder: name a file"),
-        ("file/below", f": {tmp_path / 'file'} is a file, no folder"),
-        ("locked/below", f": the folder {tmp_path / 'locked'} cannot be written"),
-    ):
-        assert fail(capsys, *command, option, out).endswith(f"kdfast: {option} {out}{message}")
+    wrong, message = ("file", "a file: name a folder") if kind == "folder" else ("folder", "a folder: name a file")
+    assert fail(capsys, *command, option, wrong) == f"kdfast: {option} {wrong} is {message}"
+    assert f"{tmp_path / 'file'} is a file, no folder" in fail(capsys, *command, option, "file/below")
+    assert f"the folder {tmp_path / 'locked'} cannot be written" in fail(capsys, *command, option, "locked/below")
     assert (tmp_path / "file").read_text() == "mine"
     assert not any((tmp_path / "locked").iterdir())

@@ -123,6 +123,10 @@ def test_conkds_notebook_procedure_runs_its_stages_and_its_weights_come_back(tmp
     assert kdfast("distill", *NOTEBOOK, "--cosine-from-one", *following) == 0
     assert stages_of(tmp_path / "next") == ["seed0/distil", "seed0/classify"]
     assert not (tmp_path / "next" / "teacher.safetensors").exists()
+    numbers = [{key: results_of(folder)["teacher"][key] for key in ("top1", "loss")} for folder in (run, tmp_path / "next")]
+    assert numbers[0] == numbers[1]
+    assert results_of(run)["arms"]["distilled"][0]["best/loss"] == results_of(tmp_path / "next")["arms"]["distilled"][0]["best/loss"]
+    assert kdfast("distill", *KD, "--no-baseline", "--teacher", run / "teacher.safetensors", "--out", tmp_path / "kd") == 0
 
 
 def test_the_notebooks_quirk_reports_the_classifier_that_it_saves(tmp_path: Path):

@@ -138,8 +138,10 @@ def test_a_non_finite_loss_names_stage_step_and_term_and_keeps_the_checkpoint(tm
     assert all(value.isfinite().all() for value in saved["weights"].values())
 
 
-def test_a_memory_is_resumed_but_neither_averaged_nor_among_the_weights(tmp_path: Path):
-    def train(folder: Path, stop: StopRequest) -> torch.Tensor:
+def test_a_memory_and_an_optimizer_of_its_own_are_resumed(tmp_path: Path):
+    """The memory is neither averaged nor among the weights; the optimizer's rate is scheduled."""
+
+    def train(folder: Path, stop: StopRequest) -> tuple[torch.Tensor, dict]:
         model, bank = linear(), nn.Module()
         bank.register_buffer("images", torch.zeros(()))
 
@@ -148,37 +150,22 @@ def test_a_memory_is_resumed_but_neither_averaged_nor_among_the_weights(tmp_path
                 bank.images += len(batch.labels)
             return {"square": outputs["logits"].square().mean()}
 
-        fit(folder, stage("s", model, replace(TRAINING, ema=0.5), memory=(bank,), loss=loss), stop=stop)
-        return bank.images
+        own = {"memory": (bank,), "loss": loss, "optimizer": lambda parameters, training: torch.optim.NAdam(parameters, lr=training.lr)}
+        fit(folder, stage("s", model, replace(TRAINING, ema=0.5), **own), stop=stop)
+        return bank.images, model.state_dict()
 
-    assert train(tmp_path / "whole", StopRequest()) == 80 * TRAINING.epochs
+    images, weights = train(tmp_path / "whole", StopRequest())
+    assert images == 80 * TRAINING.epochs
+    assert [line["lr"] for line in lines(tmp_path / "whole")] == pytest.approx([0.1 * lr_factor(TRAINING, epoch) for epoch in range(3)])
     with pytest.raises(Interrupted):
         train(tmp_path / "stopped", stopped())
     checkpoint = torch.load(tmp_path / "stopped" / "checkpoint.pt", weights_only=True)
     assert 0 < checkpoint["memory"]["0.images"] < 80 * TRAINING.epochs
     assert not any("images" in name for part in ("weights", "ema") for name in checkpoint[part])
-    assert train(tmp_path / "stopped", StopRequest()) == 80 * TRAINING.epochs
+    images, resumed = train(tmp_path / "stopped", StopRequest())
+    assert images == 80 * TRAINING.epochs
+    assert equal(resumed, weights)
     assert not any("images" in name for name in load_file(tmp_path / "stopped" / "stages" / "s" / "best.safetensors"))
-
-
-def test_a_stage_brings_its_own_optimizer_whose_rate_is_scheduled_and_whose_state_is_resumed(tmp_path: Path):
-    made = []
-
-    def own(parameters, training):
-        made.append(torch.optim.NAdam(parameters, lr=training.lr))
-        return made[-1]
-
-    def train(folder: Path, stop: StopRequest) -> dict:
-        model = linear()
-        fit(folder, stage("s", model, optimizer=own), stop=stop)
-        return model.state_dict()
-
-    whole = train(tmp_path / "whole", StopRequest())
-    assert [line["lr"] for line in lines(tmp_path / "whole")] == pytest.approx([0.1 * lr_factor(TRAINING, epoch) for epoch in range(3)])
-    with pytest.raises(Interrupted):
-        train(tmp_path / "stopped", stopped())
-    assert equal(train(tmp_path / "stopped", StopRequest()), whole)
-    assert len(made) == 3
 
 
 def test_the_moving_average_is_kept_and_training_continues_without_it(tmp_path: Path):

@@ -15,11 +15,11 @@ from kdfast.data import make_loaders
 from kdfast.engine import Options, Run, Training
 from kdfast.engine.stage import as_means
 from kdfast.losses import CRDLoss
-from kdfast.models import ModelSpec, create, projection_head, save_weights
+from kdfast.models import ModelSpec, create, save_weights
 from kdfast.recipes import at, conkd, crd, dih, fitnets, kd, lskd, mhkd, plus, remembered, self_distillation, supervised, takd, tofd
 from kdfast.recipes.features import fingerprint
 from kdfast.recipes.recipe import Setup, Trained
-from tests.engine.small import CPU, equal, hide_labels, loaders, noise
+from tests.engine.small import CPU, hide_labels, loaders, noise
 
 TESTED = set[str]()  # recipes whose loss a test of this file compares with its formula
 
@@ -574,16 +574,3 @@ def test_a_forward_pass_is_one_graph(recipe):
         assert outputs["logits"].requires_grad
         assert not outputs["teacher"].requires_grad
         stage.prepare()
-
-
-def test_conkds_teacher_file_keeps_its_projection():
-    """A file that holds a projection is a teacher for every recipe; only conkd restores the projection."""
-    model, images = network().eval(), torch.randn(2, 3, 8, 8)
-    teacher = conkd.EmbeddingTeacher(model, projection_head(64))
-    tensors, facts = conkd.RECIPE.save_teacher(teacher)
-    assert facts == {"projection": "128"}
-    assert {name.partition(".")[0] for name in tensors.keys() - model.state_dict().keys()} == {"projection"}
-    restored = conkd.RECIPE.load_teacher(model, tensors, facts)
-    assert torch.equal(restored.embed(images), teacher.embed(images))
-    assert equal(kd.RECIPE.save_teacher(teacher)[0], model.state_dict())
-    assert kd.RECIPE.load_teacher(model, tensors, facts) is conkd.RECIPE.load_teacher(model, tensors, {}) is model
