@@ -19,7 +19,7 @@ from kdfast.models import ModelSpec, create, save_weights
 from kdfast.recipes import at, conkd, crd, dih, fitnets, kd, lskd, mhkd, plus, remembered, self_distillation, supervised, takd, tofd
 from kdfast.recipes.features import fingerprint
 from kdfast.recipes.recipe import Setup, Trained
-from tests.engine.small import CPU, hide_labels, loaders, noise
+from tests.engine.small import CPU, equal, hide_labels, loaders, noise
 
 TESTED = set[str]()  # recipes whose loss a test of this file compares with its formula
 
