@@ -52,7 +52,11 @@ class Flip(Step):
     """Mirrors left and right, half of the time."""
 
     def change(self, images: Tensor, draws: Draws) -> Tensor:
-        return torch.where(_expand(draws.uniform(1)[:, 0] < 0.5, images), images.flip(-1), images)
+        return torch.where(_expand(self.choose(draws), images), images.flip(-1), images)
+
+    def choose(self, draws: Draws) -> Tensor:
+        """The images to flip: bool [B], CPU."""
+        return draws.uniform(1)[:, 0] < 0.5
 
 
 class Cutout(Step):

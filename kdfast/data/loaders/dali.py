@@ -1,9 +1,8 @@
-"""Image files decoded, cropped and resized by NVIDIA DALI: on a GPU, or in C++ threads on the CPU.
+"""Image files decoded, cropped, resized and normalized by NVIDIA DALI: on a GPU, or in C++ threads on the CPU.
 
 DALI's own readers shuffle a buffer, and its own crops draw from generators inside the pipeline, so an epoch could not be resumed and
 other loaders would see other images. This loader therefore feeds DALI everything: the names of a batch's files, the window of each to
-decode. Order, ranks, resuming and augmentation are functions of (seed, epoch, index) as in the other loaders; the steps after the framing
-are theirs.
+decode, and the flips. Order, ranks, resuming and augmentation are functions of (seed, epoch, index) as in the other loaders.
 
 DALI reads JPEG and PNG of 8 bits grey or colour: there it gives Pillow's pixels. All other files are decoded once, by kdfast.data.images,
 and kept as PNG in a temporary folder for the life of the loader.
@@ -22,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kdfast.data.augment import Flip
 from kdfast.data.extras import need
 from kdfast.data.images import decode, has_standard_pixels
 from kdfast.data.loaders.options import LoaderOptions
@@ -59,6 +59,8 @@ class DaliLoader(OrderedLoader):
         super().__init__(split, transform, options)
         if split.paths is None or split.pixels is not None:
             raise DataError("the dali loader reads image files, and these images are in memory: choose --loader resident")
+        self._flip = transform.steps[0] if transform.steps and isinstance(transform.steps[0], Flip) else None
+        self._in_dali = not transform.steps or transform.steps == (self._flip,)  # then DALI flips and normalizes
         self._pipeline = self._build_pipeline()  # first: it is cheap, and shows whether DALI is there
         self._sizes = split.measure()
         if transform.framing is None:
@@ -108,6 +110,9 @@ class DaliLoader(OrderedLoader):
             shown = [torch.cat([a, a + f.size * s], dim=1) for f, a, s in zip(frames, start, scale)]
             inputs["anchor"], inputs["shape"] = interleave(cut).int().numpy().reshape(-1, 2, 2).swapaxes(0, 1).copy()
             inputs["start"], inputs["end"] = interleave(shown).float().numpy().reshape(-1, 2, 2).swapaxes(0, 1).copy()
+        if self._in_dali:
+            flips = [torch.zeros(len(index)) if self._flip is None else self._flip.choose(d) for d in draws]
+            inputs["mirror"] = interleave(flips).int().numpy()
         return inputs
 
     def _receive(self) -> Batch:
@@ -123,10 +128,17 @@ class DaliLoader(OrderedLoader):
             raise self._explain(index, "images differ in size")
         with torch.cuda.device(self._device if cuda else -1):
             images = torch.from_dlpack(output.as_tensor())  # this memory is ours: the dynamic executor does not use it again
-        views = images.permute(0, 3, 1, 2).unflatten(0, (-1, self._options.views)).unbind(1)
-        changed = [self._transform.change(view, numbers) for view, numbers in zip(views, draws)]
         there = index.to(self._device, non_blocking=True)
-        return Batch(self._finish(interleave(changed)), self._labels[there], there)
+        return Batch(self._complete(images, draws), self._labels[there], there)
+
+    def _complete(self, images: Tensor, draws: list[Draws]) -> Tensor:
+        """Does the steps that DALI has not done: images are normalized, in their memory format, or uint8 [B * views, H, W, 3]."""
+        if self._in_dali:
+            last = self._format == torch.channels_last
+            return self._separate_views((images.permute(0, 3, 1, 2) if last else images).to(self._options.dtype))
+        views = self._separate_views(images.permute(0, 3, 1, 2))
+        parts = views.unbind(1) if len(draws) > 1 else (views,)
+        return self._finish(interleave([self._transform.change(view, numbers) for view, numbers in zip(parts, draws)]))
 
     def _explain(self, index: Tensor, error: Exception | str) -> DataError:
         """The fault of a batch, as a sentence that names the file if another decoder refuses it too."""
@@ -162,8 +174,8 @@ class DaliLoader(OrderedLoader):
         fn, types = dali.fn, dali.types
         cuda, framing = self._device.type == "cuda", self._transform.framing
 
-        def feed(name: str, dtype: Any) -> Any:
-            return fn.external_source(name=name, dtype=dtype, ndim=1)
+        def feed(name: str, dtype: Any, ndim: int = 1) -> Any:
+            return fn.external_source(name=name, dtype=dtype, ndim=ndim)
 
         def define() -> Any:
             data = fn.io.file.read(feed("name", types.UINT8), dont_use_mmap=True)  # with mmap a file that shrinks would end the process
@@ -175,11 +187,22 @@ class DaliLoader(OrderedLoader):
                 "affine": False,  # several ranks would tie their threads to the same cores
             }
             if framing is None:
-                return fn.decoders.image(data, **decoding)
-            window = {"start": feed("anchor", types.INT32), "shape": feed("shape", types.INT32), "axis_names": "HW"}
-            images = fn.decoders.image_slice(data, **window, **decoding)
-            part = {"roi_start": feed("start", types.FLOAT), "roi_end": feed("end", types.FLOAT)}
-            return fn.resize(images, size=(framing.size,) * 2, **part, interp_type=types.INTERP_LINEAR, antialias=True)
+                images = fn.decoders.image(data, **decoding)
+            else:
+                window = {"start": feed("anchor", types.INT32), "shape": feed("shape", types.INT32), "axis_names": "HW"}
+                images = fn.decoders.image_slice(data, **window, **decoding)
+                part = {"roi_start": feed("start", types.FLOAT), "roi_end": feed("end", types.FLOAT)}
+                images = fn.resize(images, size=(framing.size,) * 2, **part, interp_type=types.INTERP_LINEAR, antialias=True)
+            if not self._in_dali:
+                return images
+            return fn.crop_mirror_normalize(
+                images,
+                mirror=feed("mirror", types.INT32, ndim=0),
+                mean=[255 * x for x in self._transform.mean],
+                std=[255 * x for x in self._transform.std],
+                dtype=types.FLOAT16 if self._options.dtype == torch.float16 else types.FLOAT,
+                output_layout="HWC" if self._format == torch.channels_last else "CHW",
+            )
 
         pipeline = dali.pipeline_def(
             batch_size=self._options.batch_size * self._options.views,

@@ -122,7 +122,10 @@ class OrderedLoader:
 
     def _finish(self, images: Tensor) -> Tensor:
         """uint8 [B * views, 3, H, W] on the device -> normalized [B, 3, H, W], or [B, views, 3, H, W]."""
-        images = self._normalize(images.contiguous(memory_format=self._format))
+        return self._separate_views(self._normalize(images.contiguous(memory_format=self._format)))
+
+    def _separate_views(self, images: Tensor) -> Tensor:
+        """[B * views, ...] -> [B, views, ...]; with one view the same."""
         return images if self._options.views == 1 else images.unflatten(0, (-1, self._options.views))
 
 
