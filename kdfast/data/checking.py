@@ -133,32 +133,30 @@ def usable(
 
     Example:
         >>> data = kdfast.data.load("digits")
-        >>> kdfast.data.usable(data) is data
+        >>> kdfast.data.usable(data).train is data.train
         True
     """
     if max_bad_files < 0:
         raise DataError(f"max_bad_files must be at least 0, got {max_bad_files}")
-    splits = {id(split): split for split in (data.train, data.val, data.test) if split.paths is not None}  # val may be test
-    if not splits:
-        return data
-    checked = check([path for split in splits.values() for path in split.paths or ()], workers=workers, progress=progress)
-    bad = checked.bad
+    found = {
+        split: check(split.paths or (), workers=workers, progress=progress)
+        for split in dict.fromkeys((data.train, data.val, data.test))  # val may be test
+    }
+    bad = {path: reason for checked in found.values() for path, reason in checked.bad.items()}
     if len(bad) > max_bad_files:
         count = "1 image file is bad" if len(bad) == 1 else f"{len(bad):,} image files are bad"
         raise DataError(f"{data.name}: {count}, where --max-bad-files allows {max_bad_files:,}: {_list_bad(bad, 5)}")
     if bad:
         say(f"{data.name}: left out {len(bad):,} bad image {'file' if len(bad) == 1 else 'files'}: {_list_bad(bad, SHOWN)}")
+    good = {split: _drop_bad(split, checked) for split, checked in found.items()}
+    return replace(data, train=good[data.train], val=good[data.val], test=good[data.test])
+
+
+def _drop_bad(split: Split, checked: Checked) -> Split:
+    if split.paths is None:
+        return split
     plain = torch.tensor([kind == PLAIN for kind in checked.kinds])
-    lengths = [len(split) for split in splits.values()]
-    parts = zip(splits.items(), checked.sizes.split(lengths), plain.split(lengths))
-    good = {key: _drop_bad(replace(split, sizes=sizes, plain=alike), sizes) for (key, split), sizes, alike in parts}
-    train, val, test = (good.get(id(split), split) for split in (data.train, data.val, data.test))
-    return replace(data, train=train, val=val, test=test)
-
-
-def _drop_bad(split: Split, sizes: Tensor) -> Split:
-    good = sizes[:, 0] > 0
-    return split if good.all() else split.subset(good.nonzero().flatten())
+    return replace(split, sizes=checked.sizes, plain=plain).subset(checked.sizes[:, 0].nonzero().flatten())
 
 
 def _list_bad(bad: Mapping[str, str], shown: int) -> str:

@@ -24,7 +24,7 @@ import torch
 from kdfast.data import cifar, images
 from kdfast.data.extras import need
 from kdfast.data.protocol import DataError
-from kdfast.data.splits import TEST, VALIDATION, ImageData, Split, divide, limit, list_missing, shuffle
+from kdfast.data.splits import FEWER, TEST, VALIDATION, ImageData, Split, choose_stratified, divide, list_missing, shuffle
 from kdfast.data.transforms import NORMALIZATIONS
 
 IMAGENETTE = {
@@ -147,7 +147,9 @@ def load(
         train_transform=source.train_transform,
         eval_transform=source.eval_transform,
     )
-    return data if max_images is None else replace(data, train=limit(data.train, max_images, seed=seed))
+    if max_images is None or max_images >= len(train):
+        return data
+    return replace(data, train=train.subset(choose_stratified(train.labels, max_images, seed=seed, purpose=FEWER)[0]))
 
 
 def _make_splits(content: _Content, source: _DataSet, val_fraction: float, seed: int) -> tuple[Split, Split | None, Split]:
@@ -183,10 +185,9 @@ def _locate(name: str, source: _DataSet, data_dir: str | Path | None, download: 
         if not root.is_dir():
             raise DataError(f"{name}: --data-dir {root} is not a folder")
         return root
-    found = _find(root, source)
-    if found is None and download and source.url:
+    if download and source.url and _find(root, source) is None:
         _download(name, source, root)
-        found = _find(root, source)
+    found = _find(root, source)
     if found is None:
         expected = " or ".join(source.folders)
         raise DataError(f"{name} was not found: looked for {expected} with {source.marker} inside, in {root} (--data-dir)")

@@ -209,13 +209,6 @@ def shuffle(split: Split, *, seed: int) -> Split:
     return split.subset(torch.randperm(len(split), generator=make_generator(seed, ORDER)))
 
 
-def limit(split: Split, count: int, *, seed: int) -> Split:
-    """`count` images of choose_stratified(), or all if there are no more."""
-    if count >= len(split):
-        return split
-    return split.subset(choose_stratified(split.labels, count, seed=seed, purpose=FEWER)[0])
-
-
 def hide_labels(split: Split, fraction: float, *, seed: int) -> Split:
     """The split of a semi-labelled student: a fixed, stratified part of the images keeps its label, all others get -100.
 

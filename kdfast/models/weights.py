@@ -158,9 +158,8 @@ def recognize(state: Mapping[str, Tensor], name: str) -> tuple[ModelSpec, str | 
         name: of the network: one of `names()`, or "package.module:function".
 
     Returns:
-        The spec: classes from the classifier's shape, shortcuts of the CIFAR ResNets "A" where none have parameters, in_channels of the
-        papers' networks from the first convolution. And the normalization of images that such weights expect by custom: "imagenet" for
-        option-A CIFAR ResNets and for torchvision's 1000 classes, else None.
+        The spec: classes from the classifier's shape, shortcuts of the CIFAR ResNets "A" where none have parameters. And the normalization
+        of images that such weights expect by custom: "imagenet" for option-A CIFAR ResNets and for torchvision's 1000 classes, else None.
 
     Raises:
         ValueError: the state has no classifier where that network has it.
@@ -177,18 +176,10 @@ def recognize(state: Mapping[str, Tensor], name: str) -> tuple[ModelSpec, str | 
     state = _translate_names(dict(state), model.state_dict().keys(), model)
     if name in cifar_resnet.NETWORKS and not any(".shortcut." in key for key in state):
         options["shortcut"] = "A"
-    if name in NETWORKS:
-        first = next(path for path, module in model.named_modules() if isinstance(module, nn.Conv2d))
-        channels = state[f"{first}.weight"].shape[1] if f"{first}.weight" in state else 3
-        if channels != 3:
-            options["in_channels"] = channels
     path, _ = find_head(model)
-    if f"{path}.weight" in state:
-        spec = ModelSpec(name, state[f"{path}.weight"].shape[0], "linear", options)
-    elif f"{path}.4.weight" in state:
-        spec = ModelSpec(name, state[f"{path}.4.weight"].shape[0], "mlp", options)
-    else:
+    if f"{path}.weight" not in state:
         raise ValueError(f"recognize: {name!r} has its classifier at {path!r}, and the weights have none there")
+    spec = ModelSpec(name, state[f"{path}.weight"].shape[0], options=options)
     by_custom = options.get("shortcut") == "A" or (name not in NETWORKS and ":" not in name and spec.num_classes == 1000)
     return spec, "imagenet" if by_custom else None
 

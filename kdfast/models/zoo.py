@@ -98,7 +98,7 @@ def build(spec: ModelSpec) -> nn.Module:
         >>> kdfast.models.parameter_count(kdfast.models.build(spec))
         78042
     """
-    return _create(spec, pretrained=False)
+    return create(spec.name, spec.num_classes, head=spec.head, pretrained=False, **spec.options)
 
 
 def create(name: str, num_classes: int, *, head: Head = "linear", pretrained: bool = False, **options: Option) -> nn.Module:
@@ -130,21 +130,7 @@ def create(name: str, num_classes: int, *, head: Head = "linear", pretrained: bo
         >>> model(torch.randn(2, 3, 32, 32)).shape
         torch.Size([2, 10])
     """
-    return _create(ModelSpec(name, num_classes, head, options), pretrained)
-
-
-def parameter_count(model: nn.Module) -> int:
-    """How many numbers training may change, shared ones counted once; buffers are not parameters.
-
-    Example:
-        >>> kdfast.models.parameter_count(torch.nn.Linear(3, 2))
-        8
-    """
-    return sum(parameter.numel() for parameter in model.parameters())
-
-
-def _create(spec: ModelSpec, pretrained: bool) -> nn.Module:
-    name = spec.name
+    ModelSpec(name, num_classes, head, options)  # checks them
     own = ":" in name or name in NETWORKS
     if pretrained and own:
         raise ValueError(f"create: there are no pretrained weights for {name!r}; build it and load a file with load_weights")
@@ -160,12 +146,22 @@ def _create(spec: ModelSpec, pretrained: bool) -> nn.Module:
         hint = f"; the nearest names are {', '.join(near)}" if near else ""
         raise ValueError(f"create: there is no network {name!r}{hint} (or give package.module:function)")
     try:
-        model = make(num_classes=spec.num_classes, **spec.options)
+        model = make(num_classes=num_classes, **options)
     except TypeError as error:
         raise ValueError(f"create: {name!r} does not take these options: {error}") from error
     if not isinstance(model, nn.Module):
         raise ValueError(f"create: {name!r} must return a torch.nn.Module, got {type(model).__name__}")
-    return set_head(model, spec.head, spec.num_classes)
+    return set_head(model, head, num_classes)
+
+
+def parameter_count(model: nn.Module) -> int:
+    """How many numbers training may change, shared ones counted once; buffers are not parameters.
+
+    Example:
+        >>> kdfast.models.parameter_count(torch.nn.Linear(3, 2))
+        8
+    """
+    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def _import_function(name: str) -> Callable[..., Any]:

@@ -11,7 +11,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from kdfast.data.framing import Framing, Squash, resample
+from kdfast.data.framing import Squash, resample
 from kdfast.data.loaders.options import LoaderOptions
 from kdfast.data.loaders.ordered import OrderedLoader, Request, draw, interleave
 from kdfast.data.protocol import Batch, DataError
@@ -44,7 +44,8 @@ class ResidentLoader(OrderedLoader):
     def __init__(self, split: Split, transform: Transform, options: LoaderOptions) -> None:
         super().__init__(split, transform, options)
         self._constant = _take_constant_part(split, transform)
-        _check_memory(split, self._constant.framing, self._device)
+        if split.pixels is None or self._constant.framing is not None or split.pixels.device != self._device:  # else they are there
+            _check_memory(split, transform, self._device)
         if transform.framing is None:
             check_same_size(split.measure())
 
@@ -143,10 +144,8 @@ def _load_images(split: Split, constant: Transform, device: torch.device) -> Ten
         return dense
 
 
-def _check_memory(split: Split, once: Framing | None, device: torch.device) -> None:
-    if split.pixels is not None and once is None and split.pixels.device == device:
-        return  # they are there
-    needed, free = _count_bytes(split, once), free_bytes(device)
+def _check_memory(split: Split, transform: Transform, device: torch.device) -> None:
+    needed, free = resident_bytes(split, transform), free_bytes(device)
     if free is not None and needed > HEADROOM * free:
         raise DataError(
             f"{len(split)} images take {needed / 2**30:.2f} GiB, and {device} has {free / 2**30:.2f} GiB free, of which "
@@ -156,15 +155,10 @@ def _check_memory(split: Split, once: Framing | None, device: torch.device) -> N
 
 def resident_bytes(split: Split, transform: Transform) -> int:
     """Bytes that the images of a split take on a device."""
-    return _count_bytes(split, _take_constant_part(split, transform).framing)
-
-
-def _count_bytes(split: Split, once: Framing | None) -> int:
-    if once is not None:
-        return 3 * once.size**2 * len(split)
-    if split.pixels is not None:
-        return split.pixels.numel()
-    return 3 * int(split.measure().prod(dim=1).sum())
+    framing = _take_constant_part(split, transform).framing
+    if framing is not None:
+        return 3 * framing.size**2 * len(split)
+    return split.pixels.numel() if split.pixels is not None else 3 * int(split.measure().prod(dim=1).sum())
 
 
 def free_bytes(device: torch.device) -> int | None:
