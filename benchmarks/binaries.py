@@ -54,13 +54,9 @@ class Recorded(NamedTuple):
         tile = {name: value for name, value in self.by_name.items() if name in constants and type(value) is int}
         return tile | {"warps": self.by_name.get("num_warps", 4)}
 
-    def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """The tensors among the arguments, by the kernel's name for them: x, or x[1] for the second of a tuple."""
-        for name, value in self.by_name.items():
-            yield from ((path, leaf) for path, leaf in _leaves(name, value) if isinstance(leaf, Tensor))
-
 
 def _leaves(name: str, value: Any) -> Iterator[tuple[str, Any]]:
+    """The values in nested tuples, by the kernel's name for them: x, or x[1] for the second of a tuple."""
     if isinstance(value, tuple):
         for i, item in enumerate(value):
             yield from _leaves(f"{name}[{i}]", item)
@@ -195,9 +191,9 @@ def find_problems(launch: Recorded, code: Code, target: str, wide: tuple[int, in
         found.append(f"spills {code.spilled} bytes a thread")
     if code.shared > SHARED_LIMIT[target]:
         found.append(f"needs {code.shared:,} bytes of shared memory, {SHARED_LIMIT[target]:,} are there")
-    for name, tensor in launch.tensors():
-        if tensor.dim() > 1 and tensor.is_floating_point() and name in code.widths and code.widths[name] < _row_width(tensor):
-            found.append(f"{name} is accessed {code.widths[name]} bits at a time, its rows allow {_row_width(tensor)}")
+    for name, x in [leaf for argument in launch.by_name.items() for leaf in _leaves(*argument)]:
+        if name in code.widths and x.dim() > 1 and x.is_floating_point() and code.widths[name] < _row_width(x):
+            found.append(f"{name} is accessed {code.widths[name]} bits at a time, its rows allow {_row_width(x)}")
     for kind, counted, least in (("loads", code.loads, wide[0]), ("stores", code.stores, wide[1])):
         if counted.get(128, 0) < least:
             found.append(f"has {counted.get(128, 0)} {kind} of 128 bits, a whole block needs {least}")

@@ -6,6 +6,7 @@ with; js has the Jensen-Shannon divergence in kd's place. Liger's losses start f
 
 import importlib
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -252,13 +253,5 @@ def rescale_launch(C: int, dtype: torch.dtype) -> Launch:
     from kdfast.kernels import distill_kl as kernel
 
     moved = 2 * ROWS * C * dtype.itemsize
-    return Launch(
-        "distill_kl",
-        ROWS,
-        C,
-        short_names(dtype),
-        "rescale",
-        lambda: kernel.rescale([torch.zeros(ROWS, C, dtype=dtype)], torch.tensor(2.0), torch.tensor(1.0)),
-        moved,
-        moved,
-    )
+    call = partial(kernel.rescale, [torch.zeros(ROWS, C, dtype=dtype)], torch.tensor(2.0), torch.tensor(1.0))
+    return Launch("distill_kl", ROWS, C, short_names(dtype), "rescale", call, moved, moved)

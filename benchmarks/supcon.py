@@ -162,24 +162,18 @@ def step_launches(
     from kdfast.kernels import supcon as kernel
 
     words = request.split(", ")
-    queue = 64 if "queue" in words else 0  # rows that are no anchors
-    masked, matmul_precision = "mask" in words, "high" if "tf32" in words else "highest"
+    masked, highest, queue = "mask" in words, "tf32" not in words, 64 if "queue" in words else 0  # rows that are no anchors
     setting = Setting(0.07, 1.0, 2 if "2 views" in words else 1, False, "normalize" in words)
     device = kernel.H100 if target == "sm_90" else kernel.Device(SHARED_LIMIT[target], tensor_memory=target == "sm_100")
 
     def call() -> None:
-        before = torch.get_float32_matmul_precision()
-        torch.set_float32_matmul_precision(matmul_precision)
-        try:
-            with mock.patch.object(kernel, "_kind", return_value=device):
-                anchors, others = torch.zeros(N, D, dtype=dtype), torch.zeros(queue, D, dtype=dtype)
-                names, mask = torch.zeros(N, dtype=torch.int64), torch.zeros(4, 4) if masked else None
-                saved = kernel.forward(anchors, others, names, mask, setting)[1]
-                kernel.backward(torch.ones(N), anchors, others, names, mask, saved, setting, queue > 0)
-        finally:
-            torch.set_float32_matmul_precision(before)
+        anchors, others = torch.zeros(N, D, dtype=dtype), torch.zeros(queue, D, dtype=dtype)
+        names, mask = torch.zeros(N, dtype=torch.int64), torch.zeros(4, 4) if masked else None
+        with mock.patch.multiple(kernel, _kind=lambda *_: device, _is_highest=lambda: highest):
+            saved = kernel.forward(anchors, others, names, mask, setting)[1]
+            kernel.backward(torch.ones(N), anchors, others, names, mask, saved, setting, queue > 0)
 
-    precision = "ieee" if dtype == torch.float32 and "tf32" not in words else "tf32"
+    precision = "ieee" if dtype == torch.float32 and highest else "tf32"
     slice = kernel.plans(N, -(-D // 8) * 8, dtype, precision, masked, device).slice
     forward, backward = kernel.operations(N, D, slice)
     counted = {"_denominators": (forward, forward), "_gradients": (backward, 4 * N**2 * D)}

@@ -98,6 +98,9 @@ def read_gains(device: str) -> dict[str, list[dict[str, Any]]]:
     return {grid: sorted((row for row in of if "paired" in row), key=lambda row: row["paired"]["mean"]) for grid, of in rows.items()}
 
 
+TABLES = {"training": training, "loaders": loading, "momenta": momenta}
+
+
 def fill_tables(text: str) -> str:
     """Returns the text of a page with its tables filled in between their markers."""
 
@@ -110,17 +113,10 @@ def fill_tables(text: str) -> str:
 
 def make_table(device: str, kind: str | None) -> str:
     """Returns the table of a marker."""
-    match kind:
-        case None:
-            return table(read_committed(device))
-        case "summary":
-            return summary(read_committed(device))
-        case "training":
-            return training(device)
-        case "loaders":
-            return loading(device)
-        case "momenta":
-            return momenta(device)
+    if kind in (None, "summary"):
+        return (summary if kind else table)(read_committed(device))
+    if kind in TABLES:
+        return TABLES[kind](device)
     return markdown(load(f"{device}-{kind}")).strip()  # of kdfast compare
 
 

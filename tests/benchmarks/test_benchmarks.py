@@ -5,7 +5,6 @@ import json
 import math
 import subprocess
 import sys
-import time
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -132,19 +131,17 @@ class Spoils(torch.optim.SGD):
 
 
 @pytest.mark.usefixtures("ceilings")
-@pytest.mark.parametrize("optimizer", [torch.optim.SGD, Spoils])
-def test_a_wrong_optimizer_is_caught_and_spoils_nobodys_inputs(optimizer):
+def test_a_wrong_optimizer_is_caught_and_spoils_nobodys_inputs():
     case = lion.case("one", [torch.Size([40])], torch.bfloat16)
-    wrong = Variant(lambda: functools.partial(lion.optimizer_step, functools.partial(optimizer, lr=0.0, momentum=0.9)))
+    wrong = Variant(lambda: functools.partial(lion.optimizer_step, functools.partial(Spoils, lr=0.0, momentum=0.9)))
     rows = measure(replace(case, variants={"wrong": wrong, OURS: case.variants[OURS]}), rounds=1)["variants"]
     assert "computes something else" in rows["wrong"]["skipped"]
     assert rows[OURS]["value_error"] < 0.01
 
 
 @pytest.mark.usefixtures("ceilings")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_another_optimizer_is_timed_and_not_called_wrong(dtype):
-    case = lion.case("two", [torch.Size([3, 4]), torch.Size([5])], dtype)
+def test_another_optimizer_is_timed_and_not_called_wrong():
+    case = lion.case("two", [torch.Size([3, 4]), torch.Size([5])])
     found = measure(case, only=("AdamW (fused)", OURS), rounds=1)
     row = found["variants"]["AdamW (fused)"]
     assert set(row) == {"call_ms", "speedup", "memory"}
@@ -252,9 +249,13 @@ def test_report_of_a_small_result(tmp_path, capsys):
     assert "torch.compile: no compiler (2 of 2 cases); liger-kernel: needs a GPU (2 of 2 cases)" in text
     assert text.count("a CPU, 1 thread, PyTorch 2.15, Python 3.12, 2026-01-02.\n") == 2
     assert text.count("With triton 3.9.") == 1
-    for name in ("speedup", "roofline", "memory"):
+    results = [report.read(path)]
+    for name, svg in report.figures(results).items():
         assert f"![{name}]({name}.svg)" in text
-        assert "kd_loss (lskd)" in (tmp_path / "out" / f"{name}.svg").read_text()
+        assert (tmp_path / "out" / f"{name}.svg").read_text() == svg, "the same text every time, so without a date"
+        assert "kd_loss (lskd)" in svg
+        assert report.digest(results) in svg
+    assert report.digest(results) != report.digest([report.read(write(tmp_path / "y.json", result(2.9)))])
 
 
 def test_device_times_have_their_own_columns(tmp_path):
@@ -265,16 +266,6 @@ def test_device_times_have_their_own_columns(tmp_path):
     results = [report.read(write(tmp_path / "x.json", case))]
     assert "| 64 x 100 | 2 | 1 | 1.25 | 2 | 3.00 / 8.00 | 1.50 |" in report.table(results)
     assert "| kd_loss (lskd) | eager, device time | 1 | 8.00 |" in report.summary(results)
-
-
-def test_figures_are_the_same_text_every_time(tmp_path):
-    results = [report.read(write(tmp_path / "x.json", result(3.0)))]
-    once, again = report.figures(results), report.figures(results)
-    assert once == again
-    assert all(report.digest(results) in svg for svg in once.values())
-    assert not any(time.strftime("%Y-%m") in svg for svg in once.values())
-    other = [report.read(write(tmp_path / "y.json", result(2.9)))]
-    assert report.digest(results) != report.digest(other)
 
 
 def test_results_are_read_from_every_program_that_writes_them(tmp_path):

@@ -85,7 +85,6 @@ def clock(monkeypatch):
 def test_a_part_is_timed_where_it_happens(clock, monkeypatch):
     """A slow teacher, loss or optimizer shows in its own part and in no other; the parts are the whole step."""
     made, _ = step(SMALL)
-    teacher, loss, update = made.stage.frozen[0].forward, made._loss, made.optimizer.step
 
     def slow(function):
         def call(*arguments):
@@ -94,14 +93,12 @@ def test_a_part_is_timed_where_it_happens(clock, monkeypatch):
 
         return call
 
-    for part in ("teacher", "losses", "optimizer"):
+    places = {"teacher": (made.stage.frozen[0], "forward"), "losses": (made, "_loss"), "optimizer": (made.optimizer, "step")}
+    for part, (owner, name) in places.items():
         with monkeypatch.context() as patch:
-            patch.setattr(made.stage.frozen[0], "forward", slow(teacher) if part == "teacher" else teacher)
-            patch.setattr(made, "_loss", slow(loss) if part == "losses" else loss)
-            patch.setattr(made.optimizer, "step", slow(update) if part == "optimizer" else update)
-            made.clock.take()
+            patch.setattr(owner, name, slow(getattr(owner, name)))
             made()
-            (parts,) = made.clock.take()
+        (parts,) = made.clock.take()
         assert parts == dict.fromkeys(PARTS, 0.0) | {part: 500.0}
         assert tuple(parts) == PARTS
 
