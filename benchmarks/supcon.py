@@ -54,7 +54,7 @@ def case(N: int, D: int, dtype: torch.dtype = torch.float32, device: torch.devic
     def exact(features: Tensor, labels: Tensor) -> Tensor:
         if N <= LARGEST_MATRIX:
             return reference.supcon_loss(features, labels, temperature=TEMPERATURE)
-        return supcon_loss(features, labels, temperature=TEMPERATURE)  # float64 runs in PyTorch, in blocks; tests hold it to the reference
+        return supcon_loss(features, labels, temperature=TEMPERATURE)  # float64 runs in PyTorch, in tiles; tests hold it to the reference
 
     peers = {"pytorch-metric-learning": Variant(lambda: loss_step(_metric_learning()), synchronizes=True)}
     return Case(

@@ -22,7 +22,7 @@ whole bank and selects the needed products: a product costs a twentieth of a gat
 import math
 from collections.abc import Callable, Iterator
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -180,13 +180,9 @@ def _normalizer(anchors: Tensor, bank: Tensor, indices: Tensor, Z: Tensor, tempe
 # ---- in PyTorch ------------------------------------------------------------------------------------------------------
 
 
-class _Part(NamedTuple):
-    """Some of the scores."""
-
-    anchors: slice
-    has_positives: bool  # in column 0
-    scores: Tensor  # [b, c], x . v / T, which the caller may overwrite: NaN if infinite, or if the index is not in the bank
-    pull: Callable[[Tensor], Tensor]  # weights [b, c] -> [b, D], the sum of weighted rows
+# anchors; if their positives are the first column; scores x . v / T [b, c], NaN if infinite or of no row of the bank, which the caller
+# may overwrite; and the sum of rows weighted by [b, c], [b, D]
+_Part = tuple[slice, bool, Tensor, Callable[[Tensor], Tensor]]
 
 
 def _parts(v: Tensor, bank: Tensor, indices: Tensor, temperature: float) -> Iterator[_Part]:
@@ -199,23 +195,19 @@ def _parts(v: Tensor, bank: Tensor, indices: Tensor, temperature: float) -> Iter
 
 def _by_anchors(v: Tensor, bank: Tensor, indices: Tensor, temperature: float) -> Iterator[_Part]:
     """Multiplies some anchors at a time by the whole bank and selects the needed products; indices have been checked."""
-    n = len(bank)
-    most = max(1, CHUNK // max(n, indices.shape[1]))
+    most = max(1, CHUNK // max(len(bank), indices.shape[1]))
     finite = bank.where(bank.isfinite(), 0.0) if not math.isfinite(bank.sum().item()) else bank  # a row that no index names has weight 0
-    memory = v.new_empty(min(most, len(v)), n)
     for start in range(0, len(v), most):
-        anchors = slice(start, min(start + most, len(v)))
+        anchors = slice(start, start + most)
         index = indices[anchors]
-        products = memory[: len(index)]
-        torch.mm(v[anchors], bank.T, out=products)  # out=: autocast leaves it alone
+        products = torch.mm(v[anchors], bank.T, out=v.new_empty(len(index), len(bank)))  # out=: autocast leaves it alone
         scores = products.gather(1, index).div_(temperature)
-        scores.masked_fill_(~scores.isfinite(), math.nan)
 
         def pull(weights: Tensor, index: Tensor = index, sums: Tensor = products) -> Tensor:
             sums.zero_().scatter_add_(1, index, weights)
             return torch.mm(sums, finite, out=v.new_empty(len(index), bank.shape[1]))
 
-        yield _Part(anchors, True, scores, pull)
+        yield anchors, True, scores.masked_fill_(~scores.isfinite(), math.nan), pull
 
 
 def _by_columns(v: Tensor, bank: Tensor, indices: Tensor, temperature: float) -> Iterator[_Part]:
@@ -229,14 +221,12 @@ def _by_columns(v: Tensor, bank: Tensor, indices: Tensor, temperature: float) ->
         rows = memory[: index.numel()]
         torch.index_select(bank, 0, index.clamp(0, n - 1).reshape(-1), out=rows)
         rows = rows.view(B, index.shape[1], D).to(v.dtype)
-        scores = v.new_empty(B, index.shape[1], 1)
-        torch.bmm(rows, v[:, :, None], out=scores)
-        scores = scores.squeeze(2).div_(temperature)
+        scores = torch.bmm(rows, v[:, :, None], out=v.new_empty(B, index.shape[1], 1)).squeeze(2).div_(temperature)
 
         def pull(weights: Tensor, rows: Tensor = rows) -> Tensor:
-            return torch.bmm(weights[:, None, :], rows, out=v.new_empty(B, 1, D)).squeeze(1)
+            return torch.bmm(weights[:, None], rows, out=v.new_empty(B, 1, D)).squeeze(1)
 
-        yield _Part(slice(0, B), start == 0, scores.where(scores.isfinite() & inside, math.nan), pull)
+        yield slice(0, B), start == 0, scores.where(scores.isfinite() & inside, math.nan), pull
 
 
 def loss_and_gradient(
@@ -248,16 +238,16 @@ def loss_and_gradient(
     shift = Z.to(dtype).log() + log_b
     total = v.new_zeros(())
     gradient = v.new_zeros(B if with_gradient else 0, D)
-    for part in _parts(v, bank, indices, temperature):
-        t = part.scores.sub_(shift)
-        if part.has_positives:
+    for part, has_positives, scores, pull in _parts(v, bank, indices, temperature):
+        t = scores.sub_(shift)
+        if has_positives:
             t[:, 0].neg_()
         total -= F.logsigmoid(-t).sum()  # softplus, exact also beyond torch's threshold
         if with_gradient:
             share = t.sigmoid_()
-            if part.has_positives:
+            if has_positives:
                 share[:, 0].neg_()
-            gradient[part.anchors] += part.pull(share)
+            gradient[part] += pull(share)
     mean = 1 / max(B, 1)
     return total * mean + (constant if B else 0.0), gradient.mul_(mean / temperature)
 
@@ -268,7 +258,7 @@ def mean_score(anchors: Tensor, bank: Tensor, indices: Tensor, Z: Tensor, temper
         return Z.clone()
     v = anchors.to(arithmetic(anchors, bank, Z)).contiguous()
     total = v.new_zeros(())
-    for part in _parts(v, bank, indices, temperature):
-        total += part.scores.exp_().sum()
+    for _, _, scores, _ in _parts(v, bank, indices, temperature):
+        total += scores.exp_().sum()
     made = (total / indices.numel() * len(bank) if indices.numel() else torch.full_like(total, math.nan)).to(Z.dtype)
     return torch.where(is_settled(Z), Z, made)

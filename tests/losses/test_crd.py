@@ -61,9 +61,11 @@ def test_every_pair_of_dtypes_matches_float64(dtype: torch.dtype, bank_dtype: to
     check(*problem(2, 60, 70, 64, dtype, bank_dtype), temperature=0.3)
 
 
+@pytest.mark.parametrize("dense", [0, 1000], ids=["gathered", "whole bank"])
 @pytest.mark.parametrize("chunk", [1, 50, 1000])
-def test_chunks_of_any_width_add_up(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_chunks_of_any_width_add_up(chunk: int, dense: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(nce, "CHUNK", chunk)
+    monkeypatch.setattr(nce, "DENSE", dense)
     with kdfast.backend("torch"):
         check(*problem(3, 50, 41, 8))
         check(*problem(3, 50, 41, 8, torch.float64))
@@ -149,8 +151,10 @@ def test_nothing_waits_for_the_device() -> None:
 
 
 @torch_form
-def test_gathered_rows_are_never_whole() -> None:
+@pytest.mark.parametrize("dense", [0, 8], ids=["gathered", "whole bank"])
+def test_gathered_rows_are_never_whole(dense: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Forward and backward need less than 32 MB; the gathered rows of one direction are 134 MB."""
+    monkeypatch.setattr(nce, "DENSE", dense)
     B, K, D, n = 64, 4096, 128, 20_000
     student, teacher, *banks = unit(B, D).requires_grad_(), unit(B, D).requires_grad_(), unit(n, D), unit(n, D)
     indices = torch.randint(n, (B, 1 + K))

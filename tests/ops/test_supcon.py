@@ -146,7 +146,7 @@ def check_random_case(data: st.DataObject) -> None:
     floors = {"floor": floor, "gradient_floor": floor * size**0.5 / temperature + 2**-24 * (dtype == torch.float16)}
     rounding = {torch.bfloat16: 2**-7, torch.float16: 2**-10}.get(dtype, 0.0)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(eager, "BLOCK", draw(st.sampled_from([2**20, 300, 1])))
+        patch.setattr(eager, "TILE", draw(st.sampled_from([512, 8, 13, 1])))
         if KERNELS:
             patch.setattr("kdfast.kernels.supcon.MANY", draw(st.sampled_from([1, 4096])))
         check(call, inputs, slack=3.0, allowance=rounding, eager_dtype=None if dtype == torch.float64 else torch.float32, **floors)
@@ -168,11 +168,11 @@ def test_duplicates_are_equal_views(B: int, reduction: str, contrast_mode: str) 
         assert error(a, b) < 1e-12
 
 
-@pytest.mark.parametrize("block", [2**20, 300])
+@pytest.mark.parametrize("tile", [512, 7])
 @pytest.mark.parametrize("normalize", [False, True])
 @pytest.mark.parametrize("self_positive", [False, True])
 @pytest.mark.parametrize("named", [16, 21, 30])  # of 30 other rows, 16 of which count k times
-def test_copied_rows_count_like_the_anchors(block: int, normalize: bool, self_positive: bool, named: int) -> None:
+def test_copied_rows_count_like_the_anchors(tile: int, normalize: bool, self_positive: bool, named: int) -> None:
     """Other rows that count k times equal k times the rows."""
     k, N, M, copied = 3, 25, 30, 16
     setting = operator.Setting(0.3, 1.5, k, self_positive, normalize, copied)
@@ -186,7 +186,7 @@ def test_copied_rows_count_like_the_anchors(block: int, normalize: bool, self_po
 
     upstream = torch.randn(N)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(eager, "BLOCK", block)
+        patch.setattr(eager, "TILE", tile)
         once = value_and_gradients(lambda *x: operator._SupCon.apply(*x, names, None, setting), inputs, upstream)
         expected = value_and_gradients(repeated, inputs, upstream)
     for got, want in zip(once, expected):
@@ -285,9 +285,9 @@ def test_masks_as_the_original_takes_them() -> None:
         assert torch.allclose(supcon_loss(features, mask=mask), expected)
     soft = torch.rand(12, 12) - 0.2  # asymmetric, negative weights, rows that sum to less than 1e-6
     soft[3] = -1
-    for block in (2**20, 100):
+    for tile in (512, 5):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(eager, "BLOCK", block)
+            patch.setattr(eager, "TILE", tile)
             check(lambda f, x: f(x, mask=soft, reduction="none"), [features])
 
 

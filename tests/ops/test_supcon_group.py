@@ -26,7 +26,7 @@ pytestmark = [
     pytest.mark.skipif(DEVICE != "cpu", reason="the processes talk through gloo, on the CPU"),
 ]
 
-BLOCKS = [2**20, 60]  # elements of similarities at once: all, and a few rows'
+TILES = [512, 5]  # one block, and tiles or blocks of a few rows
 UNEVEN = {2: [7, 2], 4: [3, 0, 8, 1]}
 
 # "sizes": samples of each rank (6 where absent); "shape": what follows them; "labels": how to name samples; "queue": rows
@@ -132,14 +132,14 @@ def problems(world: int) -> dict[str, Problem]:
 
 
 def _every_case(rank: int, world: int) -> dict[str, list[Tensor]]:
-    """By case and block the value, the gradient of this rank's rows and that of the queue."""
+    """By case and tile the value, the gradient of this rank's rows and that of the queue."""
     results = {}
     for name, problem in problems(world).items():
         own, upstream = problem.rows(rank), problem.upstream()
         inputs = [problem.inputs[0][own], *problem.inputs[1:]]
-        for eager.BLOCK in BLOCKS:
+        for eager.TILE in TILES:
             call = problem.call(supcon_loss, own, group=dist.group.WORLD, uneven=problem.uneven)
-            results[f"{name}, {eager.BLOCK}"] = value_and_gradients(call, inputs, None if upstream is None else upstream[own])
+            results[f"{name}, {eager.TILE}"] = value_and_gradients(call, inputs, None if upstream is None else upstream[own])
     return results
 
 
@@ -150,11 +150,11 @@ def _check_cases(world: int, by_rank: list[dict[str, list[Tensor]]]) -> None:
     """Every rank has the joined batch's value, and averaging has its gradient."""
     failures = []
     for name, problem in problems(world).items():
-        for block in BLOCKS:
-            ours = [results[f"{name}, {block}"] for results in by_rank]
-            failures += [f"{name}, {block} at once: {reason}" for reason in _differences(problem, ours)]
+        for tile in TILES:
+            ours = [results[f"{name}, {tile}"] for results in by_rank]
+            failures += [f"{name}, tile {tile}: {reason}" for reason in _differences(problem, ours)]
             if name in NOTHING_TO_CONTRAST and any(x.any() for result in ours for x in result):
-                failures.append(f"{name}, {block} at once: not zero")
+                failures.append(f"{name}, tile {tile}: not zero")
     assert not failures, "\n".join(failures)
 
 
