@@ -6,7 +6,7 @@ Its value is the momentum after the first step, its gradient the change of the p
 import importlib
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, get_args
 from unittest import mock
 
 import torch
@@ -17,7 +17,7 @@ from kdfast import reference
 from kdfast.benchmarks.harness import COMPILED, EAGER, OURS, Call, Case, Launch, Step, Variant, short_names
 from kdfast.benchmarks.timing import CPU
 from kdfast.ops.lion.int8 import count_scales
-from kdfast.ops.lion.rows import Row
+from kdfast.ops.lion.rows import Options, Rounding, Row
 from kdfast.optim import Lion
 
 OPTIONS: dict[str, Any] = {"lr": 1e-2, "weight_decay": 0.1}  # a rate at which the step stands out from rounding
@@ -179,17 +179,16 @@ def step_launches(target: str, request: str, param: torch.dtype, grad: torch.dty
     from kdfast.kernels import lion as kernel
 
     words = request.split(", ")
-    rounding = next((word for word in ("stochastic", "kahan") if word in words), "nearest")
+    rounding: Rounding = next((word for word in get_args(Rounding) if word in words), "nearest")
     cautious, one = "cautious" in words, torch.ones(()) if "scaled" in words else None
 
     def call() -> None:
         p, g, m = (torch.zeros(ELEMENTS, dtype=dtype) for dtype in (param, grad, momentum))
         row = Row(p, g, m, torch.zeros(count_scales(ELEMENTS)), torch.zeros_like(p), torch.zeros(()))
-        with mock.patch.object(kernel, "WARPS", kernel.count_warps(TARGETS[target].warp_size)):
-            kernel.step(
-                row, kernel.make_table([row]), [p, m], lr=1e-4 if one is None else one, betas=(0.9, 0.99), weight_decay=0.1,
-                rounding=rounding, cautious=cautious, maximize=False, grad_factor=one, found_inf=one,
-            )  # fmt: skip
+        options = Options(1e-4 if one is None else one, 0.9, 0.99, 0.1, rounding=rounding, cautious=cautious)
+        warps = kernel.count_warps(TARGETS[target].warp_size)
+        with mock.patch.object(kernel, "WARPS", warps), mock.patch.object(Options, "lr_on", lambda options, _: options.lr):
+            kernel.step(kernel.make_table([row]), options, one, one)
 
     def size(dtypes: Sequence[torch.dtype]) -> int:
         return sum(ELEMENTS * dtype.itemsize for dtype in dtypes)

@@ -276,6 +276,8 @@ def _moving(
 
 # ---- launches --------------------------------------------------------------------------------------------------------
 
+_kept_for_graphs: list[Tensor] = []  # memory whose address a CUDA graph holds, for good: there is no sign of when the graph is destroyed
+
 
 class Table(NamedTuple):
     """Tells a launch where its tensors are, as long as they stay there."""
@@ -285,13 +287,8 @@ class Table(NamedTuple):
     flags: "array[int]"  # the column FLAGS, if all gradients are aligned
     chunks: Tensor  # int32 [programs, 2]: row, and block within it
     sizes: tuple[int, ...]  # elements of the rows; chunks depend on nothing else
+    dtypes: tuple[torch.dtype, ...]  # of parameters, gradients and momenta
     spares: list[Tensor]  # pinned memory for the addresses of later captured steps, one for each
-    captured: bool = False  # a CUDA graph fills it in every replay
-
-    @property
-    def programs(self) -> int:
-        """The number of programs of a launch."""
-        return self.chunks.shape[0]
 
 
 def make_table(rows: Sequence[Any], before: Table | None = None, *, capturable: bool = False) -> Table:
@@ -307,36 +304,36 @@ def make_table(rows: Sequence[Any], before: Table | None = None, *, capturable: 
     """
     device = rows[0].param.device
     sizes = tuple(row.param.numel() for row in rows)
+    dtypes = rows[0].param.dtype, rows[0].grad.dtype, rows[0].momentum.dtype
     numbers, flags = _describe(rows, sizes)
     on_host = _as_tensor(numbers)
     if device.type != "cuda":
-        return Table(on_host, numbers, flags, _chunks(sizes), sizes, [])
+        return Table(on_host, numbers, flags, _chunks(sizes), sizes, dtypes, [])
     if before is not None and before.sizes != sizes:
         before = None
     if torch.cuda.is_current_stream_capturing():
         if before is None or not before.spares:
             raise RuntimeError(
-                "Lion: gradients have other addresses in this CUDA graph than in the steps before; a step with capturable=True, these "
-                f"parameters and their gradients prepares for {SPARES} such captured steps: take one before the capture"
+                f"Lion: a step that a CUDA graph captures needs a step before the capture, with capturable=True and these parameters, "
+                f"which prepares for {SPARES} captured steps"
             )
         # the graph copies from here whenever it is replayed, so this memory is never written again
-        pinned = _keep_for_graphs(before.spares.pop().copy_(on_host))
-        return Table(pinned.to(device, non_blocking=True), numbers, flags, before.chunks, sizes, [], captured=True)
-    return Table(
-        _copy_to(device, on_host),
-        numbers,
-        flags,
-        before.chunks if before is not None else _chunks(sizes).pin_memory().to(device, non_blocking=True),
-        sizes,
-        list(torch.empty(SPARES, *on_host.shape, dtype=torch.int64, device="cpu", pin_memory=True)) if capturable else [],
-    )
+        pinned = before.spares.pop().copy_(on_host)
+        _kept_for_graphs.extend((pinned, before.chunks))
+        return Table(pinned.to(device, non_blocking=True), numbers, flags, before.chunks, sizes, dtypes, before.spares)
+    # PyTorch does not hand out pinned memory again before the copy has ended
+    addresses = on_host.pin_memory().to(device, non_blocking=True)
+    chunks = before.chunks if before is not None else _chunks(sizes).pin_memory().to(device, non_blocking=True)
+    count = SPARES if capturable else 0
+    spares = torch.empty(count, *on_host.shape, dtype=torch.int64, device="cpu", pin_memory=True)
+    return Table(addresses, numbers, flags, chunks, sizes, dtypes, list(spares))
 
 
-def move_gradients(table: Table, addresses: Sequence[int]) -> Table:
-    """The table of the same rows with gradients at other addresses; not while a CUDA graph is captured."""
-    numbers = table.numbers[:]
-    _set_gradients(numbers, table.flags, addresses)
-    return table._replace(addresses=_copy_to(table.chunks.device, _as_tensor(numbers)), numbers=numbers)
+def move_gradients(table: Table, addresses: Sequence[int]) -> None:
+    """Writes other addresses of the gradients into the table; not while a CUDA graph is captured."""
+    _set_gradients(table.numbers, table.flags, addresses)
+    if table.addresses.is_cuda:  # on a CPU it is the memory of `numbers`
+        table.addresses.copy_(_as_tensor(table.numbers).pin_memory(), non_blocking=True)
 
 
 def _describe(rows: Sequence[Any], sizes: Sequence[int]) -> "tuple[array[int], array[int]]":
@@ -364,12 +361,6 @@ def _as_tensor(numbers: "array[int]") -> Tensor:
     return torch.frombuffer(numbers, dtype=torch.int64).view(-1, COLUMNS.value)  # torch.tensor takes ten times as long
 
 
-def _copy_to(device: torch.device, addresses: Tensor) -> Tensor:
-    if device.type != "cuda":
-        return addresses
-    return addresses.pin_memory().to(device, non_blocking=True)  # PyTorch does not hand it out again before the copy has ended
-
-
 def _chunks(sizes: Sequence[int]) -> Tensor:
     """int32 [programs, 2]: every block of every row."""
     with torch.device("cpu"):  # whatever the default
@@ -379,56 +370,26 @@ def _chunks(sizes: Sequence[int]) -> Tensor:
         return torch.stack([rows, torch.arange(len(rows)) - first[rows]], dim=1).to(torch.int32)
 
 
-_graphs: dict[int, Tensor] = {}
-
-
-def _keep_for_graphs(tensor: Tensor) -> Tensor:
-    """Keeps memory for good whose address a CUDA graph holds: there is no sign of when the graph is destroyed."""
-    _graphs[id(tensor)] = tensor
-    return tensor
-
-
-def step(
-    like: Any,
-    table: Table,
-    written: Sequence[Tensor],
-    *,
-    lr: float | Tensor,
-    betas: tuple[float, float],
-    weight_decay: float,
-    rounding: str,
-    cautious: bool,
-    maximize: bool,
-    grad_factor: Tensor | None,
-    found_inf: Tensor | None,
-) -> None:
+def step(table: Table, options: Any, grad_factor: Tensor | None, found_inf: Tensor | None) -> None:
     """Updates the rows in place.
 
     Args:
-        like: one of the rows of which the table was made, for device and dtypes.
         table: where the rows are.
-        written: their parameters and state.
-        lr: a number, or 0-dim on the device.
-        betas: b1 and b2.
-        weight_decay: what lr multiplies.
-        rounding: of stored parameters: "nearest", "stochastic" (every row has a step) or "kahan" (every row has a compensation).
-        cautious: moves only elements whose update agrees with their gradient, by lr over the share of these.
-        maximize: ascends.
-        grad_factor: 0-dim float32, multiplies the gradients.
-        found_inf: 0-dim float32; where it is not 0 nothing changes.
+        options: kdfast.ops.lion.rows.Options. With rounding "stochastic" or int8 momenta every row has a step, with "kahan" a compensation.
+        grad_factor: 0-dim, multiplies the gradients.
+        found_inf: 0-dim; where it is not 0 nothing changes.
     """
-    param, grad, momentum = like.param, like.grad, like.momentum
-    if param.is_cuda and torch.cuda.is_current_stream_capturing():
-        _keep_for_graphs(table.chunks)
-        if not table.captured:  # a captured one is memory of the graph itself
-            _keep_for_graphs(table.addresses)
-    beta1, beta2 = betas
-    grid = (table.programs,)
-    gradient = {"G": _TYPES[grad.dtype], "M": _TYPES[momentum.dtype], "MAXIMIZE": maximize, "BLOCK": BLOCK}
-    with torch.cuda.device_of(param):
+    param_dtype, grad_dtype, momentum_dtype = table.dtypes
+    device, beta1, beta2, decay = table.chunks.device, options.beta1, options.beta2, options.weight_decay
+    lr = options.lr_on(device)
+    grad_factor = None if grad_factor is None else grad_factor.to(device, torch.float32)
+    found_inf = None if found_inf is None else found_inf.to(device, torch.float32)
+    grid = (table.chunks.shape[0],)
+    gradient = {"G": _TYPES[grad_dtype], "M": _TYPES[momentum_dtype], "MAXIMIZE": options.maximize, "BLOCK": BLOCK}
+    with torch.cuda.device_of(table.chunks):
         moving = None
-        if cautious:
-            moving = torch.zeros(len(table.sizes), dtype=torch.int64, device=param.device)
+        if options.cautious:
+            moving = torch.zeros(len(table.sizes), dtype=torch.int64, device=device)
             _count_moving[grid](
                 table.addresses, table.chunks, grad_factor, found_inf, moving, beta1, 1.0 - beta1,
                 **gradient, num_warps=WARPS, enable_fp_fusion=True,
@@ -436,8 +397,7 @@ def step(
         on_device = isinstance(lr, Tensor)
         _step[grid](
             table.addresses, table.chunks, grad_factor, found_inf, moving, lr if on_device else None,
-            weight_decay if on_device else 1.0 - lr * weight_decay, 0.0 if on_device else lr, beta1, 1.0 - beta1, beta2, 1.0 - beta2,
-            P=_TYPES[param.dtype], ROUNDING=rounding if param.dtype != torch.float32 else "nearest",
+            decay if on_device else 1.0 - lr * decay, 0.0 if on_device else lr, beta1, 1.0 - beta1, beta2, 1.0 - beta2,
+            P=_TYPES[param_dtype], ROUNDING=options.rounding if param_dtype != torch.float32 else "nearest",
             **gradient, num_warps=WARPS, enable_fp_fusion=True,
         )  # fmt: skip
-    torch.autograd.graph.increment_version(written)  # lets a backward pass that needs the old values raise

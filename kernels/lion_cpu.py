@@ -50,22 +50,21 @@ def _function() -> Callable[..., None] | None:
     return function
 
 
-def takes(like: Any, *, rounding: str, cautious: bool) -> bool:
-    """Whether step() takes rows (kdfast.ops.lion.rows.Row) of this one's device and dtypes with these options."""
+def takes(like: Any, options: Any) -> bool:
+    """Whether step() takes rows (kdfast.ops.lion.rows.Row) of this one's device and dtypes with these Options."""
     tensors = like.param, like.grad, like.momentum
-    rounds = rounding == "nearest" or like.param.dtype == torch.float32
-    return rounds and not cautious and all(t.is_cpu and t.dtype in DTYPES for t in tensors) and _function() is not None
+    rounds = options.rounding == "nearest" or like.param.dtype == torch.float32
+    return rounds and not options.cautious and all(t.is_cpu and t.dtype in DTYPES for t in tensors) and _function() is not None
 
 
 class Table:
     """Tells the compiled step where its tensors are, as long as they stay there."""
 
-    captured = False  # by a CUDA graph
-
-    def __init__(self, params: "array[int]", grads: "array[int]", momenta: "array[int]", sizes: "array[int]", dtypes: list[bool]) -> None:
+    def __init__(
+        self, params: "array[int]", grads: "array[int]", momenta: "array[int]", sizes: "array[int]", are_bfloat16: list[bool]
+    ) -> None:
         self.arrays = params, grads, momenta, sizes  # 64 bits each; the struct points to them
-        self.dtypes = dtypes  # whether parameters, gradients and momenta are bfloat16
-        tensors = _Tensors(*[column.buffer_info()[0] for column in self.arrays], len(sizes), sum(sizes), *dtypes)
+        tensors = _Tensors(*[column.buffer_info()[0] for column in self.arrays], len(sizes), sum(sizes), *are_bfloat16)
         self.pointer = ctypes.pointer(tensors)
 
 
@@ -77,47 +76,23 @@ def make_table(rows: Sequence[Any], before: Table | None = None, *, capturable: 
         before: ignored; Triton's kernel needs it.
         capturable: ignored.
     """
-    params, grads, momenta = zip(*((row.param, row.grad, row.momentum) for row in rows))
-    dtypes = [column[0].dtype == torch.bfloat16 for column in (params, grads, momenta)]
-    return Table(_addresses(params), _addresses(grads), _addresses(momenta), array("q", map(Tensor.numel, params)), dtypes)
+    columns = list(zip(*((row.param, row.grad, row.momentum) for row in rows)))
+    params, grads, momenta = (array("q", map(Tensor.data_ptr, column)) for column in columns)
+    are_bfloat16 = [column[0].dtype == torch.bfloat16 for column in columns]
+    return Table(params, grads, momenta, array("q", map(Tensor.numel, columns[0])), are_bfloat16)
 
 
-def _addresses(tensors: Sequence[Tensor]) -> "array[int]":
-    return array("q", map(Tensor.data_ptr, tensors))
+def move_gradients(table: Table, addresses: Sequence[int]) -> None:
+    """Writes other addresses of the gradients into the table."""
+    table.arrays[1][:] = array("q", addresses)
 
 
-def move_gradients(table: Table, addresses: Sequence[int]) -> Table:
-    """The table of the same rows with gradients at other addresses."""
-    params, _, momenta, sizes = table.arrays
-    return Table(params, array("q", addresses), momenta, sizes, table.dtypes)
-
-
-def step(
-    like: Any,
-    table: Table,
-    written: Sequence[Tensor],
-    *,
-    lr: float | Tensor,
-    betas: tuple[float, float],
-    weight_decay: float,
-    rounding: str,
-    cautious: bool,
-    maximize: bool,
-    grad_factor: Tensor | None,
-    found_inf: Tensor | None,
-) -> None:
+def step(table: Table, options: Any, grad_factor: Tensor | None, found_inf: Tensor | None) -> None:
     """Updates the rows in place.
 
     Args:
-        like: one of the rows of which the table was made.
         table: where the rows are.
-        written: their parameters and momenta.
-        lr: a number, or a tensor of one element.
-        betas: b1 and b2.
-        weight_decay: what lr multiplies.
-        rounding: "nearest", unless parameters are float32.
-        cautious: False.
-        maximize: ascends.
+        options: kdfast.ops.lion.rows.Options that `takes` takes.
         grad_factor: one element, multiplies the gradients.
         found_inf: one element; if it is not 0 nothing changes.
     """
@@ -125,9 +100,9 @@ def step(
         return
     function = _function()
     assert function is not None
-    rate, (beta1, beta2), ascent = float(lr), betas, -1.0 if maximize else 1.0
+    rate, beta1, beta2 = float(options.lr), options.beta1, options.beta2
+    ascent = -1.0 if options.maximize else 1.0
     factor = 1.0 if grad_factor is None else grad_factor.item()
-    decay = 1.0 - rate * weight_decay if weight_decay else 1.0
+    decay = 1.0 - rate * options.weight_decay if options.weight_decay else 1.0
     rest1, rest2 = ascent * (1.0 - beta1), ascent * (1.0 - beta2)
     function(table.pointer, torch.get_num_threads(), factor, decay, rate, beta1, rest1, beta2, rest2)
-    torch.autograd.graph.increment_version(written)  # lets a backward pass that needs the old values raise

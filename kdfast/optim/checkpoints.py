@@ -81,8 +81,6 @@ def load_momentum(param: Tensor, state: dict[str, Any], saved: dict[str, Tensor]
     if "exp_avg_scale" in saved:
         momentum = decode(momentum, saved["exp_avg_scale"])
     state.pop("exp_avg_scale", None)
-    if isinstance(state.get("kahan_comp"), Tensor):
-        state["kahan_comp"] = torch.zeros_like(param, memory_format=torch.preserve_format).copy_(state["kahan_comp"])
     state.update(new_momentum(param, dtype))
     if "exp_avg_scale" not in state:
         state["exp_avg"].copy_(momentum)

@@ -8,7 +8,7 @@ and a weight decay as many times above. kdfast/ops/lion holds the arithmetic.
 
 from collections.abc import Callable, Iterable, Sequence
 from numbers import Real  # NumPy's numbers too
-from typing import Any, get_args, overload
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -24,16 +24,6 @@ from kdfast.optim.checkpoints import adopt_group, check_state_dict, load_momentu
 __all__ = ["Lion"]
 
 _CAPTURABLE = ("cuda", "xpu", "hpu", "mtia")
-_LATER_OPTIONS = {  # options that the pickle of an older version may lack
-    "cautious": False,
-    "maximize": False,
-    "capturable": False,
-    "fused": None,
-    "foreach": None,
-    "rounding": "nearest",
-    "momentum_dtype": None,
-    "max_grad_norm": None,
-}
 
 
 class Lion(Optimizer):
@@ -93,6 +83,9 @@ class Lion(Optimizer):
         TypeError: in step(): momentum_dtype=torch.int8 with float64 or sharded (DTensor) parameters.
     """
 
+    _plan: LaunchPlan | None = None
+    _step_supports_amp_scaling = True  # GradScaler hands over grad_scale and found_inf instead of reading them
+
     def __init__(
         self,
         params: Iterable[Any],
@@ -129,10 +122,7 @@ class Lion(Optimizer):
             "momentum_dtype": momentum_dtype,
             "max_grad_norm": max_grad_norm,
         }
-        _check_options(defaults)
         super().__init__(params, defaults)
-        self._plan: LaunchPlan | None = None
-        self._step_supports_amp_scaling = True  # GradScaler hands over grad_scale and found_inf instead of reading them
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds parameters with options of their own; the optimizer's defaults fill in the others.
@@ -143,15 +133,12 @@ class Lion(Optimizer):
         Raises:
             ValueError, TypeError: an option out of range, or of the wrong type.
         """
-        if isinstance(param_group, dict):
-            _check_options({**self.defaults, **param_group})
+        _check_options({**self.defaults, **param_group})
         super().add_param_group(param_group)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._plan = None
-        self._step_supports_amp_scaling = True
-        self.defaults = _LATER_OPTIONS | self.defaults
         for group in self.param_groups:
             adopt_group(group)
             for option, value in self.defaults.items():
@@ -188,13 +175,7 @@ class Lion(Optimizer):
             for hook in hooks:
                 hook.remove()
 
-    @overload
-    def step(self, closure: None = None) -> None: ...
-
-    @overload
-    def step(self, closure: Callable[[], float]) -> float: ...
-
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One update of all parameters that have a gradient.
 
         Args:
@@ -207,35 +188,29 @@ class Lion(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        plan = self._plan
+        if plan is None or not plan.is_on_cpu:
+            self._accelerator_graph_capture_health_check()  # raises where a CUDA graph is captured without capturable=True
         # GradScaler's, sums over devices: 0-dim or of one element
         grad_scale: Tensor | None = getattr(self, "grad_scale", None)
         found_inf: Tensor | None = getattr(self, "found_inf", None)
         unscale = None if grad_scale is None else grad_scale.reshape(()).reciprocal()
-        self._step(unscale, None if found_inf is None else found_inf.reshape(()))
-        return loss
-
-    def _step(self, unscale: Tensor | None, found_inf: Tensor | None) -> None:
-        groups, plan = self.param_groups, self._plan
+        found_inf = None if found_inf is None else found_inf.reshape(())
+        groups = self.param_groups
         options = [Options.from_group(group) for group in groups]
         leaders = _find_leaders(options)
         key = backend.current(), leaders, [each.implementation for each in options], [len(group["params"]) for group in groups]
         tensors = None if plan is None or is_watched() else plan.find(key, groups, self.state)
         if plan is None or tensors is None:
             self._step_without_plan(key, options, unscale, found_inf)
-            return
-        if not plan.is_on_cpu:
-            self._accelerator_graph_capture_health_check()
-        factors = self._grad_factors(options, unscale)
-        _count_steps(plan.steps(tensors), found_inf)
-        plan.repeat(tensors, options, factors, found_inf)
+        else:
+            plan.repeat(tensors, options, self._grad_factors(options, unscale), found_inf)
+        return loss
 
     @torch.no_grad()
     def _step_without_plan(self, key: tuple[Any, ...], options: list[Options], unscale: Tensor | None, found_inf: Tensor | None) -> None:
-        if not all(param.is_cpu for group in self.param_groups for param in group["params"]):
-            self._accelerator_graph_capture_health_check()  # raises where a CUDA graph is captured without capturable=True
         rows = self._collect_rows(options)  # refuses gradients that have no norm
         factors = self._grad_factors(options, unscale)
-        _count_steps([row.step for some in rows for row in some if row.step is not None], found_inf)
         tables = {} if self._plan is None else self._plan.tables
         launches: list[tuple[int, Launch]] = []
         can_repeat, leaders = True, key[1]
@@ -244,8 +219,7 @@ class Lion(Optimizer):
             made, fits = lion_step(together, options[leader], grad_factor=factors[leader], found_inf=found_inf, tables=tables)
             launches += [(leader, launch) for launch in made]
             can_repeat = can_repeat and fits
-        # PyTorch 2.11's compiler cannot set an optimizer's attribute; a captured table is good within its graph alone
-        if not torch.compiler.is_compiling() and not any(launch.table.captured for _, launch in launches):
+        if not torch.compiler.is_compiling():  # PyTorch 2.11's compiler cannot set an optimizer's attribute
             self._plan = LaunchPlan(key, self.param_groups, self.state, launches, can_repeat)
 
     def _collect_rows(self, options: list[Options]) -> list[list[Row]]:
@@ -265,25 +239,29 @@ class Lion(Optimizer):
                     state.update(new_momentum(param, group["momentum_dtype"]))
                 elif state["exp_avg"].device != param.device:  # the model was moved
                     state.update({key: t.to(param.device) for key, t in state.items() if isinstance(t, Tensor)})
-                scale = state.get("exp_avg_scale")
                 rounding = own.rounding if param.dtype in LOW_PRECISION else "nearest"
-                compensation = _compensation(state, param) if rounding == "kahan" else None
-                step = _step_counter(state, param.device) if scale is not None or rounding == "stochastic" else None
+                compensation, scale, step = None, state.get("exp_avg_scale"), None
+                if rounding == "kahan":
+                    compensation = state.get("kahan_comp")
+                    if compensation is None or compensation.dtype != param.dtype:
+                        state["kahan_comp"] = compensation = torch.zeros_like(param, memory_format=torch.preserve_format)
+                if rounding == "stochastic" or scale is not None:
+                    # the count of steps seeds random rounding; float32 on the parameter's device, as torch's own optimizers have it
+                    state["step"] = step = torch.as_tensor(state.get("step", 0.0), dtype=torch.float32, device=param.device)
                 rows[-1].append(take_shards(Row(param, grad, state["exp_avg"], scale, compensation, step, number)))
         return rows
 
     def _grad_factors(self, options: list[Options], unscale: Tensor | None) -> list[Tensor | None]:
         """For each group, the factor of its gradients: 1 / loss scale, and the clipping of all groups that clip to their common norm."""
-        if all(own.max_grad_norm is None for own in options):
-            return [unscale] * len(options)
         clipped = [group for group, own in zip(self.param_groups, options) if own.max_grad_norm is not None]
         grads = [param.grad for group in clipped for param in group["params"] if param.grad is not None]
         if not grads:
             return [unscale] * len(options)
         with torch.no_grad():
             norm = grad_norm(grads)
-            norm = norm if unscale is None else norm * unscale.to(norm.device)
-            return [_multiply(unscale, _clip_factor(norm, own.max_grad_norm)) for own in options]
+            unscale = None if unscale is None else unscale.to(norm.device)
+            norm = norm if unscale is None else norm * unscale
+            return [_clip_factor(norm, own.max_grad_norm, unscale) for own in options]
 
 
 def _find_leaders(options: list[Options]) -> list[int]:
@@ -302,42 +280,12 @@ def _check_gradient(param: Tensor, grad: Tensor, capturable: bool) -> None:
         raise RuntimeError(f"Lion: capturable=True needs parameters on {' or '.join(_CAPTURABLE)}, got one on {param.device.type}")
 
 
-def _compensation(state: dict[str, Any], param: Tensor) -> Tensor:
-    """The state's kahan_comp in the parameter's dtype; zeros at first."""
-    if state.get("kahan_comp") is None:
-        state["kahan_comp"] = torch.zeros_like(param, memory_format=torch.preserve_format)
-    elif state["kahan_comp"].dtype != param.dtype:
-        state["kahan_comp"] = state["kahan_comp"].to(param.dtype)
-    compensation: Tensor = state["kahan_comp"]
-    return compensation
-
-
-def _step_counter(state: dict[str, Any], device: torch.device) -> Tensor:
-    """The state's count of steps, which seeds random rounding: float32 on the parameter's device, as torch's own optimizers have it."""
-    step = state.get("step", 0.0)
-    if not isinstance(step, Tensor) or step.dtype != torch.float32 or step.device != device or step.dim():
-        state["step"] = step = torch.as_tensor(step, dtype=torch.float32, device=device).reshape(()).clone()
-    return step
-
-
-def _count_steps(steps: list[Tensor], found_inf: Tensor | None) -> None:
-    """Adds 1 to the counters, or 0 where found_inf is not 0, which their device decides."""
-    for device in {step.device for step in steps}:
-        here = [step for step in steps if step.device == device]
-        taken = None if found_inf is None else (found_inf.to(device) == 0).to(torch.float32)
-        # a list, since of a single tensor the CPU would read the value
-        torch._foreach_add_(here, 1.0 if taken is None else [taken] * len(here))
-
-
-def _clip_factor(norm: Tensor, max_norm: float | None) -> Tensor | None:
-    """min(1, max_norm / norm), with clip_grad_norm_'s 1e-6 in the denominator."""
-    return None if max_norm is None else (max_norm / (norm + 1e-6)).clamp(max=1.0)
-
-
-def _multiply(a: Tensor | None, b: Tensor | None) -> Tensor | None:
-    if a is None or b is None:
-        return b if a is None else a
-    return a.to(b.device) * b
+def _clip_factor(norm: Tensor, max_norm: float | None, unscale: Tensor | None) -> Tensor | None:
+    """Returns unscale min(1, max_norm / norm), with clip_grad_norm_'s 1e-6 in the denominator."""
+    if max_norm is None:
+        return unscale
+    factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+    return factor if unscale is None else unscale * factor
 
 
 def _check_number(name: str, value: Any) -> None:

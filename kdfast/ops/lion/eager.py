@@ -13,17 +13,15 @@ from torch import Tensor
 
 from kdfast.kernels.lion_constants import HASH_FIRST, HASH_INDEX, HASH_SECOND
 from kdfast.ops.lion.int8 import decode, encode, unflatten
-from kdfast.ops.lion.rows import LOW_PRECISION, Options, Row, is_dense, is_readable, is_sharded
+from kdfast.ops.lion.rows import LOW_PRECISION, Options, Row, is_readable, is_sharded
 from kdfast.ops.precision import arithmetic
 
 
 def grad_norm(grads: list[Tensor]) -> Tensor:
     """The L2 norm of all gradients together, 0-dim, on the first one's device; 16-bit gradients are summed in float32."""
-    dtype = torch.float32 if any(g.dtype in LOW_PRECISION for g in grads) else None
-    dtype = torch.float64 if any(g.dtype == torch.float64 for g in grads) else dtype
     sharded = [g for g in grads if hasattr(g, "full_tensor")]  # DTensors: every process holds a part
     whole = [g for g in grads if not hasattr(g, "full_tensor")]
-    norms = [n for some in (whole, sharded) if some for n in torch._foreach_norm(some, 2, dtype=dtype)]
+    norms = [n for some in (whole, sharded) if some for n in torch._foreach_norm(some, 2, dtype=arithmetic(*grads))]
     norms = [n.full_tensor() if hasattr(n, "full_tensor") else n for n in norms]
     return torch.linalg.vector_norm(torch.stack([n.to(grads[0].device) for n in norms]))
 
@@ -155,7 +153,7 @@ def round_stochastically(x: Tensor, dtype: torch.dtype, noise: Tensor) -> Tensor
     A random number below the last kept bit is added to the magnitude, then the dropped bits are cleared.
     """
     dropped = 16 if dtype == torch.bfloat16 else 13
-    noise = (unflatten(noise, x) if is_dense(x) else noise.view(x.shape)) & (2**dropped - 1)
+    noise = unflatten(noise, x) & (2**dropped - 1)
     rounded = ((x.view(torch.int32) + noise) & -(2**dropped)).view(torch.float32)
     if dtype == torch.float16:  # below 2^-14 its last bit is always 2^-24
         rounded = torch.where(x.abs() < 2.0**-14, torch.floor(x * 2.0**24 + noise * 2.0**-13) * 2.0**-24, rounded)

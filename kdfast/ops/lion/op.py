@@ -7,6 +7,7 @@ on a CPU C that is compiled when kdfast is installed. Both take all tensors in o
 """
 
 from collections.abc import Hashable
+from operator import is_
 from types import ModuleType
 from typing import Any
 
@@ -16,8 +17,8 @@ from torch import Tensor
 from kdfast.kernels import lion_cpu
 from kdfast.ops import backend
 from kdfast.ops.lion import eager
-from kdfast.ops.lion.plan import Launch, launch
-from kdfast.ops.lion.rows import Options, Row, check_shapes, find_shared_memory, in_order_of, is_plain
+from kdfast.ops.lion.plan import Launch
+from kdfast.ops.lion.rows import Options, Row, check_shapes, count_steps, in_order, is_plain, share_memory
 
 
 def lion_step(
@@ -44,47 +45,43 @@ def lion_step(
     Raises:
         RuntimeError: fused is True and there is no kernel for these tensors; a gradient or momentum has another shape than its parameter.
     """
-    launches, can_repeat = [], True
-    for key, bucket in _sort(rows).items():
-        kernel = _choose_kernel(bucket[0], options)
-        plain, others = _split(bucket, options)
-        if kernel is not None and plain:
-            params, grads = [row.param for row in plain], [row.grad for row in plain]
-            ordered = in_order_of(params, grads)
-            if ordered is not grads:
-                plain, can_repeat = [row._replace(grad=grad) for row, grad in zip(plain, ordered)], False
-            key = kernel.__name__, key, plain[0].number
-            table = kernel.make_table(plain, (tables or {}).get(key), capturable=options.capturable)
-            launch(kernel, table, plain[0], [t for row in plain for t in row.written], options, grad_factor, found_inf)
-            launches.append(Launch(key, kernel, table, plain))
-        elif plain and options.foreach is not False and not plain[0].param.is_cpu:
-            eager.update(plain, options, grad_factor, found_inf)
-        else:
-            others = bucket  # on a CPU, _foreach_* would go through the tensors one by one too, with more memory
-        for row in others:
-            eager.update([row], options, grad_factor, found_inf)
-        can_repeat = can_repeat and not others and kernel is not None
-    return launches, can_repeat and all(row.whole is None for row in rows)
-
-
-def _sort(rows: list[Row]) -> dict[Hashable, list[Row]]:
-    """Rows of the same device and dtypes together."""
+    count_steps([row.step for row in rows if row.step is not None], found_inf)
     buckets: dict[Hashable, list[Row]] = {}
     for row in rows:
         buckets.setdefault((row.param.device, row.param.dtype, row.grad.dtype, row.momentum.dtype), []).append(row)
-    return buckets
+    launches, can_repeat = [], all(row.whole is None for row in rows)
+    for bucket_key, bucket in buckets.items():
+        kernel = _choose_kernel(bucket[0], options)
+        plain, others = _split(bucket, options)
+        if kernel is not None and plain:
+            ordered = [in_order(row) for row in plain]
+            key = bucket_key, plain[0].number
+            table = kernel.make_table(ordered, (tables or {}).get(key), capturable=options.capturable)
+            kernel.step(table, options, grad_factor, found_inf)
+            torch.autograd.graph.increment_version([t for row in plain for t in row.written])
+            launches.append(Launch(key, kernel, table, plain))
+            can_repeat = can_repeat and all(map(is_, ordered, plain))
+            bucket = others
+        elif plain and options.foreach is not False and not plain[0].param.is_cpu:
+            eager.update(plain, options, grad_factor, found_inf)
+            bucket = others
+        for row in bucket:  # on a CPU, _foreach_* would go through the tensors one by one too, with more memory
+            eager.update([row], options, grad_factor, found_inf)
+    return launches, can_repeat and sum(len(each.rows) for each in launches) == len(rows)
 
 
 def _split(rows: list[Row], options: Options) -> tuple[list[Row], list[Row]]:
     """The rows that can be stepped together, and those that PyTorch steps one after the other, in their order."""
     if torch.compiler.is_compiling():
         return rows, []
+    plain: list[Row] = []
+    others: list[Row] = []
     for row in rows:
         check_shapes(row)
-    # a cautious step of a shard needs what other processes count
-    apart = {i for i, row in enumerate(rows) if not is_plain(row) or (options.cautious and row.whole is not None)}
-    apart |= find_shared_memory(rows)
-    return [row for i, row in enumerate(rows) if i not in apart], [rows[i] for i in sorted(apart)]
+        # a cautious step of a shard needs what other processes count
+        is_apart = not is_plain(row) or (options.cautious and row.whole is not None)
+        (others if is_apart else plain).append(row)
+    return ([], rows) if share_memory(plain) else (plain, others)
 
 
 def _choose_kernel(like: Row, options: Options) -> ModuleType | None:
@@ -93,7 +90,7 @@ def _choose_kernel(like: Row, options: Options) -> ModuleType | None:
     if fused is False or (foreach is False and not fused) or is_watched():
         return None
     kernel = backend.kernel("lion", like.param, like.grad, like.momentum) if fused or foreach is None else None
-    if kernel is None and backend.current() == "auto" and lion_cpu.takes(like, rounding=options.rounding, cautious=options.cautious):
+    if kernel is None and backend.current() == "auto" and lion_cpu.takes(like, options):
         kernel = lion_cpu
     if fused and kernel is None:
         raise RuntimeError(

@@ -1,6 +1,6 @@
 """The tensors and options of a Lion step, and how the tensors lie in memory."""
 
-from collections.abc import Iterable
+from itertools import pairwise
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -96,6 +96,16 @@ def check_shapes(row: Row) -> None:
             raise RuntimeError(f"Lion: {name} of parameter {row.number} must have the parameter's shape {shapes}")
 
 
+def count_steps(steps: list[Tensor], found_inf: Tensor | None) -> None:
+    """Adds 1 to the counters, or 0 where found_inf is not 0, which their device decides."""
+    if steps and found_inf is None:
+        torch._foreach_add_(steps, 1.0)
+    elif steps and found_inf is not None:
+        taken = {device: (found_inf.to(device) == 0).to(torch.float32) for device in {step.device for step in steps}}
+        # a list, since of a single tensor the CPU would read the value
+        torch._foreach_add_(steps, [taken[step.device] for step in steps])
+
+
 def is_readable(tensor: Tensor) -> bool:
     """Whether values can be read without waiting for a device or breaking a graph; a fake tensor has none."""
     return tensor.is_cpu and not torch.compiler.is_compiling() and not isinstance(tensor, FakeTensor)
@@ -108,12 +118,14 @@ def is_plain(row: Row) -> bool:
     """Whether a kernel, or one call for many tensors, can step the row.
 
     All tensors own their memory and hold their values as they are. Parameter and state fill their memory without gaps, in the same
-    order of dimensions. The gradient's order may differ (see `in_order_of`), but each of its elements has a place of its own.
+    order of dimensions. The gradient's order may differ (see `in_order`), but each of its elements has a place of its own.
     """
     state = [t for t in (row.param, row.momentum, row.compensation) if t is not None]
     if not all(_owns_memory(t) and not t.is_neg() for t in (*state, row.grad)) or 0 in row.grad.stride():
         return False
-    return is_dense(row.param) and all(_same_order(t, row.param) for t in state)
+    # empty_like keeps the strides of a tensor that fills a stretch of memory, and of no other
+    is_dense = row.param.is_contiguous() or torch.empty_like(row.param, device="meta").stride() == row.param.stride()
+    return is_dense and all(_same_order(t, row.param) for t in state)
 
 
 def _owns_memory(tensor: Tensor) -> bool:
@@ -126,52 +138,19 @@ def _owns_memory(tensor: Tensor) -> bool:
         return False
 
 
-def is_dense(tensor: Tensor) -> bool:
-    """Whether the tensor fills a stretch of memory without gaps or overlaps, its dimensions in any order."""
-    if tensor.is_contiguous():
-        return True
-    expected = 1
-    for stride, size in sorted((stride, size) for stride, size in zip(tensor.stride(), tensor.shape) if size != 1):
-        if stride != expected:
-            return False
-        expected *= size
-    return True
-
-
 def _same_order(a: Tensor, b: Tensor) -> bool:
     """Whether the elements of two tensors of one shape follow each other alike in memory."""
     return a.stride() == b.stride() or all(i == j or size == 1 for i, j, size in zip(a.stride(), b.stride(), b.shape))
 
 
-def in_order_of(params: list[Tensor], grads: list[Tensor]) -> list[Tensor]:
-    """The gradients, with a copy in place of each that does not lie in memory as its parameter does."""
-    others = [i for i, (param, grad) in enumerate(zip(params, grads)) if not _same_order(grad, param)]
-    if not others:
-        return grads
-    copies = [torch.empty_like(params[i], dtype=grads[i].dtype) for i in others]
-    torch._foreach_copy_(copies, [grads[i] for i in others])
-    grads = list(grads)
-    for i, copy in zip(others, copies):
-        grads[i] = copy
-    return grads
+def in_order(row: Row) -> Row:
+    """The row, with a copy of a gradient that does not lie in memory as the parameter does."""
+    if _same_order(row.grad, row.param):
+        return row
+    return row._replace(grad=torch.empty_like(row.param, dtype=row.grad.dtype).copy_(row.grad))
 
 
-def find_shared_memory(rows: Iterable[Row]) -> set[int]:
-    """Places of the rows whose parameter or momentum overlaps another's in memory, as weights tied by their .data do."""
-    written = [(t, i) for i, row in enumerate(rows) for t in (row.param, row.momentum) if _owns_memory(t)]
-    spans = sorted((t.data_ptr(), t.data_ptr() + _extent(t), i) for t, i in written)
-    shared: set[int] = set()
-    reach, last = 0, -1  # the largest end so far, and its row
-    for start, end, i in spans:
-        if start < reach:
-            shared |= {last, i}
-        if end > reach:
-            reach, last = end, i
-    return shared
-
-
-def _extent(tensor: Tensor) -> int:
-    """Bytes from the first element to the last."""
-    if tensor.is_contiguous() or not tensor.numel():
-        return tensor.nbytes
-    return (1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride()))) * tensor.element_size()
+def share_memory(rows: list[Row]) -> bool:
+    """Whether two parameters or momenta of plain rows overlap in memory, as weights tied by their .data do."""
+    spans = sorted((t.data_ptr(), t.nbytes) for row in rows for t in (row.param, row.momentum))
+    return any(start + size > following for (start, size), (following, _) in pairwise(spans))
