@@ -1,13 +1,10 @@
 """Values of the Lion step: lion-pytorch's bits in float32, the reference in float64, every dtype, layout and rounding."""
 
-import itertools
-
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from torch.testing._internal.two_tensor import TwoTensor
 
 from kdfast import reference
 from kdfast.ops.lion import eager, int8
@@ -40,71 +37,48 @@ ROUNDINGS = ("nearest", "stochastic", "kahan")
 
 
 @pytest.mark.parametrize(
-    ("foreach", "memory_format", "steps"),
-    [
-        pytest.param(None, torch.contiguous_format, 3, id="contiguous"),
-        pytest.param(None, torch.channels_last, 2, id="channels_last"),
-        pytest.param(False, torch.channels_last, 2, id="one by one"),
-        pytest.param(None, torch.contiguous_format, 50, id="50 steps", marks=pytest.mark.slow),
-    ],
+    ("foreach", "memory_format"),
+    [(None, torch.contiguous_format), (None, torch.channels_last), (False, torch.channels_last)],
+    ids=["contiguous", "channels_last", "one by one"],
 )
-def test_steps_on_resnet18_have_the_bits_of_lion_pytorch(foreach, memory_format, steps, monkeypatch):
+def test_steps_on_resnet18_have_the_bits_of_lion_pytorch(foreach, memory_format, monkeypatch):
     if INTERPRETED:
         use_large_blocks(monkeypatch)
-        steps = min(steps, 2)  # each takes seconds
     torchvision = pytest.importorskip("torchvision", reason="steps its ResNet-18")
     theirs = list(torchvision.models.resnet18().to(memory_format=memory_format).parameters())
     ours = twins(theirs)
     a, b = peers().Lion(theirs, **SETTINGS), Lion(ours, foreach=foreach, **SETTINGS)
-    for step in range(steps):
-        for i, (p, q) in enumerate(zip(theirs, ours)):
-            if i % 9 == 4:
-                continue  # never used
-            if i % 9 == 5:
-                p.grad = torch.zeros_like(p)
-            elif step % 5 == 0:  # new gradients in every fifth step only keep the test short
-                p.grad = torch.randn_like(p)
-            q.grad = p.grad
+    for _ in range(2):
+        give_gradients(theirs[4:], ours[4:])  # the first are never used
         a.step()
         b.step()
-    used = [i for i in range(len(ours)) if i % 9 != 4]
     assert bits_equal(theirs, ours)
-    assert bits_equal(momenta(a, [theirs[i] for i in used]), momenta(b, [ours[i] for i in used]))
-    assert len(b.state) == len(used)
+    assert bits_equal(momenta(a, theirs[4:]), momenta(b, ours[4:]))
+    assert len(b.state) == len(ours) - 4
 
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"decoupled_weight_decay": True}, {"betas": (0.0, 1.0)}, {"betas": (1.0, 0.0)}, {"weight_decay": 0.0}],
+    [{}, {"decoupled_weight_decay": True}, {"betas": (0.0, 1.0)}, {"betas": (1.0, 0.0)}, {"weight_decay": 0.0}, {"cautious": True}],
     ids=str,
 )
 def test_options_of_lion_pytorch_give_its_bits(options):
-    theirs = parameters()
+    peers()
+    from lion_pytorch.cautious_lion import Lion as CautiousLion
+
+    theirs = parameters([(64, 3, 7, 7), (10, 512), (10,), (1,), (129, 257)])
     ours = twins(theirs)
-    options = {**SETTINGS, **options}
-    groups = [{"params": slice(0, 3)}, {"params": slice(3, 7), "lr": 1e-2, "weight_decay": 0.3}]
-    a = peers().Lion([{**g, "params": theirs[g["params"]]} for g in groups], **options)
-    b = Lion([{**g, "params": ours[g["params"]]} for g in groups], **options)
+    original = CautiousLion if "cautious" in options else peers().Lion
+    a, b = (
+        make([{"params": params[:2]}, {"params": params[2:], "lr": 1e-2, "weight_decay": 0.3}], **{**SETTINGS, **chosen})
+        for make, params, chosen in ((original, theirs, {k: v for k, v in options.items() if k != "cautious"}), (Lion, ours, options))
+    )
     for _ in range(4):
         give_gradients(theirs, ours)
         a.step()
         b.step()
     assert bits_equal(theirs, ours)
     assert bits_equal(momenta(a, theirs), momenta(b, ours))
-
-
-def test_a_cautious_step_has_the_bits_of_lion_pytorchs_cautious_lion():
-    peers()
-    from lion_pytorch.cautious_lion import Lion as CautiousLion
-
-    theirs = parameters([(64, 3, 7, 7), (10,), (300, 300)])
-    ours = twins(theirs)
-    a, b = CautiousLion(theirs, **SETTINGS), Lion(ours, cautious=True, **SETTINGS)
-    for _ in range(4):
-        give_gradients(theirs, ours)
-        a.step()
-        b.step()
-    assert bits_equal(theirs, ours)
 
 
 def test_recorded_values_of_the_original_are_met(oracles):
@@ -117,21 +91,6 @@ def test_recorded_values_of_the_original_are_met(oracles):
         optimizer.step()
     assert bits_equal(params, [torch.tensor(oracles[f"lion/final{i}"]) for i in range(5)])
     assert bits_equal(momenta(optimizer, params), [torch.tensor(oracles[f"lion/exp_avg{i}"]) for i in range(5)])
-
-
-@pytest.mark.parametrize("shape", [(8, 1), (1000,), (33, 17), (3, 30_005)], ids=str)
-def test_an_expanded_gradient_gives_lion_pytorchs_bits(shape, form):  # noqa: F811
-    """The gradient of a sum is one number; PyTorch multiplies it first and rounds, in some of the elements."""
-    theirs = parameters([shape, (3,)])
-    ours = twins(theirs)
-    a, b = peers().Lion(theirs, **SETTINGS), Lion(ours, fused=True if form == "auto" else None, **SETTINGS)
-    for _ in range(40):  # with one number it is chance whether roundings differ
-        give_gradients(theirs, ours)
-        theirs[0].grad = ours[0].grad = torch.randn(1).expand(shape)
-        a.step()
-        b.step()
-    assert bits_equal(theirs, ours)
-    assert bits_equal(momenta(a, theirs), momenta(b, ours))
 
 
 # ---- the reference ---------------------------------------------------------------------------------------------------
@@ -213,196 +172,55 @@ def test_the_reference_moves_against_the_sign_and_fails_a_wrong_step():
     assert error(p, new_p) > 1e-2
 
 
-@pytest.mark.parametrize("foreach", [None, False])
 @pytest.mark.parametrize("shapes", [[(4, 5)], [(300, 300)], [(4, 5), (3,), (2, 6), (), (0,), (7,)]], ids=str)
-def test_a_nan_gradient_makes_its_parameter_nan_and_no_other(foreach, shapes):
+def test_a_nan_gradient_makes_its_parameter_nan_and_no_other(shapes):
     """The one deliberate deviation: torch.sign(NaN) is 0, so the original leaves such a parameter as it is."""
-    params, optimizer = run_steps(2, shapes, foreach=foreach)
+    params, optimizer = run_steps(2, shapes, weight_decay=0.0)
     before = params[0].detach().clone()
     give_gradients(params)
     params[0].grad[1, 2], params[0].grad[0, 1], params[0].grad[0, 2] = float("nan"), float("inf"), -float("inf")
     optimizer.step()
     assert params[0].isnan().nonzero().tolist() == [[1, 2]]
-    decay = 1 - SETTINGS["lr"] * SETTINGS["weight_decay"]
-    assert params[0][0, 1] == before[0, 1] * decay - SETTINGS["lr"]  # infinite gradients have a sign
-    assert params[0][0, 2] == before[0, 2] * decay + SETTINGS["lr"]
+    assert params[0][0, 1] == before[0, 1] - SETTINGS["lr"]  # infinite gradients have a sign
+    assert params[0][0, 2] == before[0, 2] + SETTINGS["lr"]
     assert not any(p.isnan().any() for p in params[1:])
-    theirs = nn.Parameter(torch.ones(2))
-    theirs.grad = torch.tensor([float("nan"), 1.0])
-    peers().Lion([theirs]).step()
-    assert theirs[0] == 1, "lion-pytorch no longer maps NaN to 0: the note on the deviation is out of date"
 
 
 def test_the_sign_of_zero_is_zero_and_subnormal_updates_count():
-    p = nn.Parameter(torch.ones(4))
-    p.grad = torch.tensor([0.0, -0.0, 1e-40, -1e-40])
+    p = nn.Parameter(torch.tensor([1.0, 1.0, 1.0, 1.0, -0.0, 0.0]))
+    p.grad = torch.tensor([0.0, -0.0, 1e-40, -1e-40, -0.0, -0.0])
     Lion([p], lr=0.25).step()
-    assert p.tolist() == [1.0, 1.0, 0.75, 1.25]
-
-
-# ---- memory layout ---------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("shape", [(3, 4, 5, 6), (64, 32, 5, 5)], ids=str)
-@pytest.mark.parametrize("rounding", ROUNDINGS)
-def test_strides_that_differ_change_no_value(shape, rounding):
-    dtype = FP32 if rounding == "nearest" else BF16
-    values, gradient = torch.randn(shape).to(dtype), torch.randn(shape).to(dtype)
-    results: dict[torch.memory_format, list[Tensor]] = {torch.contiguous_format: [], torch.channels_last: []}
-    for p_format, g_format in itertools.product(results, repeat=2):
-        p = nn.Parameter(values.clone(memory_format=p_format))
-        optimizer = Lion([p], rounding=rounding, **SETTINGS)
-        for sign in (1, -3, 2):
-            p.grad = (sign * gradient).contiguous(memory_format=g_format)
-            optimizer.step()
-        assert p.is_contiguous(memory_format=p_format)
-        results[p_format].append(p.detach().contiguous())
-    for same in results.values():
-        assert torch.equal(*same)
-    if rounding != "stochastic":  # whose noise follows the parameter's memory
-        assert torch.equal(results[torch.contiguous_format][0], results[torch.channels_last][0])
-
-
-def test_gaps_in_memory_are_left_alone():
-    """Of a parameter, a gradient and a momentum."""
-    storages = [torch.zeros(4_000, 2) for _ in range(5)]
-    params = [nn.Parameter(storage[:, 0]) for storage in storages[:2]]
-    optimizer = Lion(params, lr=0.5)
-    params[0].grad, params[1].grad = torch.ones(4_000), storages[2][:, 0].fill_(1.0)
-    for p, momentum in zip(params, storages[3:]):
-        optimizer.state[p]["exp_avg"] = momentum[:, 0]
-    optimizer.step()
-    for storage in storages[:2]:
-        assert torch.equal(storage, torch.tensor([-0.5, 0.0]).expand(4_000, 2))
-    for storage in storages[3:]:
-        torch.testing.assert_close(storage, torch.tensor([0.01, 0.0]).expand(4_000, 2))
+    assert str(p.tolist()) == "[1.0, 1.0, 0.75, 1.25, -0.0, 0.0]"
 
 
 @pytest.mark.parametrize(
     "spans",
     [
-        pytest.param([(0, 1), (0, 1)], id="the same"),
-        pytest.param([(0, 0.75), (0.5, 1)], id="overlapping"),
-        pytest.param([(0, 1), (0.25, 0.5), (0.75, 1)], id="parts of one"),
-        pytest.param([(0, 0.01), (0, 1)], id="a small part first"),
+        pytest.param([(0, 40_000), (0, 40_000)], id="the same"),
+        pytest.param([(0, 30_000), (20_000, 40_000)], id="overlapping"),
+        pytest.param([(0, 40_000), (10_000, 20_000), (30_000, 40_000)], id="parts of one"),
     ],
 )
-@pytest.mark.parametrize("size", [800, 40_000])
-@pytest.mark.parametrize("negated", [False, True], ids=["plain", "a momentum negated"])
-def test_parameters_that_share_memory_are_stepped_one_after_the_other(spans, size, negated):
+@pytest.mark.parametrize("what", ["parameters", "momenta"])
+def test_tensors_that_share_memory_are_stepped_one_after_the_other(spans, what):
     """As weights tied by their .data are: each has its own gradient and momentum."""
     ends = []
     for make in (Lion, peers().Lion):
-        memory = torch.linspace(-1, 1, size)
-        params = [nn.Parameter(memory[int(start * size) : int(end * size)]) for start, end in spans]
-        params.insert(1, nn.Parameter(torch.ones(5)))
+        torch.manual_seed(0)
+        memory = torch.linspace(-1, 1, 40_000)
+        shared = [memory[start:end] for start, end in spans]
+        params = [nn.Parameter(x if what == "parameters" else x.clone()) for x in (*shared, torch.ones(5))]
         optimizer = make(params, lr=0.1, weight_decay=0.5)
-        torch.manual_seed(0)
-        for step in range(4):
-            give_gradients(params)
-            if negated and step == 1:
-                optimizer.state[params[0]]["exp_avg"].data = torch._neg_view(-optimizer.state[params[0]]["exp_avg"].data)
-            optimizer.step()
-        ends.append([memory, params[1].detach()])
-    assert bits_equal(*ends)
-
-
-@pytest.mark.parametrize("size", [9, 70_000])
-def test_a_momentum_of_two_parameters_is_stepped_by_one_after_the_other(size):
-    ends = []
-    for foreach in (None, False):
-        torch.manual_seed(0)
-        params = parameters([(size,), (size,), (7,)])
-        optimizer = Lion(params, foreach=foreach, **SETTINGS)
-        shared = torch.zeros(size)
-        for p in params[:2]:
-            optimizer.state[p]["exp_avg"] = shared
+        for p, x in zip(params, shared):
+            optimizer.state[p]["exp_avg"] = x if what == "momenta" else torch.zeros_like(p)
         for _ in range(4):
             give_gradients(params)
             optimizer.step()
-        ends.append([*params, shared])
+        ends.append([memory, *params])
     assert bits_equal(*ends)
 
 
-@pytest.mark.parametrize("on_device", [False, True], ids=["read on the host", "decided on the device"])
-@pytest.mark.parametrize("which", ["param", "grad", "momentum"])
-def test_a_negated_tensor_counts_as_its_values(which, on_device, monkeypatch):
-    """PyTorch's calls for many tensors refuse to write tensors whose negative bit is set."""
-    if on_device:
-        decide_on_device(monkeypatch)
-    params, optimizer = run_steps(1)
-    theirs, expected = run_steps(1)
-    if which != "grad":
-        changed = params[1] if which == "param" else optimizer.state[params[1]]["exp_avg"]
-        changed.data = torch._neg_view(-changed.data)
-    for _ in range(4):
-        give_gradients(params, theirs)
-        if which == "grad":
-            params[1].grad = torch._neg_view(-params[1].grad)
-        optimizer.step()
-        expected.step()
-    for p, q in zip(params, theirs):  # Triton 3.6's interpreter rounds twice where PyTorch rounds once
-        assert error(p, q.detach()) <= 1e-6
-
-
-@pytest.mark.parametrize("at", [0, 3])
-def test_zeros_without_memory_are_gradients_too(at):
-    """Autograd makes such, for sgn for instance, and their address is 0."""
-    params = parameters([(50,), (3000,)])
-    theirs = twins(params)
-    optimizers = Lion(params, **SETTINGS), Lion(theirs, foreach=False, **SETTINGS)
-    for step in range(5):
-        give_gradients(params, theirs)
-        if step == at:
-            for p in (params[0], theirs[0]):
-                p.grad = None
-                torch.sgn(p).sum().backward()
-                assert p.grad._is_zerotensor()
-        for optimizer in optimizers:
-            optimizer.step()
-    assert bits_equal(params, theirs)
-
-
-def keep_plain(x: Tensor) -> Tensor:
-    return x
-
-
-def wrap_in_two(x: Tensor) -> Tensor:
-    return TwoTensor(x, 1 - x)
-
-
-@pytest.mark.parametrize("size", [5, 40_000])
-def test_a_subclass_made_of_other_tensors_is_stepped_by_its_operations(size):
-    results = []
-    for wrap in (keep_plain, wrap_in_two):
-        torch.manual_seed(0)
-        params = [nn.Parameter(wrap(torch.randn(size))) for _ in range(3)]
-        optimizer = Lion(params, **SETTINGS)
-        for _ in range(3):
-            for p in params:
-                p.grad = wrap(torch.randn(size))
-            optimizer.step()
-        results.append([getattr(p.detach(), "a", p.detach()) for p in params])
-    assert bits_equal(*results)
-
-
 # ---- low precision ---------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
-@pytest.mark.parametrize("momentum_dtype", [None, FP32, BF16], ids=str)
-def test_low_precision_is_float32_arithmetic_rounded_once(dtype, momentum_dtype):
-    params, optimizer = run_steps(1, [(300, 100), (7,)], dtype, momentum_dtype=momentum_dtype)
-    for _ in range(3):
-        give_gradients(params)
-        args = [tuple(x.detach().float() for x in (p, p.grad, optimizer.state[p]["exp_avg"])) for p in params]
-        want = [reference.lion_step(*a, **SETTINGS) for a in args]
-        optimizer.step()
-        for p, (new_p, new_m) in zip(params, want):
-            momentum = optimizer.state[p]["exp_avg"]
-            assert momentum.dtype == (momentum_dtype or dtype)
-            assert (p.detach() == new_p.to(dtype)).float().mean() > 0.999  # a fused multiply-add may move a tie
-            assert error(momentum, new_m.to(momentum.dtype)) <= 2**-8
 
 
 def test_bfloat16_decays_with_kahan_and_stochastic_rounding_only():
@@ -482,38 +300,27 @@ def test_large_tensors_take_8_bits_and_small_ones_keep_float32(dtype):
 
 @by_kernel
 @pytest.mark.parametrize("n", [1, 255, 256, 257, 1000])
-def test_a_code_is_decoded_to_within_its_step(n):
+@pytest.mark.parametrize("is_random", [False, True])
+def test_a_code_is_decoded_to_within_its_step_and_in_the_mean_to_its_value(n, is_random):
     """A level k is sqrt(|m| / scale) 127: neighbours are (2 k + 1) scale / 127^2 apart."""
     m = torch.randn(n) * torch.randn(n).exp()
-    for noise in (None, torch.randint(-(2**31), 2**31, (n,)).int()):
-        code, scale = int8.encode(m, noise)
-        assert code.dtype == torch.int8
-        assert scale.shape == (int8.count_scales(n),)
-        scales = scale.repeat_interleave(256)[:n]
-        step = (2 * (m.abs() / scales).sqrt() * 127 + 1) * scales / 127**2
-        difference = (int8.decode(code, scale) - m).abs()
-        assert (difference <= step * (0.5001 if noise is None else 1.0001)).all()
-        assert (code.sign() * m.sign() >= 0).all()
-    largest = m.abs().argmax()
-    assert int8.decode(code, scale)[largest] == pytest.approx(m[largest].item(), rel=1e-6)
-
-
-@by_kernel
-def test_the_mean_of_random_codes_is_the_momentum():
-    m = torch.randn(256)
-    draws = [int8.decode(*int8.encode(m, torch.randint(-(2**31), 2**31, (256,)).int())) for _ in range(1000)]
-    mean = torch.stack(draws).double().mean(0)
-    step = (2 * (m.abs() / m.abs().max()).sqrt() * 127 + 1) * m.abs().max() / 127**2
-    assert ((mean - m).abs() <= 4.5 * step / 2 / 1000**0.5).all()
+    noises = [torch.randint(-(2**31), 2**31, (n,)).int() if is_random else None for _ in range(300)]
+    codes, scales = zip(*(int8.encode(m, noise) for noise in noises))
+    assert codes[0].dtype == torch.int8
+    assert scales[0].shape == (int8.count_scales(n),)
+    scale = scales[0].repeat_interleave(256)[:n]
+    step = (2 * (m.abs() / scale).sqrt() * 127 + 1) * scale / 127**2
+    differences = torch.stack([int8.decode(*pair) - m for pair in zip(codes, scales)]).double()
+    assert (differences.abs() <= step * (1.0001 if is_random else 0.5001)).all()
+    if is_random:
+        assert (differences.mean(0).abs() <= 5 * step / 2 / 300**0.5).all()
 
 
 @by_kernel
 @pytest.mark.parametrize("value", [0.0, 1e-38, 3e38])
 def test_groups_of_zeros_tiny_and_huge_momenta_stay_finite(value):
-    m = torch.full((300,), value)
-    decoded = int8.decode(*int8.encode(m, torch.zeros(300, dtype=torch.int32)))
-    assert decoded.isfinite().all()
-    assert torch.allclose(decoded, m if value != 1e-38 else torch.zeros(300), rtol=1e-5)
+    decoded = int8.decode(*int8.encode(torch.full((300,), value), torch.zeros(300, dtype=torch.int32)))
+    assert torch.allclose(decoded, torch.full((300,), value if value != 1e-38 else 0.0), rtol=1e-5)
 
 
 def test_a_decaying_momentum_of_8_bits_does_not_stand_still():
@@ -529,19 +336,16 @@ def test_a_decaying_momentum_of_8_bits_does_not_stand_still():
     assert decode_momentum(optimizer, p).mean() == pytest.approx(start.mean().item() * 0.99**50, rel=0.02)
 
 
-@pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
-def test_steps_with_8_bits_follow_float32(dtype):
-    params = parameters([(100, 100)], dtype)
+def test_steps_with_8_bits_follow_float32():
+    params = parameters([(100, 100)])
     exact = twins(params)
-    a, b = Lion(params, lr=1e-3, **INT8), Lion(exact, lr=1e-3, momentum_dtype=FP32)
+    a, b = Lion(params, lr=1e-3, **INT8), Lion(exact, lr=1e-3)
     for _ in range(20):
-        before = [params[0].detach().float(), exact[0].detach().float()]
         give_gradients(params, exact)
         a.step()
         b.step()
-        moved, wanted = (p[0].detach().float() - old for p, old in zip((params, exact), before))
-        assert (moved.sign() == wanted.sign()).float().mean() > 0.97
     assert error(decode_momentum(a, params[0]), b.state[exact[0]]["exp_avg"]) < 0.05
+    assert (params[0] - exact[0]).abs().mean() < 1e-3
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
@@ -565,8 +369,3 @@ def test_a_step_decided_on_the_device_has_the_bits_of_the_host(tensor_lr, monkey
     decide_on_device(monkeypatch)
     device, _ = run_steps(3, lr=lr, cautious=True, max_grad_norm=1.0)
     assert bits_equal(host, device)
-
-
-def test_bitwise_equal_runs():
-    for options in ({}, {"cautious": True}, INT8):
-        assert bits_equal(run_steps(3, [(9000,), (7, 5)], **options)[0], run_steps(3, [(9000,), (7, 5)], **options)[0])

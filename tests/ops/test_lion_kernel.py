@@ -1,14 +1,17 @@
 """What only the Triton kernel of the Lion step has to show; test_lion.py holds the values, in the interpreter and on a GPU too."""
 
+import itertools
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
 
 import kdfast
-from kdfast.ops.lion.rows import Row
+from kdfast.ops.lion.rows import Options, Row
 from kdfast.optim import Lion
-from tests.lion import SETTINGS, bits_equal, give_gradients, parameters, state_tensors, twins
-from tests.numeric import INTERPRETED, KERNELS
+from tests.lion import SETTINGS, bits_equal, give_gradients, parameters, run_steps, state_tensors, twins
+from tests.numeric import DEVICE, INTERPRETED, KERNELS
 
 pytestmark = [pytest.mark.kernels, pytest.mark.skipif(not KERNELS, reason="the kernel needs a GPU or TRITON_INTERPRET=1")]
 if KERNELS:
@@ -124,11 +127,13 @@ def test_groups_share_a_launch_while_their_options_are_the_same(launches):
     assert counts == [1, 1, 2, 2, 1, 1]
 
 
-def test_a_cautious_step_counts_first(launches):
-    params = parameters([(5000,), (7,)])
-    give_gradients(params)
-    Lion(params, cautious=True).step()
+def test_a_cautious_step_counts_first_and_both_launches_go_to_the_device_of_the_tensors(launches, monkeypatch):
+    guarded = []
+    guard = torch.cuda.device_of
+    monkeypatch.setattr(torch.cuda, "device_of", lambda x: guarded.append(x.device) or guard(x))
+    run_steps(1, [(5000,), (7,)], cautious=True)
     assert launches == ["_count_moving", "_step"]
+    assert guarded == [torch.device(DEVICE, 0 if DEVICE == "cuda" else None)]
 
 
 def test_parameters_that_the_kernel_cannot_take_leave_it_the_others(launches):
@@ -145,52 +150,6 @@ def test_parameters_that_the_kernel_cannot_take_leave_it_the_others(launches):
     assert torch.equal(storage, torch.tensor([-0.5, 0.0]).expand(3000, 2))
     assert params[1].tolist() == params[2].tolist() == [-0.5] * 5
     assert launches == ["_step"]
-
-
-def test_another_rounding_and_another_backend_are_taken_up(launches):
-    params = parameters([(50,)], BF16)
-    optimizer = Lion(params, lr=0.01)
-    for rounding, key in (("nearest", "exp_avg"), ("kahan", "kahan_comp"), ("stochastic", "step"), ("stochastic", "step")):
-        optimizer.param_groups[0]["rounding"] = rounding
-        give_gradients(params)
-        optimizer.step()
-        assert key in optimizer.state[params[0]]
-    optimizer.param_groups[0]["foreach"] = True
-    optimizer.step()
-    with kdfast.backend("torch"):
-        optimizer.step()
-    assert len(launches) == 4
-
-
-def test_a_launch_goes_to_the_device_of_its_tensors(monkeypatch):
-    guarded = []
-    guard = torch.cuda.device_of
-    monkeypatch.setattr(torch.cuda, "device_of", lambda x: guarded.append(x) or guard(x))
-    params = parameters([(5,)])
-    give_gradients(params)
-    Lion(params).step()
-    assert guarded
-    assert guarded[0] is params[0]
-
-
-@pytest.mark.parametrize("steps", [1, 2], ids=["a new plan", "a plan in use"])
-def test_the_kernel_marks_what_it_wrote(steps):
-    """A backward pass through the old values must fail, not use the new ones."""
-    p = nn.Parameter(torch.ones(3))
-    optimizer = Lion([p])
-    for _ in range(steps):
-        loss = (p * p).sum()
-        p.grad = torch.ones(3)
-        optimizer.step()
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        loss.backward()
-
-
-def test_zeros_keep_their_sign():
-    def zero_gradients(step, params):
-        params[0].grad = torch.tensor([-0.0, -0.0, 0.0])
-
-    assert_steps_equal_pytorch([nn.Parameter(torch.tensor([-0.0, 0.0, -0.0]))], before_step=zero_gradients)
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="traffic is counted in the interpreter")
@@ -223,84 +182,22 @@ def test_bytes_moved_are_those_of_five_passes(dtype, options, passes):
 # ---- the table of addresses ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("options", [{}, {"rounding": "stochastic"}, {"rounding": "kahan"}, {"momentum_dtype": INT8}], ids=str)
-def test_a_table_is_made_again_only_when_an_address_has_changed(options, monkeypatch):
-    made = []
-    for name in ("make_table", "move_gradients"):
-        function = getattr(kernel, name)
-        monkeypatch.setattr(kernel, name, lambda *a, name=name, function=function, **k: made.append(name) or function(*a, **k))
-    params = parameters([(50,), (5000,)], BF16)
-    optimizer = Lion(params[:1] if "momentum_dtype" in options else params, **SETTINGS, **options)
-    give_gradients(params)
-    for _ in range(3):
-        optimizer.step()
-    assert made == ["make_table"]
-    old = [p.grad for p in params]
-    give_gradients(params)
-    assert all(p.grad.data_ptr() != g.data_ptr() for p, g in zip(params, old))
-    optimizer.step()
-    optimizer.step()
-    assert made == ["make_table", "move_gradients"]
-    chunks = next(iter(optimizer._plan.tables.values())).chunks
-    params[0].data = params[0].data.clone()
-    optimizer.step()
-    assert made == ["make_table", "move_gradients", "make_table"]
-    if not INTERPRETED:
-        assert next(iter(optimizer._plan.tables.values())).chunks is chunks
-
-
 def test_a_table_with_moved_gradients_is_the_one_that_would_be_made():
     """With 128-bit accesses where all tensors begin at 16 bytes, and only there."""
+    memory, flags = torch.zeros(60), kernel.FLAGS.value
 
-    def rows(shift):
-        grads = [torch.zeros(60)[shift : shift + 50], torch.zeros(3000)]
-        return [Row(p, g, m, number=i) for i, (p, g, m) in enumerate(zip(params, grads, momenta))]
+    def rows(shift, momentum=0):
+        (p, m), g = torch.zeros(2, 64), memory[shift : shift + 50]
+        return [Row(p[:50], g, m[momentum : momentum + 50], number=1)]
 
-    params, momenta = ([torch.zeros(50), torch.zeros(3000)] for _ in range(2))
-    tables = [(some := rows(shift), kernel.make_table(some)) for shift in (0, 1, 4)]
-    assert [table.addresses[0, kernel.FLAGS.value].item() & 1 for _, table in tables] == [1, 0, 1]
-    assert [table.addresses[1, kernel.FLAGS.value].item() for _, table in tables] == [3, 3, 3]
-    for _, before in tables:
-        for some, made in tables:
-            moved = kernel.move_gradients(before, [row.grad.data_ptr() for row in some])
-            assert torch.equal(moved.addresses, made.addresses)
-            assert moved.numbers == made.numbers
-
-
-def test_a_momentum_off_16_bytes_is_never_flagged_as_aligned():
-    g, m = torch.zeros(60), torch.zeros(60)[1:51]
-    table = kernel.make_table([Row(torch.zeros(50), g[1:51], m)])
-    for grad in (g[:50], g[4:54]):
-        assert kernel.move_gradients(table, [grad.data_ptr()]).numbers[kernel.FLAGS.value] == 0
-
-
-@pytest.mark.parametrize("change", ["shrunk", "grown", "transposed momentum", "another order"])
-def test_changes_at_the_same_address_are_seen(change):
-    p, memory = nn.Parameter(torch.zeros(60, 60)), torch.zeros(60, 60)
-    p.data = memory[:30] if change == "grown" else memory
-    optimizer = Lion([p], lr=0.5)
-    p.grad = torch.ones(p.shape)
-    optimizer.step()
-    state = optimizer.state[p]
-    if change == "shrunk":
-        p.data, p.grad, state["exp_avg"] = memory[:50], p.grad[:50], state["exp_avg"][:50]
-        optimizer.step()
-        assert torch.equal(memory[:50], torch.full((50, 60), -1.0))
-        assert torch.equal(memory[50:], torch.full((10, 60), -0.5))
-    elif change == "grown":
-        p.data, p.grad = memory, torch.ones(60, 60)
-        with pytest.raises(RuntimeError, match=r"exp_avg of parameter 0 must have the parameter's shape \(60, 60\), got \(30, 60\)"):
-            optimizer.step()
-    elif change == "transposed momentum":
-        state["exp_avg"] = state["exp_avg"].copy_(torch.arange(3600.0).view(60, 60)).t()
-        want = 0.99 * state["exp_avg"] + 0.01
-        optimizer.step()
-        assert torch.allclose(state["exp_avg"], want)
-    else:
-        p.grad.data = p.grad.data.copy_(100 * torch.randn(60, 60)).t()
-        want = p.detach() - 0.5 * (0.9 * state["exp_avg"] + 0.1 * p.grad).sign()
-        optimizer.step()
-        assert torch.equal(p.detach(), want)
+    for before, now, momentum in itertools.product((0, 1, 4), (0, 1, 4), (0, 1)):
+        some = rows(before, momentum)
+        table = kernel.make_table(some)
+        kernel.move_gradients(table, [memory[now:].data_ptr()])
+        assert table.addresses[0, kernel.GRAD.value] == memory[now:].data_ptr()
+        assert table.addresses[0, flags] == (2 if now == 1 or momentum else 3)
+        assert table.addresses.flatten().tolist() == table.numbers.tolist()
+        assert kernel.make_table([some[0]._replace(grad=memory[now : now + 50])]).numbers == table.numbers
 
 
 def test_offsets_beyond_two_billion_elements():
@@ -312,10 +209,7 @@ def test_offsets_beyond_two_billion_elements():
     table.addresses[0, :3] -= 4 * block * kernel.BLOCK
     table.addresses[0, kernel.SIZE.value] = (block + 1) * kernel.BLOCK - 3  # the last three are not its own
     table.chunks[0, 1] = block
-    kernel.step(
-        row, table, [p, m], lr=0.5, betas=(0.9, 0.0), weight_decay=0.0, rounding="nearest",
-        cautious=False, maximize=False, grad_factor=None, found_inf=None,
-    )  # fmt: skip
+    kernel.step(table, Options(0.5, 0.9, 0.0, 0.0), None, None)
     assert torch.equal(p[:-3], -0.5 * g[:-3].sign())
     assert torch.equal(m[:-3], g[:-3])
     assert p[-3:].tolist() == [0.0] * 3
@@ -330,47 +224,30 @@ def test_blocks_of_a_tensor_of_three_billion_elements():
 # ---- CUDA graphs -----------------------------------------------------------------------------------------------------
 
 
-class Gpu:
-    """Stands in for a GPU where tables are made: what is pinned, and whether a graph is being captured."""
-
-    def __init__(self, monkeypatch):
-        self.capturing = False
-        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: self.capturing)
-        monkeypatch.setattr(torch.Tensor, "pin_memory", lambda x: x.clone())
-        empty = torch.empty
-        monkeypatch.setattr(torch, "empty", lambda *shape, pin_memory=False, **k: empty(*shape, **k))
-        monkeypatch.setattr(torch.Tensor, "to", lambda x, *a, **k: x.clone())
-        monkeypatch.setattr(kernel, "_graphs", {})
-
-    def row(self, n):
-        class Parameter:
-            device = torch.device("cuda", 0)
-
-            def __init__(self, x):
-                self.numel, self.data_ptr = x.numel, x.data_ptr
-
-        x = torch.zeros(n)
-        return Row(Parameter(x), x, x)
+def gpu_rows(*sizes):
+    """Rows that make_table takes for a GPU's."""
+    tensors = [torch.zeros(size) for size in sizes]
+    device = torch.device("cuda", 0)
+    return [Row(SimpleNamespace(device=device, dtype=FP32, numel=x.numel, data_ptr=x.data_ptr), x, x) for x in tensors]
 
 
 def test_addresses_that_a_graph_copies_are_never_written_again(monkeypatch):
-    gpu = Gpu(monkeypatch)
-    rows = [gpu.row(5), gpu.row(3000)]
-    warm = kernel.make_table(rows, capturable=True)
+    empty, is_capturing = torch.empty, [False]
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: is_capturing[-1])
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda x: x.clone())
+    monkeypatch.setattr(torch, "empty", lambda *shape, pin_memory=False, **k: empty(*shape, **k))
+    monkeypatch.setattr(torch.Tensor, "to", lambda x, *a, **k: x.clone())
+    monkeypatch.setattr(kernel, "_kept_for_graphs", [])
+    warm, bare = (kernel.make_table(gpu_rows(5, 3000), capturable=capturable) for capturable in (True, False))
     spares = list(warm.spares)
-    gpu.capturing = True
-    captured = [kernel.make_table([gpu.row(5), gpu.row(3000)], warm, capturable=True) for _ in range(kernel.SPARES)]
-    assert all(table.captured and table.chunks is warm.chunks for table in captured)
-    assert {id(t) for t in kernel._graphs.values()} == {id(t) for t in spares}, "the pinned copies outlive the optimizer, each its own"
-    assert torch.equal(spares[-1], captured[0].addresses)
-    with pytest.raises(RuntimeError, match="take one before the capture"):
-        kernel.make_table([gpu.row(5), gpu.row(3000)], warm)
-    with pytest.raises(RuntimeError, match="take one before the capture"):
-        kernel.make_table([gpu.row(5)], kernel.make_table(rows)._replace(spares=[]))
-
-
-def test_tensors_of_a_captured_launch_stay_alive(monkeypatch):
-    monkeypatch.setattr(kernel, "_graphs", {})
-    for tensor in (first := torch.zeros(3), first):
-        kernel._keep_for_graphs(tensor)
-    assert list(kernel._graphs.values()) == [first]
+    is_capturing.append(True)
+    captured = [warm]
+    for _ in range(kernel.SPARES):
+        captured.append(kernel.make_table(gpu_rows(5, 3000), captured[-1], capturable=True))
+    assert all(table.chunks is warm.chunks for table in captured)
+    kept = {id(t) for t in kernel._kept_for_graphs}
+    assert kept == {id(t) for t in (*spares, warm.chunks)}, "the pinned copies outlive the optimizer, each its own"
+    assert torch.equal(spares[-1], captured[1].addresses)
+    for before in (captured[-1], bare, None):
+        with pytest.raises(RuntimeError, match="needs a step before the capture"):
+            kernel.make_table(gpu_rows(5, 3000), before)

@@ -62,7 +62,8 @@ def change(kind: str, draw: random.Random, optimizer: Lion, params: list[nn.Para
     elif kind == "shared memory":
         p.data = draw.choice(params).data
     elif kind == "gradient":
-        p.grad = draw.choice([None, torch.randn_like(p), TwoTensor(torch.ones_like(p), torch.ones_like(p))])
+        zeros, one_number, wrapped = torch._efficientzerotensor(p.shape), torch.randn(1).expand(p.shape), TwoTensor(p.detach(), p.detach())
+        p.grad = draw.choice([None, zeros.to(p.dtype), one_number.to(p.dtype), wrapped])
     elif kind == "momentum":
         state.update(draw.choice([{}, {"exp_avg": torch.randn_like(p)}]))
         draw.choice([state.clear, optimizer.state.clear, dict])()
