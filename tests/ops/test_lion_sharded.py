@@ -23,7 +23,7 @@ CASES: dict[str, dict[str, Any]] = {
     "clipped": {"max_grad_norm": 0.1},
     "cautious": {"cautious": True},
     "one by one": {"foreach": False, "cautious": True},
-    "kahan": {"rounding": "kahan", "dtype": torch.bfloat16},
+    "kahan": {"rounding": "kahan", "dtype": torch.bfloat16, "max_grad_norm": 0.1},
     "stochastic": {"rounding": "stochastic", "dtype": torch.bfloat16},
 }
 

@@ -19,10 +19,11 @@ from kdfast.ops.precision import arithmetic
 
 def grad_norm(grads: list[Tensor]) -> Tensor:
     """The L2 norm of all gradients together, 0-dim, on the first one's device; 16-bit gradients are summed in float32."""
-    sharded = [g for g in grads if hasattr(g, "full_tensor")]  # DTensors: every process holds a part
+    dtype = arithmetic(*grads)
     whole = [g for g in grads if not hasattr(g, "full_tensor")]
-    norms = [n for some in (whole, sharded) if some for n in torch._foreach_norm(some, 2, dtype=arithmetic(*grads))]
-    norms = [n.full_tensor() if hasattr(n, "full_tensor") else n for n in norms]
+    sharded: list[Any] = [g.to(dtype) for g in grads if hasattr(g, "full_tensor")]  # DTensors, whose norm takes no dtype
+    norms = list(torch._foreach_norm(whole, 2, dtype=dtype)) if whole else []
+    norms += [n.full_tensor() for n in torch._foreach_norm(sharded, 2)] if sharded else []
     return torch.linalg.vector_norm(torch.stack([n.to(grads[0].device) for n in norms]))
 
 
