@@ -49,16 +49,14 @@ def new_momentum(param: Tensor, dtype: torch.dtype | None) -> dict[str, Tensor]:
         TypeError: an int8 momentum of a float64 or sharded parameter.
     """
     if dtype != torch.int8:
-        return {"exp_avg": torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)}
+        return {"exp_avg": torch.zeros_like(param, dtype=dtype)}
     if param.dtype == torch.float64 or hasattr(param, "to_local"):
         kind = "a sharded one" if hasattr(param, "to_local") else "float64"
         raise TypeError(f"Lion: momentum_dtype=torch.int8 needs unsharded float32, bfloat16 or float16 parameters, got {kind}")
     if param.numel() < _LEAST_8BIT:
-        return {"exp_avg": torch.zeros_like(param, dtype=torch.float32, memory_format=torch.preserve_format)}
-    return {
-        "exp_avg": torch.zeros_like(param, dtype=torch.int8, memory_format=torch.preserve_format),
-        "exp_avg_scale": torch.zeros(count_scales(param.numel()), dtype=torch.float32, device=param.device),
-    }
+        return {"exp_avg": torch.zeros_like(param, dtype=torch.float32)}
+    scale = torch.zeros(count_scales(param.numel()), dtype=torch.float32, device=param.device)
+    return {"exp_avg": torch.zeros_like(param, dtype=torch.int8), "exp_avg_scale": scale}
 
 
 def load_momentum(param: Tensor, state: dict[str, Any], saved: dict[str, Tensor], dtype: torch.dtype | None) -> None:

@@ -198,8 +198,8 @@ class Lion(Optimizer):
         found_inf = None if found_inf is None else found_inf.reshape(())
         groups = self.param_groups
         options = [Options.from_group(group) for group in groups]
-        leaders = _find_leaders(options)
-        key = backend.current(), leaders, [each.implementation for each in options], [len(group["params"]) for group in groups]
+        leaders = [0] if len(options) == 1 else _find_leaders(options)
+        key = backend.current(), leaders, [each[6:] for each in options], [len(group["params"]) for group in groups]
         tensors = None if plan is None or is_watched() else plan.find(key, groups, self.state)
         if plan is None or tensors is None:
             self._step_without_plan(key, options, unscale, found_inf)
@@ -244,7 +244,7 @@ class Lion(Optimizer):
                 if rounding == "kahan":
                     compensation = state.get("kahan_comp")
                     if compensation is None or compensation.dtype != param.dtype:
-                        state["kahan_comp"] = compensation = torch.zeros_like(param, memory_format=torch.preserve_format)
+                        state["kahan_comp"] = compensation = torch.zeros_like(param)
                 if rounding == "stochastic" or scale is not None:
                     # the count of steps seeds random rounding; float32 on the parameter's device, as torch's own optimizers have it
                     state["step"] = step = torch.as_tensor(state.get("step", 0.0), dtype=torch.float32, device=param.device)
@@ -259,15 +259,14 @@ class Lion(Optimizer):
             return [unscale] * len(options)
         with torch.no_grad():
             norm = grad_norm(grads)
-            unscale = None if unscale is None else unscale.to(norm.device)
-            norm = norm if unscale is None else norm * unscale
-            return [_clip_factor(norm, own.max_grad_norm, unscale) for own in options]
+            scale = norm.new_ones(()) if unscale is None else unscale.to(norm.device)
+            bound = norm * scale + 1e-6  # as clip_grad_norm_'s
+            limits = [own.max_grad_norm for own in options]
+            return [unscale if limit is None else scale * (limit / bound).clamp(max=1.0) for limit in limits]
 
 
 def _find_leaders(options: list[Options]) -> list[int]:
     """For each group, the place of the first group with the same options: one launch steps both."""
-    if len(options) == 1:
-        return [0]
     keys = [each._replace(lr=id(each.lr)) if isinstance(each.lr, Tensor) else each for each in options]
     return [keys.index(key) for key in keys]
 
@@ -278,14 +277,6 @@ def _check_gradient(param: Tensor, grad: Tensor, capturable: bool) -> None:
         raise RuntimeError(f"Lion: gradients must be dense and real, got a {kind} one of shape {tuple(grad.shape)}")
     if capturable and param.device.type not in _CAPTURABLE and not torch.compiler.is_compiling():
         raise RuntimeError(f"Lion: capturable=True needs parameters on {' or '.join(_CAPTURABLE)}, got one on {param.device.type}")
-
-
-def _clip_factor(norm: Tensor, max_norm: float | None, unscale: Tensor | None) -> Tensor | None:
-    """Returns unscale min(1, max_norm / norm), with clip_grad_norm_'s 1e-6 in the denominator."""
-    if max_norm is None:
-        return unscale
-    factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
-    return factor if unscale is None else unscale * factor
 
 
 def _check_number(name: str, value: Any) -> None:

@@ -21,9 +21,10 @@ def grad_norm(grads: list[Tensor]) -> Tensor:
     """The L2 norm of all gradients together, 0-dim, on the first one's device; 16-bit gradients are summed in float32."""
     dtype = arithmetic(*grads)
     whole = [g for g in grads if not hasattr(g, "full_tensor")]
-    sharded: list[Any] = [g.to(dtype) for g in grads if hasattr(g, "full_tensor")]  # DTensors, whose norm takes no dtype
+    sharded = [g.to(dtype) for g in grads if hasattr(g, "full_tensor")]  # DTensors, whose norm takes no dtype
     norms = list(torch._foreach_norm(whole, 2, dtype=dtype)) if whole else []
-    norms += [n.full_tensor() for n in torch._foreach_norm(sharded, 2)] if sharded else []
+    parts: Any = torch._foreach_norm(sharded, 2) if sharded else ()
+    norms += [part.full_tensor() for part in parts]
     return torch.linalg.vector_norm(torch.stack([n.to(grads[0].device) for n in norms]))
 
 
@@ -34,14 +35,10 @@ def update(rows: list[Row], options: Options, grad_factor: Tensor | None = None,
         rows: at least one; if there are several, none shares memory with another or has its negative bit set.
         options: for all of them.
         grad_factor: 0-dim; multiplies the gradients.
-        found_inf: 0-dim; where it is not 0 nothing changes. On a CPU it is read, elsewhere the device decides.
+        found_inf: 0-dim; where it is not 0 nothing changes.
     """
     params = [row.param for row in rows]
     dtype, device = arithmetic(params[0]), params[0].device
-    if found_inf is not None and is_readable(params[0]):
-        if found_inf.item():
-            return
-        found_inf = None
     found_inf = None if found_inf is None else found_inf.to(device)
     keep = found_inf is not None  # the old values are needed until it is known that they may go
     ps = [p.resolve_neg().to(dtype, copy=keep) for p in params]

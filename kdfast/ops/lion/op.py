@@ -58,7 +58,8 @@ def lion_step(
             key = bucket_key, plain[0].number
             table = kernel.make_table(ordered, (tables or {}).get(key), capturable=options.capturable)
             kernel.step(table, options, grad_factor, found_inf)
-            torch.autograd.graph.increment_version([t for row in plain for t in row.written])
+            written = [t for row in plain for t in (row.param, row.momentum, row.scale, row.compensation) if t is not None]
+            torch.autograd.graph.increment_version(written)  # lets a backward pass that needs the old values raise
             launches.append(Launch(key, kernel, table, plain))
             can_repeat = can_repeat and all(map(is_, ordered, plain))
             bucket = others
@@ -102,6 +103,5 @@ def _choose_kernel(like: Row, options: Options) -> ModuleType | None:
 
 def is_watched() -> bool:
     """Whether the compiler, a TorchDispatchMode or a transform of torch.func sees operations, or puts others in their place."""
-    if torch.compiler.is_compiling():
-        return True
-    return torch._C._len_torch_dispatch_stack() > 0 or torch._C._functorch.peek_interpreter_stack() is not None
+    is_compiling: bool = torch.compiler.is_compiling()
+    return is_compiling or torch._C._len_torch_dispatch_stack() > 0 or torch._C._functorch.peek_interpreter_stack() is not None

@@ -7,7 +7,7 @@ gradients' addresses into the tables if these have changed, and launches.
 
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from itertools import chain
-from operator import attrgetter, getitem, is_, itemgetter
+from operator import getitem, is_, itemgetter
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -21,7 +21,6 @@ from torch._C._dynamo.guards import TensorGuards
 from kdfast.ops.lion.rows import Options, Row, count_steps
 
 _STATE = {"momentum": "exp_avg", "scale": "exp_avg_scale", "compensation": "kahan_comp", "step": "step"}  # field of Row: key in the state
-_PARAMS, _GRAD = itemgetter("params"), attrgetter("grad")
 
 
 class Launch(NamedTuple):
@@ -85,7 +84,7 @@ class LaunchPlan:
             own = self._pick_params(params)
             if not all(map(is_, own, self._pick_keys(list(state)))):
                 return []
-            return [*own, *map(getitem, self._pick_states(list(state.values())), self._names), *map(_GRAD, own)]
+            return [*own, *map(getitem, self._pick_states(list(state.values())), self._names), *[param.grad for param in own]]
         except LookupError:
             return []
 
@@ -135,7 +134,7 @@ def current_streams(gpus: Iterable[torch.device]) -> list[int]:
 
 
 def _all_params(groups: list[dict[str, Any]]) -> list[Any]:
-    return groups[0]["params"] if len(groups) == 1 else list(chain.from_iterable(map(_PARAMS, groups)))
+    return groups[0]["params"] if len(groups) == 1 else list(chain.from_iterable(group["params"] for group in groups))
 
 
 def _picker(places: list[int]) -> Callable[[list[Any]], Sequence[Any]]:

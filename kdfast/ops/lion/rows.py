@@ -20,16 +20,12 @@ class Options(NamedTuple):
     weight_decay: float  # multiplied by lr: a decoupled decay is already divided by its own
     maximize: bool = False
     max_grad_norm: float | None = None
+    # those from here on decide which code steps a parameter, and with which state: a plan depends on them
     cautious: bool = False
     rounding: Rounding = "nearest"  # for bfloat16 and float16 parameters
     capturable: bool = False
     fused: bool | None = None
     foreach: bool | None = None
-
-    @property
-    def implementation(self) -> tuple[Any, ...]:
-        """The options that decide which code steps a parameter, and with which state."""
-        return self[6:]
 
     @classmethod
     def from_group(cls, group: dict[str, Any]) -> "Options":
@@ -60,11 +56,6 @@ class Row(NamedTuple):
     step: Tensor | None = None  # number of steps taken, 0-dim float32; with `number` the seed of random rounding
     number: int = 0  # the parameter's place in the optimizer
     whole: Any = None  # the DTensor whose local shard param is
-
-    @property
-    def written(self) -> list[Tensor]:
-        """The tensors that a step changes, without the counter of steps."""
-        return [t for t in (self.param, self.momentum, self.scale, self.compensation) if t is not None]
 
 
 def take_shards(row: Row) -> Row:
