@@ -160,29 +160,19 @@ class Teach:
     run: Annotated[TeachRunOptions, FLAT] = TeachRunOptions()
 
 
-_CIFAR = {
-    "teacher_model": "resnet56",
-    "student": "resnet20",
-    "epochs": 240,
-    "batch_size": 64,
-    "lr": 0.05,
-    "schedule": "steps",
-    "milestones": (150, 180, 210),
-}
+_CIFAR = {"teacher_model": "resnet56", "student": "resnet20"}
 _PHOTOGRAPHS = {
     "teacher_model": "resnet50",
     "student": "resnet18",
-    "optimizer": "sgd",
     "lr": 0.1,
     "nesterov": True,
     "weight_decay": 5e-5,
     "schedule": "cosine",
     "warmup": 2,
     "epochs": 60,
-    "batch_size": 64,
 }
 
-# values that suit each data set
+# values that suit each data set; for the rest, the dataclasses' defaults are CIFAR's training
 DATASETS: Mapping[str, Mapping[str, Any]] = {
     "digits": {
         "teacher_model": "resnet20",
@@ -195,7 +185,6 @@ DATASETS: Mapping[str, Mapping[str, Any]] = {
         "weight_decay": 0.1,
         "schedule": "cosine",
         "epochs": 30,
-        "batch_size": 64,
     },
     "cifar10": _CIFAR,
     "cifar100": _CIFAR,

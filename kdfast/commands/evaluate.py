@@ -127,9 +127,6 @@ def _print(console: Console, model: str, parameters: int, dataset: str, split: s
     )
     if len(classes) > MATRIX_CLASSES:
         return
-    rows = [
-        (f"{k} {name}", *(f"[bold]{n}[/bold]" if k == j else (str(n) if n else "·") for j, n in enumerate(row)))
-        for k, (name, row) in enumerate(zip(classes, result.confusion))
-    ]
+    rows = [(f"{k} {name}", *map(str, row)) for k, (name, row) in enumerate(zip(classes, result.confusion))]
     console.print("rows: true class, columns: predicted", style="dim")
     console.print(make_table(["", *map(str, range(len(classes)))], rows))

@@ -9,6 +9,7 @@ from kdfast import data, models, recipes
 from kdfast.commands.command_line import HELP
 from kdfast.commands.config import DATASETS
 from kdfast.commands.tables import make_table
+from kdfast.engine import Training
 
 
 def run(arguments: Sequence[str]) -> None:
@@ -56,7 +57,8 @@ def _datasets() -> Table:
     rows = []
     for name in data.names():
         values = DATASETS[name]
-        training = f"{values.get('epochs', 240)} epochs, {values.get('optimizer', 'sgd')} lr {values.get('lr', 0.05):g}"
+        epochs, optimizer, lr = (values.get(option, getattr(Training, option)) for option in ("epochs", "optimizer", "lr"))
+        training = f"{epochs} epochs, {optimizer} lr {lr:g}"
         rows.append((name, values["teacher_model"], values["student"], training))
     own = ("PATH", "", "", "an image folder: train/val, train/test or all three, or class folders")
     return make_table(("dataset", "teacher", "student", "default training"), [*rows, own], left=4)

@@ -14,12 +14,13 @@ from kdfast.commands.tables import make_table
 from kdfast.data import DataError, evaluation_transform
 from kdfast.data.images import EXTENSIONS, decode
 from kdfast.engine import join
+from kdfast.engine.ranges import AtLeastOne, Checked
 from kdfast.runs import artifact
 from kdfast.text import percent
 
 
 @dataclass(frozen=True)
-class Predict:
+class Predict(Checked):
     """Classify image files."""
 
     weights: Annotated[str, tyro.conf.Positional]
@@ -28,9 +29,9 @@ class Predict:
     """Image files, or folders of them."""
     model: str | None = None
     """Architecture, if it is your own: package.module:function."""
-    top: int = 3
+    top: AtLeastOne = 3
     """Number of classes to show for each image."""
-    batch_size: int = 64
+    batch_size: AtLeastOne = 64
     """Images in one forward pass."""
     device: str = "auto"
     """Device: auto, cpu, cuda or cuda:N."""
@@ -54,9 +55,6 @@ def predict(options: Predict) -> dict[Path, list[tuple[str, float]]]:
         raise ValueError(f"{loaded.path} does not say which classes it knows: predict needs weights that kdfast wrote")
     if not options.images:
         raise ValueError("images: name image files or folders after the run, got none")
-    for name in ("top", "batch_size"):
-        if getattr(options, name) < 1:
-            raise ValueError(f"{name} must be at least 1, got {getattr(options, name)}")
     paths = [path for given in options.images for path in _files(given)]
     if not paths:
         raise ValueError(f"no images in {', '.join(map(str, options.images))}")

@@ -50,15 +50,14 @@ class Term:
             raise ValueError(f"plus must begin with {', '.join(DEFAULTS)}, got {text!r}")
         values = dict(DEFAULTS[name])
         for option in filter(None, rest.split(",")):
-            key, equals, value = option.partition("=")
-            if key not in values or not equals:
-                raise ValueError(f"plus {name} takes weight=NUMBER and temperature=NUMBER, got {option!r}")
+            key, _, value = option.partition("=")
             try:
-                values[key] = float(value)
+                good = key in values and float(value) > 0
             except ValueError:
-                raise ValueError(f"plus {name}: {key} must be a number, got {value!r}") from None
-            if not values[key] > 0:
-                raise ValueError(f"plus {name}: {key} must be positive, got {value}")
+                good = False
+            if not good:
+                raise ValueError(f"plus {name} takes weight=NUMBER and temperature=NUMBER, both positive, got {option!r}")
+            values[key] = float(value)
         return Term(name, **values)
 
 

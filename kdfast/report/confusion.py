@@ -1,8 +1,8 @@
 """The part of a run's page that shows where the distilled student is wrong: a matrix for few classes, the worst pairs for many."""
 
-import math
-from collections.abc import Sequence
 from typing import Any, NamedTuple
+
+import numpy as np
 
 from kdfast.runs.results import Matrix, Results, students
 
@@ -17,66 +17,60 @@ class ClassRow(NamedTuple):
     Attributes:
         name: of the class.
         images: its test images, counted once for every seed.
-        teacher: fraction of them that is right; so `alone` and `distilled`.
+        teacher: fraction of them that is right, NaN if unknown; so `alone` and `distilled`.
         change: distilled - alone.
         cells: by predicted class: images, depth of colour from 0 to 1, whether that is the true class.
     """
 
     name: str
     images: int
-    teacher: float | None
-    alone: float | None
-    distilled: float | None
-    change: float | None
+    teacher: float
+    alone: float
+    distilled: float
+    change: float
     cells: list[tuple[int, float, bool]]
 
 
 def describe_confusion(results: Results) -> dict[str, Any] | None:
     """Returns the mistakes of the distilled student, by class and as pairs of classes; None where no student was distilled."""
-    tables = results.get("confusion") or {"alone": None, "distilled": None}
-    distilled, alone = tables.get("distilled"), tables.get("alone")
-    if not distilled:
+    tables = results["confusion"]
+    if not tables or not tables["distilled"]:
         return None
-    classes = results.get("classes") or [str(i) for i in range(len(distilled))]
-    rows = _class_rows(results, classes, distilled, alone)
+    classes, distilled, alone = results["classes"], tables["distilled"], tables["alone"]
+    rows, shares = _class_rows(results, distilled, alone), _shares(distilled)
     pairs: list[dict[str, Any]] = [
-        {"true": classes[i], "predicted": classes[j], "images": n, "share": n / sum(row), "alone": alone[i][j] if alone else None}
+        {"true": classes[i], "predicted": classes[j], "images": n, "share": shares[i, j], "alone": alone[i][j] if alone else None}
         for i, row in enumerate(distilled)
         for j, n in enumerate(row)
         if i != j and n
     ]
-    changed = sorted((row for row in rows if row.change), key=lambda row: row.change or 0.0)
+    changed = sorted((row for row in rows if abs(row.change) > 0), key=lambda row: row.change)
     return {
         "matrix": len(classes) <= MATRIX_CLASSES,
         "rows": rows,
         "pairs": sorted(pairs, key=lambda pair: -pair["images"])[:LISTED_PAIRS],
-        "gained": [row for row in reversed(changed) if (row.change or 0.0) > 0][:LISTED_CHANGES],
-        "lost": [row for row in changed if (row.change or 0.0) < 0][:LISTED_CHANGES],
+        "gained": [row for row in reversed(changed) if row.change > 0][:LISTED_CHANGES],
+        "lost": [row for row in changed if row.change < 0][:LISTED_CHANGES],
         "seeds": len(students(results, "distilled")),
     }
 
 
-def _class_rows(results: Results, classes: Sequence[str], distilled: Matrix, alone: Matrix | None) -> list[ClassRow]:
-    teacher = results.get("teacher")
-    recalls = [_recalls(table, len(classes)) for table in (teacher.get("confusion") if teacher else None, alone, distilled)]
-    worst = max((share for i, row in enumerate(distilled) for j, share in enumerate(_shares(row)) if i != j), default=0) or 1
+def _class_rows(results: Results, distilled: Matrix, alone: Matrix | None) -> list[ClassRow]:
+    teacher, shares = results["teacher"], _shares(distilled)
+    unknown = np.full(len(distilled), np.nan)
+    right = [_shares(table).diagonal() if table else unknown for table in (teacher and teacher.get("confusion"), alone, distilled)]
+    # mistakes are few: their colour is scaled to the largest of them, by the root so that single ones show
+    wrong = np.nan_to_num(shares - np.diag(right[2]))
+    depths = np.nan_to_num(np.sqrt(wrong / (wrong.max() or 1)) + np.diag(right[2]))
     rows = []
-    for i, (name, counts, of_teacher, before, after) in enumerate(zip(classes, distilled, *recalls)):
-        # mistakes are few: their colour is scaled to the largest of them, by the root so that single ones show
-        cells = [
-            (count, share if i == j else math.sqrt(share / worst), i == j) for j, (count, share) in enumerate(zip(counts, _shares(counts)))
-        ]
-        change = after - before if after is not None and before is not None else None
-        rows.append(ClassRow(name, sum(counts), of_teacher, before, after, change, cells))
+    for i, (name, counts, of_teacher, before, after) in enumerate(zip(results["classes"], distilled, *right)):
+        cells = [(n, depth, i == j) for j, (n, depth) in enumerate(zip(counts, depths[i]))]
+        rows.append(ClassRow(name, sum(counts), of_teacher, before, after, after - before, cells))
     return rows
 
 
-def _shares(counts: Sequence[int]) -> list[float]:
-    total = sum(counts)
-    return [count / total if total else 0.0 for count in counts]
-
-
-def _recalls(table: Matrix | None, classes: int) -> list[float | None]:
-    if not table:
-        return [None] * classes
-    return [row[i] / sum(row) if sum(row) else None for i, row in enumerate(table)]
+def _shares(table: Matrix) -> np.ndarray:
+    """Returns each count as a fraction of its row; NaN in a row without images."""
+    counts = np.array(table, dtype=float)
+    with np.errstate(invalid="ignore"):
+        return counts / counts.sum(axis=1, keepdims=True)

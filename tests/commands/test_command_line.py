@@ -159,7 +159,7 @@ def test_a_wrong_config_is_refused(text: str, message: str, tmp_path: Path, caps
         ("distill --seeds 0", "seeds must be at least 1"),
         ("distill --plus nst", "plus must begin with kd, lskd, supcon, got 'nst'"),
         ("distill --plus kd:wait=1", "plus kd takes weight=NUMBER"),
-        ("distill --plus kd:weight=0", "plus kd: weight must be positive, got 0"),
+        ("distill --plus kd:weight=0", "both positive, got 'weight=0'"),
         (f"distill --recipe self_distillation --plus kd {' '.join(TINY)}", "plus kd and lskd need a teacher, and this recipe has none"),
         ("compare --recipes kd,dhi", "did you mean"),
         ("compare --recipes kd --resume", "compare does not take --resume"),
