@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from kdfast import cli
+from tests.engine.small import lines as metrics_of
 
 # teacher and student of two epochs on 200 digits: about a second
 TINY = ["--student", "resnet8", "--teacher-model", "resnet8", "--teacher-training.epochs", "2", "--epochs", "2", "--max-images", "200"]
@@ -36,11 +37,6 @@ def read_json(path: Path) -> dict:
 
 def results_of(folder: Path) -> dict:
     return read_json(folder / "results.json")
-
-
-def metrics_of(folder: Path) -> list[dict]:
-    parsed = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in ("seconds", "images_per_s")} for line in parsed]
 
 
 def stages_of(folder: Path) -> list[str]:

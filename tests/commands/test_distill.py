@@ -1,7 +1,6 @@
 """kdfast distill and kdfast teacher: the run folder, the recipes, and given teachers."""
 
 import re
-import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -58,18 +57,10 @@ def test_a_run_is_logged_and_continued_in_its_logs(tmp_path: Path, monkeypatch: 
     assert [of["ended"] for of in made] == [0, 0]
 
 
-def test_few_labels_are_said_as_they_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    one_epoch = ["--epochs", 1, "--teacher-training.epochs", 1, "--no-baseline", "--label-fraction", 0.155]
-    assert kdfast("distill", *KD, *one_epoch, "--out", tmp_path / "run") == 0
-    shown = capsys.readouterr().out
-    assert "15.5% of them with their label for the student" in shown
-    assert "resnet8, 1 epoch, batch 64" in shown
-    assert "seed0/distil: 1 epoch in" in shown
-
-
-def test_without_validation_images_the_last_epoch_counts_and_is_saved(tmp_path: Path):
+def test_without_validation_images_the_last_epoch_counts_and_is_saved(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     run = tmp_path / "run"
-    assert kdfast("distill", *KD, "--val-fraction", 0, "--epochs", 4, "--out", run) == 0
+    assert kdfast("distill", *KD, "--val-fraction", 0, "--epochs", 4, "--label-fraction", 0.155, "--out", run) == 0
+    assert "15.5% of them with their label for the student" in capsys.readouterr().out
     assert results_of(run)["kept"] == "last"
     assert evaluate(run)["top1"] == results_of(run)["arms"]["distilled"][0]["last/top1"]
     for stage in ("teacher", "seed0/alone", "seed0/distil"):
@@ -95,12 +86,8 @@ def test_without_validation_images_the_last_epoch_counts_and_is_saved(tmp_path: 
                 "kd --precision bf16",
                 "kd --preset large-batch --warmup 0 --teacher-training.warmup 0",
                 "fitnets --procedure joint",
-                "takd --assistants resnet14 resnet8",
                 "crd --kd-weight 0.9 --plus supcon",
                 "crd --label-fraction 0.5 --micro-batch 16 --precision bf16 --ema 0.9",
-                "fitnets",
-                "mhkd",
-                "tofd",
             ]
         ),
     ],
@@ -115,25 +102,19 @@ NOTEBOOK = ["--procedure", "notebook", "--classify-epochs", "2", "--teacher-clas
 
 def test_conkds_notebook_procedure_runs_its_stages_and_its_weights_come_back(tmp_path: Path):
     run = tmp_path / "run"
-    assert kdfast("distill", *NOTEBOOK, "--cosine-from-one", "--out", run) == 0
+    assert kdfast("distill", *NOTEBOOK, "--cosine-from-one", "--keep-last-classifier", "--classify-epochs", "3", "--out", run) == 0
     assert stages_of(run) == ["teacher/contrast", "teacher/classify", "seed0/distil", "seed0/classify"]
-    assert evaluate(run)["top1"] == results_of(run)["arms"]["distilled"][0]["best/top1"]
+    assert results_of(run)["kept"] == "last"
+    assert evaluate(run)["top1"] == results_of(run)["arms"]["distilled"][0]["last/top1"]
     # the embedding teacher is not trained a second time
     following = ["--teacher", run / "teacher.safetensors", "--out", tmp_path / "next"]
-    assert kdfast("distill", *NOTEBOOK, "--cosine-from-one", *following) == 0
+    assert kdfast("distill", *NOTEBOOK, "--cosine-from-one", "--keep-last-classifier", "--classify-epochs", "3", *following) == 0
     assert stages_of(tmp_path / "next") == ["seed0/distil", "seed0/classify"]
     assert not (tmp_path / "next" / "teacher.safetensors").exists()
     numbers = [{key: results_of(folder)["teacher"][key] for key in ("top1", "loss")} for folder in (run, tmp_path / "next")]
     assert numbers[0] == numbers[1]
     assert results_of(run)["arms"]["distilled"][0]["best/loss"] == results_of(tmp_path / "next")["arms"]["distilled"][0]["best/loss"]
     assert kdfast("distill", *KD, "--no-baseline", "--teacher", run / "teacher.safetensors", "--out", tmp_path / "kd") == 0
-
-
-def test_the_notebooks_quirk_reports_the_classifier_that_it_saves(tmp_path: Path):
-    run = tmp_path / "run"
-    assert kdfast("distill", *NOTEBOOK, "--keep-last-classifier", "--classify-epochs", "3", "--out", run) == 0
-    assert results_of(run)["kept"] == "last"
-    assert evaluate(run)["top1"] == results_of(run)["arms"]["distilled"][0]["last/top1"]
 
 
 def test_dihs_heads_are_used_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
@@ -149,13 +130,7 @@ def test_dihs_heads_are_used_again(tmp_path: Path, capsys: pytest.CaptureFixture
     assert "another teacher's" in fail(capsys, *options, *wrong)
 
 
-@pytest.mark.parametrize(
-    "more",
-    [
-        pytest.param("--recipe kd", id="kd"),
-        pytest.param("--procedure notebook --classify-epochs 1", id="conkd", marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.parametrize("more", ["--recipe kd", pytest.param("--procedure notebook --classify-epochs 1", marks=pytest.mark.slow)])
 def test_no_forward_pass_has_more_images_than_a_micro_batch(more: str, tmp_path: Path):
     """In training, in validation, where a teacher is asked beforehand, and in tests."""
     sizes = []
@@ -239,27 +214,9 @@ def test_the_teacher_command_divides_by_the_labels_of_the_whole_batch(tmp_path: 
     assert coupled == [fraction < 1]
 
 
-def test_the_dali_loader_without_dali_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
-    images, run = write_class_folders(tmp_path / "images", {}), tmp_path / "run"
-    monkeypatch.setitem(sys.modules, "nvidia.dali", None)
-    error = fail(capsys, "distill", "--dataset", images, *KD, "--loader", "dali", "--image-size", 32, "--out", run, status=2)
-    assert error == "kdfast: the dali loader needs nvidia.dali: pip install 'kdfast[dali]'"
-    assert not (run / "metrics.jsonl").exists()
-
-
 def test_an_image_folder_is_trained_on(tmp_path: Path):
     images = write_class_folders(tmp_path / "images", {})
     common = ["--dataset", images, "--epochs", 1, "--image-size", 32, "--val-fraction", 0.3, "--batch-size", 4, "--workers", 0]
     networks = ["--student", "resnet8", "--teacher-model", "resnet8", "--teacher-training.epochs", 1, "--teacher-training.batch-size", 4]
     assert kdfast("distill", "--recipe", "kd", *common, *networks, "--out", tmp_path / "run") == 0
     assert kdfast("teacher", "--model", "resnet8", *common, "--out", tmp_path / "teacher") == 0
-
-
-def test_a_bad_image_folder_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    images, command = write_class_folders(tmp_path / "images", {}), ["distill", *KD, "--out", tmp_path / "run", "--dataset"]
-    (tmp_path / "empty").mkdir()
-    assert str(tmp_path / "empty") in fail(capsys, *command, tmp_path / "empty")
-    (images / "train" / "dog" / "3.jpg").write_bytes(b"")
-    assert "3.jpg" in fail(capsys, *command, images)
-    shutil.rmtree(images / "val" / "dog")
-    assert "dog" in fail(capsys, *command, images)

@@ -67,16 +67,12 @@ def test_weights_of_another_architecture_are_refused(tmp_path: Path, capsys: pyt
     assert re.search(r"w.safetensors does not fit ResNet: \d+ unexpected: layer1.1.bn1.bias", error)
 
 
-@pytest.mark.parametrize(
-    ("command", "more", "way_out"),
-    [
-        ("eval", ["--dataset", "digits"], "name it with --model"),
-        ("export", [], "name it with --model"),
-        ("predict", ["."], "needs weights that kdfast"),
-    ],
-    ids=["eval", "export", "predict"],
-)
-def test_weights_of_an_unknown_architecture_are_refused(command: str, more, way_out: str, tmp_path: Path, capsys):
+OUT = {"eval": "name it with --model", "export": "name it with --model", "predict": "needs weights that kdfast"}
+
+
+@pytest.mark.parametrize("command", OUT)
+def test_weights_of_an_unknown_architecture_are_refused(command: str, tmp_path: Path, capsys):
     save_weights(create("resnet8", 10), tmp_path / "w.safetensors", {})
+    more = {"eval": ["--dataset", "digits"], "export": [], "predict": ["."]}[command]
     error = fail(capsys, command, tmp_path / "w.safetensors", *more)
-    assert re.search(f"w.safetensors does not say which architecture it is of: .*{way_out}", error)
+    assert re.search(f"w.safetensors does not say which architecture it is of: .*{OUT[command]}", error)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tests.engine import scenarios
-from tests.engine.small import close
+from tests.engine.small import close, lines
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
 ROOT = Path(__file__).parents[2]
@@ -34,10 +34,6 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict, Path, di
     return one, alone, two, torch.load(two / "results.pt", weights_only=True)
 
 
-def metrics(folder: Path) -> list[dict]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
 @pytest.mark.parametrize("micro", [None, 6])
 def test_two_processes_train_as_one(runs, micro: int | None):
     one, alone, two, together = runs
@@ -45,9 +41,9 @@ def test_two_processes_train_as_one(runs, micro: int | None):
     assert close(weights, weights2, rtol=1e-9, atol=1e-9)
     assert (images, confusion) == (images2, confusion2)
     assert loss2 == pytest.approx(loss, rel=1e-6)  # evaluated in float32
-    lines, lines2 = metrics(one / "train-None"), metrics(two / f"train-{micro}")
-    assert len(lines) == len(lines2) == 3
-    for line, line2 in zip(lines, lines2):
+    metrics, metrics2 = lines(one / "train-None"), lines(two / f"train-{micro}")
+    assert len(metrics) == len(metrics2) == 3
+    for line, line2 in zip(metrics, metrics2):
         assert {k: v for k, v in line2.items() if "/" in k} == pytest.approx({k: v for k, v in line.items() if "/" in k}, rel=1e-6)
 
 
@@ -56,7 +52,7 @@ def test_two_processes_train_as_one(runs, micro: int | None):
 def test_the_contrast_of_conkd_sees_all_processes(runs, procedure: str, micro: int | None):
     one, alone, two, together = runs
     assert close(alone[f"{procedure}-None"], together[f"{procedure}-{micro}"], rtol=1e-9, atol=1e-9)
-    first, first2 = (metrics(folder)[0] for folder in (one / f"{procedure}-None", two / f"{procedure}-{micro}"))
+    first, first2 = (lines(folder)[0] for folder in (one / f"{procedure}-None", two / f"{procedure}-{micro}"))
     trained = [name for name in first if name.startswith("train/")]
     assert "train/supcon" in trained
     assert {name: first2[name] for name in trained} == pytest.approx({name: first[name] for name in trained}, rel=1e-9)
