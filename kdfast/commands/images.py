@@ -2,7 +2,6 @@
 
 import functools
 import os
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -16,8 +15,6 @@ from kdfast.engine import Interrupted, Training, World
 from kdfast.engine.interrupt import StopRequest
 from kdfast.runs import artifact
 from kdfast.runs.artifact import Preparation
-
-PLAIN_EVERY = 10.0  # seconds between lines of progress without a terminal
 
 
 def load_data(
@@ -68,27 +65,20 @@ def _check_in_turn(world: World, check: Callable[[Callable[[], bool]], ImageData
 def checking(
     rich: RichConsole, stop: StopRequest | None = None, beat: Callable[[], bool] = lambda: False
 ) -> Iterator[Callable[[int, int], None]]:
-    """Yields a function that shows the progress (done, total) of a check of image files, if it takes more than a second.
+    """Yields a function that shows the progress (done, total) of a check of image files, where there is a terminal.
 
     Raises:
         Interrupted: raised by that function once `stop` is set.
     """
-    terminal = rich.is_terminal and not rich.quiet
-    start = shown = time.monotonic()
     columns = TextColumn("{task.description}"), BarColumn(30), MofNCompleteColumn(), TimeRemainingColumn()
-    with Progress(*columns, console=rich, transient=True, disable=not terminal) as bar:
-        task = bar.add_task("  checking image files", total=None, visible=False)
+    with Progress(*columns, console=rich, transient=True) as bar:
+        task = bar.add_task("  checking image files", total=None)
 
         def progress(done: int, total: int) -> None:
-            nonlocal shown
             if stop is not None and stop.signal_number is not None:
                 raise Interrupted(stop.signal_number)
             beat()
-            now = time.monotonic()
-            bar.update(task, completed=done, total=total, visible=now - start > 1)
-            if not terminal and now - shown > PLAIN_EVERY:
-                shown = now
-                rich.print(f"  checking image files: {done:,} of {total:,}", highlight=False)
+            bar.update(task, completed=done, total=total)
 
         yield progress
 

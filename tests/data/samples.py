@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from kdfast.data import LoaderOptions, ResidentLoader, Split, TorchvisionLoader
+from kdfast.data import LoaderOptions, Split
 from kdfast.data.images import PLAIN
-from kdfast.data.loaders.dali import DaliLoader
+from kdfast.data.loaders import CLASSES
 
 HALF = ((0.5,) * 3, (0.5,) * 3)
 LEVELS = ((0.0,) * 3, (1 / 255,) * 3)
@@ -47,13 +47,6 @@ def write_pngs(folder, n, size=(9, 12)):
     return Split(memory.labels, paths=tuple(paths)), Split(memory.labels, pixels=pixels)
 
 
-def write_sizes(folder):
-    """Two PNG files of different sizes."""
-    for i, size in enumerate([(8, 9), (10, 8)]):
-        Image.new("RGB", size).save(folder / f"{i}.png")
-    return Split(torch.tensor([0, 1]), paths=(str(folder / "0.png"), str(folder / "1.png")))
-
-
 def make_photograph(seed, size):
     """Shapes and some noise, which suit JPEG; an image of Pillow."""
     random = torch.Generator().manual_seed(seed)
@@ -68,9 +61,6 @@ def write_photographs(folder, n):
     for i, path in enumerate(paths):
         make_photograph(i, (90 + 13 * (i % 5), 80 + 17 * (i % 7))).save(path, quality=90, subsampling=2 * (i % 2))
     return Split(torch.arange(n) % 3, paths=tuple(paths))
-
-
-CLASSES = {"resident": ResidentLoader, "torchvision": TorchvisionLoader, "dali": DaliLoader}
 
 
 def make_loader(name, split, transform, batch_size=4, *, shuffle=True, workers=0, **fields):

@@ -37,20 +37,6 @@ def difference(a, b):
 # ---- numbers ---------------------------------------------------------------------------------------------------------
 
 
-def test_draws_depend_on_key_image_and_count_alone():
-    together = Draws(1, 2, index=torch.tensor([5, 9, 7])).uniform(4)
-    apart = Draws(1, 2, index=torch.tensor([9]))
-    assert torch.equal(torch.cat([apart.uniform(1), apart.uniform(3)], dim=1)[0], together[1])
-    assert not torch.equal(Draws(1, 3, index=torch.tensor([9])).uniform(4)[0], together[1])
-
-
-def test_seeds_of_neighbours_are_unrelated():
-    seeds = {mix(a, b, c) % 2**32 for a in range(10) for b in range(10) for c in range(100)}
-    assert len(seeds) >= 9_990, "the generator uses the low 32 bits: hardly any may coincide"
-    assert mix(0, 1) != mix(1, 0)
-    assert mix(-1) == mix(2**64 - 1)
-
-
 def test_draws_are_uniform_and_unrelated():
     u = draws(20_000, 3).uniform(3)
     assert (u >= 0).all()
@@ -58,6 +44,10 @@ def test_draws_are_uniform_and_unrelated():
     counts = torch.histc(u.float(), 20, 0, 1)
     assert ((counts / 3000 - 1).abs() < 0.1).all()  # 5.6 deviations
     assert torch.corrcoef(torch.cat([u[:-1], u[1:]], dim=1).T).fill_diagonal_(0).abs().max() < 0.04
+    alone = Draws(3, index=torch.tensor([9]))
+    assert torch.equal(torch.cat([alone.uniform(1), alone.uniform(2)], dim=1)[0], u[9]), "the other images have no influence"
+    assert mix(0, 1) != mix(1, 0)
+    assert mix(-1) == mix(2**64 - 1)
     below = draws(20_000, 4).below(7)
     assert (below.bincount() / (20_000 / 7) - 1).abs().max() < 0.1
 

@@ -146,7 +146,7 @@ def test_bad_options_are_named(options, message):
 # ---- folders --------------------------------------------------------------------------------------------------------------------
 
 
-def test_class_folders_are_divided_80_10_10(tmp_path):
+def test_class_folders_are_divided_80_10_10(tmp_path, monkeypatch):
     class_folders(tmp_path, {"cat": 40, "ant": 20, "bee": 10})
     (tmp_path / "cat" / "notes.txt").write_text("not an image")
     (tmp_path / ".hidden").mkdir()
@@ -156,16 +156,9 @@ def test_class_folders_are_divided_80_10_10(tmp_path):
     assert counts(data.train, 3) == [16, 8, 32]
     assert sorted(data.train.paths + data.val.paths + data.test.paths) == sorted(map(str, tmp_path.glob("*/*.png")))
     assert all(f"/{data.classes[c]}/" in path for c, path in zip(data.test.labels.tolist(), data.test.paths))
-
-
-def test_the_order_of_the_file_system_changes_nothing(tmp_path, monkeypatch):
-    class_folders(tmp_path, {"ant": 15, "bee": 15})
-    before = load(str(tmp_path))
     walk = module.images.os.walk
     monkeypatch.setattr(module.images.os, "walk", lambda *a, **k: ((p, d, f[::-1]) for p, d, f in walk(*a, **k)))
-    after = load(str(tmp_path))
-    assert before.val.paths == after.val.paths
-    assert before.train.paths == after.train.paths
+    assert load(str(tmp_path)).train.paths == data.train.paths, "in whatever order the file system lists them"
 
 
 @pytest.mark.parametrize("held_out", ["val", "valid", "test"])
@@ -252,16 +245,6 @@ def test_a_failed_download_says_what_to_do(tmp_path, monkeypatch):
         load("cifar10", data_dir=tmp_path)
 
 
-def test_the_archives_are_torchvisions():
-    from torchvision import datasets
-
-    for name, theirs in (("cifar10", datasets.CIFAR10), ("cifar100", datasets.CIFAR100)):
-        ours = module.DATASETS[name]
-        assert (ours.url, ours.md5, ours.folders) == (theirs.url, theirs.tgz_md5, (theirs.base_folder,))
-    ours = module.DATASETS["imagenette"]
-    assert (ours.url, ours.md5) == datasets.Imagenette._ARCHIVES["160px"]
-
-
 # ---- CIFAR ----------------------------------------------------------------------------------------------------------------------
 
 
@@ -336,10 +319,3 @@ def test_real_cifar10(real_data):
     assert data.classes[0] == "airplane"
     assert counts(data.test, 10) == [1000] * 10
     assert data.test.labels[:5].tolist() == [3, 8, 8, 0, 6]
-
-
-@pytest.mark.data
-def test_real_imagenette(real_data):
-    data = load("imagenette", data_dir=real_data)
-    assert (len(data.train), len(data.val), len(data.test)) == (8522, 947, 3925)
-    assert data.classes[-1] == "parachute"

@@ -1,7 +1,6 @@
 """The resident loader alone: torchvision's batches bit for bit, images of many sizes, sharing, memory."""
 
 import gc
-import warnings
 import weakref
 
 import pytest
@@ -12,8 +11,6 @@ from kdfast.data import (
     evaluation_names,
     evaluation_transform,
     hide_labels,
-    load,
-    make_loaders,
     training_names,
     training_transform,
 )
@@ -87,12 +84,3 @@ def test_too_many_images_are_refused_with_their_size_and_the_free_memory(tmp_pat
     with pytest.raises(DataError, match=r"10 images take 0\.01 GiB, and cpu has 0\.00 GiB free, of which 80% may be used"):
         resident_of(split, training_transform("cifar", 512, *HALF))
     resident_of(make_split(10, size=600), training_transform("none", 600, *HALF))  # in memory already
-
-
-@pytest.mark.data
-def test_real_cifar10_from_memory(real_data):
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # some of the batches are enough here
-        data = load("cifar10", data_dir=real_data, download=False)
-    ours, theirs = (make_loaders(data, batch_size=500, loader=name).test for name in ("resident", "torchvision"))
-    assert same(list(ours), list(theirs))

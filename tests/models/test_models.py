@@ -78,13 +78,6 @@ def test_vgg11_requires_32_pixels():
         create("vgg11_cifar", 10)(torch.randn(2, 3, 16, 16))
 
 
-def test_channels_last_keeps_values_and_format():
-    model, x = create("resnet8", 10).eval(), torch.randn(2, 3, 32, 32)
-    _, (features,) = Taps(model.to(memory_format=torch.channels_last), ("layer3",))(x.to(memory_format=torch.channels_last))
-    assert features.is_contiguous(memory_format=torch.channels_last)
-    torch.testing.assert_close(model(x), model(x.to(memory_format=torch.channels_last)), rtol=1e-4, atol=1e-5)
-
-
 def test_option_a_takes_every_other_pixel_between_channels_of_zeros():
     model, x = create("resnet8", 10, shortcut="A"), torch.randn(2, 16, 5, 6)
     y = torch.cat([torch.zeros(2, 8, 3, 3), x[:, :, ::2, ::2], torch.zeros(2, 8, 3, 3)], dim=1)
