@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 
 T = TypeVar("T")
+_Tensors = dict[int, tuple[Tensor, int | None]]
+"""Index of a tap -> its tensor and the tensor's version."""
 
 
 class Taps(nn.Module):
@@ -39,7 +41,7 @@ class Taps(nn.Module):
         modules = {name.replace("_orig_mod.", ""): module for name, module in model.named_modules()}
         self.model = model
         self.paths = tuple(paths)
-        self._record = _Record()
+        self._calls: list[_Tensors] = []  # the call under way, if any
         self._handles = []
         names = [path.removesuffix(":input") for path in self.paths]
         for name in names:
@@ -50,7 +52,7 @@ class Taps(nn.Module):
         for index, (path, name) in enumerate(zip(self.paths, names)):
             at_input = path != name
             register = modules[name].register_forward_pre_hook if at_input else modules[name].register_forward_hook
-            self._handles.append(register(_Hook(self._record, index, path, at_input), with_kwargs=True))
+            self._handles.append(register(_Hook(self._calls, index, path, at_input), with_kwargs=True))
 
     def forward(self, *args: Any, **kwargs: Any) -> tuple[Any, tuple[Tensor, ...]]:
         """Calls the model.
@@ -75,11 +77,12 @@ class Taps(nn.Module):
         Returns:
             The value that `call` returned, and the tensors. Raises as a call of the wrapper does.
         """
-        tensors = self._record.tensors = {}
+        tensors: _Tensors = {}
+        self._calls.append(tensors)
         try:
             output = call()
         finally:
-            self._record.tensors = None
+            self._calls.clear()
         for index, path in enumerate(self.paths):
             if index not in tensors:
                 raise RuntimeError(f"Taps: {path!r} did not run (or the model was compiled before it was tapped)")
@@ -93,23 +96,16 @@ class Taps(nn.Module):
             handle.remove()
 
 
-class _Record:
-    """The tensors of the call under way: index of the tap -> tensor and its version; None outside a call."""
-
-    def __init__(self) -> None:
-        self.tensors: dict[int, tuple[Tensor, int | None]] | None = None
-
-
 class _Hook:
     """One tap. A class and not a closure, so that a deep copy of the wrapper has its own taps."""
 
-    def __init__(self, record: _Record, index: int, path: str, at_input: bool):
-        self.record, self.index, self.path, self.at_input = record, index, path, at_input
+    def __init__(self, calls: list[_Tensors], index: int, path: str, at_input: bool):
+        self.calls, self.index, self.path, self.at_input = calls, index, path, at_input
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any = None) -> None:
-        tensors = self.record.tensors
-        if tensors is None:
+        if not self.calls:
             return
+        tensors = self.calls[-1]
         value = (*args, *kwargs.values(), None)[0] if self.at_input else output
         if not isinstance(value, Tensor):
             raise TypeError(f"Taps: {self.path!r} must be a tensor, got {type(value).__name__}")

@@ -140,13 +140,7 @@ def save_weights(
     from safetensors.torch import save
 
     state = model_or_state.state_dict() if isinstance(model_or_state, nn.Module) else model_or_state
-    tensors: dict[str, Tensor] = {}
-    memories: set[int] = set()
-    for name, tensor in _strip_prefixes(state).items():
-        tensors[name] = tensor.detach().cpu().contiguous()
-        if tensors[name].untyped_storage().data_ptr() in memories:
-            tensors[name] = tensors[name].clone()
-        memories.add(tensors[name].untyped_storage().data_ptr())
+    tensors = {name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in _strip_prefixes(state).items()}
     files.write_bytes(Path(path), save(tensors, dict(metadata or {})))
 
 

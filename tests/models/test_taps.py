@@ -81,7 +81,7 @@ def test_taps_share_the_models_parameters_and_leave_no_trace(net):
     with pytest.raises(RuntimeError):
         taps(torch.randn(3, 7))
     check_taps(taps, net, torch.randn(3, 4))
-    assert taps._record.tensors is None, "features must not outlive the call"
+    assert not taps._calls, "features must not outlive the call"
     del taps
     assert count_hooks(net) == 0
 

@@ -43,6 +43,7 @@ class ResidentLoader(OrderedLoader):
 
     def __init__(self, split: Split, transform: Transform, options: LoaderOptions) -> None:
         super().__init__(split, transform, options)
+        self._labels = split.labels.to(self._device)
         self._constant = _take_constant_part(split, transform)
         if split.pixels is None or self._constant.framing is not None or split.pixels.device != self._device:  # else they are there
             _check_memory(split, transform, self._device)
@@ -53,10 +54,6 @@ class ResidentLoader(OrderedLoader):
     def _images(self) -> "_Store":
         """Decoded when the first batch is asked for: not every loader that is made is used."""
         return _find_store(self._split, self._constant, self._device)
-
-    @functools.cached_property
-    def _labels(self) -> Tensor:
-        return self._split.labels.to(self._device)
 
     def _batches(self, requests: list[Request]) -> Iterator[Batch]:
         for epoch, positions in requests:
