@@ -7,8 +7,8 @@
 
 Floor: each feature map is read once forward and once backward, and its gradient written once; eager PyTorch also writes and reads
 |F|^p and two more tensors of that size. The Triton kernel (kernels/attention_map.py) reaches the floor. The PyTorch form walks the batch in
-blocks that fit the cache; torch.compile traces its few tensor operations, so only the kernel is registered. If sizes differ, PyTorch pools
-the larger map before either form sees it.
+blocks that fit the cache, or, for channels_last and p = 2, reduces along the innermost dimension; torch.compile traces its few tensor
+operations, so only the kernel is registered. If sizes differ, PyTorch pools the larger map before either form sees it.
 """
 
 from collections.abc import Sequence
@@ -85,6 +85,8 @@ class _AttentionMap(torch.autograd.Function):
 def _channel_sum(features: Tensor, p: float) -> Tensor:
     """Sums |F|^p over channels, [B, H W], without a tensor of the features' size."""
     dtype = arithmetic(features)
+    if p == 2 and features.is_contiguous(memory_format=torch.channels_last) and not features.is_contiguous():
+        return torch.linalg.vector_norm(features, dim=1, dtype=dtype).square().flatten(1)
     return torch.cat([_power(x.to(dtype), p).sum(dim=1).flatten(1) for x in _blocks(features)])
 
 
