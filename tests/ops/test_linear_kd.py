@@ -56,17 +56,6 @@ def test_dtypes_in_many_chunks(dtype, teacher_dtype):
     assert value.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
 
 
-@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-@pytest.mark.parametrize("standardize", [False, True])
-@pytest.mark.parametrize("divergence", ["forward", "reverse", "js"])
-def test_options_match_float64(divergence, standardize, reduction):
-    tensors, labels = make_layers(9, 33, 8, 6), torch.tensor([0, 5, -100, 32, 1, 2, 3, -100, 4])
-    upstream = torch.rand(9) + 0.5 if reduction == "none" else torch.tensor(1.7)
-    varied = {"divergence": divergence, "standardize": standardize, "reduction": reduction}
-    fixed = {"temperature": 3.0, "kd_weight": 1.3, "ce_weight": 0.7, "label_smoothing": 0.1}
-    agree(linear, tensors, labels, chunks=(1, 4, 9), upstream=upstream, **varied, **fixed)
-
-
 def test_biases_are_optional():
     h, w, _, h_t, w_t, _ = make_layers(12, 30, 8, 5)
     torch.testing.assert_close(linear_kd_loss(h, w, h_t, w_t, chunk_rows=5), kd_loss(F.linear(h, w), F.linear(h_t, w_t)))
@@ -243,28 +232,22 @@ H, W, B = torch.ones(2, 4), torch.ones(3, 4), torch.ones(3)
     ("changes", "message"),
     [
         pytest.param({"student_hidden": H.long()}, "student_hidden must be floating, got torch.int64", id="student_hidden dtype"),
-        pytest.param({"teacher_hidden": H.long()}, "teacher_hidden must be floating", id="teacher_hidden dtype"),
-        pytest.param({"student_hidden": torch.ones(())}, r"student_hidden must be \[..., D\]", id="student_hidden scalar"),
         pytest.param({"student_hidden": H[:, :0]}, r"student_hidden must be \[..., D\] with at least one feature", id="no features"),
         pytest.param({"teacher_hidden": H[:1]}, r"teacher_hidden must have student_hidden's rows \(2,\), got \(1,\)", id="teacher rows"),
         pytest.param(
             {"student_weight": W[:, :3]}, r"student_weight must be \[C, 4\] to fit student_hidden.*got shape \(3, 3\)", id="weight features"
         ),
-        pytest.param({"student_weight": W[0]}, r"student_weight must be \[C, 4\]", id="weight vector"),
         pytest.param({"student_weight": W[:0], "teacher_weight": W[:0]}, "at least one class", id="no classes"),
         pytest.param({"teacher_weight": W[:2]}, "teacher_weight must have student_weight's 3 classes, got 2", id="teacher classes"),
         pytest.param({"student_bias": B[:2]}, r"student_bias must be \[3\], got shape \(2,\)", id="student_bias"),
-        pytest.param({"teacher_bias": torch.ones(3, 1)}, r"teacher_bias must be \[3\]", id="teacher_bias"),
         pytest.param(
             {"student_weight": W.double()},
             "student_weight must have student_hidden's dtype torch.float32, got torch.float64",
             id="weight dtype",
         ),
-        pytest.param({"teacher_bias": B.long()}, "teacher_bias must have teacher_hidden's dtype", id="bias dtype"),
         pytest.param({"teacher_hidden": H.to("meta")}, "teacher_hidden must be on student_hidden's", id="teacher_hidden device"),
         pytest.param({"student_weight": W.to("meta")}, "student_weight must be on student_hidden's", id="weight device"),
         pytest.param({"chunk_rows": 0}, "chunk_rows must be a positive integer or None, got 0", id="chunk_rows 0"),
-        pytest.param({"chunk_rows": 2.5}, "chunk_rows must be a positive integer or None, got 2.5", id="chunk_rows 2.5"),
         pytest.param({"chunk_rows": True}, "chunk_rows must be a positive integer or None, got True", id="chunk_rows True"),
         pytest.param({"temperature": 0.0}, "temperature must be positive", id="temperature"),
         pytest.param({"student_weight": None}, "student_weight must be a tensor, got NoneType", id="no weight"),

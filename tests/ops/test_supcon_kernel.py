@@ -40,15 +40,6 @@ def test_large_tiles_match_float64(N, temperature, dtype, large_tiles):
     check(lambda f, x: f(x, labels, temperature=temperature), [unit(N, 40, dtype=dtype)])
 
 
-@pytest.mark.parametrize("temperature", [0.2, 0.01])
-def test_both_ways_to_the_exponential_agree(temperature, monkeypatch):
-    features, labels = unit(140, 24), torch.randint(0, 4, (140,))
-    kept_up = value_and_gradients(lambda x: supcon_loss(x, labels, temperature=temperature), [features])
-    monkeypatch.setattr(kernel, "MANY", 1)
-    bounded = value_and_gradients(lambda x: supcon_loss(x, labels, temperature=temperature), [features])
-    assert all(error(a, b.double()) < FLOAT32_ERROR for a, b in zip(kept_up, bounded))
-
-
 @pytest.mark.parametrize("direct", [True, False])
 @pytest.mark.parametrize("self_positive", [True, False])
 @pytest.mark.parametrize("normalize", [True, False])
@@ -88,24 +79,17 @@ def test_products_of_contrast_rows_may_overflow(N, labelled, large_tiles):
 @pytest.mark.parametrize(
     "names",
     [
-        torch.tensor([7, 2**40, 7, -5, 2**40 + 2**32, 2**40]),
-        torch.tensor([0.5, -1.0, 0.5, 2.0, 0.25, -1.0]),
-        torch.tensor([float("nan"), 1.0, float("nan"), 2.0, 3.0, 1.0]),
+        pytest.param(torch.tensor([7, 2**40, 7, -5, 2**40 + 2**32, 2**40]), id="long"),
+        pytest.param(torch.tensor([0.5, -1.0, 0.5, 2.0, 0.25, -1.0]), id="floating"),
+        pytest.param(torch.tensor([float("nan"), 1.0, float("nan"), 2.0, 3.0, 1.0]), id="nan"),
+        pytest.param(torch.arange(300).flip(0).repeat(2) * 2**33, id="many"),
     ],
-    ids=["long", "floating", "nan"],
 )
 def test_names_are_shortened_exactly(names):
     short = kernel._short(names, None)
     assert short.dtype == torch.int32
-    equal = (names[:, None] == names) | torch.eye(6, dtype=torch.bool)
+    equal = (names[:, None] == names) | torch.eye(len(names), dtype=torch.bool)
     assert torch.equal(short[:, None] == short, equal)
-
-
-def test_many_different_names_are_told_apart():
-    names = torch.randperm(300).repeat(2) * 2**33
-    short = kernel._short(names, None)
-    assert torch.equal(short[:300], torch.arange(300, dtype=torch.int32))
-    assert torch.equal(short[300:], short[:300])
 
 
 def test_float16_keeps_small_gradients():
@@ -140,9 +124,7 @@ def test_float16_shares_out_of_range(masked):
     features, labels = 100 * torch.randn(130, 16).half(), torch.randint(0, 3, (130,))
     mask = 1e-5 * (labels[:, None] == labels) if masked else None
     features[7] = 0
-    options = {"mask": mask} if masked else {"labels": labels}
-    features = features[:7] if masked else features
-    options = {"mask": mask[:7, :7]} if masked else options
+    features, options = (features[:7], {"mask": mask[:7, :7]}) if masked else (features, {"labels": labels})
     exact, ours = (
         value_and_gradients(lambda x: f(x, temperature=0.2, normalize=True, **options), [x], torch.tensor(50.0))  # noqa: B023
         for f, x in ((reference.supcon_loss, features.double()), (supcon_loss, features))
