@@ -3,7 +3,6 @@
 import ast
 import contextlib
 import dataclasses
-import importlib.util
 import io
 import json
 import re
@@ -161,24 +160,6 @@ def test_the_defaults_on_a_recipes_page_are_true(name: str):
     real = {field.name: field.default for field in dataclasses.fields(recipes.get(name).settings)}
     assert stated
     assert stated == {option: real[option] for option in stated}
-
-
-def load_site_extension() -> Any:
-    pytest.importorskip("sphinx", reason="sphinx is not installed: pip install kdfast[docs]")
-    spec = importlib.util.spec_from_file_location("site_extension", ROOT / "docs" / "site_extension.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.mark.parametrize("name", recipes.names())
-def test_the_site_tabulates_every_option_and_preset(name: str):
-    extension = load_site_extension()
-    recipe = recipes.get(name)
-    rows = {option: (default, meaning) for option, default, meaning in extension.tabulate_options(name)}
-    assert list(rows) == [f"`--{field.name.replace('_', '-')}`" for field in dataclasses.fields(recipe.settings)]
-    assert all(default.strip("`") and meaning for default, meaning in rows.values())
-    assert [preset for preset, _ in extension.tabulate_presets(name)] == [f"`{preset}`" for preset in recipe.presets]
 
 
 @pytest.mark.slow

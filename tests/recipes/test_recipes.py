@@ -15,7 +15,7 @@ from kdfast.data import make_loaders
 from kdfast.engine import Options, Run, Training
 from kdfast.engine.stage import as_means
 from kdfast.losses import CRDLoss
-from kdfast.models import ModelSpec, create, save_weights
+from kdfast.models import ModelSpec, Taps, create, save_weights
 from kdfast.recipes import at, conkd, crd, dih, fitnets, kd, lskd, mhkd, plus, remembered, self_distillation, supervised, takd, tofd
 from kdfast.recipes.features import fingerprint
 from kdfast.recipes.recipe import Setup, Trained
@@ -36,6 +36,7 @@ def test_every_recipe_has_a_test_of_its_loss(name):
 
 TRAINING = Training(epochs=5, batch_size=16, lr=0.1, schedule="constant")
 STAGES = ("layer1", "layer2", "layer3")
+ce = F.cross_entropy
 
 
 def setup(student="resnet8", teacher="resnet14", **changes):
@@ -72,19 +73,10 @@ def in_double(stage):
     return stage
 
 
-def seen(model, images, paths=STAGES):
-    """Logits, the outputs of the modules at `paths`, then the input of the classifier."""
-    outputs = {}
-    handles = [model.get_submodule(path).register_forward_hook(lambda m, i, o, path=path: outputs.update({path: o})) for path in paths]
-    handles.append(model.linear.register_forward_pre_hook(lambda m, i: outputs.update({"features": i[0]})))
-    logits = model(images)
-    for handle in handles:
-        handle.remove()
-    return logits, *(outputs[path] for path in (*paths, "features"))
-
-
-def ce(logits, labels):
-    return -logits.log_softmax(1).gather(1, labels[:, None]).mean()
+def seen(model, images):
+    """Logits, the outputs of the stages, then the input of the classifier."""
+    logits, tensors = Taps(model, (*STAGES, "linear:input"))(images)
+    return logits, *tensors
 
 
 def kl(student, teacher, T):
@@ -95,8 +87,7 @@ def kl(student, teacher, T):
 
 def gradients(loss, stage):
     parameters = [p for module in stage.train for p in module.parameters()]
-    found = torch.autograd.grad(loss, parameters, allow_unused=True)
-    return torch.cat([(torch.zeros_like(p) if g is None else g).flatten() for p, g in zip(parameters, found)])
+    return torch.cat([found.flatten() for found in torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)])
 
 
 def assert_same(stage, batch, expected):
@@ -109,6 +100,13 @@ def assert_same(stage, batch, expected):
     assert scale > 0
     assert (gradient - true).abs().max() <= 2e-5 * scale
     assert (gradient.flip(0) - true).abs().max() > 1e-2 * scale
+
+
+def begin(recipe, settings):
+    """A teacher, a recipe's first stage of distillation in float64, a batch of it, and the modules that it trains."""
+    teacher = network()
+    stage = in_double(next(recipe.RECIPE.distil(setup(), settings, teacher)))
+    return teacher, stage, batch_of(stage), stage.train
 
 
 def finished(generator, metrics=()):
@@ -133,9 +131,8 @@ def standardize(logits):
 @checks_loss_of("kd", "lskd", "conkd")
 @pytest.mark.parametrize("recipe", [kd, lskd, conkd], ids=lambda module: module.RECIPE.name)
 def test_logits(recipe):
-    teacher, settings = network(), recipe.Settings()
-    stage = in_double(next(recipe.RECIPE.distil(setup(), settings, teacher)))
-    batch, student = batch_of(stage), stage.train[0]
+    settings = recipe.Settings()
+    teacher, stage, batch, (student, *_) = begin(recipe, settings)
     logits, *_, features = seen(student, batch.images)
     pair = logits, teacher(batch.images)
     expected = settings.ce_weight * ce(logits, batch.labels)
@@ -147,8 +144,7 @@ def test_logits(recipe):
 
 @checks_loss_of("self_distillation")
 def test_self_distillation():
-    stage = in_double(next(self_distillation.distil(setup(), self_distillation.Settings(alpha=0.3), None)))
-    batch, (student, projection) = batch_of(stage), stage.train
+    _, stage, batch, (student, projection) = begin(self_distillation, self_distillation.Settings(alpha=0.3))
     logits, _, shallow, deep, _ = seen(student, batch.images)
     feature = (F.interpolate(shallow, deep.shape[2:], mode="bilinear") - projection.projection(deep.detach())).pow(2).mean()
     assert_same(stage, batch, 0.3 * feature + 0.7 * ce(logits, batch.labels))
@@ -165,9 +161,7 @@ def attention(features):
 @checks_loss_of("at")
 @pytest.mark.parametrize("kd_weight", [0.0, 0.7])
 def test_at(kd_weight):
-    teacher = network()
-    stage = in_double(next(at.distil(setup(), at.Settings(kd_weight=kd_weight), teacher)))
-    batch, (student,) = batch_of(stage), stage.train
+    teacher, stage, batch, (student,) = begin(at, at.Settings(kd_weight=kd_weight))
     logits, *ours = seen(student, batch.images)
     target, *theirs = seen(teacher, batch.images)
     maps = sum((attention(s) - attention(t)).pow(2).mean() for s, t in zip(ours[:3], theirs[:3]))
@@ -180,10 +174,9 @@ def test_at(kd_weight):
 @checks_loss_of("crd")
 @pytest.mark.parametrize("kd_weight", [0.0, 0.9])
 def test_crd(kd_weight):
-    teacher = network()
     settings = crd.Settings(kd_weight=kd_weight, negatives=7, contrast_weight=0.6, contrast_temperature=0.2, embedding=5)
-    stage = in_double(next(crd.distil(setup(), settings, teacher)))
-    batch, student, (contrast,) = batch_of(stage), stage.train[0], stage.memory
+    teacher, stage, batch, (student, *_) = begin(crd, settings)
+    (contrast,) = stage.memory
     assert stage.couples_rows
     learned = {id(parameter) for module in (student, contrast) for parameter in module.parameters()}
     assert {id(parameter) for parameter in stage.parameters()} == learned
@@ -237,10 +230,8 @@ def test_fitnets_hint_then_logits():
 
 
 def test_fitnets_joint():
-    teacher = network()
     settings = fitnets.Settings(procedure="joint", hint_weight=100.0, ce_weight=1.0, kd_weight=0.0)
-    stage = in_double(next(fitnets.distil(setup(), settings, teacher)))
-    batch, (student, hint) = batch_of(stage), stage.train
+    teacher, stage, batch, (student, hint) = begin(fitnets, settings)
     logits, _, middle, *_ = seen(student, batch.images)
     expected = ce(logits, batch.labels) + 100 * (hint.regressor(middle) - seen(teacher, batch.images)[2]).pow(2).mean()
     assert_same(stage, batch, expected)
@@ -339,10 +330,8 @@ def test_dih_uses_heads_of_a_run_again(tmp_path):
 @checks_loss_of("mhkd")
 @pytest.mark.parametrize("pull", [False, True])
 def test_mhkd(pull):
-    teacher = network()
     settings = mhkd.Settings(pull_teacher_heads=pull)
-    stage = in_double(next(mhkd.distil(setup(), settings, teacher)))
-    batch, (student, ours, theirs) = batch_of(stage), stage.train
+    teacher, stage, batch, (student, ours, theirs) = begin(mhkd, settings)
     logits, *student_maps = seen(student, batch.images)
     target, *teacher_maps = seen(teacher, batch.images)
     assert len(ours) == len(theirs) == 2
