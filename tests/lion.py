@@ -26,7 +26,6 @@ def form(request: pytest.FixtureRequest) -> Iterator[str]:
 
 
 by_kernel = pytest.mark.parametrize("form", ["auto"], indirect=True)
-in_pytorch = pytest.mark.parametrize("form", ["torch"], indirect=True)
 
 
 def peers() -> ModuleType:

@@ -9,9 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from kdfast.ops.lion import eager, int8
+from kdfast.ops.lion import int8
 from kdfast.optim import Lion
-from kdfast.optim import lion as optim
 from tests.lion import (
     SETTINGS,
     bits_equal,
@@ -137,17 +136,6 @@ def test_hooks_around_loading_see_and_change_the_state():
     first, second = momenta(loaded, loaded.param_groups[0]["params"])
     assert not first.any()
     assert torch.equal(second, optimizer.state[params[0]]["exp_avg"])
-
-
-@pytest.mark.parametrize("step", [3, torch.tensor(3), torch.tensor(3.0, dtype=FP64)], ids=str)
-def test_a_loaded_step_of_any_kind_counts_on(step):
-    params, optimizer = run_steps(3, [(70, 70)], **STOCHASTIC)
-    loaded = Lion(twins(params))
-    saved = copy.deepcopy(optimizer.state_dict())
-    saved["state"][0]["step"] = step
-    loaded.load_state_dict(saved)
-    assert_continue_alike(optimizer, loaded)
-    assert state_tensors(loaded)[-1] == 5
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
@@ -334,16 +322,13 @@ def test_clipping_leaves_groups_without_it_alone():
     assert torch.equal(optimizer.state[free]["exp_avg"], torch.full((4,), 2.0))
 
 
-def test_gradients_that_require_grad_make_no_graph(monkeypatch):
+def test_gradients_that_require_grad_make_no_graph():
     """As gradients of create_graph=True do."""
-    recorded = []
-    monkeypatch.setattr(optim, "grad_norm", lambda grads: recorded.append(torch.is_grad_enabled()) or eager.grad_norm(grads))
     p = nn.Parameter(torch.ones(4))
     optimizer = Lion([p], lr=0.125, max_grad_norm=1.0)
     for _ in range(5):
         p.grad = torch.ones(4, requires_grad=True) * 2
         optimizer.step()
-    assert recorded == [False] * 5
     assert not optimizer.state[p]["exp_avg"].requires_grad
     assert p.tolist() == [0.375] * 4
 

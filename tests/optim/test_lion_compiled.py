@@ -12,7 +12,6 @@ from tests.lion import (
     by_kernel,
     form,  # noqa: F401
     give_gradients,
-    in_pytorch,
     parameters,
     peers,
     run_steps,
@@ -40,34 +39,21 @@ KAHAN = {"dtype": BF16, "rounding": "kahan"}
         pytest.param(FP32, INT8, id="int8"),
     ],
 )
-def test_compiled_steps_follow_eager_ones_without_a_graph_break(dtype, options):
+def test_compiled_steps_follow_eager_ones_without_a_graph_break_and_may_alternate_with_them(dtype, options):
     torch._dynamo.reset()
     eagerly = parameters([(30, 7), (5,), *[(70, 70)] * ("momentum_dtype" in options)], dtype)
-    compiled = twins(eagerly)
-    a, b = Lion(eagerly, **{**SETTINGS, **options}), Lion(compiled, **{**SETTINGS, **copy.deepcopy(options)})
-    step = torch.compile(b.step, fullgraph=True)
-    for _ in range(3):
-        give_gradients(eagerly, compiled)
+    theirs = twins(eagerly)
+    a, b = Lion(eagerly, **{**SETTINGS, **options}), Lion(theirs, **{**SETTINGS, **copy.deepcopy(options)})
+    compiled = torch.compile(b.step, fullgraph=True)
+    for step in (compiled, compiled, b.step, b.step, compiled, b.step):
+        give_gradients(eagerly, theirs)
         a.step()
         step()
-    for p, q in zip(eagerly, compiled):
+    for p, q in zip(eagerly, theirs):
         if options is INT8:  # where rounding decides a code's step, a later sign may turn
-            assert ((q - p).abs() > 1e-6).float().mean() <= 5e-4
+            assert ((q - p).abs() > 1e-6).float().mean() <= 1e-3
         else:
             assert error(q, p.detach()) <= (1e-6 if dtype == FP32 else 2**-8)
-
-
-@by_kernel
-def test_compiled_and_eager_steps_may_alternate():
-    params, theirs = (run_steps(4, [(9, 9), (3,)])[0] for _ in range(2))
-    a, b = Lion(params, **SETTINGS), Lion(theirs, **SETTINGS)
-    compiled = torch.compile(a.step)
-    for step in (a.step, a.step, a.step, compiled, compiled, a.step, a.step):
-        give_gradients(params, theirs)
-        step()
-        b.step()
-    for p, q in zip(params, theirs):
-        assert error(p, q.detach()) <= 1e-6
 
 
 @pytest.mark.parametrize("options", [{}, {"foreach": False}, {"cautious": True, "max_grad_norm": 1.0}, INT8, KAHAN, STOCHASTIC], ids=str)
@@ -105,20 +91,6 @@ def test_a_step_takes_no_more_memory_than_the_original(name, original):
         assert peak_memory(ours.run) <= peak_memory(theirs.run) + 64  # a number that is read
 
 
-def assert_fast(name, original, least):
-    from kdfast.benchmarks.lion import case, shapes
-    from kdfast.benchmarks.timing import interleaved
-
-    peers()
-    ours, theirs = (case(name, shapes(name)).step(variant) for variant in ("kdfast", original))
-    best = 0.0
-    for _ in range(5):
-        best = max(best, interleaved(ours.run, theirs.run, pairs=20))
-        if best >= least:
-            return
-    pytest.fail(f"{best:.2f} of the speed of {original}")
-
-
 @pytest.mark.speed
 @pytest.mark.skipif(KERNELS, reason="the promise is about CPUs")
 @by_kernel
@@ -127,14 +99,11 @@ def assert_fast(name, original, least):
     [("ResNet-18", 2.0, 2.0), ("64 MB", 3.0, 3.0), ("16 MB", 2.0, 2.0), ("1 MB", 1.2, 1.1), ("LeNet-5", 2.0, 1.2), ("4 KB", 1.0, 0.95)],
 )
 def test_faster_than_the_original(name, eager, foreach):
-    assert_fast(name, "eager", eager)
-    assert_fast(name, "lion-pytorch foreach", foreach)
+    from kdfast.benchmarks.lion import case, shapes
+    from kdfast.benchmarks.timing import interleaved
 
-
-@pytest.mark.speed
-@pytest.mark.skipif(KERNELS, reason="the promise is about CPUs")
-@in_pytorch
-@pytest.mark.parametrize(("name", "least"), [("ResNet-18", 0.95), ("64 MB", 0.95), ("16 MB", 0.9)])
-@pytest.mark.parametrize("original", ["eager", "lion-pytorch foreach"])
-def test_not_slower_than_the_original_in_pytorch(name, original, least):
-    assert_fast(name, original, least)
+    peers()
+    variants = "kdfast", "eager", "lion-pytorch foreach"
+    ours, *theirs = (case(name, shapes(name)).step(variant) for variant in variants)
+    for other, least in zip(theirs, (eager, foreach)):
+        assert max(interleaved(ours.run, other.run, pairs=20)["speedup"] for _ in range(5)) >= least
