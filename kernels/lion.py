@@ -384,7 +384,7 @@ def step(table: Table, options: Any, grad_factor: Tensor | None, found_inf: Tens
     lr = options.lr_on(device)
     grad_factor = None if grad_factor is None else grad_factor.to(device, torch.float32)
     found_inf = None if found_inf is None else found_inf.to(device, torch.float32)
-    grid = (table.chunks.shape[0],)
+    grid = (table.chunks.size(0),)
     gradient = {"G": _TYPES[grad_dtype], "M": _TYPES[momentum_dtype], "MAXIMIZE": options.maximize, "BLOCK": BLOCK}
     with torch.cuda.device_of(table.chunks):
         moving = None

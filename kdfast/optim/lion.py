@@ -199,7 +199,7 @@ class Lion(Optimizer):
         groups = self.param_groups
         options = [Options.from_group(group) for group in groups]
         leaders = [0] if len(options) == 1 else _find_leaders(options)
-        key = backend.current(), leaders, [each[6:] for each in options], [len(group["params"]) for group in groups]
+        key = backend.current(), leaders, [(each[6:], len(group["params"])) for each, group in zip(options, groups)]
         tensors = None if plan is None or is_watched() else plan.find(key, groups, self.state)
         if plan is None or tensors is None:
             self._step_without_plan(key, options, unscale, found_inf)
@@ -216,7 +216,7 @@ class Lion(Optimizer):
         can_repeat, leaders = True, key[1]
         for leader in sorted(set(leaders)):
             together = [row for place, some in zip(leaders, rows) if place == leader for row in some]
-            made, fits = lion_step(together, options[leader], grad_factor=factors[leader], found_inf=found_inf, tables=tables)
+            made, fits = lion_step(together, options[leader], factors[leader], found_inf, tables)
             launches += [(leader, launch) for launch in made]
             can_repeat = can_repeat and fits
         if not torch.compiler.is_compiling():  # PyTorch 2.11's compiler cannot set an optimizer's attribute

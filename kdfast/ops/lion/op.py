@@ -22,12 +22,7 @@ from kdfast.ops.lion.rows import Options, Row, check_shapes, count_steps, in_ord
 
 
 def lion_step(
-    rows: list[Row],
-    options: Options,
-    *,
-    grad_factor: Tensor | None = None,
-    found_inf: Tensor | None = None,
-    tables: dict[Hashable, Any] | None = None,
+    rows: list[Row], options: Options, grad_factor: Tensor | None, found_inf: Tensor | None, tables: dict[Hashable, Any]
 ) -> tuple[list[Launch], bool]:
     """Updates parameters, momenta and compensations in place.
 
@@ -56,7 +51,7 @@ def lion_step(
         if kernel is not None and plain:
             ordered = [in_order(row) for row in plain]
             key = bucket_key, plain[0].number
-            table = kernel.make_table(ordered, (tables or {}).get(key), capturable=options.capturable)
+            table = kernel.make_table(ordered, tables.get(key), capturable=options.capturable)
             kernel.step(table, options, grad_factor, found_inf)
             written = [t for row in plain for t in (row.param, row.momentum, row.scale, row.compensation) if t is not None]
             torch.autograd.graph.increment_version(written)  # lets a backward pass that needs the old values raise

@@ -1,6 +1,7 @@
 """The tensors and options of a Lion step, and how the tensors lie in memory."""
 
 from itertools import pairwise
+from operator import itemgetter
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -35,7 +36,7 @@ class Options(NamedTuple):
             float(group["betas"][0]),
             float(group["betas"][1]),
             float(group["weight_decay"] / group["init_lr"] if group["decoupled_weight_decay"] else group["weight_decay"]),
-            *map(group.__getitem__, cls._fields[4:]),
+            *_SAME_NAMES(group),
         )
 
     def lr_on(self, device: torch.device) -> float | Tensor:
@@ -43,6 +44,9 @@ class Options(NamedTuple):
         if not isinstance(self.lr, Tensor):
             return self.lr
         return self.lr.item() if is_readable(self.lr) else self.lr.reshape(()).to(device)
+
+
+_SAME_NAMES = itemgetter(*Options._fields[4:])  # options that a group has under the same names
 
 
 class Row(NamedTuple):
