@@ -260,15 +260,12 @@ def test_cifar_reads_whichever_batches_are_present(tmp_path):
 
 
 def test_cifar100_reads_fine_labels(tmp_path):
-    folder = tmp_path / "cifar-100-python"
-    folder.mkdir()
-    batch = {"data": np.zeros((20, 3072), np.uint8), "fine_labels": [0, 1] * 10, "coarse_labels": [0] * 20}
     for name in ("train", "test"):
-        (folder / name).write_bytes(pickle.dumps(batch))
-    (folder / "meta").write_bytes(pickle.dumps({"fine_label_names": ["apple", "bear"]}))
-    data = load("cifar100", data_dir=folder)
+        (tmp_path / name).write_bytes(make_cifar_batch(fine_labels=[0, 1] * 20))
+    (tmp_path / "meta").write_bytes(pickle.dumps({"fine_label_names": ["apple", "bear"]}))
+    data = load("cifar100", data_dir=tmp_path)
     assert data.classes == ("apple", "bear")
-    assert counts(data.train, 2) == [9, 9]
+    assert counts(data.train, 2) == [18, 18]
 
 
 def test_a_pickle_that_would_run_code_is_refused(tmp_path):

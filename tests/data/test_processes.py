@@ -11,12 +11,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from kdfast.data import DataError, evaluation_transform, training_transform
+from kdfast.data import DataError, training_transform
 from kdfast.data.augment import Step
 from tests.data.samples import HALF, join_index, make_loader, make_split, same, write_pngs
 
 AUGMENT = training_transform("cifar", 8, *HALF)
-PLAIN = evaluation_transform("squash", 8, *HALF)
 
 
 def loader_of(split, transform=AUGMENT, batch_size=4, **options):

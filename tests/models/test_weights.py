@@ -15,8 +15,6 @@ from kdfast.data import NORMALIZATIONS, LoaderOptions, ResidentLoader, evaluatio
 from kdfast.models import ModelSpec, build, create, load_weights, read_weights, recognize, save_weights
 from tests.data.samples import Payload
 
-NO_WEIGHTS = "truncated or not a"
-
 
 @pytest.fixture
 def model():
@@ -73,26 +71,15 @@ class TestReading:
         assert payload.path.exists(), "the payload would have shown"
 
     @pytest.mark.parametrize("kind", ["zip", "legacy", "safetensors"])
-    @pytest.mark.parametrize("keep", [0.001, 0.3, 0.999])
-    def test_refuses_a_truncated_file(self, tmp_path, kind, keep):
+    def test_refuses_a_truncated_file_and_another(self, tmp_path, kind):
         path, state = tmp_path / f"w.{kind}", {"w": torch.randn(100, 100)}
         save_weights(state, path) if kind == "safetensors" else torch.save(state, path, _use_new_zipfile_serialization=kind == "zip")
         content = path.read_bytes()
-        path.write_bytes(content[: int(keep * len(content))])
-        with pytest.raises(ValueError, match=r"truncated or not a"):
-            read_weights(path)
-
-    @pytest.mark.parametrize("suffix", [".pt", ".pth", ".th", ".safetensors"])
-    @pytest.mark.parametrize(
-        ("content", "message"),
-        [(b"<!DOCTYPE html><html>404</html>", NO_WEIGHTS), (bytes(1000), NO_WEIGHTS), (b"hello " * 50, NO_WEIGHTS), (b"", NO_WEIGHTS)],
-        ids=["html", "zeros", "text", "empty"],
-    )
-    def test_refuses_another_file(self, tmp_path, suffix, content, message):
-        path = tmp_path / f"w{suffix}"
-        path.write_bytes(content)
-        with pytest.raises(ValueError, match=message):
-            read_weights(path)
+        truncated = [content[: int(keep * len(content))] for keep in (0, 0.001, 0.3, 0.999)]
+        for wrong in (*truncated, b"<!DOCTYPE html><html>404</html>", bytes(1000), b"hello " * 50):
+            path.write_bytes(wrong)
+            with pytest.raises(ValueError, match=r"w\.\w+ is truncated or not a"):
+                read_weights(path)
 
     @pytest.mark.parametrize(
         ("content", "message"),
