@@ -8,7 +8,6 @@ from collections.abc import Iterator
 import torch
 from torch.utils.data import Dataset, Sampler
 
-from kdfast.data.extras import need
 from kdfast.data.loaders.options import LoaderOptions
 from kdfast.data.loaders.ordered import OrderedLoader, Request, draw, interleave
 from kdfast.data.protocol import Batch, DataError
@@ -37,9 +36,6 @@ class TorchvisionLoader(OrderedLoader):
     def __init__(self, split: Split, transform: Transform, options: LoaderOptions) -> None:
         super().__init__(split, transform, options)
         workers = self._count_workers()
-        if workers:  # once, before they are forked: each of them would take seconds to import these
-            need("torchvision.io")
-            need("torchvision.transforms.v2")
         self._plan = _Plan()
         self._loader = make_loader(
             _Samples(split, transform, options),
