@@ -387,11 +387,6 @@ def test_features_of_any_dtype_and_under_autocast() -> None:
         assert error(got, want) < 0.05
 
 
-def test_more_negatives_than_images() -> None:
-    loss = module(n=3, labels=torch.tensor([0, 1, 1]), nce_k=500)
-    assert loss(torch.randn(2, 6), torch.randn(2, 5), torch.tensor([0, 2])).isfinite()
-
-
 @pytest.mark.parametrize(
     ("options", "changes", "message"),
     [

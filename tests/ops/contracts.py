@@ -1,7 +1,10 @@
 """Checks that the tests of all operators share: comparison with float64, rows far apart, poison around inputs, random cases."""
 
 from collections.abc import Callable, Sequence
+from types import ModuleType
+from typing import Any
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -76,3 +79,20 @@ def make_fuzz(check: Callable[..., None], examples: int, interpreted_examples: i
     """A test that calls check(data) with that many random draws."""
     count = interpreted_examples if KERNELS else examples
     return settings(max_examples=count)(given(st.data())(check))
+
+
+def record_launches(monkeypatch: pytest.MonkeyPatch, module: ModuleType, *names: str) -> list[str]:
+    """The names of these kernels of a module, in the order in which they will be launched."""
+    launched: list[str] = []
+
+    class Recorded:
+        def __init__(self, name: str):
+            self.name, self.kernel = name, getattr(module, name)
+
+        def __getitem__(self, grid: Any) -> Any:
+            launched.append(self.name)
+            return self.kernel[grid]
+
+    for name in names:
+        monkeypatch.setattr(module, name, Recorded(name))
+    return launched

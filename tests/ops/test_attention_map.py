@@ -12,7 +12,7 @@ from kdfast import functional, reference
 from kdfast.functional import attention_transfer_loss
 from kdfast.ops import attention_map as operator
 from tests.numeric import DEVICE, KERNELS, error, value_and_gradients
-from tests.ops.contracts import compare, make_fuzz
+from tests.ops.contracts import compare, make_fuzz, record_launches
 
 pytestmark = pytest.mark.kernels
 kernels = pytest.mark.skipif(not KERNELS, reason="the kernels need a GPU or TRITON_INTERPRET=1")
@@ -281,20 +281,7 @@ def test_only_maps_without_two_strides_are_copied(layout):
 
 @pytest.fixture
 def launches(monkeypatch):
-    """The names of the kernels launched."""
-    launched = []
-
-    class Watched:
-        def __init__(self, name):
-            self.name, self.function = name, getattr(kernel, name)
-
-        def __getitem__(self, grid):
-            launched.append(self.name)
-            return self.function[grid]
-
-    for name in ("_energies", "_compare", "_gradients"):
-        monkeypatch.setattr(kernel, name, Watched(name))
-    return launched
+    return record_launches(monkeypatch, kernel, "_energies", "_compare", "_gradients")
 
 
 @kernels

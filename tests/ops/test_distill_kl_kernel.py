@@ -6,7 +6,7 @@ import torch
 from kdfast import functional, reference
 from kdfast.functional import kd_loss
 from tests.numeric import DEVICE, FLOAT32_ERROR, KERNELS, error, value_and_gradients
-from tests.ops.contracts import place_far_apart, surround
+from tests.ops.contracts import place_far_apart, record_launches, surround
 from tests.ops.distillation import agree, kd, make_logits
 
 pytestmark = [pytest.mark.kernels, pytest.mark.skipif(not KERNELS, reason="the kernel needs a GPU or TRITON_INTERPRET=1")]
@@ -52,22 +52,9 @@ def test_a_label_out_of_range_makes_its_row_nan(C):
     assert kd_loss(student, teacher, labels, ce_weight=0.5).isnan()
 
 
-class Recorder:
-    """Stands for a kernel and appends its name to a list at every launch."""
-
-    def __init__(self, launches, name):
-        self.launches, self.name, self.kernel = launches, name, getattr(kernel, name)
-
-    def __getitem__(self, grid):
-        self.launches.append(self.name)
-        return self.kernel[grid]
-
-
 @pytest.mark.parametrize("C", [10, 1000, 9000])
 def test_forward_and_backward_are_one_launch_each(C, monkeypatch):
-    launches = []
-    for name in ("_resident", "_looped", "_rescale"):
-        monkeypatch.setattr(kernel, name, Recorder(launches, name))
+    launches = record_launches(monkeypatch, kernel, "_resident", "_looped", "_rescale")
     student, labels = make_logits(70, C).requires_grad_(), torch.randint(C, (70,))
     kd_loss(student, make_logits(70, C), labels, standardize=True, ce_weight=0.1).backward()
     assert launches == ["_looped" if C == 9000 else "_resident", "_rescale"]

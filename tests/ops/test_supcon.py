@@ -15,7 +15,6 @@ from kdfast import reference
 from kdfast.benchmarks.timing import peak_memory
 from kdfast.functional import supcon_loss
 from kdfast.ops.supcon import eager
-from kdfast.ops.supcon import op as operator
 from tests.numeric import FLOAT32_ERROR, INTERPRETED, KERNELS, error, value_and_gradients
 from tests.ops.contracts import compare, make_fuzz, unit
 
@@ -154,32 +153,6 @@ def check_random_case(data: st.DataObject) -> None:
 
 test_random_cases = make_fuzz(check_random_case, 300, 50)
 test_many_random_cases = pytest.mark.slow(make_fuzz(check_random_case, 1600, 400))
-
-
-@pytest.mark.parametrize("tile", [512, 7])
-@pytest.mark.parametrize("normalize", [False, True])
-@pytest.mark.parametrize("self_positive", [False, True])
-@pytest.mark.parametrize("named", [16, 21, 30])  # of 30 other rows, 16 of which count k times
-def test_copied_rows_count_like_the_anchors(tile: int, normalize: bool, self_positive: bool, named: int) -> None:
-    """Other rows that count k times equal k times the rows."""
-    k, N, M, copied = 3, 25, 30, 16
-    setting = operator.Setting(0.3, 1.5, k, self_positive, normalize, copied)
-    inputs = [torch.randn(N, 6, dtype=torch.float64), torch.randn(M, 6, dtype=torch.float64)]
-    names = torch.randint(0, 4, (N + named,))
-    many = torch.cat([torch.arange(copied).repeat(k), torch.arange(copied, M)])
-    many_names = torch.cat([names[:N], names[N:].index_select(0, many[many < named])])
-
-    def repeated(anchors: Tensor, others: Tensor) -> Tensor:
-        return operator._SupCon.apply(anchors, others[many], many_names, None, setting._replace(copied=0))
-
-    upstream = torch.randn(N)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(eager, "TILE", tile)
-        once = value_and_gradients(lambda *x: operator._SupCon.apply(*x, names, None, setting), inputs, upstream)
-        expected = value_and_gradients(repeated, inputs, upstream)
-    for got, want in zip(once, expected):
-        assert error(got, want) < 1e-12
-        assert error(torch.zeros_like(got), want) > 1e-3
 
 
 @pytest.mark.parametrize("B", [30, MANY])
