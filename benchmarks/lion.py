@@ -73,11 +73,10 @@ def case(name: str, sizes: list[torch.Size], dtype: torch.dtype = torch.float32,
 
 def _variants(device: torch.device) -> dict[str, Variant]:
     def peer(name: str, *, compile: bool = False, **options: Any) -> Callable[[], Callable[..., Step]]:
-        module, _, optimizer = name.rpartition(".")
-
         def prepare() -> Callable[..., Step]:
-            make = getattr(importlib.import_module(module), optimizer)
-            return partial(optimizer_step, partial(make, **OPTIONS, **options), compile=compile)
+            module, _, optimizer = name.rpartition(".")
+            make = partial(getattr(importlib.import_module(module), optimizer), **OPTIONS, **options)
+            return partial(optimizer_step, make, compile=compile)
 
         return prepare
 
