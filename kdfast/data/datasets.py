@@ -267,6 +267,8 @@ def _read_folder(folder: Path) -> _Content:
         classes, split = _read_classes(train)
         others = [_read_classes(part, classes)[1] for part in (val, test) if part is not None]
         return _Content(classes, split, held_out=others[-1], val=others[0] if len(others) == 2 else None)
+    if train.is_dir():
+        raise DataError(f"{folder}: has train/ but neither val/ nor test/; without splits, put the class folders directly into it")
     return _Content(*_read_classes(folder))
 
 

@@ -133,6 +133,14 @@ def test_a_broken_image_in_mid_epoch_is_one_sentence_that_names_it(tmp_path, har
     assert same(list(loader), before[4:]), "later batches are unharmed"
 
 
+def test_a_file_that_has_changed_is_named(tmp_path):
+    split = write_photographs(tmp_path, 4)
+    loader = dali_of(split, shuffle=False)
+    make_photograph(9, (30, 20)).save(split.paths[2])
+    with pytest.raises(DataError, match=r"2\.jpg: the image has changed since the loader was made"):
+        list(loader)
+
+
 def test_a_file_that_only_dali_cannot_read_is_one_sentence(photographs, monkeypatch):
     loader = dali_of(photographs, shuffle=False)
     monkeypatch.setattr(loader, "_paths", (photographs.paths[0], __file__, *photographs.paths[2:]))

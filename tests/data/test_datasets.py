@@ -199,6 +199,12 @@ def test_a_broken_folder_gets_one_sentence(tmp_path, train, val, message):
     assert "\n" not in str(caught.value)
 
 
+def test_train_alone_is_no_class(tmp_path):
+    class_folders(tmp_path / "train", {"ant": 4, "bee": 4})
+    with pytest.raises(DataError, match="has train/ but neither val/ nor test/"):
+        load("folder", data_dir=tmp_path)
+
+
 # ---- named folders of images ----------------------------------------------------------------------------------------------------
 
 

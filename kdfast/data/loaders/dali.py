@@ -146,9 +146,11 @@ class DaliLoader(OrderedLoader):
         assert paths is not None  # refused when the loader was made
         for i in index.tolist():
             try:
-                self._split.read(i)
+                size = list(self._split.read(i).shape[-2:])
             except DataError as broken:
                 return broken
+            if size != self._sizes[i].tolist():
+                return DataError(f"{paths[i]}: the image has changed since the loader was made: it has another size")
         first, others = paths[index[0]], len(index) - 1
         reason = " ".join(str(error).rpartition("encountered:")[2].partition("C++ context")[0].split())
         return DataError(f"DALI cannot read {first} or one of {others} others: choose --loader torchvision ({reason})")
