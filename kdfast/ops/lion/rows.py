@@ -1,7 +1,6 @@
 """The tensors and options of a Lion step, and how the tensors lie in memory."""
 
 from itertools import pairwise
-from operator import itemgetter
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -36,7 +35,7 @@ class Options(NamedTuple):
             float(group["betas"][0]),
             float(group["betas"][1]),
             float(group["weight_decay"] / group["init_lr"] if group["decoupled_weight_decay"] else group["weight_decay"]),
-            *_SAME_NAMES(group),
+            *map(group.__getitem__, _SAME_NAMES),
         )
 
     def lr_on(self, device: torch.device) -> float | Tensor:
@@ -46,7 +45,7 @@ class Options(NamedTuple):
         return self.lr.item() if is_readable(self.lr) else self.lr.reshape(()).to(device)
 
 
-_SAME_NAMES = itemgetter(*Options._fields[4:])  # options that a group has under the same names
+_SAME_NAMES = Options._fields[4:]  # options that a group has under the same names
 
 
 class Row(NamedTuple):
