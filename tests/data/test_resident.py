@@ -63,6 +63,7 @@ def test_loaders_of_the_same_images_share_them(tmp_path, monkeypatch):
         list(resident_of(labelled))
     assert sorted(decoded) == sorted(split.paths)
     store = weakref.ref(*split.stores.values())
+    assert next(iter(resident_of(split, training_transform("cifar", 4, *HALF)))).images.shape[-2:] == (4, 4), "of another size are others"
     del split, labelled
     gc.collect()
     assert store() is None
