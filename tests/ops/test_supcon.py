@@ -264,13 +264,7 @@ def test_rows_may_be_strided_and_are_not_written(B: int) -> None:
 def test_masks_of_any_strides(B: int) -> None:
     features = unit(B, 2, 16)
     weights = torch.rand(B, 2 * B)
-    for mask in (
-        torch.ones(1, 1).expand(B, B),
-        weights[:, ::2],
-        weights[:, :B].t(),
-        (weights < 0.3)[:, ::2],
-        torch._neg_view(-weights)[:, :B],
-    ):
+    for mask in (torch.ones(1, 1).expand(B, B), (weights < 0.3)[:, ::2], torch._neg_view(-weights)[:, :B].t()):
         copied = mask.resolve_neg().contiguous()
         assert torch.equal(supcon_loss(features, mask=mask), supcon_loss(features, mask=copied))
 

@@ -279,11 +279,6 @@ def _contract(rank: int, world: int) -> dict[str, Any]:
     own = leaf[: 6 * (rank != 1)]  # none of them on rank 1, which is not to wait for the others' error
     with pytest.raises(RuntimeError, match="no second derivative"):
         torch.autograd.grad(supcon_loss(own, group=group, uneven=True), leaf, create_graph=True)
-    assert not supcon_loss(features, labels, group=group).requires_grad
-    with torch.no_grad():
-        assert torch.equal(supcon_loss(leaf, labels, group=group), value)
-    strided = features.permute(2, 1, 0).contiguous().permute(2, 1, 0)
-    assert torch.equal(supcon_loss(strided, labels, group=group), value)
     queue = torch.ones(3, 5).requires_grad_()
     supcon_loss(features, labels, contrast=queue, group=group).backward()
     assert queue.grad is not None
