@@ -12,7 +12,6 @@ from typing import Annotated
 import torch
 import tyro
 from PIL import Image
-from rich import box
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -22,6 +21,7 @@ from kdfast import files
 from kdfast.commands.command_line import Command, run_one_of
 from kdfast.commands.config import OWN
 from kdfast.commands.images import checking
+from kdfast.commands.tables import make_table
 from kdfast.data import Checked, DataError, ImageData, Split, check, evaluation_transform, load, training_transform
 from kdfast.data.images import EXTENSIONS, find
 from kdfast.data.seeding import Draws
@@ -83,13 +83,9 @@ def _classes(data: ImageData) -> Table:
     """A line a class: its images in each split, bad files among them."""
     parts = {"train": data.train, "val": data.val, "test": data.test}
     counts = {part: torch.bincount(split.labels, minlength=len(data.classes)).tolist() for part, split in parts.items()}
-    table = Table(box=box.SIMPLE_HEAD, show_footer=True)
-    table.add_column("class", overflow="fold", footer=f"{len(data.classes):,} classes")
-    for part, of in counts.items():
-        table.add_column(part, justify="right", footer=f"{sum(of):,}")
-    for k, name in enumerate(data.classes):
-        table.add_row(name, *(f"{of[k]:,}" for of in counts.values()))
-    return table
+    rows = [(name, *(f"{of[k]:,}" for of in counts.values())) for k, name in enumerate(data.classes)]
+    total = f"{len(data.classes):,} classes", *(f"{sum(of):,}" for of in counts.values())
+    return make_table(("class", *counts), [*rows, total])
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,8 @@ from typing import Any, Literal, NamedTuple, cast
 from kdfast import text
 from kdfast.runs.results import Network, Paired, Results, accuracies, kept, students
 
+CONFIDENCE = 0.95  # probability that an interval covers the true mean
+
 Outcome = Literal["raised", "lowered", "undecided", "unknown"]
 
 
@@ -74,28 +76,25 @@ def mean(values: Iterable[float | None]) -> float | None:
     return statistics.fmean(known) if known else None
 
 
-def paired_difference(alone: Sequence[float], distilled: Sequence[float], confidence: float = 0.95) -> Paired:
+def paired_difference(alone: Sequence[float], distilled: Sequence[float]) -> Paired:
     """Returns what distillation adds to accuracy: the mean over seeds of the paired differences, and its Student-t interval.
 
     Args:
         alone: accuracy without distillation, one number a seed.
         distilled: accuracy with distillation, of the same seeds in the same order.
-        confidence: probability that the interval covers the true mean, between 0 and 1.
 
     Raises:
-        ValueError: the lengths differ, there are fewer than two seeds, or confidence is not between 0 and 1.
+        ValueError: the lengths differ, or there are fewer than two seeds.
     """
     from scipy.special import stdtrit
 
     n = len(alone)
     if len(distilled) != n or n < 2:
         raise ValueError(f"alone and distilled must hold the same seeds, at least 2, got {n} and {len(distilled)} numbers")
-    if not 0 < confidence < 1:
-        raise ValueError(f"confidence must be between 0 and 1, got {confidence}")
     differences = [after - before for before, after in zip(alone, distilled)]
     middle = statistics.fmean(differences)
-    reach = float(stdtrit(n - 1, (1 + confidence) / 2)) * statistics.stdev(differences) / math.sqrt(n)
-    return {"n": n, "mean": middle, "low": middle - reach, "high": middle + reach, "confidence": confidence, "differences": differences}
+    reach = float(stdtrit(n - 1, (1 + CONFIDENCE) / 2)) * statistics.stdev(differences) / math.sqrt(n)
+    return {"n": n, "mean": middle, "low": middle - reach, "high": middle + reach, "confidence": CONFIDENCE, "differences": differences}
 
 
 def outcome(results: Results) -> Outcome:
