@@ -1,6 +1,6 @@
 """The tables and figures of README.md and docs/, from the committed results: kdfast bench report
 
-A table stands between <!-- table: DEVICE --> (every case of every operator) or <!-- table: DEVICE-KIND --> (kind: summary, training,
+A table stands between <!-- table: DEVICE --> (every case of every operator) or <!-- table: DEVICE-KIND --> (kind: summary,
 loaders, momenta, compare_GRID), and <!-- end -->. DEVICE is how the names of files in results/ begin: "cpu" for cpu-lion.json.
 """
 
@@ -33,7 +33,7 @@ def read_committed(device: str) -> list[Results]:
     """Reads the committed results of the operators on a device."""
     found = []
     for path in sorted(RESULTS.glob(f"{device}-*.json")):
-        with contextlib.suppress(ValueError):  # loaders, training
+        with contextlib.suppress(ValueError):  # loaders
             found.append(read(path))
     return found
 
@@ -42,14 +42,6 @@ def devices() -> list[str]:
     """The devices on which operators were measured."""
     names = {path.name.partition("-")[0] for path in RESULTS.glob("*-*.json")}
     return sorted(name for name in names if read_committed(name))
-
-
-def training(device: str) -> str:
-    """Images/s of whole training loops."""
-    result = load(f"{device}-self_distillation")
-    rows = [(c["variant"], f"{c['images_per_s']:.1f}", f"{c['speedup']:.2f}") for c in result["cases"]]
-    made = markdown_table(("loop", "images/s", "over the tutorial's"), rows)
-    return f"{made}\n\n{describe(result['machine'], result['date'])}."
 
 
 def loading(device: str) -> str:
@@ -98,7 +90,7 @@ def read_gains(device: str) -> dict[str, list[dict[str, Any]]]:
     return {grid: sorted((row for row in of if "paired" in row), key=lambda row: row["paired"]["mean"]) for grid, of in rows.items()}
 
 
-TABLES = {"training": training, "loaders": loading, "momenta": momenta}
+TABLES = {"loaders": loading, "momenta": momenta}
 
 
 def fill_tables(text: str) -> str:
