@@ -57,18 +57,20 @@ def backward(
     """Computes the gradients of sum(upstream * losses) for the anchors [N, D] and the others, [M, D] or [0, D] unless for_others."""
     N, (x, length) = len(anchors), _join(anchors, others, setting)
     d = torch.zeros(len(x) if for_others else N, x.shape[1], dtype=x.dtype, device=x.device)
-    if _uses_tiles(x, N, mask, setting):
+    per_tau = 1 / setting.temperature
+    if saved[0].dim() == 2:
+        dS, f = upstream[:, None] * saved[0], x[:N]
+        d[:N].addmm_(dS[:, :N] + dS[:, :N].t(), f, alpha=per_tau)  # in place: autocast leaves it alone
+        if len(x) > N:
+            d[:N].addmm_(dS[:, N:], x[N:], alpha=per_tau)
+            d[N:].addmm_(dS[:, N : len(d)].t(), f, alpha=per_tau)
+    elif _uses_tiles(x, N, mask, setting):
         _add_tiled_gradients(d, upstream, x, N, names, saved[0], setting)
     else:
         for rows in _slices(0, N, max(1, TILE**2 // len(x))):
-            whole = saved[0].dim() == 2
-            dS = upstream[rows, None] * (saved[0] if whole else _block(x, N, rows, names, mask, setting)[1])
-            if whole:  # one product for the anchors as rows and as columns
-                dS[:, :N] += dS[:, :N].t().clone()
-            d[rows].addmm_(dS, x, alpha=1 / setting.temperature)  # in place: autocast leaves it alone
-            columns = slice(N if whole else 0, len(d))
-            if columns.start < len(d):
-                d[columns].addmm_(dS[:, columns].t(), x[rows], alpha=1 / setting.temperature)
+            dS = upstream[rows, None] * _block(x, N, rows, names, mask, setting)[1]
+            d[rows].addmm_(dS, x, alpha=per_tau)
+            d.addmm_(dS[:, : len(d)].t(), x[rows], alpha=per_tau)
     if length is not None:
         unit, length = x[: len(d)], length[: len(d)]
         along = (d * unit).sum(1, keepdim=True).masked_fill_(length <= LEAST_NORM, 0)  # a clamped length is constant
