@@ -8,25 +8,44 @@ from torch import Tensor
 from kdfast.ops.lion.int8 import count_scales, decode, encode
 
 _LEAST_8BIT = 4096  # elements: biases and normalizations save no memory, and are the most sensitive
-_OTHER_OPTIMIZERS = {"amsgrad": "Adam's or AdamW's", "dampening": "SGD's", "momentum_decay": "NAdam's", "centered": "RMSprop's"}
+_STATE = {"exp_avg", "exp_avg_scale", "kahan_comp", "step"}
+_OTHER_OPTIMIZERS = ("eps", "momentum", "lambd", "etas")  # options that no Lion has
+_OTHER_FORMULAS = {  # options of other libraries' Lions, with the value that leaves Lion's formula as it is
+    "corrected_weight_decay": False,  # timm
+    "weight_decouple": True,  # pytorch_optimizer, as the next three
+    "fixed_decay": False,
+    "use_gc": False,
+    "adanorm": False,
+    "cautious_wd": False,  # lion_pytorch's cautious Lion
+}
 
 
 def check_state_dict(state_dict: dict[str, Any]) -> None:
     """Raises ValueError for a state that Lion would take for something else: another optimizer's, or another formula's."""
+    ours = False
     for group in state_dict["param_groups"]:
-        for key, whose in _OTHER_OPTIMIZERS.items():
-            if key in group:
-                raise ValueError(f"Lion: the state must be a Lion's, got {whose} (a group has {key!r})")
-        if group.get("corrected_weight_decay"):
-            raise ValueError("Lion: corrected_weight_decay (timm) decays by lr^2 / max_lr, which this Lion does not: load without it")
+        ours = ours or "momentum_dtype" in group
+        for option in _OTHER_OPTIMIZERS:
+            if option in group:
+                raise ValueError(f"Lion: the state must be a Lion's, got another optimizer's (a group has {option!r})")
+        for option, value in _OTHER_FORMULAS.items():
+            if group.get(option, value) not in (value, None):
+                raise ValueError(f"Lion: a state with {option}={group[option]} is of another formula than this Lion's")
+        if group.get("cautious_factor", 0) not in (0, 1) or ("weight_decouple" in group and group.get("cautious")):
+            raise ValueError("Lion: the state is of another cautious formula than this Lion's")
     for name, state in state_dict["state"].items():
+        if not isinstance(state, dict):  # of no parameter
+            continue
+        unknown = sorted(map(str, set(state) - _STATE))
+        if unknown and not ours:
+            raise ValueError(f"Lion: the state must be a Lion's, got {', '.join(unknown)} of parameter {name}")
         momentum = state.get("exp_avg")
         if isinstance(momentum, Tensor) and not momentum.is_floating_point() and "exp_avg_scale" not in state:
             raise ValueError(f"Lion: exp_avg of parameter {name} is {momentum.dtype}, for which its exp_avg_scale is needed: there is none")
 
 
 def adopt_group(group: dict[str, Any]) -> None:
-    """Translates the options of optimi's and timm's Lion, in place."""
+    """Translates the options of optimi's, timm's and lion_pytorch's cautious Lion, and what older versions wrote, in place."""
     if "beta1" in group and "betas" not in group:  # optimi
         group["betas"] = group["beta1"], group["beta2"]
         group["foreach"] = None  # its own choice of implementation
@@ -36,9 +55,18 @@ def adopt_group(group: dict[str, Any]) -> None:
             group["decoupled_weight_decay"], group["init_lr"] = True, group.get("max_lr") or group["lr"]
     if "caution" in group and "cautious" not in group:  # timm
         group["cautious"] = group["caution"]
+    if "cautious_factor" in group and "cautious" not in group:  # lion_pytorch.cautious_lion
+        group["cautious"] = group["cautious_factor"] == 0
+    if "momentum_dtype" in group:
+        group["momentum_dtype"] = name_dtype(group["momentum_dtype"])
 
 
-def new_momentum(param: Tensor, dtype: torch.dtype | None) -> dict[str, Tensor]:
+def name_dtype(dtype: Any) -> Any:
+    """torch.int8 -> "int8", others as they are: groups hold text, which torch.distributed.checkpoint can gather."""
+    return str(dtype).removeprefix("torch.") if isinstance(dtype, torch.dtype) else dtype
+
+
+def new_momentum(param: Tensor, dtype: str | None) -> dict[str, Tensor]:
     """The state of a parameter that was never stepped.
 
     Args:
@@ -48,8 +76,8 @@ def new_momentum(param: Tensor, dtype: torch.dtype | None) -> dict[str, Tensor]:
     Raises:
         TypeError: an int8 momentum of a float64 or sharded parameter.
     """
-    if dtype != torch.int8:
-        return {"exp_avg": torch.zeros_like(param, dtype=dtype)}
+    if dtype != "int8":
+        return {"exp_avg": torch.zeros_like(param, dtype=getattr(torch, dtype) if dtype else None)}
     if param.dtype == torch.float64 or hasattr(param, "to_local"):
         kind = "a sharded one" if hasattr(param, "to_local") else "float64"
         raise TypeError(f"Lion: momentum_dtype=torch.int8 needs unsharded float32, bfloat16 or float16 parameters, got {kind}")
@@ -59,7 +87,7 @@ def new_momentum(param: Tensor, dtype: torch.dtype | None) -> dict[str, Tensor]:
     return {"exp_avg": torch.zeros_like(param, dtype=torch.int8), "exp_avg_scale": scale}
 
 
-def load_momentum(param: Tensor, state: dict[str, Any], saved: dict[str, Tensor], dtype: torch.dtype | None) -> None:
+def load_momentum(param: Tensor, state: dict[str, Any], saved: dict[str, Tensor], dtype: str | None) -> None:
     """Puts a saved momentum into a parameter's state, in the dtype of the momentum and the layout of the parameter.
 
     torch's load_state_dict has cast all of the state to the parameter's dtype.

@@ -6,6 +6,7 @@ Every parameter moves by lr in every step, whatever the size of its gradient: ta
 and a weight decay as many times above. kdfast/ops/lion holds the arithmetic.
 """
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from numbers import Real  # NumPy's numbers too
 from typing import Any, get_args
@@ -19,7 +20,7 @@ from kdfast.ops.lion.eager import grad_norm
 from kdfast.ops.lion.op import is_watched, lion_step
 from kdfast.ops.lion.plan import Launch, LaunchPlan
 from kdfast.ops.lion.rows import LOW_PRECISION, Options, Rounding, Row, take_shards
-from kdfast.optim.checkpoints import adopt_group, check_state_dict, load_momentum, new_momentum
+from kdfast.optim.checkpoints import adopt_group, check_state_dict, load_momentum, name_dtype, new_momentum
 
 __all__ = ["Lion"]
 
@@ -57,7 +58,7 @@ class Lion(Optimizer):
         params: parameters, (name, parameter) pairs, or dicts of a group's parameters and options.
         lr: learning rate, > 0; a float or a one-element tensor (schedulers change it in place, without recompiling).
         betas: beta1 weighs momentum against gradient in the update, beta2 in the momentum; each in [0, 1].
-        weight_decay: decoupled from the gradient, multiplied by the current lr.
+        weight_decay: decoupled from the gradient, multiplied by the current lr; finite and not negative (lion_pytorch takes any number).
         use_triton: accepted for compatibility, ignored.
         decoupled_weight_decay: divides weight_decay by the lr given here, so that the decay of the first steps does not depend on lr.
         cautious: moves only elements whose update agrees with the gradient's sign, each tensor's others scaled up to keep
@@ -71,9 +72,11 @@ class Lion(Optimizer):
         rounding: of bfloat16 and float16 parameters. "nearest"; "stochastic": up or down so that the expectation is exact,
             the same way on all ranks; "kahan": a second tensor of the same dtype (state kahan_comp) keeps the rounding error
             and adds it in the next step.
-        momentum_dtype: of exp_avg, floating; None: the parameter's. torch.int8: 8 bits an element, with a scale (state
-            exp_avg_scale) for 256 of them, and rounded up or down at random so that the mean is exact; tensors of fewer
-            than 4,096 elements keep float32. A gradient that is NaN or infinite makes all parameters of its 256 NaN.
+        momentum_dtype: of exp_avg, floating; None: the parameter's. Take float32 for bfloat16 parameters: a momentum that is rounded to
+            bfloat16 in every step stops within about 20 % of a constant gradient, whatever `rounding` says. torch.int8: 8 bits an
+            element, with a scale (state exp_avg_scale) for 256 of them, and rounded up or down at random so that the mean is exact;
+            tensors of fewer than 4,096 elements keep float32. A gradient that is NaN or infinite makes all parameters of its 256
+            NaN. The group holds the dtype's name as text.
         max_grad_norm: scales the gradients of all groups that have this option down to this L2 norm within the step, as
             clip_grad_norm_ does, but without writing them.
 
@@ -119,7 +122,7 @@ class Lion(Optimizer):
             "fused": fused,
             "foreach": foreach,
             "rounding": rounding,
-            "momentum_dtype": momentum_dtype,
+            "momentum_dtype": name_dtype(momentum_dtype),
             "max_grad_norm": max_grad_norm,
         }
         super().__init__(params, defaults)
@@ -133,12 +136,15 @@ class Lion(Optimizer):
         Raises:
             ValueError, TypeError: an option out of range, or of the wrong type.
         """
+        if "momentum_dtype" in param_group:
+            param_group = {**param_group, "momentum_dtype": name_dtype(param_group["momentum_dtype"])}
         _check_options({**self.defaults, **param_group})
         super().add_param_group(param_group)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._plan = None
+        self.defaults.pop("differentiable", None)  # torch puts it there, and would into groups; no group of a Lion has it
         for group in self.param_groups:
             adopt_group(group)
             for option, value in self.defaults.items():
@@ -151,8 +157,8 @@ class Lion(Optimizer):
             state_dict: groups and state; a momentum keeps the precision of momentum_dtype.
 
         Raises:
-            ValueError: another optimizer's state; groups or parameters differ in number, a momentum in shape; an int8 momentum
-                lacks its exp_avg_scale; timm's corrected_weight_decay, which is another formula.
+            ValueError: another optimizer's state, bitsandbytes' Lion included; groups or parameters differ in number, a momentum in
+                shape; an int8 momentum lacks its exp_avg_scale; an option of another library's Lion that is another formula.
         """
         final: list[dict[str, Any]] = []  # the state that is loaded: hooks may have replaced the one given
 
@@ -286,13 +292,14 @@ def _check_options(options: dict[str, Any]) -> None:
         raise ValueError(f"Lion: betas must be two numbers in [0, 1], got {betas}")
     for name in ("lr", "weight_decay"):
         _check_number(name, options[name])
-    if not options["lr"] >= 0:
-        raise ValueError(f"Lion: lr must not be negative, got {float(options['lr'])}")
+        if not 0 <= options[name] < math.inf:
+            raise ValueError(f"Lion: {name} must be finite and not negative, got {float(options[name])}")
     if options["rounding"] not in get_args(Rounding):
         raise ValueError(f"Lion: rounding must be one of {', '.join(get_args(Rounding))}, got {options['rounding']!r}")
-    dtype = options["momentum_dtype"]
-    if dtype is not None and not (isinstance(dtype, torch.dtype) and (dtype.is_floating_point or dtype == torch.int8)):
-        raise TypeError(f"Lion: momentum_dtype must be a floating torch.dtype, torch.int8 or None, got {dtype}")
+    name = options["momentum_dtype"]
+    dtype = getattr(torch, name, None) if isinstance(name, str) else name
+    if name is not None and not (isinstance(dtype, torch.dtype) and (dtype.is_floating_point or dtype == torch.int8)):
+        raise TypeError(f"Lion: momentum_dtype must be a floating torch.dtype, torch.int8 or None, got {name}")
     if options["max_grad_norm"] is not None and not options["max_grad_norm"] > 0:
         raise ValueError(f"Lion: max_grad_norm must be positive or None, got {options['max_grad_norm']}")
     if options["fused"] and options["foreach"]:
