@@ -270,12 +270,13 @@ def judge(entry):
     """No spills, wide accesses, tensor cores where there are products, and the predicted bytes near the floor."""
     name = f"{entry['kernel']}{entry['function']} {entry['C']} {entry['dtypes']}, {entry['variant']}, {entry['plan']}, {entry['target']}"
     nvidia, function = entry["target"] != "gfx942", entry["function"]
-    problems = entry["problems"] if entry["target"] in ("sm_90", "sm_100") else []
+    recent = entry["target"] in ("sm_90", "sm_100")  # sm_80 has too little shared memory for a slice of 256 features
+    problems = entry["problems"] if recent else []
     assert not problems, f"{name}: {'; '.join(problems)}"
     walks = entry["kernel"] == "supcon" and function in ("_denominators", "_gradients")
     exact = entry["dtypes"] == "fp32" and "tf32" not in entry["variant"]
     assert set(entry["products"]) == ({PRODUCTS[entry["target"]]} if walks and not exact else set()), name
-    if walks and entry["dtypes"] == "bf16" and "mask" not in entry["variant"] and entry["C"] <= 256 and nvidia:
+    if walks and entry["dtypes"] == "bf16" and "mask" not in entry["variant"] and entry["C"] <= 256 and recent:
         assert entry["bytes_moved"] == entry["bytes_floor"], f"{name}: more than 6 N^2 D operations"
     if function in ("_losses", "_exponentials") and entry["kernel"] == "nce":
         assert entry["bytes_moved"] < 1.005 * entry["bytes_floor"], name
