@@ -12,6 +12,7 @@ from torch import Tensor
 
 from kdfast import reference
 from kdfast.ops import attention_map, nce
+from kdfast.ops.checks import savable
 from kdfast.ops.distill_kl import linear as linear_kd
 from kdfast.ops.distill_kl import op as distill_kl
 from kdfast.ops.distill_kl.options import Divergence, KDOptions, Reduction
@@ -390,7 +391,7 @@ def hint_loss(student: Tensor, teacher: Tensor) -> Tensor:
     """
     if student.shape != teacher.shape:
         raise ValueError(f"hint_loss: teacher must have the student's shape {tuple(student.shape)}, got {tuple(teacher.shape)}")
-    return F.mse_loss(at_least_float32(student), at_least_float32(teacher))
+    return F.mse_loss(at_least_float32(student), at_least_float32(savable(teacher)))
 
 
 def soft_cross_entropy(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:

@@ -6,10 +6,11 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from kdfast.ops.backend import INTERPRETED
+
 # what a dtype may lose against float64 beyond eager PyTorch's own error in it
 ALLOWANCE = {torch.float32: 0.0, torch.bfloat16: 1e-3, torch.float16: 1e-3, torch.float64: 0.0}
 DEVICE = os.environ.get("KDFAST_TEST_DEVICE", "cpu")  # where tests of operators put their tensors
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 KERNELS = INTERPRETED or DEVICE != "cpu"  # operators run their Triton kernels in this process
 FLOAT32_ERROR = 1e-5
 

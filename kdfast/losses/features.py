@@ -148,7 +148,7 @@ class SelfDistillationLoss(nn.Module):
             ValueError: the feature maps' channels are not those given to the constructor.
         """
         features = self.feature_term(student_intermediate, teacher_intermediate)
-        return self.alpha * features + (1 - self.alpha) * F.cross_entropy(at_least_float32(student_logits), labels)
+        return self.alpha * features + (1 - self.alpha) * F.cross_entropy(at_least_float32(student_logits), checks.savable(labels))
 
     def feature_term(self, student_intermediate: Tensor, teacher_intermediate: Tensor) -> Tensor:
         """Returns the first term without its weight, for loops that report each term.
@@ -162,7 +162,7 @@ class SelfDistillationLoss(nn.Module):
         ):
             if features.ndim != 4 or features.shape[1] != channels:
                 raise ValueError(f"SelfDistillationLoss: {name} must be [B, {channels}, H, W], got shape {tuple(features.shape)}")
-        teacher = teacher_intermediate.detach() if self.detach_teacher else teacher_intermediate
+        teacher = checks.savable(teacher_intermediate.detach() if self.detach_teacher else teacher_intermediate)
         teacher = self.projection(teacher.to(self.projection.weight.dtype))
         student = student_intermediate.to(teacher.dtype)
         student = F.interpolate(student, size=teacher.shape[2:], mode="bilinear", align_corners=False)

@@ -23,7 +23,18 @@ Backend = Literal["auto", "triton", "torch"]
 NAMES: tuple[str, ...] = get_args(Backend)
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _TRITON = importlib.util.find_spec("triton") is not None
-_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # read once, as by Triton when a kernel is defined
+
+
+def _is_interpreted() -> bool:
+    """Reads TRITON_INTERPRET ("1", "true", "on", ...) once, by Triton's own rule, as Triton does when a kernel is defined."""
+    if not (_TRITON and os.environ.get("TRITON_INTERPRET")):
+        return False
+    from triton import knobs
+
+    return bool(knobs.runtime.interpret)
+
+
+INTERPRETED = _is_interpreted()
 
 
 def _check_name(name: str, source: str) -> str:
@@ -105,7 +116,7 @@ def kernel(operator: str, *tensors: Tensor) -> ModuleType | None:
     """
     choice = current()
     # the first tensor settles the usual CPU call: small losses cost little more than these questions
-    if choice == "torch" or (choice == "auto" and not _INTERPRETED and not tensors[0].is_cuda):
+    if choice == "torch" or (choice == "auto" and not INTERPRETED and not tensors[0].is_cuda):
         return None
     runs_here = _runs_here(*tensors)
     if choice == "auto":
@@ -126,4 +137,4 @@ def chooses_kernel(*tensors: Tensor) -> bool:
 
 def _runs_here(*tensors: Tensor) -> bool:
     """Tells if kernels take these tensors; tensors that are not floating may have any dtype and device."""
-    return all((t.is_cuda or (_INTERPRETED and t.is_cpu)) and t.dtype in KERNEL_DTYPES for t in tensors if t.is_floating_point())
+    return all((t.is_cuda or (INTERPRETED and t.is_cpu)) and t.dtype in KERNEL_DTYPES for t in tensors if t.is_floating_point())

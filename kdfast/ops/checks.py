@@ -9,6 +9,11 @@ import torch
 from torch import Tensor
 
 
+def savable(x: Any) -> Any:
+    """Returns what autograd can save: a copy of a tensor that was made in torch.inference_mode(), all else as it is."""
+    return x.clone() if x is not None and x.is_inference() and not torch.is_inference_mode_enabled() else x
+
+
 def number(name: str, value: Any) -> float:
     """Returns a hyper-parameter as a Python number; reads a tensor of one element.
 

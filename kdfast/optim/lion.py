@@ -36,7 +36,7 @@ class Lion(Optimizer):
     bfloat16 and float16 parameters are stepped in float32 and rounded once (the original rounds after every operation;
     1 - lr weight_decay alone rounds to 1 in bfloat16).
 
-    On a GPU, one launch steps all parameters of a group of one device and dtypes; on a CPU, one call of compiled code steps those of
+    On a GPU, one launch steps all parameters of one device, dtypes and options; on a CPU, one call of compiled code steps those of
     float32 and bfloat16 (kdfast compiles it when it is installed beside a C compiler). PyTorch operations step the others: on a CPU
     cautious steps, other roundings than "nearest" and 8-bit momenta; anywhere parameters whose memory has gaps or is shared, tensor
     subclasses, and everything under a mode that sees PyTorch's operations. Sharded parameters (FSDP2's DTensors) are stepped shard
@@ -204,7 +204,8 @@ class Lion(Optimizer):
         found_inf = None if found_inf is None else found_inf.reshape(())
         groups = self.param_groups
         options = [Options.from_group(group) for group in groups]
-        key = backend.current(), [(each[6:], len(group["params"])) for each, group in zip(options, groups)]
+        leaders = [0] if len(options) == 1 else _find_leaders(options)
+        key = backend.current(), leaders, [(each[6:], len(group["params"])) for each, group in zip(options, groups)]
         tensors = None if plan is None or is_watched() else plan.find(key, groups, self.state)
         if plan is None or tensors is None:
             self._step_without_plan(key, options, unscale, found_inf)
@@ -218,10 +219,11 @@ class Lion(Optimizer):
         factors = self._grad_factors(options, unscale)
         tables = {} if self._plan is None else self._plan.tables
         launches: list[tuple[int, Launch]] = []
-        can_repeat = True
-        for place, (own, some) in enumerate(zip(options, rows)):
-            made, fits = lion_step(some, own, factors[place], found_inf, tables)
-            launches += [(place, launch) for launch in made]
+        can_repeat, leaders = True, key[1]
+        for leader in sorted(set(leaders)):
+            together = [row for place, some in zip(leaders, rows) if place == leader for row in some]
+            made, fits = lion_step(together, options[leader], factors[leader], found_inf, tables)
+            launches += [(leader, launch) for launch in made]
             can_repeat = can_repeat and fits
         if not torch.compiler.is_compiling():  # PyTorch 2.11's compiler cannot set an optimizer's attribute
             self._plan = LaunchPlan(key, self.param_groups, self.state, launches, can_repeat)
@@ -267,6 +269,12 @@ class Lion(Optimizer):
             bound = norm * scale + 1e-6  # as clip_grad_norm_'s
             limits = [own.max_grad_norm for own in options]
             return [unscale if limit is None else scale * (limit / bound).clamp(max=1.0) for limit in limits]
+
+
+def _find_leaders(options: list[Options]) -> list[int]:
+    """For each group, the place of the first group with the same options: one launch steps both."""
+    keys = [each._replace(lr=id(each.lr)) if isinstance(each.lr, Tensor) else each for each in options]
+    return [keys.index(key) for key in keys]
 
 
 def _check_gradient(param: Tensor, grad: Tensor, capturable: bool) -> None:

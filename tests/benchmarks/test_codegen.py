@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 from itertools import product
 from types import SimpleNamespace
 
@@ -23,12 +22,12 @@ from kdfast.benchmarks.harness import Launch  # noqa: E402
 from kdfast.benchmarks.maintain.traffic import counted_traffic  # noqa: E402
 from kdfast.benchmarks.timing import peak_memory  # noqa: E402
 from kdfast.kernels import attention_map, distill_kl, nce, supcon  # noqa: E402
+from kdfast.ops.backend import INTERPRETED  # noqa: E402
 from kdfast.ops.supcon.op import Setting  # noqa: E402
 
 Maps = attention_maps.Maps
 FP32, BF16 = torch.float32, torch.bfloat16
 PRODUCTS = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA", "gfx942": "v_mfma"}  # tensor-core instructions
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 compiles = pytest.mark.skipif(INTERPRETED, reason="TRITON_INTERPRET=1: kernels are not compiled")
 FAR = [pytest.param(target, marks=pytest.mark.slow) for target in ("sm_80", "sm_100")]
 

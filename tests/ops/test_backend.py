@@ -49,15 +49,26 @@ def test_the_environment_variable():
     assert "the environment variable KDFAST_BACKEND must be one of" in run("nonsense").stderr
 
 
+@pytest.mark.parametrize(
+    ("value", "interpreted"), [("1", True), ("true", True), ("on", True), ("yes", True), ("0", False), ("false", False)]
+)
+def test_triton_interpret_is_read_as_triton_reads_it(value, interpreted):
+    pytest.importorskip("triton", reason="Triton is not installed")
+    code = "from triton import knobs; from kdfast.ops.backend import INTERPRETED; print(INTERPRETED, knobs.runtime.interpret)"
+    environment = os.environ | {"TRITON_INTERPRET": value}
+    run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert run.stdout.split() == [str(interpreted)] * 2
+
+
 def test_which_tensors_a_kernel_takes(monkeypatch):
     module = SimpleNamespace()
     monkeypatch.setattr(chooser, "_kernel_module", lambda operator: module)
     x, labels = torch.ones(2, 3), torch.zeros(2, dtype=torch.int64)
-    monkeypatch.setattr(chooser, "_INTERPRETED", False)
+    monkeypatch.setattr(chooser, "INTERPRETED", False)
     assert chooser.kernel("any", x) is None
     with pytest.raises(RuntimeError, match=r"any: the backend is 'triton'.*torch\.float32 on cpu"), kdfast.backend("triton"):
         chooser.kernel("any", x)
-    monkeypatch.setattr(chooser, "_INTERPRETED", True)
+    monkeypatch.setattr(chooser, "INTERPRETED", True)
     assert chooser.kernel("any", x, labels) is module
     assert chooser.kernel("any", x.double(), labels) is None
     with kdfast.backend("torch"):

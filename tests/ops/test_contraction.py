@@ -1,7 +1,6 @@
 """Fused multiply-adds: compiled code must not compare a product with itself, which fusing makes a rounding error instead of 0."""
 
 import math
-import os
 import re
 
 import pytest
@@ -12,8 +11,9 @@ triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402
 
 from kdfast.benchmarks import attention_map, binaries, codegen, nce, supcon  # noqa: E402
+from kdfast.ops.backend import INTERPRETED  # noqa: E402
 
-pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="TRITON_INTERPRET=1: kernels are not compiled")
+pytestmark = pytest.mark.skipif(INTERPRETED, reason="TRITON_INTERPRET=1: kernels are not compiled")
 
 INSTRUCTION = re.compile(r"^\s*(@!?%p\d+\s+)?([\w.]+)\s+(?:\{([^}]*)\}|(%\w+)),(.*);")
 fp32, bf16 = torch.float32, torch.bfloat16

@@ -131,7 +131,7 @@ class _DistillKL(torch.autograd.Function):
         if torch.compiler.is_compiling() and not deferred:
             ctx.save_for_backward(*gradients)
         else:
-            ctx.save_for_backward(labels, *tensors)
+            ctx.save_for_backward(*map(checks.savable, (labels, *tensors)))
             ctx.gradients = None if deferred else gradients
         return loss
 

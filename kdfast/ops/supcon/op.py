@@ -198,7 +198,7 @@ class _SupCon(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, anchors: Tensor, others: Tensor, names: Tensor, mask: Tensor | None, setting: Setting) -> Tensor:
         losses, saved = _forward(anchors, others, names, mask, *setting)
-        ctx.save_for_backward(anchors, others, names, mask, *saved)
+        ctx.save_for_backward(anchors, others, names, checks.savable(mask), *saved)
         ctx.setting = setting
         return losses
 
