@@ -11,7 +11,10 @@ from torch import Tensor
 
 def savable(x: Any) -> Any:
     """Returns what autograd can save: a copy of a tensor that was made in torch.inference_mode(), all else as it is."""
-    return x.clone() if x is not None and x.is_inference() and not torch.is_inference_mode_enabled() else x
+    if x is None:
+        return None
+    # torch.compile cannot ask, so a compiled graph always copies
+    return x.clone() if torch.compiler.is_compiling() or (x.is_inference() and not torch.is_inference_mode_enabled()) else x
 
 
 def number(name: str, value: Any) -> float:

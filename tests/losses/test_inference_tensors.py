@@ -72,4 +72,4 @@ def test_tensors_of_inference_mode_are_taken(loss, shape):
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # of Dynamo's own, for inputs of inference mode
 @pytest.mark.parametrize(("loss", "shape"), [FUNCTIONS[1], FUNCTIONS[5], FUNCTIONS[9]])
 def test_compiled_losses_take_tensors_of_inference_mode(loss, shape):
-    check(torch.compile(loss, backend="aot_eager"), shape)
+    check(torch.compile(loss, backend="aot_eager", fullgraph=True), shape)

@@ -131,7 +131,8 @@ class _DistillKL(torch.autograd.Function):
         if torch.compiler.is_compiling() and not deferred:
             ctx.save_for_backward(*gradients)
         else:
-            ctx.save_for_backward(*map(checks.savable, (labels, *tensors)))
+            saved = labels, *tensors  # large: not copied where torch.compile, which cannot ask if they are inference tensors, would
+            ctx.save_for_backward(*(saved if torch.compiler.is_compiling() else map(checks.savable, saved)))
             ctx.gradients = None if deferred else gradients
         return loss
 
