@@ -45,6 +45,10 @@ class SupContrastiveLoss(nn.Module):
         """
         return functional.supcon_loss(features, labels, temperature=self.temperature, self_positive=True, normalize=True, group=self.group)
 
+    def extra_repr(self) -> str:
+        """Describes the options for print(module)."""
+        return f"temperature={self.temperature}"
+
 
 class SupConLoss(nn.Module):
     """SupContrast's class ("Supervised Contrastive Learning", Khosla et al., NeurIPS 2020); without labels SimCLR's loss.
@@ -100,6 +104,10 @@ class SupConLoss(nn.Module):
             contrast_mode=self.contrast_mode,
             group=self.group,
         )
+
+    def extra_repr(self) -> str:
+        """Describes the options for print(module)."""
+        return f"temperature={self.temperature}, contrast_mode={self.contrast_mode!r}, base_temperature={self.base_temperature}"
 
 
 class ConKDLoss(nn.Module):
@@ -166,3 +174,10 @@ class ConKDLoss(nn.Module):
             group=self.group,
         )
         return distillation + self.alpha * contrastive
+
+    def extra_repr(self) -> str:
+        """Describes the options for print(module)."""
+        return (
+            f"alpha={self.alpha}, temperature={self.temperature}, contrast_temperature={self.contrast_temperature}, "
+            f"variant={self.variant!r}"
+        )

@@ -190,6 +190,10 @@ class CRDLoss(nn.Module):
         other = draws.remainder_(self.n_data - size)
         return self.by_class[other.add_(size * (other >= start))]  # skips the image's own class, which is one block
 
+    def extra_repr(self) -> str:
+        """Describes the options for print(module)."""
+        return f"n_data={self.n_data}, nce_k={self.nce_k}, nce_t={self.nce_t}, nce_m={self.nce_m}, labels={self.by_class is not None}"
+
 
 class _Embedding(nn.Module):
     """A linear layer, then unit length."""

@@ -44,6 +44,10 @@ class AttentionTransferLoss(nn.Module):
             check_not_swapped(student, teacher)
         return functional.attention_transfer_loss(students, teachers, p=self.p)
 
+    def extra_repr(self) -> str:
+        """Describes the options for print(module)."""
+        return f"p={self.p}"
+
 
 class HintLoss(nn.Module):
     """FitNets' hint (ICLR 2015): the mean squared difference of a regressed student feature map and the teacher's.
@@ -167,3 +171,7 @@ class SelfDistillationLoss(nn.Module):
         student = student_intermediate.to(teacher.dtype)
         student = F.interpolate(student, size=teacher.shape[2:], mode="bilinear", align_corners=False)
         return functional.hint_loss(student, teacher)
+
+    def extra_repr(self) -> str:
+        """Describes the options for print(module)."""
+        return f"alpha={self.alpha}, detach_teacher={self.detach_teacher}"

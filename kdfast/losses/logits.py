@@ -79,6 +79,10 @@ class KDLoss(nn.Module):
         check_not_swapped(student, teacher)
         return functional.kd_loss(student, teacher, labels, **self._options())
 
+    def extra_repr(self) -> str:
+        """What print(module) shows."""
+        return f"temperature={self.temperature}, standardize={self.standardize}, kd_weight={self.kd_weight}, ce_weight={self.ce_weight}"
+
 
 class LogitStandardizationLoss(nn.Module):
     """ConKD-Lion's class, its order of arguments: the teacher comes FIRST.

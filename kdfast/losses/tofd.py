@@ -102,6 +102,10 @@ class TOFDLoss(nn.Module):
         weights = [W.weight for W in self.maps if isinstance(W, nn.Linear)]
         return torch.stack([_skewness(W) + _skewness(W.mT) for W in weights]).sum()
 
+    def extra_repr(self) -> str:
+        """Describes the options for print(module)."""
+        return f"feature_weight={self.feature_weight}, orthogonal_weight={self.orthogonal_weight}"
+
 
 def _skewness(W: Tensor) -> Tensor:
     """Returns |W W' - I| (Frobenius), in float32 at least."""

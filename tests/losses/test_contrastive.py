@@ -67,6 +67,9 @@ def test_conkd_is_distillation_plus_alpha_contrast(variant: str) -> None:
 def test_conkd_defaults_and_bad_input() -> None:
     loss = ConKDLoss()
     assert (loss.alpha, loss.temperature, loss.contrast_temperature, loss.variant) == (0.15, 2.0, 0.07, "readme")
+    assert "alpha=0.15" in repr(loss)
+    assert "temperature=0.07" in repr(SupConLoss())
+    assert "0.07" in repr(SupContrastiveLoss())
     logits, features, labels = torch.randn(4, 10), torch.randn(4, 8), torch.zeros(4, dtype=torch.int64)
     with pytest.raises(ValueError, match="variant must be"):
         ConKDLoss(variant="paper")

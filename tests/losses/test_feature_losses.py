@@ -22,6 +22,7 @@ def test_the_attention_module_refuses_swapped_arguments():
     assert torch.equal(module([student], [teacher]), functional.attention_transfer_loss(student, teacher))
     with pytest.raises(ValueError, match="swapped"):
         module(teacher, student)
+    assert "p=2" in repr(module)
     with pytest.raises(ValueError, match="p must be positive, got 0"):
         losses.AttentionTransferLoss(0)
 
