@@ -11,8 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kdfast import reference
-from kdfast.ops import attention_map, nce
-from kdfast.ops.checks import savable
+from kdfast.ops import attention_map, checks, nce
 from kdfast.ops.distill_kl import linear as linear_kd
 from kdfast.ops.distill_kl import op as distill_kl
 from kdfast.ops.distill_kl.options import Divergence, KDOptions, Reduction
@@ -63,7 +62,7 @@ def kd_loss(
         student: logits [..., C], floating, any strides.
         teacher: logits in student's shape; or a sequence of K such tensors, or one tensor [K, ..., C]. On student's device; the
             floating dtype may differ.
-        labels: class indices, int64 [...]. Required if ce_weight is not 0; otherwise they only say which rows are ignored.
+        labels: class indices, integers of any dtype [...]. Required if ce_weight is not 0; otherwise they only say which rows are ignored.
         temperature: T > 0.
         standardize: standardizes each row of logits first, so that scale and offset do not matter.
         eps: added to the standard deviation.
@@ -83,7 +82,7 @@ def kd_loss(
     Raises:
         ValueError: a shape, a device or an option does not fit, labels are missing, or (on the CPU) a label is out of range. On a
             GPU, where reading labels would wait for the device, such a row's loss and gradient are NaN.
-        TypeError: logits are not floating, labels are not int64, or an option is no number.
+        TypeError: logits are not floating, labels are no integers, or an option is no number.
         RuntimeError: the gradient is itself differentiated (create_graph=True).
 
     Example:
@@ -147,7 +146,7 @@ def linear_kd_loss(
         student_weight: [C, D_s], in student_hidden's dtype unless autocast rounds both to its own, as in F.linear.
         teacher_hidden: [..., D_t], for the same rows; dtype and D_t may differ from the student's.
         teacher_weight: [C, D_t].
-        labels: class indices, int64 [...], as for kd_loss.
+        labels: class indices [...], as for kd_loss.
         student_bias: [C].
         teacher_bias: [C].
         chunk_rows: rows whose logits exist at a time. None: 2^24 / C (2^27 / C on CUDA), at least 64.
@@ -166,7 +165,7 @@ def linear_kd_loss(
 
     Raises:
         ValueError: as for kd_loss, or chunk_rows is not a positive integer. On a GPU a label out of range makes weights' gradients NaN.
-        TypeError: a tensor is not floating, or not in its hidden tensor's dtype without autocast; or labels are not int64.
+        TypeError: a tensor is not floating, or not in its hidden tensor's dtype without autocast; or labels are no integers.
         RuntimeError: create_graph=True.
 
     Example:
@@ -230,8 +229,9 @@ def supcon_loss(
     Args:
         features: [B, V, D], V views of B samples (further dimensions are flattened), or [B, D], which counts as `duplicates` equal
             views. float32, float64, bfloat16 or float16; any strides.
-        labels: [B], of any dtype; rows of one label are each other's positives. Without labels and mask, the positives are the other
-            views of the same sample (SimCLR).
+        labels: [B], of any dtype; rows of one label are each other's positives. A sample labelled -100 is no anchor (its loss is 0 and
+            no part of the mean) and no positive, but remains one of the rows to contrast with. Without labels and mask, the positives
+            are the other views of the same sample (SimCLR).
         mask: [B, B], bool, int or floating, without gradient, instead of labels: entry (i, j) weighs j among the positives of i.
         contrast: [M, D], rows to contrast with that are no anchors, such as a queue; differentiable. The same on all ranks.
         contrast_labels: [M], with `labels`; without them these rows are no positives.
@@ -241,7 +241,7 @@ def supcon_loss(
         self_positive: counts the anchor among its own positives (not in the logsumexp), as ConKD-Lion's class does.
         duplicates: how many equal views [B, D] stands for; 2 costs a quarter of the work of stacking the features twice.
         normalize: divides features and contrast by their L2 norms first (1e-12 at least).
-        reduction: "mean" over all anchors, "sum" over them, or "none".
+        reduction: "mean" over the anchors, "sum" over them, or "none".
         group: a torch.distributed.ProcessGroup whose ranks hold equally many samples. None: this process alone.
         uneven: allows ranks with different numbers of samples, also none. The host waits for these numbers.
 
@@ -328,6 +328,10 @@ def crd_loss(
         >>> crd_loss(torch.eye(3)[:2], torch.eye(3)[:2], *banks, indices, temperature=1.0)
         tensor(2.6418)
     """
+    for name, x in zip(
+        ("student", "teacher", "student_bank", "teacher_bank", "indices"), (student, teacher, student_bank, teacher_bank, indices)
+    ):
+        checks.is_tensor(f"crd_loss: {name}", x)
     if student.dim() != 2 or teacher.shape != student.shape:
         shapes = f"{tuple(student.shape)} and {tuple(teacher.shape)}"
         raise ValueError(f"crd_loss: student and teacher must both be [B, D], got {shapes}")
@@ -357,11 +361,11 @@ def attention_transfer_loss(student_maps: Tensor | Sequence[Tensor], teacher_map
         p: power, > 0.
 
     Returns:
-        0-dim, float32 (float64 for float64 features).
+        0-dim, float32 (float64 for float64 features); 0 for an empty batch.
 
     Raises:
         ValueError: stages, batches or devices do not match, a map is not 4-D, or p is not positive.
-        TypeError: a map is not floating.
+        TypeError: a map is no tensor, or not floating.
 
     Example:
         >>> import torch
@@ -380,8 +384,12 @@ def hint_loss(student: Tensor, teacher: Tensor) -> Tensor:
         student: floating, any shape.
         teacher: floating, the same shape; its dtype may differ.
 
+    Returns:
+        0-dim; 0 for empty tensors.
+
     Raises:
         ValueError: shapes differ.
+        TypeError: an argument is no tensor.
 
     Example:
         >>> import torch
@@ -389,9 +397,11 @@ def hint_loss(student: Tensor, teacher: Tensor) -> Tensor:
         >>> hint_loss(torch.zeros(2, 3), torch.full((2, 3), 2.0))
         tensor(4.)
     """
+    checks.is_tensor("hint_loss: student", student)
+    checks.is_tensor("hint_loss: teacher", teacher)
     if student.shape != teacher.shape:
         raise ValueError(f"hint_loss: teacher must have the student's shape {tuple(student.shape)}, got {tuple(teacher.shape)}")
-    return F.mse_loss(at_least_float32(student), at_least_float32(savable(teacher)))
+    return reference.mean(F.mse_loss(at_least_float32(student), at_least_float32(checks.savable(teacher)), reduction="none"))
 
 
 def soft_cross_entropy(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
@@ -403,10 +413,11 @@ def soft_cross_entropy(student: Tensor, teacher: Tensor, temperature: float = 1.
         temperature: T > 0; both are divided by it.
 
     Returns:
-        The mean of -sum_c softmax(teacher / T) log softmax(student / T), []; float32 (float64 for float64).
+        The mean of -sum_c softmax(teacher / T) log softmax(student / T), []; 0 for no rows; float32 (float64 for float64).
 
     Raises:
         ValueError: shapes differ, or temperature is not positive.
+        TypeError: an argument is no tensor.
 
     Example:
         >>> import torch
@@ -414,6 +425,9 @@ def soft_cross_entropy(student: Tensor, teacher: Tensor, temperature: float = 1.
         >>> soft_cross_entropy(torch.zeros(2, 4), torch.randn(2, 4))  # a uniform student: log 4
         tensor(1.3863)
     """
+    checks.is_tensor("soft_cross_entropy: student", student)
+    checks.is_tensor("soft_cross_entropy: teacher", teacher)
+    temperature = checks.number("soft_cross_entropy: temperature", temperature)
     if student.shape != teacher.shape or student.ndim == 0:
         raise ValueError(f"soft_cross_entropy: teacher must have the student's shape {tuple(student.shape)}, got {tuple(teacher.shape)}")
     if not temperature > 0:

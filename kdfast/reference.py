@@ -192,11 +192,13 @@ def supcon_loss(
         loss = -(positive * log_probability).sum(1) / weight
     if base_temperature is not None:
         loss = loss * (temperature / base_temperature)
+    counts = torch.ones_like(loss, dtype=torch.bool) if labels is None else (names.double() != -100).repeat(N // max(B, 1))
+    loss = loss.where(counts, 0)
     if contrast_mode == "all":
         loss = loss.view(V, B).T
     if reduction == "none":
         return loss
-    return loss.sum() / (max(loss.numel(), 1) if reduction == "mean" else 1)
+    return loss.sum() / (counts.sum().clamp(min=1) if reduction == "mean" else 1)
 
 
 # ---- contrastive representation distillation -------------------------------------------------------------------------
@@ -240,7 +242,7 @@ def attention_transfer_loss(student_maps: Sequence[Tensor], teacher_maps: Sequen
         size = min(student.shape[2], teacher.shape[2]), min(student.shape[3], teacher.shape[3])
         student_map = attention_map(F.adaptive_avg_pool2d(student, size), p)
         teacher_map = attention_map(F.adaptive_avg_pool2d(teacher, size), p)
-        loss = loss + (student_map - teacher_map).pow(2).mean()
+        loss = loss + mean((student_map - teacher_map).pow(2))
     return loss
 
 
@@ -258,7 +260,12 @@ def soft_cross_entropy(student: Tensor, teacher: Tensor, temperature: float) -> 
         >>> reference.soft_cross_entropy(torch.zeros(2, 4), torch.zeros(2, 4), 1.0)  # log 4
         tensor(1.3863)
     """
-    return -((teacher / temperature).softmax(-1) * (student / temperature).log_softmax(-1)).sum(-1).mean()
+    return mean(-((teacher / temperature).softmax(-1) * (student / temperature).log_softmax(-1)).sum(-1))
+
+
+def mean(x: Tensor) -> Tensor:
+    """The mean of all elements, 0 of none."""
+    return x.mean() if x.numel() else x.sum()
 
 
 # ---- Lion ------------------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from typing import Literal
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
@@ -155,15 +156,21 @@ class ConKDLoss(nn.Module):
     def forward(self, teacher: Tensor, student: Tensor, features: Tensor, labels: Tensor) -> Tensor:
         """Returns the loss of teacher and student logits [B, C], the student's features [B, D] and labels [B].
 
+        A sample labelled -100 adds nothing to the distillation term and is no anchor of the contrastive one.
+
         Raises:
             ValueError, TypeError: as functional.kd_loss and functional.supcon_loss; also if features are not [B, D], or the
                 teacher requires grad and the student does not.
         """
         check_not_swapped(student, teacher)
+        checks.is_tensor("ConKDLoss: features", features)
+        checks.is_tensor("ConKDLoss: labels", labels)
         if features.ndim != 2:
             raise ValueError(f"ConKDLoss: features must be [B, D], got shape {tuple(features.shape)}")
         readme = self.variant == "readme"
-        distillation = functional.kd_loss(student, teacher, temperature=self.temperature, standardize=True)
+        # labels are not the logits' classes, which may be an embedding's features: they only say which rows count
+        rows = torch.where(labels.double() == checks.IGNORED, checks.IGNORED, 0).reshape(-1)
+        distillation = functional.kd_loss(student, teacher, rows, temperature=self.temperature, standardize=True)
         contrastive = functional.supcon_loss(
             features,
             labels,

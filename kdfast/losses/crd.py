@@ -35,7 +35,7 @@ class CRDLoss(nn.Module):
     Args:
         s_dim, t_dim: features of student and teacher.
         n_data: images in the training set.
-        labels: [n_data], the class of every image, integers; at least two classes.
+        labels: [n_data], the class of every image, integers (-100 is a class like others); at least two classes.
         feat_dim: features of the embeddings and the banks.
         nce_k: negatives for each image.
         nce_t: temperature of the scores.
@@ -164,8 +164,8 @@ class CRDLoss(nn.Module):
         loss = functional.crd_loss(v_s, v_t, self.memory_v1, self.memory_v2, contrast_idx, Z_s, Z_t, temperature=self.nce_t)
         if self.training:
             with torch.no_grad():
-                self.Z_v1.copy_(Z_s)
-                self.Z_v2.copy_(Z_t)
+                for constant, Z in ((self.Z_v1, Z_s), (self.Z_v2, Z_t)):  # a batch that is empty or overflowed settles none
+                    constant.copy_(torch.where(nce.is_settled(Z), Z, constant))
                 _update(self.memory_v1, idx, new_s, self.nce_m)
                 _update(self.memory_v2, idx, new_t, self.nce_m)
         return loss

@@ -38,8 +38,8 @@ class AttentionTransferLoss(nn.Module):
         Raises:
             ValueError, TypeError: as functional.attention_transfer_loss; or the teacher requires grad and the student does not.
         """
-        students = [student_maps] if isinstance(student_maps, Tensor) else student_maps
-        teachers = [teacher_maps] if isinstance(teacher_maps, Tensor) else teacher_maps
+        students = checks.as_list("AttentionTransferLoss: student_maps", student_maps)
+        teachers = checks.as_list("AttentionTransferLoss: teacher_maps", teacher_maps)
         for student, teacher in zip(students, teachers):
             check_not_swapped(student, teacher)
         return functional.attention_transfer_loss(students, teachers, p=self.p)
@@ -148,14 +148,27 @@ class SelfDistillationLoss(nn.Module):
     def forward(self, student_logits: Tensor, labels: Tensor, student_intermediate: Tensor, teacher_intermediate: Tensor) -> Tensor:
         """Returns the loss of logits [B, K], labels [B], early features [B, C_s, H, W] and late features [B, C_t, H', W']; 0-dim.
 
+        An image labelled -100 adds nothing to either term.
+
         Raises:
             ValueError: the feature maps' channels are not those given to the constructor.
+            TypeError: an argument is no tensor.
         """
-        features = self.feature_term(student_intermediate, teacher_intermediate)
-        return self.alpha * features + (1 - self.alpha) * F.cross_entropy(at_least_float32(student_logits), checks.savable(labels))
+        checks.is_tensor("SelfDistillationLoss: student_logits", student_logits)
+        checks.is_tensor("SelfDistillationLoss: labels", labels)
+        logits, counts = at_least_float32(student_logits), None
+        if labels.is_floating_point():  # probabilities of classes, which cross_entropy takes too
+            ce = F.cross_entropy(logits, checks.savable(labels))
+        else:
+            labels = checks.savable(checks.class_labels("SelfDistillationLoss: labels", labels))
+            counts = labels != checks.IGNORED
+            ce = F.cross_entropy(logits, labels, reduction="sum") / counts.sum().clamp(min=1)
+        return self.alpha * self.feature_term(student_intermediate, teacher_intermediate, counts) + (1 - self.alpha) * ce
 
-    def feature_term(self, student_intermediate: Tensor, teacher_intermediate: Tensor) -> Tensor:
+    def feature_term(self, student_intermediate: Tensor, teacher_intermediate: Tensor, counts: Tensor | None = None) -> Tensor:
         """Returns the first term without its weight, for loops that report each term.
+
+        counts: bool [B], False for images that add nothing; None: all count.
 
         Raises:
             ValueError: the feature maps' channels are not those given to the constructor.
@@ -164,13 +177,19 @@ class SelfDistillationLoss(nn.Module):
             ("student_intermediate", student_intermediate, self.projection.out_channels),
             ("teacher_intermediate", teacher_intermediate, self.projection.in_channels),
         ):
+            checks.is_tensor(f"SelfDistillationLoss: {name}", features)
             if features.ndim != 4 or features.shape[1] != channels:
                 raise ValueError(f"SelfDistillationLoss: {name} must be [B, {channels}, H, W], got shape {tuple(features.shape)}")
+        rows = None if counts is None else counts.view(-1, 1, 1, 1)
         teacher = checks.savable(teacher_intermediate.detach() if self.detach_teacher else teacher_intermediate)
+        teacher = teacher if rows is None else teacher.where(rows, 0)  # the projection's gradient contains 0 times these
         teacher = self.projection(teacher.to(self.projection.weight.dtype))
         student = student_intermediate.to(teacher.dtype)
         student = F.interpolate(student, size=teacher.shape[2:], mode="bilinear", align_corners=False)
-        return functional.hint_loss(student, teacher)
+        if counts is None or rows is None:
+            return functional.hint_loss(student, teacher)
+        mean = functional.hint_loss(student.where(rows, 0), teacher.where(rows, 0))
+        return mean * (len(counts) / counts.sum().clamp(min=1))
 
     def extra_repr(self) -> str:
         """Describes the options for print(module)."""

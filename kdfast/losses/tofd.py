@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from kdfast import functional
 from kdfast.losses.checks import check_not_swapped
+from kdfast.ops import checks
 from kdfast.ops.precision import at_least_float32
 
 __all__ = ["TOFDLoss"]
@@ -71,6 +72,7 @@ class TOFDLoss(nn.Module):
         """
         if len(student_features) != len(self.maps):
             raise ValueError(f"TOFDLoss: student_features must be {len(self.maps)}, got {len(student_features)}")
+        checks.as_list("TOFDLoss: student_features", student_features)
         mapped = [W(f) for W, f in zip(self.maps, student_features)]
         return self.terms(mapped, teacher_features, student_logits, teacher_logits, temperature=temperature)
 
@@ -84,6 +86,8 @@ class TOFDLoss(nn.Module):
         temperature: float = 1.0,
     ) -> dict[str, Tensor]:
         """Returns the same for features that `maps` have mapped already."""
+        for name, x in (("teacher_features", teacher_features), ("student_logits", student_logits), ("teacher_logits", teacher_logits)):
+            checks.as_list(f"TOFDLoss: {name}", x)
         lengths = [len(x) for x in (mapped, teacher_features, student_logits, teacher_logits)]
         if lengths != [len(self.maps)] * 4:
             raise ValueError(f"TOFDLoss: there must be {len(self.maps)} features and logits of student and teacher, got {lengths}")

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kdfast import reference
 from kdfast.ops import backend, checks
 from kdfast.ops.precision import arithmetic
 from kdfast.ops.registration import opaque
@@ -27,8 +28,8 @@ _BLOCK = 262144  # elements, 1 MB of float32
 
 def attention_transfer_loss(student_maps: Tensor | Sequence[Tensor], teacher_maps: Tensor | Sequence[Tensor], *, p: float = 2) -> Tensor:
     """Computes kdfast.functional.attention_transfer_loss, which documents it."""
-    students = [student_maps] if isinstance(student_maps, Tensor) else list(student_maps)
-    teachers = [teacher_maps] if isinstance(teacher_maps, Tensor) else list(teacher_maps)
+    students = checks.as_list("attention_transfer_loss: student_maps", student_maps)
+    teachers = checks.as_list("attention_transfer_loss: teacher_maps", teacher_maps)
     _check(students, teachers, p)
     for i, (student, teacher) in enumerate(zip(students, teachers)):
         # the feature tensor is pooled, not its map: pooling and the power do not commute
@@ -39,7 +40,7 @@ def attention_transfer_loss(student_maps: Tensor | Sequence[Tensor], teacher_map
     stages = []
     for student, teacher in zip(students, teachers):
         a, b = (_AttentionMap.apply(features, p) for features in (student, teacher))
-        stages.append((a - b).square().mean())
+        stages.append(reference.mean((a - b).square()))
     return torch.stack(stages).sum()
 
 
@@ -65,7 +66,7 @@ class _AttentionMap(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, features: Tensor, p: float) -> Tensor:
-        energy = _channel_sum(features, p).div_(features.shape[1])
+        energy = _channel_sum(features, p).div_(max(1, features.shape[1]))
         norm = torch.linalg.vector_norm(energy, dim=1, keepdim=True).clamp_min(1e-12)
         unit = energy / norm
         ctx.save_for_backward(features, unit, norm)

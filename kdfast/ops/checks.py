@@ -1,12 +1,14 @@
 """Checks that the operators share. Each raises one sentence that names the argument."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor
+
+IGNORED = -100  # the label of a sample that adds nothing, as in torch.nn.functional.cross_entropy
 
 
 def savable(x: Any) -> Any:
@@ -30,7 +32,7 @@ def number(name: str, value: Any) -> float:
     if isinstance(value, Tensor):
         got = f"a tensor of shape {tuple(value.shape)}{', which requires grad' * value.requires_grad}"
         raise TypeError(f"{name} must be a number, which gets no gradient, got {got}")
-    if isinstance(value, Real):  # NumPy's
+    if isinstance(value, Real) or getattr(value, "shape", None) == ():  # NumPy's
         return float(value)
     raise TypeError(f"{name} must be a number, got {value!r}")
 
@@ -54,6 +56,24 @@ def is_tensor(name: str, value: Any) -> None:
     """Raises TypeError unless the value is a tensor."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+
+
+def as_list(name: str, value: Any) -> list[Tensor]:
+    """Returns the tensors of a sequence, or the one that stands alone; raises TypeError unless all are tensors."""
+    if isinstance(value, (str, Mapping)) or not isinstance(value, Iterable):
+        raise TypeError(f"{name} must be a tensor or a sequence of tensors, got {type(value).__name__}")
+    tensors = [value] if isinstance(value, Tensor) else list(value)
+    for i, x in enumerate(tensors):
+        is_tensor(f"{name}[{i}]", x)
+    return tensors
+
+
+def class_labels(name: str, labels: Any) -> Tensor:
+    """Returns labels in int64; raises TypeError unless they are a tensor of integers."""
+    is_tensor(name, labels)
+    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+        raise TypeError(f"{name} must be integers, got {labels.dtype}")
+    return labels.long()
 
 
 def is_floating(name: str, tensor: Tensor) -> None:

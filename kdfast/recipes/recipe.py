@@ -264,7 +264,7 @@ def cross_entropy(logits: Tensor, labels: Tensor, *, label_smoothing: float = 0.
 
 def separate_hidden(labels: Tensor, index: Tensor) -> Tensor:
     """Returns labels [n] in which every image with a hidden label is a class of its own, by its index [n]."""
-    return torch.where(labels == HIDDEN, -1 - index, labels)
+    return torch.where(labels == HIDDEN, HIDDEN - 1 - index, labels)  # beyond HIDDEN, which supcon_loss leaves out
 
 
 def contrast_group() -> "dist.ProcessGroup | None":

@@ -294,7 +294,7 @@ IMAGES, PIXELS = torch.ones(2, 3, 4, 4), torch.zeros(2, 4, 4, dtype=torch.int64)
         pytest.param((X[:, :1], X[:, :1]), {"standardize": True}, "at least two classes", id="one class"),
         pytest.param((X, X), {"ce_weight": 0.1}, "labels must be given", id="no labels"),
         pytest.param((X, X, [0, 1]), {"ce_weight": 0.1}, "labels must be a tensor, got list", id="labels no tensor"),
-        pytest.param((X, X, torch.tensor([0, 1], dtype=torch.int32)), {}, "labels must be int64", id="labels dtype"),
+        pytest.param((X, X, torch.tensor([0.0, 1.0])), {}, "labels must be integers, got torch.float32", id="labels dtype"),
         pytest.param((X, X, torch.tensor([0])), {}, "labels must have shape", id="labels shape"),
         pytest.param((X, X, torch.zeros(2, dtype=torch.int64, device="meta")), {}, "labels must be on", id="labels device"),
         pytest.param((IMAGES, IMAGES, PIXELS), {}, r"got \(2, 4, 4\).*permute its classes to the end", id="images"),

@@ -50,6 +50,7 @@ class Layer(NamedTuple):
 def linear_kd_loss(student: Layer, teacher: Layer, labels: Tensor | None, chunk_rows: int | None, options: KDOptions) -> Tensor:
     """functional.linear_kd_loss, its options in one value."""
     checks.is_tensor("linear_kd_loss: student_hidden", student.hidden)
+    labels = None if labels is None else checks.class_labels("linear_kd_loss: labels", labels)
     device = student.hidden.device.type
     # the meta device has no autocast, and raises when asked for it
     cast = torch.get_autocast_dtype(device) if device != "meta" and torch.is_autocast_enabled(device) else None

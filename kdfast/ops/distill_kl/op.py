@@ -41,6 +41,7 @@ def separate_teachers(teacher: Tensor | Sequence[Tensor], student: Tensor) -> tu
 
 def kd_loss(student: Tensor, teachers: tuple[Tensor, ...], labels: Tensor | None, options: KDOptions) -> Tensor:
     """functional.kd_loss, its options in one value."""
+    labels = None if labels is None else checks.class_labels("kd_loss: labels", labels)
     check_tensors(student, teachers, labels, options)
     return KDCall(options, choose_form(student, *teachers)).differentiate(labels, student, *teachers)
 
@@ -72,9 +73,6 @@ def check_tensors(student: Tensor, teachers: Sequence[Tensor], labels: Tensor | 
         if options.ce_weight != 0:
             raise ValueError(f"{name}: labels must be given where ce_weight is not 0, got None with ce_weight {options.ce_weight}")
         return
-    checks.is_tensor(f"{name}: labels", labels)
-    if labels.dtype != torch.int64:
-        raise TypeError(f"{name}: labels must be int64, got {labels.dtype}")
     if labels.shape != student.shape[:-1]:
         images = student.dim() > 2 and labels.shape == student.shape[:1] + student.shape[2:]
         hint = ", as if student were [B, C, ...]: permute its classes to the end" if images else ""

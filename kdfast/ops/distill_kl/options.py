@@ -4,8 +4,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from torch import Tensor
-
 from kdfast.ops import checks
 
 Divergence = Literal["forward", "reverse", "js"]
@@ -43,7 +41,8 @@ class KDOptions:
             if type(value) is not float:
                 object.__setattr__(self, field, checks.number(f"{name}: {field}", value))
         if self.teacher_weights is not None:
-            if not isinstance(self.teacher_weights, (Sequence, Tensor)):
+            # NumPy's arrays are no Sequence
+            if not isinstance(self.teacher_weights, Sequence) and getattr(self.teacher_weights, "ndim", 0) != 1:
                 raise TypeError(f"{name}: teacher_weights must be a sequence of numbers, got {self.teacher_weights!r}")
             weights = tuple([checks.number(f"{name}: teacher_weights", weight) for weight in self.teacher_weights])
             object.__setattr__(self, "teacher_weights", weights)

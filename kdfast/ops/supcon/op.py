@@ -103,12 +103,12 @@ def supcon_loss(
     names = torch.arange(B, device=features.device) if labels is None else labels.reshape(-1).to(features.device, copy=True)
     anchors = views.reshape(B * V, D) if in_all else views[:, 0]
     rows, row_names = [anchors], [_repeat(names, V if in_all else 1)]
-    samples = B  # of all ranks
+    samples = names  # of all ranks
     if ranks is not None:
         foreign, foreign_names = group.rows_of_other_ranks(views, None if labels is None else names, ranks, options.uneven)
         rows.append(foreign)
         row_names.append(_repeat(foreign_names, V))
-        samples += len(foreign_names)
+        samples = torch.cat([names, foreign_names])
     if not in_all and V > 1:
         rows.append(views[:, 1:].reshape(B * (V - 1), D))
         row_names.append(_repeat(names, V - 1))
@@ -118,7 +118,7 @@ def supcon_loss(
         row_names.append(contrast_labels.reshape(-1).to(names.device))
     others = torch.cat(rows[1:]) if len(rows) > 1 else views.new_empty(0, D)
 
-    copied = V * (samples - B)
+    copied = V * (len(samples) - B)
     if not len(anchors) or (len(anchors) + copied) * options.duplicates + len(others) - copied < 2:  # nothing to contrast
         # with a term for the other rows: a rank without rows must take part in the backward pass
         losses = 0 * (anchors.sum(1, dtype=arithmetic(anchors)) + others.sum(dtype=arithmetic(anchors)))
@@ -130,24 +130,32 @@ def supcon_loss(
         if torch.compiler.is_compiling():
             chooses_kernel(anchors, others)  # a graph depends on the backend: reading it here makes torch.compile guard it
         losses = _SupCon.apply(anchors, others, torch.cat(row_names) if len(row_names) > 1 else row_names[0], mask, setting)
-    return _reduce(losses, (B, V) if in_all else None, samples, options)
+    kept: Tensor | int = len(samples)
+    if labels is not None:
+        losses = losses.where(_counts(row_names[0]), 0)
+        kept = _counts(samples).sum()
+    return _reduce(losses, (B, V) if in_all else None, kept, options)
 
 
 def _repeat(names: Tensor, count: int) -> Tensor:
     return names[:, None].expand(-1, count).reshape(-1)
 
 
-def _reduce(losses: Tensor, views: tuple[int, int] | None, samples: int, options: Options) -> Tensor:
-    """Reduces the anchors' losses; `views`: B and V where all views are anchors; `samples`: those of all ranks."""
+def _counts(names: Tensor) -> Tensor:
+    """Tells which labels are none; in float64, because -100 is 156 to uint8."""
+    return names.double() != checks.IGNORED
+
+
+def _reduce(losses: Tensor, views: tuple[int, int] | None, samples: Tensor | int, options: Options) -> Tensor:
+    """Reduces the anchors' losses; `views`: B and V where all views are anchors; `samples`: the number of all ranks' labelled ones."""
     copies = options.duplicates if views else 1
     if options.reduction == "none":
         return losses.view(views).repeat(1, copies) if views else losses
-    if options.ranks is not None:
-        total = gather.sum_over_ranks(losses.sum(), options.ranks)
-        return copies * total if options.reduction == "sum" else total / max(samples * (views[1] if views else 1), 1)
+    total = losses.sum() if options.ranks is None else gather.sum_over_ranks(losses.sum(), options.ranks)
     if options.reduction == "sum":
-        return copies * losses.sum()
-    return losses.mean() if len(losses) else losses.sum()
+        return copies * total
+    anchors = samples * (views[1] if views else 1)
+    return total / (anchors.clamp(min=1) if isinstance(anchors, Tensor) else max(anchors, 1))
 
 
 def _check_rows(features: Tensor, contrast: Tensor | None, duplicates: int) -> None:
