@@ -1,14 +1,17 @@
 """Weights on disk: reading others' files, loading strictly by name, and writing so that a crash never leaves half a file.
 
-A pickle is a program; this module never runs one. PyTorch's restricted unpickler builds tensors, containers and numbers; anything else that
-a file asks for is refused in one sentence.
+A pickle is a program; this module never runs one. PyTorch's restricted unpickler builds tensors, containers and numbers. An object of any
+other class becomes a dictionary of its attributes, without its class; a function that a file wants to call is refused in one sentence.
 """
 
-import argparse
 import os
 import pickle
 import re
+import warnings
+import zipfile
+from collections import Counter, OrderedDict
 from collections.abc import Iterable, Mapping
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -21,33 +24,115 @@ from kdfast.models import cifar_resnet
 from kdfast.models.heads import find_head
 from kdfast.models.zoo import NETWORKS, ModelSpec, Option, create
 
-NESTINGS = ("state_dict", "model_state_dict", "model", "net")
+EMA = ("state_dict_ema", "model_ema", "ema_state_dict", "params_ema", "ema")  # moving averages of the weights
+NESTINGS = ("state_dict", "model_state_dict", "model", "net", "network", "model_state", "module", "weights", "params", *EMA)
 SHOWN = 10  # names in a message
 PREFIXES = ("module.", "_orig_mod.")  # of DistributedDataParallel and torch.compile
-# training scripts put their arguments and a best accuracy beside the weights; building these runs no code
+WRAPPERS = re.compile(r"_orig_mod\.|_fsdp_wrapped_module\.|_checkpoint_wrapped_module\.")  # of parts of a network, anywhere in a name
+OLD_NAMES = (  # in torchvision's published DenseNets and vision transformers
+    (re.compile(r"(denselayer\d+\.(?:norm|conv))\.(?=[12]\.)"), r"\1"),
+    (re.compile(r"\bmlp\.linear_1\."), "mlp.0."),
+    (re.compile(r"\bmlp\.linear_2\."), "mlp.3."),
+)
+FOREIGN = {  # beginnings of files that are no weights
+    b"version https://git-lfs": "a Git LFS pointer (git lfs pull fetches the file itself)",
+    b"<": "an HTML or XML page",
+    b"{": "text (JSON)",
+    b"\x1f\x8b": "a gzip archive",
+    b"BZh": "a bzip2 archive",
+    b"\xfd7zXZ": "an xz archive",
+    b"\x28\xb5\x2f\xfd": "a zstd archive",
+    b"7z\xbc\xaf": "a 7z archive",
+    b"\x93NUMPY": "a NumPy array",
+    b"\x89HDF": "an HDF5 file",
+    b"\x89PNG": "an image",
+    b"\xff\xd8\xff": "an image",
+}
+
+
+class _NoCalls(type):
+    """The type of classes that cannot be called."""
+
+    def __call__(cls, *args: object) -> Any:
+        raise pickle.UnpicklingError(f"GLOBAL {cls.__name__} must not be called")
+
+
+def _stand_in(name: str) -> tuple[Any, str]:
+    """A class in place of the one that a file names: its objects are dictionaries, with their attributes as the dictionary's."""
+    return _NoCalls(name, (), {"__new__": staticmethod(lambda cls, *args: OrderedDict())}), name
+
+
+class _Unread:
+    """An object whose content is of no use here."""
+
+    def __init__(self, *args: object) -> None:
+        pass
+
+    def __setstate__(self, state: object) -> None:
+        pass
+
+
+class _Dtype:
+    """Code and byte order of a NumPy dtype. NumPy's own would believe whatever else a file says about it."""
+
+    def __init__(self, code: object, *args: object) -> None:
+        self.name = str(code)
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        self.name = f"{state[1]}{self.name}"
+
+    def read(self, data: object) -> Any:
+        """Returns the array of these bytes; None for objects."""
+        return np.frombuffer(data, self.name) if isinstance(data, bytes) and data else None
+
+
+class _Array:
+    """A NumPy array, read from its bytes."""
+
+    def __init__(self, *args: object) -> None:
+        self.values: Any = None
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        _, shape, dtype, by_columns, data = state
+        flat = dtype.read(data)
+        self.values = None if flat is None else flat.reshape(shape, order="F" if by_columns else "C")
+
+
+def _read_scalar(dtype: _Dtype, data: object = None) -> Any:
+    found = dtype.read(data)
+    return None if found is None else found[0]
+
+
+# training scripts put these beside the weights, and pickle builds them by calls; with a stand-in, these calls run nothing of a file's
+UNREAD = re.compile(
+    r"(pathlib(\._local)?|datetime|decimal|fractions|numpy\.random\.\w+)\.\w+|functools\.partial|builtins\.(range|slice|frozenset)"
+)
 HARMLESS: list[Any] = [
-    argparse.Namespace,
-    np.dtype,
-    *(type(np.dtype(name)) for name in ("float64", "float32", "int64", "int32")),
-    *((np.float64(0).__reduce__()[0], f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
+    *((lambda *args: OrderedDict(), name) for name in ("collections.defaultdict", "types.SimpleNamespace")),
+    (lambda *args: b"", "builtins.bytes"),  # empty ones; others are encoded text
+    (_Dtype, "numpy.dtype"),
+    *((_Array, f"numpy.{core}.multiarray._reconstruct") for core in ("core", "_core")),
+    *((_read_scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
 ]
 
 
 def read_weights(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Reads the state dict in a file, and the text beside it.
 
-    The state dict may stand under "state_dict", "model_state_dict", "model" or "net". One leading "module." and one "_orig_mod." are
-    removed where all names have it.
+    The state dict may stand under a usual name ("state_dict", "model", ...), as a moving average ("model_ema", ...) or inside a whole
+    pickled network. If a file holds both plain weights and their moving average, the plain ones are read and a warning says so. One
+    leading "module." and one "_orig_mod." are removed where all names have it.
 
     Args:
-        path: .safetensors, or a file that torch.save wrote (.pt, .pth, .th, ...).
+        path: a safetensors file, or one that torch.save wrote (.pt, .pth, .th, .ckpt, ...).
 
     Returns:
         Tensors by name, on the CPU; the metadata of a safetensors file, or the text and numbers beside a torch state dict.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is empty, truncated, not a weights file, or would execute code.
+        ValueError: the file is empty, truncated, not a weights file (a Git LFS pointer, an HTML page, an archive: the message names it),
+            or would execute code.
 
     Example:
         >>> import tempfile
@@ -59,15 +144,21 @@ def read_weights(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"read_weights: there is no file {path}")
-    state, metadata = _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
+    with path.open("rb") as file:
+        head = file.read(512)
+    if wrong := _name_content(path, head):
+        raise ValueError(f"read_weights: {path} is {wrong}, not a weights file")
+    state, metadata = _read_safetensors(path) if path.suffix == ".safetensors" or head[8:10] == b'{"' else _read_torch(path)
     return _strip_prefixes(state), metadata
 
 
 def load_weights(model: nn.Module, path_or_state: str | os.PathLike[str] | Mapping[str, Tensor]) -> dict[str, str]:
     """Loads weights strictly, by name: everything is checked before anything is written.
 
-    Leading "module." and "_orig_mod." are tolerated on both sides. Absent num_batches_tracked counts as zero: files older than PyTorch
-    0.4.1 lack it, and forward passes do not read it. The CIFAR ResNets also know their layers by RepDistiller's names (downsample, fc).
+    Leading "module." and "_orig_mod." are tolerated on both sides. If the names do not fit, but all those under one prefix do ("model.",
+    "student.", "backbone.", ...), these are loaded, and a warning names the tensors left out. Absent num_batches_tracked counts as zero:
+    files older than PyTorch 0.4.1 lack it, and forward passes do not read it. The CIFAR ResNets also know their layers by RepDistiller's
+    names (downsample, fc), and torchvision's networks by those in its older files.
 
     Args:
         model: changed in place; keeps its dtypes and devices.
@@ -77,8 +168,8 @@ def load_weights(model: nn.Module, path_or_state: str | os.PathLike[str] | Mappi
         The file's metadata; empty for a state dict.
 
     Raises:
-        ValueError: names or shapes differ: the message lists the missing, the unexpected and the wrong-shaped ones. Also every file that
-            `read_weights` refuses.
+        ValueError: names or shapes differ, or numbers are quantized: the message lists the missing, the unexpected and the wrong ones.
+            Several prefixes fit equally. Also every file that `read_weights` refuses.
 
     Example:
         >>> model = torch.nn.Linear(2, 1)
@@ -94,22 +185,21 @@ def load_weights(model: nn.Module, path_or_state: str | os.PathLike[str] | Mappi
     else:
         source, (state, metadata) = str(path_or_state), read_weights(path_or_state)
     full_names = model.state_dict()
-    own = _strip_prefixes(full_names)
-    state = _translate_names(state, own.keys(), model)
-
+    own = _strip_prefixes({WRAPPERS.sub("", name): tensor for name, tensor in full_names.items()})
     optional = {name for name in own if name.endswith("num_batches_tracked")}
+    state = _select(state, own, model, source)
     missing = [name for name in own if name not in state and name not in optional]
     unexpected = [name for name in state if name not in own]
-    misshapen = [
-        f"{name} {list(tensor.shape)} instead of {list(own[name].shape)}"
-        for name, tensor in state.items()
-        if name in own and tensor.shape != own[name].shape
-    ]
-    groups = (("missing", missing), ("unexpected", unexpected), ("wrong shape", misshapen))
+    known = {name: tensor for name, tensor in state.items() if name in own}
+    misshapen = [f"{n} {list(t.shape)} instead of {list(own[n].shape)}" for n, t in known.items() if t.shape != own[n].shape]
+    quantized = [f"{n} {t.dtype}" for n, t in known.items() if own[n].is_floating_point() and not t.is_floating_point()]
+    groups = (("missing", missing), ("unexpected", unexpected), ("wrong shape", misshapen), ("quantized", quantized))
     if faults := [_list_names(what, names) for what, names in groups if names]:
         raise ValueError(f"load_weights: {source} does not fit {type(model).__name__}: {'; '.join(faults)}")
     state |= {name: torch.zeros_like(own[name]) for name in optional - state.keys()}
-    model.load_state_dict({full: state[name] for full, name in zip(full_names, own)}, strict=True)
+    ordered = OrderedDict((full, state[name]) for full, name in zip(full_names, own))
+    ordered._metadata = getattr(full_names, "_metadata", {})  # type: ignore[attr-defined]  # MNASNet loads nothing without its version
+    model.load_state_dict(ordered, strict=True)
     return metadata
 
 
@@ -167,7 +257,7 @@ def recognize(state: Mapping[str, Tensor], name: str) -> tuple[ModelSpec, str | 
     # our networks compute nothing while they are built, so they need no memory; others' may
     with torch.device("meta" if name in NETWORKS else "cpu"), torch.random.fork_rng(devices=[]):
         model = create(name, 10)
-    state = _translate_names(dict(state), model.state_dict().keys(), model)
+    state = _select(state, model.state_dict(), model, "the state dict", shapes=False)
     if name in cifar_resnet.NETWORKS and not any(".shortcut." in key for key in state):
         options["shortcut"] = "A"
     path, _ = find_head(model)
@@ -188,34 +278,95 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise ValueError(f"read_weights: {path} is truncated or not a safetensors file: {error}") from error
 
 
+def _name_content(path: Path, head: bytes) -> str | None:
+    """A name for the content of a file that begins with `head` and cannot be weights."""
+    if not head or head[8:10] == b'{"':  # a safetensors file may begin with any byte
+        return None if head else "empty"
+    for start, name in FOREIGN.items():
+        if head.lstrip().startswith(start):
+            return name
+    if head[257:262] == b"ustar":
+        return "a tar archive"
+    if head.startswith(b"PK") and zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+        if any(name.endswith("constants.pkl") for name in names):
+            return "a TorchScript program (torch.jit.load reads it; save its state_dict())"
+        if not any(name.endswith("data.pkl") for name in names):
+            return f"a zip archive of {', '.join(names[:3]) or 'nothing'}"
+    return None
+
+
+def _unpickle(path: Path) -> Any:
+    """The content of a file that torch.save wrote, with stand-ins for the objects whose classes PyTorch does not know to be safe."""
+    known = list(HARMLESS)
+    while True:
+        try:
+            with torch.serialization.safe_globals(known):
+                return torch.load(path, map_location="cpu", weights_only=True)
+        except pickle.UnpicklingError as error:
+            unknown = re.search(r"GLOBAL (\S+) was not an allowed", str(error))
+            if unknown is None or len(known) > 1000:
+                raise
+            name = unknown[1] if "." in unknown[1] else f"builtins.{unknown[1]}"  # PyTorch leaves "builtins." out of the message
+            known.append((_Unread, name) if UNREAD.fullmatch(name) else _stand_in(name))
+
+
 def _read_torch(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    damage = (RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError, AttributeError, TypeError, MemoryError)
     try:
-        with torch.serialization.safe_globals(HARMLESS):
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError, AttributeError) as error:
-        refused = re.search(r"GLOBAL ([\w.]+)", str(error))
+        content = _unpickle(path)
+        state = _find_state_dict(content)
+    except (pickle.UnpicklingError, *damage) as error:
+        refused = re.search(r"GLOBAL (\S+) (?:must not|whose module)", str(error))
         if refused:
             raise ValueError(
                 f"read_weights: {path} asks to run {refused[1]} while it is read, and weights files are never executed; "
                 f"whoever trusts it can save its state dict alone"
             ) from None
+        if "persistent_load of storage" in str(error):
+            raise ValueError(
+                f"read_weights: {path} holds a whole network in PyTorch's old format, and that needs its code: save its state_dict()"
+            ) from None
         raise ValueError(f"read_weights: {path} is truncated or not a weights file") from error
-    state = _find_state_dict(content)
     if state is None:
         seen = f"the entries {', '.join(map(str, list(content)[:SHOWN]))}" if isinstance(content, Mapping) else type(content).__name__
         raise ValueError(f"read_weights: {path} has no state dict, at its top or under {', '.join(NESTINGS)}; it holds {seen}")
-    beside = content.items() if state is not content else ()
+    beside = content.items() if isinstance(content, Mapping) else ()
     return state, {str(name): str(value) for name, value in beside if isinstance(value, str | int | float | np.number)}
 
 
 def _find_state_dict(content: Any) -> dict[str, Tensor] | None:
-    """The dictionary of tensors by name: `content` itself, or one under a usual name in it."""
-    if not isinstance(content, Mapping) or not content:
+    """The dictionary of tensors by name: `content` itself, one under a usual name in it, or that of a whole pickled network."""
+    if "_modules" in getattr(content, "__dict__", ()):
+        return _network_state(vars(content))
+    if not isinstance(content, Mapping):
         return None
-    if all(isinstance(name, str) and isinstance(value, Tensor) for name, value in content.items()):
-        return dict(content)
-    nested = (_find_state_dict(content[name]) for name in NESTINGS if name in content)
-    return next((state for state in nested if state is not None), None)
+    tensors = {name: tensor for name, value in content.items() if isinstance(name, str) and (tensor := _as_tensor(value)) is not None}
+    if tensors and len(tensors) == len(content):
+        return tensors
+    found = {name: state for name in NESTINGS if name in content and (state := _find_state_dict(content[name])) is not None}
+    if len(found) > 1 and any(name in EMA for name in found):
+        first, *others = found
+        warnings.warn(f"the file holds weights under {first} and under {', '.join(others)}: {first} is read", stacklevel=2)
+    return next(iter(found.values()), tensors or None)
+
+
+def _network_state(attributes: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The state dict of a pickled nn.Module, from its attributes."""
+    passing = attributes.get("_non_persistent_buffers_set", ())
+    own = {**attributes["_parameters"], **{name: b for name, b in attributes["_buffers"].items() if name not in passing}}
+    state = {name: tensor for name, tensor in own.items() if isinstance(tensor, Tensor)}
+    for part, module in attributes["_modules"].items():
+        if module is not None:
+            state |= {f"{part}.{name}": tensor for name, tensor in _network_state(vars(module)).items()}
+    return state
+
+
+def _as_tensor(value: object) -> Tensor | None:
+    if isinstance(value, _Array) and value.values is not None and value.values.dtype.kind in "fiub":
+        return torch.from_numpy(value.values.astype(value.values.dtype.newbyteorder("=")))
+    return value if isinstance(value, Tensor) else None
 
 
 def _strip_prefixes(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -227,6 +378,32 @@ def _strip_prefixes(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return dict(zip(names, state.values()))
 
 
+def _select(
+    state: Mapping[str, Tensor], own: Mapping[str, Tensor], model: nn.Module, source: str, *, shapes: bool = True
+) -> dict[str, Tensor]:
+    """The part of the state that is the model's, under the model's names; all of it if no part fits."""
+    state = {WRAPPERS.sub("", name): tensor for name, tensor in state.items()}
+    required = {name for name in own if not name.endswith("num_batches_tracked")}
+    beginnings = Counter(start for name in state for start in accumulate(part + "." for part in name.split(".")[:-1]))
+    fits: dict[str, dict[str, Tensor]] = {}
+    for prefix in ("", *(start for start, n in beginnings.items() if n >= len(required))):
+        under = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
+        under = _translate_names(under, own.keys(), model)
+        if required <= under.keys() <= own.keys():
+            fits[prefix] = under
+    if shapes and len(fits) > 1:
+        fits = {p: under for p, under in fits.items() if all(under[name].shape == own[name].shape for name in under)} or fits
+    if not fits:
+        return _translate_names(state, own.keys(), model)
+    if shapes and len(fits) > 1:
+        raise ValueError(f"load_weights: {source} holds this network under each of {', '.join(fits)}: save the one that is meant")
+    prefix, found = next(iter(fits.items()))
+    others = [name for name in state if not name.startswith(prefix) and name != "n_averaged"]  # torch.optim.swa_utils counts in it
+    if shapes and others:
+        warnings.warn(f"{source}: {_list_names('tensors left out beside the network', others)}", stacklevel=3)
+    return found
+
+
 def _translate_names(state: dict[str, Tensor], known: Iterable[str], model: nn.Module) -> dict[str, Tensor]:
     """The state under the names that the model knows; names it does not know are looked for among its synonyms."""
     known = set(known)
@@ -235,6 +412,8 @@ def _translate_names(state: dict[str, Tensor], known: Iterable[str], model: nn.M
         ours = name
         for theirs, own in getattr(model, "synonyms", ()) if name not in known else ():
             ours = ours.replace(theirs, own)
+        for old, new in OLD_NAMES if name not in known else ():
+            ours = old.sub(new, ours)
         renamed[ours if ours not in state else name] = tensor
     return renamed
 

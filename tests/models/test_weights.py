@@ -1,10 +1,22 @@
 """Weights on disk: every way a file can be wrong, strict loading, writing that survives failure, others' weights."""
 
 import argparse
+import collections
+import datetime
+import decimal
+import functools
+import gzip
+import io
 import os
 import pickle
+import random
+import re
+import tarfile
+import types
 import warnings
-from pathlib import Path
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path, PureWindowsPath
 
 import numpy as np
 import pytest
@@ -14,6 +26,38 @@ from torch import nn
 from kdfast.data import NORMALIZATIONS, LoaderOptions, ResidentLoader, evaluation_transform, load
 from kdfast.models import ModelSpec, build, create, load_weights, read_weights, recognize, save_weights
 from tests.data.samples import Payload
+
+
+class Hyperparameters(dict):
+    """A dictionary of a class of its own, as training frameworks have them."""
+
+
+@dataclass
+class Options:
+    lr: float = 0.1
+
+
+def pack(archive, mode):
+    """An archive of one empty file, or of none."""
+    file = io.BytesIO()
+    with archive(mode=mode, **{"file" if archive is zipfile.ZipFile else "fileobj": file}) as opened:
+        if archive is tarfile.open:
+            opened.addfile(tarfile.TarInfo("w.txt"))
+    return file.getvalue()
+
+
+def save_numpy(values):
+    file = io.BytesIO()
+    np.savez(file, **values) if isinstance(values, dict) else np.save(file, values)
+    return file.getvalue()
+
+
+def save_script():
+    file = io.BytesIO()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # TorchScript is deprecated; its files are still around
+        torch.jit.save(torch.jit.script(nn.Linear(2, 2)), file)
+    return file.getvalue()
 
 
 @pytest.fixture
@@ -52,10 +96,66 @@ class TestReading:
         torch.save({"module.a": torch.ones(1), "b": torch.ones(1)}, tmp_path / "some.pt")
         assert list(read_weights(tmp_path / "some.pt")[0]) == ["module.a", "b"]
 
-    def test_accepts_arguments_and_numpy_numbers_beside_the_weights(self, tmp_path):
-        content = {"model": {"w": torch.ones(1)}, "opt": argparse.Namespace(lr=0.1), "best_acc": np.float64(71.5)}
+    @pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
+    @pytest.mark.parametrize(
+        "beside",
+        [
+            pytest.param(np.float64(71.5), id="NumPy number"),
+            pytest.param(np.random.RandomState(0).get_state(), id="NumPy array"),
+            pytest.param([np.str_("a"), np.array(["a"]), np.array([None, {}]), np.zeros(0)], id="NumPy objects"),
+            pytest.param([np.random.default_rng(0), np.random.RandomState(0)], id="NumPy generators"),
+            pytest.param(random.Random(0).getstate(), id="Python's random state"),
+            pytest.param([Path("a/b"), PureWindowsPath("a")], id="paths"),
+            pytest.param(argparse.Namespace(lr=0.1, out=Path("a")), id="argparse"),
+            pytest.param(types.SimpleNamespace(lr=0.1), id="SimpleNamespace"),
+            pytest.param(collections.OrderedDict(lr=0.1), id="OrderedDict"),
+            pytest.param(collections.defaultdict(list, a=[1]), id="defaultdict"),
+            pytest.param([datetime.datetime.now(datetime.UTC), datetime.timedelta(1), datetime.date(2020, 1, 1)], id="datetime"),
+            pytest.param([range(3), slice(3), frozenset({1}), {2}, 1j, b"b", 2**70, decimal.Decimal(1)], id="builtins"),
+            pytest.param(functools.partial(torch.optim.SGD, lr=0.1), id="partial"),
+            pytest.param([Hyperparameters(lr=0.1), Options()], id="classes of the script"),
+            pytest.param(torch.optim.lr_scheduler.ConstantLR(torch.optim.SGD([torch.ones(1)], lr=0.1)), id="scheduler"),
+            pytest.param(nn.Sequential(nn.Linear(2, 2), nn.GELU()), id="module"),
+        ],
+    )
+    def test_takes_what_training_scripts_put_beside_the_weights(self, tmp_path, beside, legacy):
+        content = {"best_acc": np.float32(71.5), "beside": beside, "state_dict": {"w": torch.ones(1)}, "again": beside}
+        torch.save(content, tmp_path / "w.pth", _use_new_zipfile_serialization=not legacy)
+        if legacy and isinstance(beside, nn.Module):  # the old format keeps a module's source beside it
+            with pytest.raises(ValueError, match="holds a whole network in PyTorch's old format"):
+                read_weights(tmp_path / "w.pth")
+            return
+        read, metadata = read_weights(tmp_path / "w.pth")
+        assert read == {"w": torch.ones(1)}
+        assert metadata["best_acc"] == "71.5"
+
+    @pytest.mark.parametrize(
+        ("content", "names"),
+        [
+            pytest.param({"state_dict_ema": {"module.w": torch.ones(1)}, "epoch": 1}, ["w"], id="only a moving average"),
+            pytest.param({"w": torch.ones(1), "epoch": 1}, ["w"], id="numbers among the tensors"),
+            pytest.param({"model": {"w": np.float32([[1, 2]])}}, ["w"], id="NumPy arrays as weights"),
+            pytest.param({"model": nn.Sequential(nn.BatchNorm2d(2), nn.Linear(2, 2))}, None, id="whole network in a dictionary"),
+            pytest.param(nn.Sequential(nn.BatchNorm2d(2), nn.Sequential(nn.Linear(2, 2, bias=False))), None, id="whole network"),
+            pytest.param(nn.DataParallel(nn.Conv2d(2, 2, 1)), ["weight", "bias"], id="DataParallel"),
+        ],
+    )
+    def test_finds_weights(self, tmp_path, content, names):
         torch.save(content, tmp_path / "w.pth")
-        assert read_weights(tmp_path / "w.pth")[1] == {"best_acc": "71.5"}
+        network = content["model"] if isinstance(content, dict) and isinstance(content.get("model"), nn.Module) else content
+        assert list(read_weights(tmp_path / "w.pth")[0]) == (list(network.state_dict()) if names is None else names)
+
+    def test_prefers_plain_weights_to_their_average_and_says_so(self, tmp_path):
+        torch.save({"model_ema": {"w": torch.ones(1)}, "model": {"w": torch.zeros(1)}}, tmp_path / "w.pth")
+        with pytest.warns(UserWarning, match="weights under model and under model_ema: model is read"):
+            assert read_weights(tmp_path / "w.pth")[0] == {"w": torch.zeros(1)}
+
+    def test_a_file_that_holds_itself_is_one_sentence(self, tmp_path):
+        content: dict = {}
+        content["model"] = content
+        torch.save(content, tmp_path / "w.pth")
+        with pytest.raises(ValueError, match=r"w.pth is truncated or not a weights file"):
+            read_weights(tmp_path / "w.pth")
 
     @pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
     def test_never_runs_code(self, tmp_path, legacy):
@@ -76,10 +176,37 @@ class TestReading:
         save_weights(state, path) if kind == "safetensors" else torch.save(state, path, _use_new_zipfile_serialization=kind == "zip")
         content = path.read_bytes()
         truncated = [content[: int(keep * len(content))] for keep in (0, 0.001, 0.3, 0.999)]
-        for wrong in (*truncated, b"<!DOCTYPE html><html>404</html>", bytes(1000), b"hello " * 50):
+        for wrong in (*truncated[1:], bytes(1000), b"hello " * 50):
             path.write_bytes(wrong)
             with pytest.raises(ValueError, match=r"w\.\w+ is truncated or not a"):
                 read_weights(path)
+
+    @pytest.mark.parametrize(
+        ("content", "name"),
+        [
+            pytest.param(b"", "empty", id="empty"),
+            pytest.param(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "a Git LFS pointer", id="LFS"),
+            pytest.param(b"\n<!DOCTYPE html><html>404</html>", "an HTML or XML page", id="HTML"),
+            pytest.param(b'{"weight_map": {}}', r"text \(JSON\)", id="JSON"),
+            pytest.param(gzip.compress(b"w" * 100), "a gzip archive", id="gzip"),
+            pytest.param(pack(tarfile.open, "w:"), "a tar archive", id="tar"),
+            pytest.param(pack(tarfile.open, "w:gz"), "a gzip archive", id="tar.gz"),
+            pytest.param(pack(zipfile.ZipFile, "w"), "a zip archive of nothing", id="zip"),
+            pytest.param(save_numpy({"w": np.ones(2)}), "a zip archive of w.npy", id="npz"),
+            pytest.param(save_numpy(np.ones(2)), "a NumPy array", id="npy"),
+            pytest.param(save_script(), "a TorchScript program", id="TorchScript"),
+        ],
+    )
+    @pytest.mark.parametrize("ending", ["pth", "safetensors"])
+    def test_names_a_file_that_holds_something_else(self, tmp_path, content, name, ending):
+        path = tmp_path / f"w.{ending}"
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=rf"w\.{ending} is {name}.*, not a weights file"):
+            read_weights(path)
+
+    def test_goes_by_content_and_not_by_ending(self, tmp_path):
+        save_weights({"w": torch.ones(1)}, tmp_path / "w.bin")
+        assert read_weights(tmp_path / "w.bin")[0] == {"w": torch.ones(1)}
 
     @pytest.mark.parametrize(
         ("content", "message"),
@@ -87,7 +214,7 @@ class TestReading:
             pytest.param([1, 2], "it holds list", id="list"),
             pytest.param({"optimizer": {}, "epoch": 1}, "it holds the entries optimizer, epoch", id="entries"),
             pytest.param({}, "no state dict", id="nothing"),
-            pytest.param(nn.Linear(2, 2), "asks to run torch.nn.modules.linear.Linear", id="module"),
+            pytest.param({"student": {"w": torch.ones(1)}}, "it holds the entries student", id="unknown entry"),
         ],
     )
     def test_names_the_content_of_a_file_without_state_dict(self, tmp_path, content, message):
@@ -127,6 +254,69 @@ class TestLoading:
         wrapped.add_module("module", create("resnet8", 10))
         load_weights(wrapped, source.state_dict())
         assert have_equal_state(wrapped.module, source)
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            pytest.param(lambda name: f"model.{name}", id="model."),
+            pytest.param(lambda name: f"net._orig_mod.{name}", id="net._orig_mod."),
+            pytest.param(lambda name: f"module.student.{name}", id="module.student."),
+            pytest.param(lambda name: name.replace("layer1.", "layer1._orig_mod."), id="a compiled part"),
+            pytest.param(lambda name: f"_fsdp_wrapped_module.{name}".replace("0.", "0._fsdp_wrapped_module.", 1), id="FSDP"),
+        ],
+    )
+    def test_finds_the_network_under_a_prefix(self, model, change):
+        source = randomize(create("resnet8", 10))
+        state = {change(name): tensor.half() for name, tensor in source.state_dict().items()}
+        load_weights(model, state)
+        assert torch.equal(model.conv1.weight, source.conv1.weight.half().float())
+        assert recognize(state, "resnet8")[0] == ModelSpec("resnet8", 10)
+
+    @pytest.mark.parametrize(
+        ("beside", "match"),
+        [
+            pytest.param({"criterion.weight": torch.ones(3)}, "left out beside the network: criterion.weight", id="criterion"),
+            pytest.param({"0.mean": torch.ones(3)}, "1 tensors left out beside the network: 0.mean", id="normalization"),
+            pytest.param({"n_averaged": torch.tensor(3)}, None, id="AveragedModel"),
+        ],
+    )
+    def test_names_tensors_left_out_beside_the_network(self, model, beside, match):
+        state = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+        with pytest.warns(UserWarning, match=match) if match else warnings.catch_warnings(action="error"):
+            load_weights(create("resnet8", 10), state | beside)
+
+    def test_takes_the_part_whose_shapes_fit_and_refuses_two(self):
+        student, teacher = randomize(create("wrn_16_2", 10)), create("wrn_40_2", 10)
+        parts = {"student": student, "teacher": teacher}
+        state = {f"{part}.{name}": tensor for part, network in parts.items() for name, tensor in network.state_dict().items()}
+        loaded = create("wrn_16_2", 10)
+        with pytest.warns(UserWarning, match=r"tensors left out beside the network: teacher\."):
+            load_weights(loaded, state)
+        assert have_equal_state(loaded, student)
+        state = {f"{part}.{name}": tensor for part in ("a", "b") for name, tensor in student.state_dict().items()}
+        with pytest.raises(ValueError, match=r"holds this network under each of a\., b\.: save the one that is meant"):
+            load_weights(loaded, state)
+
+    def test_refuses_quantized_numbers(self, model):
+        state = {name: tensor.to(torch.int8) if name == "linear.weight" else tensor for name, tensor in model.state_dict().items()}
+        with pytest.raises(ValueError, match=r"does not fit ResNet: 1 quantized: linear.weight torch.int8"):
+            load_weights(model, state)
+
+    @pytest.mark.parametrize(
+        ("name", "ours", "theirs"),
+        [
+            pytest.param("densenet121", r"(denselayer\d+\.(norm|conv))([12])\.", r"\1.\3.", id="densenet"),
+            pytest.param("vit_b_32", r"mlp\.0\.", "mlp.linear_1.", id="vit", marks=pytest.mark.slow),
+            pytest.param("mnasnet0_5", "", "", id="mnasnet, which asks for its version"),
+        ],
+    )
+    def test_knows_torchvisions_old_names(self, tmp_path, name, ours, theirs):
+        source = create(name, 10)
+        torch.save({re.sub(ours, theirs, key): tensor for key, tensor in source.state_dict().items()}, tmp_path / "w.pth")
+        model = create(name, 10)
+        load_weights(model, tmp_path / "w.pth")
+        assert have_equal_state(model, source)
+        assert recognize(read_weights(tmp_path / "w.pth")[0], name)[0] == ModelSpec(name, 10)
 
     def test_accepts_old_files_without_batch_counters(self, model):
         source = randomize(create("resnet8", 10)).state_dict()
