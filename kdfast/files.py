@@ -1,14 +1,19 @@
-"""Atomic writes: a file holds either its old content or its new content, never a part."""
+"""Atomic writes: a file holds either its old content or its new content, never a part. Sealed files end with a checksum of the rest."""
 
+import hashlib
+import io
 import json
 import os
+import re
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
+
+PARTIAL = re.compile(r"\..+\.[0-9a-f]{8}\.part(\.\w+)?")  # names of temporary files
 
 
 @contextmanager
@@ -20,7 +25,7 @@ def replacing(path: Path) -> Iterator[Path]:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     # same folder: a rename is atomic within one file system only; same suffix: some writers choose the format by it
-    temporary = path.with_name(f".{path.stem}.{uuid.uuid4().hex[:8]}{path.suffix}")
+    temporary = path.with_name(f".{path.stem}.{uuid.uuid4().hex[:8]}.part{path.suffix}")
     try:
         yield temporary
         _flush(temporary, os.O_RDWR)
@@ -30,6 +35,13 @@ def replacing(path: Path) -> Iterator[Path]:
         raise
     if os.name == "posix":  # Windows cannot open a folder
         _flush(path.parent, os.O_RDONLY)  # the rename itself
+
+
+def remove_partial(paths: Iterable[Path]) -> None:
+    """Deletes those of the files that are temporary ones of a killed process."""
+    for path in paths:
+        if PARTIAL.fullmatch(path.name):
+            path.unlink()
 
 
 def check_writable(path: Path, option: str, *, folder: bool = False) -> None:
@@ -61,10 +73,11 @@ def _flush(path: Path, mode: int) -> None:
         os.close(descriptor)
 
 
-def write_bytes(path: Path, content: bytes) -> None:
-    """Writes `content` to `path` atomically."""
-    with replacing(path) as temporary:
-        temporary.write_bytes(content)
+def write_bytes(path: Path, *parts: bytes | memoryview) -> None:
+    """Writes the parts to `path` atomically."""
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        for part in parts:
+            file.write(part)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -77,7 +90,72 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=1) + "\n")
 
 
+class _Summed:
+    """A file that sums up what is written to it, and keeps a failure's reason: torch.save reports neither its number nor its text."""
+
+    def __init__(self, file: IO[bytes]):
+        self._file, self._sum = file, hashlib.sha256()
+        self.error: OSError | None = None
+
+    def write(self, part: bytes) -> int:
+        self._sum.update(part)
+        try:
+            return self._file.write(part)
+        except OSError as error:
+            self.error = error
+            raise
+
+    def flush(self) -> None:
+        self._file.flush()
+
+    @property
+    def seal(self) -> bytes:
+        return self._sum.hexdigest().encode()
+
+
 def write_torch(path: Path, value: Any) -> None:
-    """Writes tensors and plain values with torch.save to `path` atomically."""
-    with replacing(path) as temporary:
-        torch.save(value, temporary)
+    """Writes tensors and plain values with torch.save to `path` atomically. 64 bytes follow that torch.load skips: the rest's SHA-256."""
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        summed = _Summed(file)
+        try:
+            torch.save(value, summed)  # type: ignore[arg-type]
+        except RuntimeError as error:
+            raise summed.error or error from None
+        file.write(summed.seal)
+
+
+def read_torch(path: Path) -> Any:
+    """Reads what `write_torch` wrote, to the CPU.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    content = memoryview(path.read_bytes())
+    if hashlib.sha256(content[:-64]).hexdigest().encode() != content[-64:]:
+        raise ValueError(f"{path} is damaged")
+    return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+
+
+def write_sealed_json(path: Path, value: dict[str, Any]) -> None:
+    """Writes `value` as JSON to `path` atomically, with its checksum as the last entry."""
+    write_json(path, value | {"sha256": _sum(value)})
+
+
+def read_sealed_json(path: Path) -> dict[str, Any]:
+    """Reads what `write_sealed_json` wrote.
+
+    Raises:
+        ValueError: the file is damaged or has been edited.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+        whole = value.pop("sha256") == _sum(value)
+    except (ValueError, LookupError, TypeError, AttributeError):
+        whole = False
+    if not whole:
+        raise ValueError(f"{path} is damaged or has been edited")
+    return value
+
+
+def _sum(value: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

@@ -123,5 +123,9 @@ def _read_config(chosen: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
         return toml.read(Path(chosen["config"])), chosen["config"]
     if chosen["resume"] and chosen["out"]:
         path = toml.of_run(Path(chosen["out"]))
-        return toml.read(path), str(path)
+        try:
+            return toml.read(path, sealed=True), str(path)
+        except ValueError:
+            if path.name == "config.toml":
+                raise  # else half of it is there, and nothing else: the run begins with the options of the command line
     return {}, ""

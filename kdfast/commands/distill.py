@@ -45,7 +45,8 @@ def distill(config: Distill[Any]) -> Path:
     dataset = Path(config.data.dataset).name
     with session(config, f"{recipe.name}-{dataset}-{config.student.replace(':', '.')}") as opened:
         distillation = Distillation(config, opened)
-        opened.begin()
+        given = distillation.given
+        distillation.begin(**({"teacher": fingerprint(given.model)} if given else {}))
         distillation.print_header()
         teacher, teacher_facts = distillation.teacher() if recipe.needs_teacher else (None, None)
         arms = distillation.students(teacher)
@@ -115,7 +116,7 @@ class Distillation(Job[Distill[Any]]):
             if self._recipe.needs_teacher and not given:
                 build(self._setup.teacher_spec)
         self._setup.loaders(config.training)
-        self._given = self._load_teacher() if given else None
+        self.given = self._load_teacher() if given else None
 
     def print_header(self) -> None:
         """Prints what is about to run, in a few lines."""
@@ -136,7 +137,7 @@ class Distillation(Job[Distill[Any]]):
 
     def teacher(self) -> tuple[nn.Module, Teacher]:
         """Returns the teacher, given or trained, and its part of results.json."""
-        config, setup, given = self.config, self._setup, self._given
+        config, setup, given = self.config, self._setup, self.given
         source, before = (config.teacher, fingerprint(given.model)) if given else ("trained in this run", None)
         if given is None and not config.teacher_pretrained:
             self.notes.append("The teacher was trained in this run, from random weights.")

@@ -68,7 +68,7 @@ def run(arguments: Sequence[str]) -> None:
 def as_trained(weights: str) -> Eval:
     """Returns the options that evaluate a run on the images of its training; the usual ones if `weights` is not a run folder."""
     path = Path(weights) / "config.toml"
-    table = toml.read(path) if path.exists() else {}
+    table = toml.read(path, sealed=True) if path.exists() else {}
     return Eval(weights, seed=table.get("run", {}).get("seed", 0), data=toml.fill(EvalData(), table.get("data", {}), str(path)))
 
 

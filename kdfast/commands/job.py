@@ -43,6 +43,10 @@ class Job(Generic[C]):
         self.make_loaders = loader_maker(self.data, config.data, self.prepared, seed, world, self.say)
         self.labels_hidden = config.data.label_fraction < 1
 
+    def begin(self, **identity: str) -> None:
+        """Begins or continues the run on these images; see Session.begin."""
+        self.session.begin(images=self.data.fingerprint(), **identity)
+
     def train(self, stages: Stages[T], seen: Callable[[StageResult], object] = lambda result: None) -> T:
         """Trains the stages and returns their outcome; `seen` gets each result. Validation images choose the epoch, if there are any."""
         return self.session.run.complete(map_stages(stages, keep_last_epoch if self.data.val_is_test else lambda stage: stage, seen))

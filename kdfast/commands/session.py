@@ -22,7 +22,10 @@ class Clock:
 
     def __init__(self, path: Path):
         self._path = path
-        earlier = float(path.read_text()) if path.exists() else 0.0
+        try:
+            earlier = float(path.read_text()) if path.exists() else 0.0
+        except ValueError:
+            raise ValueError(f"{path} is damaged: delete it to count the seconds from 0") from None
         self._start = time.monotonic() - earlier
 
     @property
@@ -55,14 +58,20 @@ class Session:
         """The run folder."""
         return self.run.folder
 
-    def begin(self) -> None:
+    def begin(self, **identity: str) -> None:
         """Claims the folder for this configuration and opens the logs in it; called after all other checks.
 
+        Args:
+            identity: what else the run's numbers depend on (see Saved.identity).
+
         Raises:
-            ValueError: the folder holds another configuration's run, or one that --resume was not asked for.
+            ValueError: the folder holds another configuration's run, or one that --resume was not asked for; or its files are damaged,
+                or other data or weights have made them.
         """
+        self.run.saved.identity = {"options (config.toml)": toml.fingerprint(self.config)} | identity
         if self.world.main:
             _claim(self.folder, self.config)
+            self.run.saved.check()
             self.closing.callback(self.clock.write)
             self.run.observers.append(self.clock.write)
             self.run.observers.extend(self.closing.enter_context(log(self.folder)) for log in self.logs)
@@ -93,6 +102,7 @@ def session(config: Any, name: str) -> Iterator[Session]:
             if world.main:
                 files.check_writable(folder, "--out", folder=True)
                 closing.enter_context(locked(folder))
+                files.remove_partial([*folder.glob(".*"), *folder.glob("stages/**/.*")])  # of a killed process
             run = Run(folder, world, _speed(options, world), seed=options.seed, stop=stop, console=console)
             yield Session(config, run, world, console, stop, Clock(folder / "seconds.txt"), asked, closing)
     finally:
@@ -105,15 +115,15 @@ def _folder(config: Any, name: str) -> Path:
             toml.of_run(config.run.out)
         return config.run.out
     if config.run.resume:
-        return _newest_of(config)
+        return _newest_of(config, name)
     number = 1
     while (folder := Path("runs") / (name if number == 1 else f"{name}-{number}")).exists():
         number += 1
     return folder
 
 
-def _newest_of(config: Any) -> Path:
-    """The newest run under runs/ with this configuration."""
+def _newest_of(config: Any, name: str) -> Path:
+    """The newest run under runs/ with this configuration, or else one that was killed before it wrote any."""
     runs = sorted((p for p in Path("runs").glob("*") if (p / "config.toml").is_file()), key=lambda p: p.stat().st_mtime, reverse=True)
     others = []
     for folder in runs:
@@ -121,6 +131,9 @@ def _newest_of(config: Any) -> Path:
         if not found:
             return folder
         others.append(f"{folder} ({'; '.join(found[:3])})")
+    for folder in sorted(Path("runs").glob("*")):
+        if folder.name.startswith(name) and toml.unfinished(folder):
+            return folder
     if not others:
         raise ValueError("--resume: there are no runs under runs/: name the run's folder with --out, or begin one without --resume")
     raise ValueError(
@@ -132,7 +145,7 @@ def _newest_of(config: Any) -> Path:
 def _differences(folder: Path, config: Any) -> list[str]:
     path = folder / "config.toml"
     try:
-        table = toml.read(path)
+        table = toml.read(path, sealed=True)
         ours, theirs = getattr(config, "recipe", None), table.get("recipe")
         if ours != theirs:
             return [f"recipe is {theirs or 'none (kdfast teacher)'} there and {ours or 'none (kdfast teacher)'} here"]
@@ -155,7 +168,7 @@ def _claim(folder: Path, config: Any) -> None:
     foreign = [p.name for p in folder.iterdir() if p.name != ".lock"]
     if foreign:
         raise ValueError(f"run folder {folder} is neither empty nor a run: it holds {', '.join(sorted(foreign)[:3])}")
-    files.write_text(path, toml.dump(replace(config, run=replace(config.run, out=None, resume=False))))
+    files.write_text(path, toml.seal(toml.dump(replace(config, run=replace(config.run, out=None, resume=False)))))
 
 
 def _speed(options: RunOptions, world: World) -> Options:

@@ -35,7 +35,7 @@ def teach(config: Teach) -> Path:
         with seeded(derive(config.run.seed, "teacher")):
             model = create(spec.name, spec.num_classes, pretrained=config.pretrained, **options)
         loaders = job.make_loaders(config.training, None, False, config.run.seed)
-        opened.begin()
+        job.begin()
         images = f"{job.data.name} ({len(job.data.train):,} training images)"
         say(f"kdfast teacher: {config.model}, {parameter_count(model):,} parameters, on {images}")
         say(f"  folder: {opened.folder}, on {opened.world.device}")

@@ -1,5 +1,7 @@
 """config.toml: a configuration as text, and back."""
 
+import hashlib
+import json
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields, is_dataclass, replace
@@ -12,6 +14,7 @@ import tomlkit
 from kdfast.commands.config import FREE_ON_RESUME
 
 C = TypeVar("C")
+SEAL = "# checksum of the lines above: "
 
 
 def dump(config: Any) -> str:
@@ -23,27 +26,48 @@ def _plain(items: Sequence[tuple[str, Any]]) -> dict[str, Any]:
     return {name: "" if value is None else str(value) if isinstance(value, Path) else value for name, value in items}
 
 
+def fingerprint(config: Any) -> str:
+    """Returns a text that changes with every option, except those that may change on resume."""
+    options = asdict(config, dict_factory=lambda items: _plain([item for item in items if item[0] not in FREE_ON_RESUME]))
+    return hashlib.sha256(json.dumps(options, sort_keys=True).encode()).hexdigest()[:16]
+
+
 def of_run(folder: Path) -> Path:
-    """Returns the path of a run's config.toml.
+    """Returns the path of a run's config.toml, or of the one that a run was killed with while it wrote it.
 
     Raises:
         ValueError: there is no run in the folder.
     """
     path = folder / "config.toml"
     if not path.is_file():
+        if partial := unfinished(folder):
+            return partial
         what = "holds no run" if folder.is_dir() else "is no folder"
         raise ValueError(f"--resume: {folder} {what}, so there is nothing to continue; without --resume a run begins there")
     return path
 
 
-def read(path: Path) -> dict[str, Any]:
+def unfinished(folder: Path) -> Path | None:
+    """Returns the temporary config.toml of a run that was killed before it had another."""
+    return next(folder.glob(".config.*.part.toml"), None) if not (folder / "config.toml").exists() else None
+
+
+def seal(text: str) -> str:
+    """Returns the text of a run's config.toml, whose last line is a checksum."""
+    return f"{text}{SEAL}{hashlib.sha256(text.encode()).hexdigest()}\n"
+
+
+def read(path: Path, *, sealed: bool = False) -> dict[str, Any]:
     """Reads the tables of a config.toml.
 
     Raises:
-        ValueError: it cannot be read or is not TOML.
+        ValueError: it cannot be read or is not TOML; or `sealed`, and it is not as a run wrote it.
     """
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        if sealed and seal(text.rpartition(SEAL)[0]) != text:
+            raise ValueError(f"{path} is damaged or has been edited since its run began: put back what was there")
+        return tomllib.loads(text)
     except FileNotFoundError:
         raise ValueError(f"{path} is no configuration: there is no such file") from None
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:

@@ -27,7 +27,7 @@ from kdfast.data.splits import ImageData, Split
 from kdfast.data.workers import iterate, make_loader
 from kdfast.machine import cores
 
-VERSION = 3
+VERSION = 4
 """Version of the cache files and of the kinds of decode_with_kind(); raise it when either changes."""
 FEW = 500
 """Files that are decoded in this process: for them no others are started."""
@@ -47,6 +47,7 @@ class Checked:
     Attributes:
         sizes: int32 [n, 2], height and width; zeros for a bad file.
         kinds: n formats, "jpeg" if every JPEG decoder sees the same image; "" for a bad file.
+        digests: n checksums of the files' bytes; "" for a bad file.
         bad: reason of every bad file, by its path, in the order of the paths.
         decoded: the number of files that were opened; the others were known.
 
@@ -57,6 +58,7 @@ class Checked:
 
     sizes: Tensor
     kinds: tuple[str, ...]
+    digests: tuple[str, ...]
     bad: Mapping[str, str]
     decoded: int
 
@@ -106,6 +108,7 @@ def check(paths: Sequence[str], *, workers: int | None = None, cache: bool = Tru
     return Checked(
         torch.tensor([(outcome.height, outcome.width) for outcome in outcomes], dtype=torch.int32).reshape(-1, 2),
         tuple(outcome.text if outcome.height else "" for outcome in outcomes),
+        tuple(outcome.digest for outcome in outcomes),
         {path: outcome.text for path, outcome in zip(paths, outcomes) if not outcome.height},
         len(pending),
     )
@@ -156,7 +159,7 @@ def _drop_bad(split: Split, checked: Checked) -> Split:
     if split.paths is None:
         return split
     plain = torch.tensor([kind == PLAIN for kind in checked.kinds])
-    return replace(split, sizes=checked.sizes, plain=plain).subset(checked.sizes[:, 0].nonzero().flatten())
+    return replace(split, sizes=checked.sizes, plain=plain, digests=checked.digests).subset(checked.sizes[:, 0].nonzero().flatten())
 
 
 def _list_bad(bad: Mapping[str, str], shown: int) -> str:
@@ -176,6 +179,7 @@ class _Outcome(NamedTuple):
     height: int  # 0: it is bad
     width: int
     text: str  # its kind, or the reason why it is bad
+    digest: str = ""  # of its bytes
 
 
 def _decode(paths: list[str]) -> list[_Outcome]:
@@ -186,7 +190,8 @@ def _decode(paths: list[str]) -> list[_Outcome]:
             stamp = _read_stamp(path)
             try:
                 image, kind = decode_with_kind(path)
-                outcomes.append(_Outcome(*stamp, image.shape[1], image.shape[2], kind))
+                digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
+                outcomes.append(_Outcome(*stamp, image.shape[1], image.shape[2], kind, digest))
             except DataError as error:
                 if isinstance(error.__cause__, OSError):
                     stamp = -1, -1
@@ -195,12 +200,13 @@ def _decode(paths: list[str]) -> list[_Outcome]:
 
 
 def _read_stamp(path: str) -> tuple[int, int]:
-    """Size in bytes and time of modification in ns; -1 if there is no such regular file."""
+    """Size in bytes and time of the last change in ns; -1 if there is no such regular file."""
     try:
         status = os.stat(path)
     except OSError:
         return -1, -1
-    return (status.st_size, status.st_mtime_ns) if stat.S_ISREG(status.st_mode) else (-1, -1)
+    # a changed file may keep its time of modification, but not that of its last change, which on Windows is when it was made
+    return (status.st_size, max(status.st_mtime_ns, status.st_ctime_ns)) if stat.S_ISREG(status.st_mode) else (-1, -1)
 
 
 # ---- known files ----------------------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ image of every class has the key 0. The images with the least keys are chosen. T
 number of images, at least one a class, and every class within one image or so of its share.
 """
 
+import hashlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -33,6 +34,7 @@ class Split:
         paths: n file names, if they are not.
         sizes: int32 [n, 2], height and width of each file; known after kdfast.data.usable().
         plain: bool [n], whether every JPEG decoder sees the file's image alike; known after kdfast.data.usable().
+        digests: a checksum of each file's bytes; known after kdfast.data.usable().
         stores: decoded images that ResidentLoader keeps, by device and framing; splits that differ in their labels only share them.
 
     Raises:
@@ -51,6 +53,7 @@ class Split:
     paths: tuple[str, ...] | None = None
     sizes: Tensor | None = None
     plain: Tensor | None = None
+    digests: tuple[str, ...] | None = None
     stores: dict[Any, Any] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
@@ -95,6 +98,7 @@ class Split:
             paths=None if self.paths is None else tuple(self.paths[i] for i in indices.tolist()),
             sizes=None if self.sizes is None else self.sizes[indices],
             plain=None if self.plain is None else self.plain[indices],
+            digests=None if self.digests is None else tuple(self.digests[i] for i in indices.tolist()),
         )
 
 
@@ -146,6 +150,16 @@ class ImageData:
             missing = list_missing(labels, self.classes)
             if missing:
                 raise DataError(f"{self.name}: no image of {missing} in {part}")
+
+    def fingerprint(self) -> str:
+        """Describes the images in a line that changes with any of them, with their order and their labels, but not with their folder."""
+        splits = (self.train, self.val, self.test)
+        digest = hashlib.sha256(repr(self.classes).encode())
+        for split in dict.fromkeys(splits):
+            images = repr(split.digests or split.paths).encode() if split.pixels is None else split.pixels.contiguous().numpy()
+            for part in (images, split.labels.numpy()):
+                digest.update(part)
+        return f"{' + '.join(f'{len(split):,}' for split in splits)} images ({digest.hexdigest()[:16]})"
 
 
 def list_missing(labels: Tensor, classes: tuple[str, ...]) -> str:

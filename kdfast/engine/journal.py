@@ -1,8 +1,10 @@
 """metrics.jsonl: one line an epoch. Lines written after the last checkpoint of a killed run are cut off on resume."""
 
 import contextlib
+import hashlib
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +19,35 @@ class Journal:
     def __init__(self, path: Path):
         self._path = path
 
+    def _read(self) -> bytes:
+        return self._path.read_bytes() if self._path.exists() else b""
+
     @property
     def size(self) -> int:
-        """Bytes so far; a checkpoint remembers them."""
+        """Bytes so far."""
         return self._path.stat().st_size if self._path.exists() else 0
+
+    def state(self) -> list[Any]:
+        """Size and checksum; checkpoints and finished stages remember them."""
+        content = self._read()
+        return [len(content), hashlib.sha256(content).hexdigest()]
+
+    def check(self, state: Sequence[Any], source: Path) -> None:
+        """Checks that the file begins as it was at `state`, which `source` remembers.
+
+        Raises:
+            ValueError: it does not.
+        """
+        content = self._read()[: state[0]]
+        if [len(content), hashlib.sha256(content).hexdigest()] != list(state):
+            raise ValueError(
+                f"{self._path} is not as the run wrote it ({source} knows {state[0]:,} bytes of it): put it back, or begin again with "
+                "another --out"
+            )
+
+    def stages(self, size: int) -> set[str]:
+        """The stages that the first `size` bytes tell of."""
+        return {json.loads(line)["stage"] for line in self._read()[:size].splitlines()}
 
     def cut(self, size: int) -> None:
         """Removes all lines after the first `size` bytes."""
@@ -42,4 +69,4 @@ class Journal:
 
     def lines(self) -> list[dict[str, Any]]:
         """All lines."""
-        return [json.loads(line) for line in self._path.read_text().splitlines()] if self._path.exists() else []
+        return [json.loads(line) for line in self._read().splitlines()]

@@ -1,37 +1,29 @@
 """A run: the stages of a recipe in order, in one folder. A run that was killed at any point resumes from there.
 
-    RUN/config.toml                    all options
-    RUN/metrics.jsonl                  one line an epoch and stage
-    RUN/checkpoint.pt                  the current stage: weights, optimizer, loader, random states
-    RUN/stages/<stage>/best.safetensors, last.safetensors, stage.json     a finished stage; stage.json is written last
-
 A recipe is a generator that yields stages. On resume it runs again from its start: finished stages are restored, the current one
 continues from the checkpoint. Each stage's name seeds the random numbers that follow it, so modules that a recipe builds between stages
 come out the same.
 """
 
-import json
-import pickle
+import os
 import statistics
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import IO, Any, TypeVar
 
-import torch
 from torch import nn
 
-from kdfast import files
 from kdfast.engine import random_state
 from kdfast.engine.console import Console, StageProgress
 from kdfast.engine.distributed import World
 from kdfast.engine.interrupt import Interrupted, StopRequest
-from kdfast.engine.journal import Journal
 from kdfast.engine.loop import Options, StageLoop
 from kdfast.engine.metrics import NonFiniteLoss
+from kdfast.engine.saved import Saved, explain_damage, train_again
 from kdfast.engine.stage import Stage
-from kdfast.models import load_weights, save_weights
+from kdfast.models import load_weights
 from kdfast.runs.results import Kept
 
 try:
@@ -82,7 +74,7 @@ class StageResult:
         Raises:
             ValueError: the file is damaged or missing.
         """
-        with _explain_damage(self.folder):
+        with explain_damage(train_again(self.folder)):
             load_weights(nn.ModuleList(self.modules), self.folder / f"{which}.safetensors")
 
 
@@ -125,7 +117,7 @@ class Run:
         self._stop = stop if stop is not None else StopRequest()
         self._console = console if console is not None else Console(quiet=True)
         self.observers = list(observers)
-        self._journal = Journal(folder / "metrics.jsonl")
+        self.saved = Saved(folder)
         self._journal_size = 0  # bytes that finished stages account for
         self._prefix = ""
 
@@ -168,34 +160,40 @@ class Run:
             if loop.best_epoch < 0:
                 raise NonFiniteLoss(f"stage {stage.name}: {stage.best} was never a number, so there is no best epoch to keep")
             if self.world.main:
-                self._write_result(stage, loop, folder)
+                self._write_result(stage, loop)
             self.world.barrier()
         return self._restore(stage, folder)
 
     def _train(self, stage: Stage, folder: Path, progress: StageProgress) -> StageLoop:
-        checkpoint = self.folder / "checkpoint.pt"
+        saved, name = self.saved, stage.name
         loop = StageLoop(stage, self.world, self.options, self._stop, progress.step)
         if not self.world.main:  # all modules were built alike; from here on each process draws its own dropout masks and negatives
-            random_state.seed_all(random_state.derive(self.seed, stage.name, "stage", self.world.rank))
-        journal_size = self._journal_size
-        if checkpoint.exists() and (state := _read_checkpoint(checkpoint))["stage"] == stage.name:
-            loop.load_state_dict(state)
-            journal_size = state["journal_size"]
-        if self.world.main:
-            self._journal.cut(journal_size)
+            random_state.seed_all(random_state.derive(self.seed, name, "stage", self.world.rank))
 
         def save() -> None:
             state = loop.state_dict()
             if self.world.main:
-                files.write_torch(checkpoint, state | {"journal_size": self._journal.size})
+                saved.write_checkpoint(state)
             self.world.barrier()
 
+        state = saved.read_checkpoint()
+        if state is not None and state["stage"] == name:
+            loop.load_state_dict(state)
+            self._journal_size = state["journal"][0]
+        begins = state is None or state["stage"] != name
+        self.world.barrier()  # all have read the checkpoint
+        if self.world.main:
+            if begins:
+                saved.checkpoint.unlink(missing_ok=True)  # of another stage, which needs the lines that are cut off
+            saved.journal.cut(self._journal_size)
+        if begins:
+            save()  # a full disk shows now, not after an epoch
         for line in loop.epochs(save):
             if self.world.main:
                 if line["best"]:
                     with loop.averaged_weights():
-                        save_weights(loop.trained, folder / "best.safetensors", stage.metadata)
-                self._journal.append(line)
+                        saved.save_weights(name, "best", line["epoch"], loop.trained, stage.metadata)
+                saved.journal.append(line)
                 for observe in self.observers:
                     observe(line)
             progress.epoch(line)
@@ -206,10 +204,12 @@ class Run:
             raise Interrupted(self._stop.signal_number or 15)
         return loop
 
-    def _write_result(self, stage: Stage, loop: StageLoop, folder: Path) -> None:
+    def _write_result(self, stage: Stage, loop: StageLoop) -> None:
+        lines = [line for line in self.saved.journal.lines() if line["stage"] == stage.name]
+        if len(lines) != loop.epoch:
+            raise ValueError(f"{self.folder / 'metrics.jsonl'} was changed while the run wrote it")
         with loop.averaged_weights():
-            save_weights(loop.trained, folder / "last.safetensors", stage.metadata)
-        lines = [line for line in self._journal.lines() if line["stage"] == stage.name]
+            self.saved.save_weights(stage.name, "last", len(lines), loop.trained, stage.metadata)
         kept = lines[-1] if stage.keep == "last" else lines[loop.best_epoch]
         rates = [line["images_per_s"] for line in lines]
         facts = {
@@ -220,39 +220,18 @@ class Run:
             "images_per_s": statistics.median(rates[1:] or rates),
             "kept": stage.keep,
         }
-        files.write_json(folder / "stage.json", facts | {"journal_size": self._journal.size})
+        self.saved.write_stage(stage.name, {"result": facts, "best_epoch": loop.best_epoch + 1})
 
     def _restore(self, stage: Stage, folder: Path) -> StageResult:
-        with _explain_damage(folder):
-            facts = json.loads((folder / "stage.json").read_text())
-            self._journal_size = facts.pop("journal_size")
+        facts = self.saved.read_stage(stage.name)
+        self._journal_size = facts["journal"][0]
         for module in stage.train:
             module.to(self.world.device)
-        result = StageResult(stage.name, folder=folder, modules=stage.train, **facts)
+        result = StageResult(stage.name, folder=folder, modules=stage.train, **facts["result"])
         result.restore(result.kept)
         for module in stage.train:
             module.eval()
         return result
-
-
-def _read_checkpoint(path: Path) -> dict[str, Any]:
-    with path.open("rb") as file:  # a missing permission must not be reported as damage
-        try:
-            state = torch.load(file, map_location="cpu", weights_only=True)
-        except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError, AttributeError):
-            state = None
-    if not isinstance(state, dict) or not {"stage", "journal_size"} <= state.keys():
-        raise ValueError(f"{path} is damaged: delete it to continue from the last finished stage")
-    return state
-
-
-@contextmanager
-def _explain_damage(folder: Path) -> Iterator[None]:
-    """Says what to do if a file of a finished stage is damaged or missing; later stages depend on its place in the journal."""
-    try:
-        yield
-    except (ValueError, FileNotFoundError) as error:
-        raise ValueError(f"{error}: delete {folder} and the folders of the stages after it to train these again") from error
 
 
 @contextmanager
@@ -276,4 +255,13 @@ def locked(folder: Path) -> Iterator[None]:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise ValueError(f"run folder {folder}: another process is running in it") from None
-        yield
+        _locks.append(file)
+        try:
+            yield
+        finally:
+            _locks.remove(file)
+
+
+_locks: list[IO[str]] = []
+if hasattr(os, "register_at_fork"):  # a loader's worker outlives a killed process by seconds; its copy of the file must not hold the lock
+    os.register_at_fork(after_in_child=lambda: [file.close() for file in _locks])

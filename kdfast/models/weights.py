@@ -4,6 +4,8 @@ A pickle is a program; this module never runs one. PyTorch's restricted unpickle
 other class becomes a dictionary of its attributes, without its class; a function that a file wants to call is refused in one sentence.
 """
 
+import hashlib
+import json
 import os
 import pickle
 import re
@@ -27,6 +29,7 @@ from kdfast.models.zoo import NETWORKS, ModelSpec, Option, create
 EMA = ("state_dict_ema", "model_ema", "ema_state_dict", "params_ema", "ema")  # moving averages of the weights
 NESTINGS = ("state_dict", "model_state_dict", "model", "net", "network", "model_state", "module", "weights", "params", *EMA)
 SHOWN = 10  # names in a message
+SEAL = "kdfast.sha256"  # metadata of the files that save_weights writes: the checksum of the file without it
 PREFIXES = ("module.", "_orig_mod.")  # of DistributedDataParallel and torch.compile
 WRAPPERS = re.compile(r"_orig_mod\.|_fsdp_wrapped_module\.|_checkpoint_wrapped_module\.")  # of parts of a network, anywhere in a name
 OLD_NAMES = (  # in torchvision's published DenseNets and vision transformers
@@ -132,7 +135,7 @@ def read_weights(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: the file is empty, truncated, not a weights file (a Git LFS pointer, an HTML page, an archive: the message names it),
-            or would execute code.
+            or would execute code; or it is not as `save_weights` wrote it.
 
     Example:
         >>> import tempfile
@@ -210,6 +213,8 @@ def save_weights(
 ) -> None:
     """Writes a safetensors file. On failure the old file stays: the new one appears complete or not at all.
 
+    The same weights and metadata are the same bytes. The metadata gets a checksum, by which `read_weights` finds damage.
+
     Tensors that share memory are written one by one; a model that ties them shares them again after loading.
 
     Args:
@@ -231,7 +236,24 @@ def save_weights(
 
     state = model_or_state.state_dict() if isinstance(model_or_state, nn.Module) else model_or_state
     tensors = {name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in _strip_prefixes(state).items()}
-    files.write_bytes(Path(path), save(tensors, dict(metadata or {})))
+    metadata, content = dict(metadata or {}), save(tensors, {SEAL: ""})
+    files.write_bytes(Path(path), *_with_metadata(content, metadata | {SEAL: _checksum(content, metadata)}))
+
+
+def _with_metadata(content: bytes, metadata: Mapping[str, str]) -> tuple[bytes, memoryview]:
+    """A safetensors file's header with other metadata, sorted (the package writes entries in random order), and the file's tensors."""
+    end = 8 + int.from_bytes(content[:8], "little")
+    table = json.loads(content[8:end]) | {"__metadata__": dict(sorted(metadata.items()))}
+    header = json.dumps(table, ensure_ascii=False, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)
+    return len(header).to_bytes(8, "little") + header, memoryview(content)[end:]
+
+
+def _checksum(content: bytes, metadata: Mapping[str, str]) -> str:
+    digest = hashlib.sha256()
+    for part in _with_metadata(content, metadata):
+        digest.update(part)
+    return digest.hexdigest()
 
 
 def recognize(state: Mapping[str, Tensor], name: str) -> tuple[ModelSpec, str | None]:
@@ -273,9 +295,13 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
+            state, metadata = {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
     except SafetensorError as error:
         raise ValueError(f"read_weights: {path} is truncated or not a safetensors file: {error}") from error
+    seal = metadata.pop(SEAL, None)
+    if seal is not None and seal != _checksum(path.read_bytes(), metadata):
+        raise ValueError(f"read_weights: {path} is damaged: it is not as it was written")
+    return state, metadata
 
 
 def _name_content(path: Path, head: bytes) -> str | None:

@@ -5,6 +5,7 @@ import sys
 
 import pytest
 
+from kdfast.commands import toml
 from kdfast.models import ModelSpec, create, save_weights
 from kdfast.runs import artifact
 from tests.commands.running import TINY, fail, kdfast
@@ -66,7 +67,7 @@ def test_the_command_line_may_name_the_code_of_a_weights_file(folder):
 )
 @pytest.mark.parametrize("resume", [False, True], ids=["config", "resume"])
 def test_a_config_imports_nothing(folder, capsys, command, line, resume):
-    (folder / "config.toml").write_text(line)
+    (folder / "config.toml").write_text(toml.seal(line))
     options = ["--out", ".", "--resume"] if resume else ["--config", "config.toml"]
     assert "which is not kdfast's: files import nothing, so name it on the command line too" in fail(capsys, command, *options)
     assert not (folder / "imported").exists()

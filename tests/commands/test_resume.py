@@ -158,6 +158,30 @@ def test_resume_finds_the_run_with_the_same_options(finished: Path, tmp_path: Pa
     assert [p.name for p in (tmp_path / "runs").iterdir()] == ["first"]
 
 
+@pytest.mark.parametrize("size", [10_000, 300, 0], ids=["whole", "half", "empty"])
+@pytest.mark.parametrize(
+    ("command", "resume"),
+    [
+        pytest.param([*KD_SEEDS, "--out", "run"], [], id="the same command"),
+        pytest.param([*KD_SEEDS, "--out", "run"], ["--resume"], id="with resume"),
+        pytest.param(KD_SEEDS, [], id="the same command without out"),
+        pytest.param(KD_SEEDS, ["--resume"], id="with resume without out"),
+    ],
+)
+def test_a_run_killed_while_it_writes_its_first_file_begins_again(command, resume, size, finished, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    killed = tmp_path / ("run" if "--out" in command else "runs/kd-digits-resnet8")
+    killed.mkdir(parents=True)
+    (killed / ".lock").touch()
+    (killed / ".config.0123abcd.part.toml").write_bytes((finished / "config.toml").read_bytes()[:size])
+    assert kdfast("distill", *command, *resume) == 0
+    run = max(tmp_path.glob("**/results.json")).parent
+    assert_same_run(run, finished)
+    assert run == killed or not resume
+    assert not list(run.glob(".config*"))
+
+
 # ---- damaged or taken ------------------------------------------------------------------------------------------------
 
 
