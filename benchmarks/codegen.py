@@ -15,11 +15,12 @@ from kdfast import files, machine
 from kdfast.benchmarks.binaries import Recorded, compile_launches, find_problems, record_launches
 from kdfast.benchmarks.harness import Launch
 from kdfast.benchmarks.operators import OPERATORS
+from kdfast.engine.ranges import Checked
 from kdfast.text import markdown_table
 
 
 @dataclass(frozen=True)
-class Codegen:
+class Codegen(Checked):
     """Registers, spills, shared memory, load widths and bytes moved of every kernel and launch plan; needs no GPU."""
 
     targets: tuple[Literal["sm_80", "sm_90", "sm_100", "gfx942"], ...] = ("sm_80", "sm_90", "sm_100", "gfx942")

@@ -39,7 +39,7 @@ from kdfast.data import (
 )
 from kdfast.data.loaders import dali_installed
 from kdfast.engine import join
-from kdfast.engine.ranges import AtLeastOne, Checked, Count
+from kdfast.engine.ranges import AtLeastOne, Checked, Pixels, Processes
 from kdfast.text import markdown_table
 
 NAMED = {"imagenette": "imagenette2-160", "cifar10": "cifar-10-batches-py"}  # data sets, and their folders
@@ -53,11 +53,11 @@ class Loaders(Checked):
 
     data_dir: Path | None = None
     """An image folder, or a folder that holds imagenette2-160/ or cifar-10-batches-py/; none: generated images."""
-    workers: Count | None = None
+    workers: Processes | None = None
     """Processes on either side, beside the case of none, and threads of DALI; none: one a core, up to 8."""
     images: AtLeastOne = 1000
     """Training images an epoch, at most; ten times as many where they are small and in memory."""
-    image_size: AtLeastOne = 224
+    image_size: Pixels = 224
     """Pixels of the crops of image files."""
     batch_size: AtLeastOne = 64
     """Images a batch."""

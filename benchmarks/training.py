@@ -31,7 +31,7 @@ from kdfast.benchmarks import distill_kl, supcon, timing
 from kdfast.benchmarks.loaders import small_images
 from kdfast.data import Batch, make_loaders
 from kdfast.engine import Stage, Training, World, join
-from kdfast.engine.ranges import AtLeastOne, Checked, Positive, Range
+from kdfast.engine.ranges import Checked, Pixels, Positive, Range
 from kdfast.engine.schedule import make_optimizer
 from kdfast.engine.stage import Outputs, Terms
 from kdfast.models import ModelSpec, create
@@ -56,7 +56,7 @@ class Train(Checked):
     """Teacher's architecture; none: resnet101 on CUDA, resnet34 on the CPU."""
     classes: AtLeastTwo = 1000
     """Outputs of both networks."""
-    image_size: AtLeastOne | None = None
+    image_size: Pixels | None = None
     """Pixels; none: 224 on CUDA, 64 on the CPU."""
     batch_size: AtLeastTwo | None = None
     """Images a step; none: 256 on CUDA, 32 on the CPU."""

@@ -17,6 +17,7 @@ from kdfast.benchmarks import harness, operators, report
 from kdfast.benchmarks.harness import COMPILED, EAGER, OURS
 from kdfast.commands.command_line import Command, run_one_of
 from kdfast.engine import join
+from kdfast.engine.ranges import Checked
 from kdfast.imports import MissingPackage
 
 BENCHES = {
@@ -32,7 +33,7 @@ _Operators = Annotated[tuple[str, ...], tyro.conf.arg(help=_HELP, help_behavior_
 
 
 @dataclass(frozen=True)
-class Kernels:
+class Kernels(Checked):
     """Measure the operators on this machine: time, fraction of the floor, memory and error, beside eager PyTorch and torch.compile."""
 
     operators: _Operators = ()
@@ -77,7 +78,7 @@ def kernels(options: Kernels) -> list[dict[str, Any]]:
 
 
 @dataclass(frozen=True)
-class Report:
+class Report(Checked):
     """Make tables and figures of the given files, or of the committed results for README.md and docs/."""
 
     results: Annotated[tuple[Path, ...], tyro.conf.Positional] = ()

@@ -68,8 +68,8 @@ def resolve(command: Literal["teacher", "distill", "compare"], arguments: Sequen
     student's training is the teacher's too, unless "teacher_training.<field>" is there as well.
 
     Raises:
-        ValueError: an unknown recipe, preset or key, a value of another type, a recipe that contradicts config.toml's, or code that only
-            config.toml names.
+        ValueError: an unknown recipe, preset or key, a value of another type, a recipe that contradicts config.toml's, code that only
+            config.toml names, or an option of the command line that changes nothing.
         SystemExit: the options do not fit, or ask for help.
     """
     chosen = _peek(command, arguments)
@@ -99,6 +99,8 @@ def resolve(command: Literal["teacher", "distill", "compare"], arguments: Sequen
     else:
         code = [found.teacher_model, found.student, *getattr(found.method, "assistants", ())]
     _check_code(code, source, arguments)
+    if command != "compare":  # there an option is for those recipes that use it
+        config.check_effects(found, default)
     return found
 
 

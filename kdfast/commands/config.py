@@ -12,9 +12,10 @@ from typing import Annotated, Any, Generic, Literal, TypeVar
 
 import tyro
 
+from kdfast import recipes
 from kdfast.data.loaders import LoaderName
 from kdfast.engine import Training
-from kdfast.engine.ranges import AtLeastOne, Checked, Range
+from kdfast.engine.ranges import AtLeastOne, BelowOne, Checked, Count, NotNegative, Pixels, Processes, Range, Seed, UpToOne
 from kdfast.recipes.plus import Term
 
 S = TypeVar("S")
@@ -39,15 +40,15 @@ class DataOptions(Checked):
     """Data set by name (kdfast list datasets), or the path of an image folder."""
     data_dir: Path | None = None
     """Folder that holds the data set, or that it is downloaded to."""
-    val_fraction: float = 0.1
+    val_fraction: BelowOne = 0.1
     """Fraction of the training images set aside for validation, which chooses the best epoch; 0: no epoch is chosen, the last counts."""
     label_fraction: Annotated[float, Range("must be above 0 and at most 1", lambda value: 0 < value <= 1)] = 1.0
     """Fraction of the training images whose labels the student sees; a teacher that is trained first sees all labels."""
-    max_images: int | None = None
+    max_images: AtLeastOne | None = None
     """Use at most this many training images, the same fraction of every class."""
-    max_bad_files: int = 0
+    max_bad_files: Count = 0
     """Leave out up to this many image files that cannot be read; with more, the run does not begin."""
-    image_size: Annotated[int | None, OWN] = None
+    image_size: Annotated[Pixels | None, OWN] = None
     """Side of the square input in pixels."""
     augment: Annotated[str | None, OWN] = None
     """Training augmentation by name (docs/loaders.md); "none" only resizes images."""
@@ -57,7 +58,7 @@ class DataOptions(Checked):
     """Mean and standard deviation of the channels, by name: imagenet, cifar10, ..."""
     loader: LoaderName = "auto"
     """Image loader; auto: resident if the images fit on the device, else dali if it is installed, else torchvision."""
-    workers: Annotated[int | None, default_is("chosen by the data")] = None
+    workers: Annotated[Processes | None, default_is("chosen by the data")] = None
     """Processes (torchvision) or threads (dali) of the loader."""
 
 
@@ -65,7 +66,7 @@ class DataOptions(Checked):
 class RunOptions(Checked):
     """The place and the manner of a run."""
 
-    seed: int = 0
+    seed: Seed = 0
     """Seed of all randomness: splits, labels that are shown, initial weights, order, augmentation."""
     seeds: AtLeastOne = 1
     """Number of seeds: the student is trained once with each, the teacher once in all."""
@@ -73,7 +74,9 @@ class RunOptions(Checked):
     """Also train the student without the teacher, for comparison."""
     device: str = "auto"
     """Device: auto, cpu, cuda or cuda:N."""
-    threads: Annotated[AtLeastOne | None, default_is("one a core")] = None
+    threads: Annotated[
+        Annotated[int, Range("must be at least 1", lambda value: value >= 1, most=4096)] | None, default_is("one a core")
+    ] = None
     """CPU threads of PyTorch."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Precision of autocast; auto: bf16 on CUDA, fp32 on the CPU."""
@@ -81,7 +84,7 @@ class RunOptions(Checked):
     """torch.compile the forward passes; auto: only on CUDA."""
     strict: bool = False
     """Treat a teacher that is no better than chance as an error, not a warning."""
-    checkpoint_minutes: float = 15.0
+    checkpoint_minutes: NotNegative = 15.0
     """Minutes between checkpoints within an epoch; the end of every epoch is saved in any case."""
     out: Annotated[Path | None, default_is("a new one under runs/")] = None
     """Run folder."""
@@ -96,7 +99,7 @@ FREE_ON_RESUME = {"out", "resume", "log", "workers", "checkpoint_minutes"}
 
 
 @dataclass(frozen=True)
-class Distill(Generic[S]):
+class Distill(Checked, Generic[S]):
     """Distil a teacher into a student."""
 
     recipe: str = "conkd"
@@ -129,6 +132,7 @@ class Distill(Generic[S]):
     run: Annotated[RunOptions, FLAT] = RunOptions()
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for term in self.plus:
             Term.parse(term)
 
@@ -144,7 +148,7 @@ class TeachRunOptions(RunOptions):
 
 
 @dataclass(frozen=True)
-class Teach:
+class Teach(Checked):
     """Train one network on labels, for use as a teacher."""
 
     model: str = "resnet56"
@@ -153,7 +157,7 @@ class Teach:
     """Options of the architecture, as key=value."""
     pretrained: bool = False
     """Start from torchvision's ImageNet weights."""
-    label_smoothing: float = 0.0
+    label_smoothing: UpToOne = 0.0
     """Label smoothing of the cross-entropy."""
     data: Annotated[DataOptions, FLAT] = DataOptions()
     training: Annotated[Training, FLAT] = Training()
@@ -252,6 +256,36 @@ def _home(config: Any, name: str) -> str:
         if f.name != "teacher_training" and is_dataclass(part) and any(inner.name == name for inner in fields(part)):
             return f.name
     raise ValueError(f"there is no option {name!r}")
+
+
+def check_effects(found: "Teach | Distill[Any]", default: "Teach | Distill[Any]") -> None:
+    """Checks that every option of the command line changes the run.
+
+    Args:
+        found: the configuration.
+        default: the same before the command line.
+
+    Raises:
+        ValueError: an option is without effect beside the others.
+    """
+    idle = {"training": found.training.idle(), "data": {}, "": {}}
+    if found.data.dataset not in DATASETS.keys() - {"digits"}:
+        idle["data"] = {"data_dir": f"with dataset {found.data.dataset}"}
+    if isinstance(found, Distill):
+        needs_teacher, given = recipes.get(found.recipe).needs_teacher, found.teacher != "train"
+        idle |= {"teacher_training": found.teacher_training.idle(), "method": getattr(found.method, "idle", dict)()}
+        if not needs_teacher:  # scripts that try every recipe name both networks and trainings, which is no mistake
+            names = ("teacher_options", "teacher_normalization", "teacher_pretrained", "strict")
+            idle[""] = dict.fromkeys(names, f"with recipe {found.recipe}, which has no teacher")
+        else:
+            idle[""] = {"teacher_pretrained": "with --teacher"} if given else {"teacher_normalization": "without --teacher"}
+    for part, reasons in idle.items():
+        here, before = (getattr(config, part) if part else config for config in (found, default))
+        for name, reason in reasons.items():
+            holder, other = (here, before) if hasattr(here, name) else (found.run, default.run)
+            if getattr(holder, name) != getattr(other, name):
+                prefix = "teacher_training." if part == "teacher_training" else ""
+                raise ValueError(f"{prefix}{name} has no effect {reason}")
 
 
 def parse_options(options: tuple[str, ...], name: str) -> dict[str, Any]:

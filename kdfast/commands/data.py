@@ -25,6 +25,8 @@ from kdfast.commands.tables import make_table
 from kdfast.data import Checked, DataError, ImageData, Split, check, evaluation_transform, load, training_transform
 from kdfast.data.images import EXTENSIONS, find
 from kdfast.data.seeding import Draws
+from kdfast.engine import ranges
+from kdfast.engine.ranges import AtLeastOne, BelowOne, Count, Pixels, Processes, Seed
 
 COMMANDS = {
     "info": "classes, image sizes and formats, bad files",
@@ -36,16 +38,16 @@ LEGIBLE = 64  # pixels: smaller images are magnified on the sheet
 
 
 @dataclass(frozen=True)
-class Info:
+class Info(ranges.Checked):
     """Show the content of a data set: images of each class and split, sizes, formats, bad files."""
 
     dataset: Annotated[str, tyro.conf.Positional]
     """Data set by name (kdfast list datasets), or the path of an image folder."""
     data_dir: Path | None = None
     """Folder that holds the data set, or that it is downloaded to."""
-    val_fraction: float = 0.1
+    val_fraction: BelowOne = 0.1
     """Fraction of the training images set aside for validation; 0: the test images are shown for it."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the split into training, validation and test images, for data sets without a split of their own."""
 
 
@@ -89,16 +91,16 @@ def _classes(data: ImageData) -> Table:
 
 
 @dataclass(frozen=True)
-class Check:
+class Check(ranges.Checked):
     """Decode every image file and name the bad ones; the exit status is 1 if there are too many."""
 
     dataset: Annotated[str, tyro.conf.Positional]
     """Data set by name (kdfast list datasets), or the path of any folder with images in it."""
     data_dir: Path | None = None
     """Folder that holds the data set, or that it is downloaded to."""
-    max_bad_files: int = 0
+    max_bad_files: Count = 0
     """Number of files that may be bad."""
-    workers: int | None = None
+    workers: Processes | None = None
     """Number of processes; none: one a core."""
 
 
@@ -108,8 +110,6 @@ def check_files(options: Check) -> Checked:
     Raises:
         DataError: more than options.max_bad_files are bad, or there are no image files.
     """
-    if options.max_bad_files < 0:
-        raise DataError(f"max_bad_files must be at least 0, got {options.max_bad_files}")
     console = Console(soft_wrap=True)
     paths = _paths(options)
     if not paths:
@@ -145,7 +145,7 @@ def _check(paths: list[str], console: Console, workers: int | None = None) -> Ch
 
 
 @dataclass(frozen=True)
-class Preview:
+class Preview(ranges.Checked):
     """Draw a sheet of augmented training images: a row for each image, first as it is and then augmented several times."""
 
     dataset: Annotated[str, tyro.conf.Positional]
@@ -154,11 +154,11 @@ class Preview:
     """Folder that holds the data set, or that it is downloaded to."""
     transform: Annotated[str | None, OWN] = None
     """Training augmentation by name; "none" only resizes images."""
-    image_size: Annotated[int | None, OWN] = None
+    image_size: Annotated[Pixels | None, OWN] = None
     """Side of the square images in pixels."""
-    count: int = 8
+    count: AtLeastOne = 8
     """Number of images; the classes take turns."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the augmentation."""
     out: Path = Path("sheet.png")
     """PNG file to write."""
@@ -171,8 +171,6 @@ def preview(options: Preview) -> Path:
         DataError: there is no such data set or transform, or a number is not positive.
         ValueError: options.out cannot be written.
     """
-    if options.count < 1:
-        raise DataError(f"count must be at least 1, got {options.count}")
     files.check_writable(options.out, "--out")
     data = load(options.dataset, data_dir=options.data_dir, val_fraction=0)
     size = data.image_size if options.image_size is None else options.image_size

@@ -1,5 +1,6 @@
 """kdfast distill: the teacher first, then for every seed the student alone and the student distilled, then the report."""
 
+import copy
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -14,13 +15,14 @@ from kdfast import recipes, report
 from kdfast.commands.command_line import resolve
 from kdfast.commands.config import Distill, parse_options
 from kdfast.commands.job import Job, teacher_results
+from kdfast.commands.rehearsal import check_fits, rehearse
 from kdfast.commands.session import Session, session
 from kdfast.commands.tables import make_table
 from kdfast.engine import Evaluation, StageResult
-from kdfast.models import ModelSpec, build, parameter_count
+from kdfast.models import ModelSpec, parameter_count
 from kdfast.recipes.features import fingerprint
 from kdfast.recipes.plus import Term, plus
-from kdfast.recipes.recipe import Extended, Setup, Stages, Trained
+from kdfast.recipes.recipe import Extended, Setup, Stages, Trained, seeded
 from kdfast.recipes.supervised import alone
 from kdfast.recipes.supervised import teacher as supervised_teacher
 from kdfast.runs import artifact
@@ -107,16 +109,27 @@ class Distillation(Job[Distill[Any]]):
             make_loaders=self.make_loaders,
             say=self.say,
         )
-        # errors should appear now, not after the teacher's training
         given = config.teacher != "train"
         if given and not self._recipe.needs_teacher:
             raise ValueError(f"teacher {config.teacher} was given, but recipe {config.recipe} has none")
-        with torch.device("meta"):
-            build(self._setup.student_spec)
-            if self._recipe.needs_teacher and not given:
-                build(self._setup.teacher_spec)
-        self._setup.loaders(config.training)
         self.given = self._load_teacher() if given else None
+        self._rehearse()
+
+    def _rehearse(self) -> None:
+        """Finds now what would otherwise be found after the teacher's training."""
+        config, size, classes = self.config, self.prepared.image_size, self._setup.classes
+        self._setup.loaders(config.teacher_training)
+        loaders = self._setup.loaders(config.training)
+        setup = replace(self._setup, make_loaders=lambda *_: loaders, say=lambda line: None)
+        with seeded(0):
+            check_fits(setup.student(), f"student {config.student}", size, classes)
+            teacher = None
+            if self._recipe.needs_teacher:
+                given = copy.deepcopy(self.given)  # a recipe may change it
+                network = setup.new_teacher() if given is None else given.model
+                check_fits(network, f"teacher {config.teacher_model if given is None else config.teacher}", size, classes)
+                teacher = rehearse((self._recipe.teacher or supervised_teacher)(setup, config.method, given), size, classes).model
+            rehearse(self._distilled(setup, teacher), size, classes)
 
     def print_header(self) -> None:
         """Prints what is about to run, in a few lines."""

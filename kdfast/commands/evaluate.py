@@ -17,6 +17,7 @@ from kdfast.commands.images import load_data
 from kdfast.commands.tables import make_table
 from kdfast.data import make_loaders
 from kdfast.engine import Evaluation, evaluate, join
+from kdfast.engine.ranges import AtLeastOne, Checked, Seed
 from kdfast.models import parameter_count
 from kdfast.report.confusion import MATRIX_CLASSES
 from kdfast.runs import artifact
@@ -37,7 +38,7 @@ class EvalData(DataOptions):
 
 
 @dataclass(frozen=True)
-class Eval:
+class Eval(Checked):
     """Evaluate a trained classifier."""
 
     weights: Annotated[str, tyro.conf.Positional]
@@ -48,9 +49,9 @@ class Eval:
     """Options of that architecture, as key=value (shortcut=A); most are recognized from the weights."""
     split: Literal["test", "val", "train"] = "test"
     """Images to evaluate on."""
-    batch_size: int = 256
+    batch_size: AtLeastOne = 256
     """Images in one forward pass."""
-    seed: Annotated[int, default_is("the run's, else 0")] = 0
+    seed: Annotated[Seed, default_is("the run's, else 0")] = 0
     """Seed of the split into training, validation and test images, for data sets without a split of their own."""
     device: str = "auto"
     """Device: auto, cpu, cuda or cuda:N."""

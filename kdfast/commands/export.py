@@ -17,6 +17,7 @@ from torch import Tensor
 
 from kdfast import files
 from kdfast.commands.command_line import parse
+from kdfast.engine.ranges import Checked, Pixels
 from kdfast.imports import require
 from kdfast.models import build, load_weights, save_weights
 from kdfast.runs import artifact
@@ -26,7 +27,7 @@ AGREEMENT = 1e-3  # largest accepted difference of logits, as a fraction of the 
 
 
 @dataclass(frozen=True)
-class Export:
+class Export(Checked):
     """Export a trained classifier."""
 
     weights: Annotated[str, tyro.conf.Positional]
@@ -37,7 +38,7 @@ class Export:
     """File to write; none: beside the weights, with the format as its ending."""
     model: str | None = None
     """Architecture of a weights file that does not name its own."""
-    image_size: int | None = None
+    image_size: Pixels | None = None
     """Side of the square input in pixels; none: as trained."""
 
 

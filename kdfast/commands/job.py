@@ -39,6 +39,9 @@ class Job(Generic[C]):
         self.session, self.say = session, session.console.say
         seed, world = config.run.seed, session.world
         self.data, self.notes = load_data(config.data, seed, world, session.console.rich, session.stop)
+        for training in (config.training, getattr(config, "teacher_training", config.training)):
+            if self.data.val_is_test and (training.early_stop is not None or training.schedule == "plateau"):
+                raise ValueError("early_stop and schedule plateau need validation images, and val_fraction is 0: test images would decide")
         self.prepared = preparation(self.data, config.data)
         self.make_loaders = loader_maker(self.data, config.data, self.prepared, seed, world, self.say)
         self.labels_hidden = config.data.label_fraction < 1

@@ -9,11 +9,12 @@ import tyro
 
 from kdfast import files
 from kdfast.commands.command_line import parse
+from kdfast.engine.ranges import Checked
 from kdfast.report import write_comparison, write_report
 
 
 @dataclass(frozen=True)
-class Report:
+class Report(Checked):
     """Make a run's report again, or compare several runs."""
 
     runs: Annotated[tuple[Path, ...], tyro.conf.Positional]

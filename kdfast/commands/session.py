@@ -1,5 +1,6 @@
 """A training command's run: its folder and configuration, the device, signals, logs and the clock."""
 
+import shutil
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -65,16 +66,24 @@ class Session:
             identity: what else the run's numbers depend on (see Saved.identity).
 
         Raises:
-            ValueError: the folder holds another configuration's run, or one that --resume was not asked for; or its files are damaged,
-                or other data or weights have made them.
+            ValueError: another process is running in the folder, it holds another configuration's run, or one that --resume was not asked
+                for, its files are damaged, or other data or weights have made them; or a log cannot be opened. A folder that would be
+                new is not left behind.
         """
         self.run.saved.identity = {"options (config.toml)": toml.fingerprint(self.config)} | identity
         if self.world.main:
-            _claim(self.folder, self.config)
+            self.closing.enter_context(locked(self.folder))
+            files.remove_partial([*self.folder.glob(".*"), *self.folder.glob("stages/**/.*")])  # of a killed process
+            new = _claim(self.folder, self.config)
             self.run.saved.check()
+            try:
+                self.run.observers.extend(self.closing.enter_context(log(self.folder)) for log in self.logs)
+            except Exception as error:  # whatever a service raises without a key or a network
+                if new:
+                    shutil.rmtree(self.folder, ignore_errors=True)
+                raise ValueError(f"--log {', '.join(self.config.run.log)}: {error}") from error
             self.closing.callback(self.clock.write)
             self.run.observers.append(self.clock.write)
-            self.run.observers.extend(self.closing.enter_context(log(self.folder)) for log in self.logs)
         self.world.barrier()
 
 
@@ -87,8 +96,7 @@ def session(config: Any, name: str) -> Iterator[Session]:
         name: name of a new folder under runs/.
 
     Raises:
-        ValueError: no such device, a log whose package is not installed, a folder that cannot be made or that another process is running
-            in, or no run to resume.
+        ValueError: no such device, a log whose package is not installed, a folder that cannot be made, or no run to resume.
     """
     options: RunOptions = config.run
     if options.threads is not None:
@@ -101,8 +109,6 @@ def session(config: Any, name: str) -> Iterator[Session]:
         with catching() as stop, ExitStack() as closing:
             if world.main:
                 files.check_writable(folder, "--out", folder=True)
-                closing.enter_context(locked(folder))
-                files.remove_partial([*folder.glob(".*"), *folder.glob("stages/**/.*")])  # of a killed process
             run = Run(folder, world, _speed(options, world), seed=options.seed, stop=stop, console=console)
             yield Session(config, run, world, console, stop, Clock(folder / "seconds.txt"), asked, closing)
     finally:
@@ -155,8 +161,8 @@ def _differences(folder: Path, config: Any) -> list[str]:
     return toml.differences(config, before)
 
 
-def _claim(folder: Path, config: Any) -> None:
-    """Writes config.toml into a new folder, or checks that the run in the folder is the same and may be continued."""
+def _claim(folder: Path, config: Any) -> bool:
+    """Writes config.toml into a new folder, or checks that the run in the folder is the same and may be continued; True if it is new."""
     path = folder / "config.toml"
     if path.exists():
         found = _differences(folder, config)
@@ -164,11 +170,12 @@ def _claim(folder: Path, config: Any) -> None:
             raise ValueError(toml.foreign(folder, found))
         if not config.run.resume:
             raise ValueError(f"run folder {folder} already holds this run: pass --resume to continue it, or --out for another folder")
-        return
+        return False
     foreign = [p.name for p in folder.iterdir() if p.name != ".lock"]
     if foreign:
         raise ValueError(f"run folder {folder} is neither empty nor a run: it holds {', '.join(sorted(foreign)[:3])}")
     files.write_text(path, toml.seal(toml.dump(replace(config, run=replace(config.run, out=None, resume=False)))))
+    return True
 
 
 def _speed(options: RunOptions, world: World) -> Options:

@@ -7,6 +7,7 @@ from typing import cast
 from kdfast.commands.command_line import resolve
 from kdfast.commands.config import Teach, parse_options
 from kdfast.commands.job import Job, teacher_results
+from kdfast.commands.rehearsal import check_fits
 from kdfast.commands.session import session
 from kdfast.engine.random_state import derive
 from kdfast.models import ModelSpec, create, parameter_count
@@ -34,6 +35,7 @@ def teach(config: Teach) -> Path:
         spec = ModelSpec(config.model, len(job.data.classes), options=options)
         with seeded(derive(config.run.seed, "teacher")):
             model = create(spec.name, spec.num_classes, pretrained=config.pretrained, **options)
+            check_fits(model, f"model {config.model}", job.prepared.image_size, spec.num_classes)
         loaders = job.make_loaders(config.training, None, False, config.run.seed)
         job.begin()
         images = f"{job.data.name} ({len(job.data.train):,} training images)"

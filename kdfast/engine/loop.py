@@ -21,6 +21,7 @@ from kdfast.engine import random_state
 from kdfast.engine.distributed import World
 from kdfast.engine.interrupt import StopRequest
 from kdfast.engine.metrics import AccuracyMeter, TermMeter
+from kdfast.engine.ranges import Checked, NotNegative
 from kdfast.engine.schedule import Schedule, make_optimizer
 from kdfast.engine.stage import Mean, Outputs, Stage, as_means
 
@@ -28,7 +29,7 @@ CHECK_EVERY = 50  # steps between reads of the device: non-finite losses, stop r
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(Checked):
     """How fast the loop runs. The computed values stay the same up to rounding.
 
     Attributes:
@@ -44,7 +45,7 @@ class Options:
 
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     compile: bool = False
-    checkpoint_minutes: float = 15.0
+    checkpoint_minutes: NotNegative = 15.0
 
 
 class _Forward(nn.Module):

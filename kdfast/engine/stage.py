@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from kdfast.data import Batch, Loaders
-from kdfast.engine.ranges import AtLeastOne, Checked, Count, NotNegative, Positive, Range, UpToOne
+from kdfast.engine.ranges import AtLeastOne, BelowOne, Checked, Count, NotNegative, Positive, Range, UpToOne
 from kdfast.runs.results import Kept
 
 Outputs = Mapping[str, Tensor]
@@ -84,7 +84,7 @@ class Training(Checked):
     """Learning rate after warm-up."""
     weight_decay: NotNegative = 5e-4
     """Weight decay: L2 for sgd, decoupled for adamw and lion."""
-    momentum: Annotated[float, Range("must be between 0 and 1", lambda value: 0 <= value < 1)] = 0.9
+    momentum: BelowOne = 0.9
     """Momentum of sgd."""
     nesterov: bool = False
     """Nesterov momentum for sgd."""
@@ -94,7 +94,7 @@ class Training(Checked):
     """Epochs of linear warm-up before the schedule; never the last epoch."""
     final_lr: UpToOne = 0.0
     """Where cosine ends, as a fraction of lr."""
-    milestones: tuple[int, ...] = (150, 180, 210)
+    milestones: tuple[AtLeastOne, ...] = (150, 180, 210)
     """Epochs after which `steps` multiplies the learning rate by gamma."""
     gamma: Annotated[float, Range("must be between 0 and 1", lambda value: 0 < value <= 1)] = 0.1
     """Factor of `steps` and `plateau`."""
@@ -106,6 +106,20 @@ class Training(Checked):
     """Largest global norm of the gradients."""
     ema: Annotated[float, Range("must be between 0 and 1", lambda value: 0 < value < 1)] | None = None
     """Decay of an exponential moving average of the weights, which is then evaluated and kept."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.optimizer == "sgd" and self.nesterov and not self.momentum:
+            raise ValueError("nesterov needs a momentum above 0, got momentum 0")
+
+    def idle(self) -> dict[str, str]:
+        """Returns the options that change nothing beside the others, each with the reason."""
+        used: dict[str, tuple[str, ...]] = {"sgd": ("momentum", "nesterov"), "cosine": ("final_lr",)}
+        used |= {"steps": ("milestones", "gamma"), "plateau": ("gamma", "plateau_patience")}
+        active = {*used.get(self.optimizer, ()), *used.get(self.schedule, ())}
+        reasons = {name: f"with optimizer {self.optimizer} and schedule {self.schedule}" for names in used.values() for name in names}
+        idle = {name: reason for name, reason in reasons.items() if name not in active}
+        return idle | ({"micro_batch": f"with batch_size {self.batch_size}"} if (self.micro_batch or 0) > self.batch_size else {})
 
     @property
     def warmup_epochs(self) -> int:

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from kdfast.data import HIDDEN, Batch, Loaders
 from kdfast.engine import Stage, Training
-from kdfast.engine.ranges import AtLeastOne, Checked, NotNegative, Positive
+from kdfast.engine.ranges import AtLeastOne, Checked, NotNegative, Positive, Temperature, UpToOne
 from kdfast.engine.stage import Outputs, Terms, lr_factor
 from kdfast.functional import kd_loss, supcon_loss
 from kdfast.models import Taps, classifier_head, feature_size, projection_head, replace_head
@@ -50,15 +50,15 @@ class Settings(Checked):
     """One of the three procedures."""
     alpha: NotNegative = 0.15
     """Weight of the contrastive term."""
-    temperature: Positive = 2.0
+    temperature: Temperature = 2.0
     """T, over the standardized logits (notebook: over the standardized embedding)."""
-    contrast_temperature: Positive = 0.07
+    contrast_temperature: Temperature = 0.07
     """Temperature of the contrastive term."""
     kd_weight: NotNegative = 9.0
     """Weight of the teacher's term, which has the factor T^2 already; standardized logits want about 9 (lskd.py)."""
     ce_weight: NotNegative = 1.0
     """Weight of the cross-entropy (joint)."""
-    label_smoothing: float = 0.0
+    label_smoothing: UpToOne = 0.0
     """Label smoothing of the cross-entropy (joint)."""
     classify_epochs: AtLeastOne = 50
     """Epochs of the student's classifier (notebook)."""
@@ -74,6 +74,14 @@ class Settings(Checked):
     """Quirk of the notebooks: their cosine counts epochs from 1, so the first epoch is already below the full rate."""
     keep_last_classifier: bool = False
     """Quirk of the notebooks: the last epoch's classifier is tested, not the best."""
+
+    def idle(self) -> dict[str, str]:
+        """Returns the settings that the procedure does not use, each with the reason."""
+        notebook = {"classify_epochs", "classify_lr", "classify_weight_decay", "teacher_classify_epochs", "teacher_classify_lr"}
+        notebook |= {"cosine_from_one", "keep_last_classifier"}
+        used = {"joint": {"ce_weight", "label_smoothing"}, "readme": set[str](), "notebook": notebook}
+        others = set[str]().union(*used.values()) - used[self.procedure]
+        return dict.fromkeys(others, f"with procedure {self.procedure}")
 
 
 class EmbeddingTeacher(Extended):

@@ -15,12 +15,13 @@ Presets: repdistiller (Tian et al. 2020), dih (Asadian, Salehi-Abari 2021).
 """
 
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from torch import nn
 
 from kdfast.data import Batch
-from kdfast.engine.ranges import AtLeastOne, NotNegative, Positive, UpToOne
+from kdfast.engine.ranges import NotNegative, Range, Temperature, UpToOne
 from kdfast.engine.stage import Outputs, Terms
 from kdfast.losses import CRDLoss
 from kdfast.models import Taps
@@ -36,11 +37,11 @@ class Settings(kd.Settings):
 
     contrast_weight: NotNegative = 0.8
     """Weight of the contrast."""
-    negatives: AtLeastOne = 16384
+    negatives: Annotated[int, Range("must be at least 1", lambda value: value >= 1, most=2**20)] = 16384
     """Rows of the other network's bank that an image is compared with, drawn with replacement."""
-    contrast_temperature: Positive = 0.07
+    contrast_temperature: Temperature = 0.07
     """Temperature of the embeddings' products."""
-    embedding: AtLeastOne = 128
+    embedding: Annotated[int, Range("must be at least 1", lambda value: value >= 1, most=2**16)] = 128
     """Numbers in an embedding."""
     bank_momentum: UpToOne = 0.5
     """Weight of the old row when a bank's row is updated."""

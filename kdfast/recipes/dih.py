@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from kdfast.data import Batch
-from kdfast.engine.ranges import Checked, Positive
+from kdfast.engine.ranges import Checked, Temperature, UpToOne
 from kdfast.engine.stage import Outputs, Terms
 from kdfast.models import flatten_head, read_weights
 from kdfast.recipes import kd, supervised
@@ -35,12 +35,12 @@ from kdfast.recipes.trainings import DIH_CODE, DIH_README
 class Settings(Checked):
     """Hyper-parameters of distillation via intermediate classifiers."""
 
-    temperature: Positive = 5.0
+    temperature: Temperature = 5.0
     """T, softens all distributions."""
-    alpha: tuple[float, ...] = (0.1,)
+    alpha: tuple[UpToOne, ...] = (0.1,)
     """Weight a_h of a teacher's term, which has the factor T^2 already; 1 - a_h is its cross-entropy's. One for all, or one for the final
     classifier and each head in turn; 0 leaves a head out altogether."""
-    label_smoothing: float = 0.0
+    label_smoothing: UpToOne = 0.0
     """Label smoothing of the cross-entropy."""
     heads: Path | None = None
     """A run whose heads are used again; none: trained here."""
@@ -48,9 +48,11 @@ class Settings(Checked):
     """Modules of the teacher whose outputs get a head; none: the ends of its stages."""
 
     def __post_init__(self) -> None:
-        super().__post_init__()
-        if not self.alpha or not all(0 <= a <= 1 for a in self.alpha):
+        if not self.alpha or not all(type(a) in (int, float) and 0 <= a <= 1 for a in self.alpha):
             raise ValueError(f"alpha must be from 0 to 1, one for all or one a classifier, got {', '.join(map(str, self.alpha)) or 'none'}")
+        super().__post_init__()
+        if not any(self.alpha):
+            raise ValueError("alpha must be above 0 for at least one classifier: the student would have no teacher")
 
 
 class HeadedTeacher(Extended):
@@ -117,8 +119,6 @@ def distil(setup: Setup, settings: Settings, teacher: HeadedTeacher) -> Stages[T
     student = setup.student()
     alpha = settings.alpha if len(settings.alpha) > 1 else settings.alpha * (1 + len(teacher.heads))
     used = [h for h, a in enumerate(alpha) if a > 0]
-    if not used:
-        raise ValueError("alpha must be above 0 for at least one classifier: the student would have no teacher")
     alphas = [alpha[h] for h in used]
     weights = kd.Settings(settings.temperature, 1.0, ce_weight=sum(1 - a for a in alphas), label_smoothing=settings.label_smoothing)
     names = [f"teacher's head {h}" if h else "teacher" for h in used]

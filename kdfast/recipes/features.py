@@ -34,7 +34,10 @@ class FeatureMaps(nn.Module):
         prefix = innermost(network)[1]
         self.paths = tuple(named) or stage_paths(network, option)
         self.full = tuple(prefix + path for path in self.paths)
-        self.shapes: tuple[Shape, ...] = tap_shapes(network, self.full, (3, image_size, image_size))
+        try:
+            self.shapes: tuple[Shape, ...] = tap_shapes(network, self.full, (3, image_size, image_size))
+        except (ValueError, TypeError, RuntimeError) as error:
+            raise ValueError(f"{option}: {error}") from error
         for path, shape in zip(self.paths, self.shapes):
             if len(shape) != 3:
                 raise ValueError(f"{option}: {path} must put out a feature map [B, C, H, W], got [B, {', '.join(map(str, shape))}]")

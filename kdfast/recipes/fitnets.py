@@ -47,6 +47,10 @@ class Settings(kd.Settings):
     hint_weight: NotNegative = 100.0
     """Weight of the hint (joint)."""
 
+    def idle(self) -> dict[str, str]:
+        """Returns the settings that the procedure does not use, each with the reason."""
+        return {"hint_epochs" if self.procedure == "joint" else "hint_weight": f"with procedure {self.procedure}"}
+
 
 def distil(setup: Setup, settings: Settings, teacher: nn.Module) -> Stages[Trained]:
     """The stages of the chosen procedure."""

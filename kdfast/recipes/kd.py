@@ -14,7 +14,7 @@ from functools import partial
 from torch import Tensor, nn
 
 from kdfast.data import Batch
-from kdfast.engine.ranges import Checked, NotNegative, Positive
+from kdfast.engine.ranges import Checked, NotNegative, Temperature, UpToOne
 from kdfast.engine.stage import Mean, Outputs, Terms
 from kdfast.functional import kd_loss
 from kdfast.models import ModelSpec
@@ -27,7 +27,7 @@ from kdfast.recipes.trainings import DIH_CODE, DIH_README, IMAGENET, REPDISTILLE
 class Settings(Checked):
     """Hyper-parameters of logit distillation."""
 
-    temperature: Positive = 4.0
+    temperature: Temperature = 4.0
     """T, softens both distributions."""
     kd_weight: NotNegative = 0.9
     """Weight of the teacher's term, which has the factor T^2 already."""
@@ -35,7 +35,7 @@ class Settings(Checked):
     """Weight of the cross-entropy with the labels."""
     standardize: bool = False
     """Standardize each row of logits first (logit standardization)."""
-    label_smoothing: float = 0.0
+    label_smoothing: UpToOne = 0.0
     """Label smoothing of the cross-entropy."""
 
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from kdfast.engine.ranges import NotNegative, Positive
+from kdfast.engine.ranges import NotNegative, Temperature
 from kdfast.recipes import kd
 from kdfast.recipes.recipe import Preset, Recipe, Setup, Stages, Trained
 from kdfast.recipes.trainings import IMAGENET, REPDISTILLER
@@ -25,7 +25,7 @@ from kdfast.recipes.trainings import IMAGENET, REPDISTILLER
 class Settings(kd.Settings):
     """Hyper-parameters of logit distillation, with the paper's values."""
 
-    temperature: Positive = 2.0
+    temperature: Temperature = 2.0
     """T, over the standardized logits."""
     kd_weight: NotNegative = 9.0
     """Weight of the teacher's term, which has the factor T^2 already."""

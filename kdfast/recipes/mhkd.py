@@ -13,12 +13,13 @@ Presets: dih (Asadian, Salehi-Abari 2021).
 """
 
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from torch import Tensor, nn
 
 from kdfast.data import Batch
-from kdfast.engine.ranges import Checked, Count, NotNegative, Positive, UpToOne
+from kdfast.engine.ranges import Checked, NotNegative, Range, Temperature, UpToOne
 from kdfast.engine.stage import Outputs, Terms
 from kdfast.models import conv_head
 from kdfast.recipes import kd
@@ -31,19 +32,19 @@ from kdfast.recipes.trainings import DIH_README
 class Settings(Checked):
     """Hyper-parameters of multi-head distillation."""
 
-    temperature: Positive = 4.0
+    temperature: Temperature = 4.0
     """T, softens both distributions."""
     alpha: UpToOne = 0.1
     """Weight of a teacher's term, which has the factor T^2 already; the cross-entropy has 1 - alpha."""
     head_weight: NotNegative = 0.5
     """Weight of the heads' distillation."""
-    label_smoothing: float = 0.0
+    label_smoothing: UpToOne = 0.0
     """Label smoothing of the students' cross-entropies."""
     student_stages: tuple[str, ...] = ()
     """Modules of the student that get a head; none: the ends of its stages but the last."""
     teacher_stages: tuple[str, ...] = ()
     """Modules of the teacher that get a head, as many; none: the ends of its stages but the last."""
-    head_padding: Count = 1
+    head_padding: Annotated[int, Range("must not be negative", lambda value: value >= 0, most=64)] = 1
     """Padding of the heads' convolutions; the original's 0 needs maps of at least 5 pixels."""
     pull_teacher_heads: bool = False
     """Quirk of the original: distillation's gradient reaches the teacher's heads."""

@@ -16,6 +16,7 @@ from torch import nn
 
 from kdfast.data import HIDDEN, Batch
 from kdfast.engine import Stage
+from kdfast.engine.ranges import Checked, Positive, Temperature
 from kdfast.engine.stage import Outputs, Terms
 from kdfast.functional import kd_loss, supcon_loss
 from kdfast.models import Taps, projection_head
@@ -31,12 +32,12 @@ STAGE = "distil"  # recipes' name for the stage that distils the student
 
 
 @dataclass(frozen=True)
-class Term:
+class Term(Checked):
     """One added term."""
 
     name: str
-    weight: float
-    temperature: float
+    weight: Positive
+    temperature: Temperature
 
     @staticmethod
     def parse(text: str) -> "Term":
@@ -58,7 +59,10 @@ class Term:
             if not good:
                 raise ValueError(f"plus {name} takes weight=NUMBER and temperature=NUMBER, both positive, got {option!r}")
             values[key] = float(value)
-        return Term(name, **values)
+        try:
+            return Term(name, **values)
+        except ValueError as error:
+            raise ValueError(f"plus {name}: {error}") from None
 
 
 def plus(stages: Stages[Trained], terms: Sequence[Term], teacher: nn.Module | None, *, labels_hidden: bool) -> Stages[Trained]:

@@ -17,8 +17,7 @@ from kdfast.data import Batch
 from kdfast.engine.ranges import Checked, UpToOne
 from kdfast.engine.stage import Outputs, Terms
 from kdfast.losses import SelfDistillationLoss
-from kdfast.models import Taps, tap_shapes
-from kdfast.recipes.features import middle_stage, stage_paths
+from kdfast.recipes.features import FeatureMaps, middle_stage, stage_paths
 from kdfast.recipes.recipe import Preset, Recipe, Setup, Stages, Trained, cross_entropy
 from kdfast.recipes.trainings import Values
 
@@ -29,7 +28,7 @@ class Settings(Checked):
 
     alpha: UpToOne = 0.5
     """Weight of the feature term; the cross-entropy has 1 - alpha."""
-    label_smoothing: float = 0.0
+    label_smoothing: UpToOne = 0.0
     """Label smoothing of the cross-entropy."""
     shallow: str | None = None
     """Module whose output learns; None: the middle stage."""
@@ -47,8 +46,8 @@ def distil(setup: Setup, settings: Settings, teacher: nn.Module | None) -> Stage
     """One stage: cross-entropy and the feature term."""
     student, size = setup.student(), setup.data.image_size
     paths = settings.shallow or middle_stage(student, "shallow"), settings.deep or stage_paths(student, "deep")[-1]
-    (shallow_channels, *_), (deep_channels, *_) = tap_shapes(student, paths, (3, size, size))
-    tapped = Taps(student, paths)
+    tapped = FeatureMaps(student, paths, "shallow and deep", size)
+    (shallow_channels, *_), (deep_channels, *_) = tapped.shapes
     feature_loss = SelfDistillationLoss(settings.alpha, shallow_channels, deep_channels, detach_teacher=settings.detach_deep)
     trained, frozen = ((student, feature_loss), ()) if settings.train_projection else ((student,), (feature_loss,))
 

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from kdfast.data import Batch
-from kdfast.engine.ranges import Checked, NotNegative, Positive
+from kdfast.engine.ranges import Checked, NotNegative, Temperature, UpToOne
 from kdfast.engine.stage import Mean, Outputs, Terms
 from kdfast.losses import TOFDLoss
 from kdfast.models import Taps, separable_head, tap_shapes
@@ -41,11 +41,11 @@ class Settings(Checked):
     """Weight of the features' distance."""
     orthogonal_weight: NotNegative = 0.03
     """Weight of the term that keeps the maps between features orthogonal."""
-    temperature: Positive = 1.0
+    temperature: Temperature = 1.0
     """T of the first epoch, before the growth."""
     temperature_growth: NotNegative = 3 / 250
     """Growth of T in each epoch, the first included."""
-    label_smoothing: float = 0.0
+    label_smoothing: UpToOne = 0.0
     """Label smoothing of the cross-entropies."""
     student_stages: tuple[str, ...] = ()
     """Modules of the student that get a classifier, and at last its own; none: the ends of its stages."""
