@@ -7,6 +7,7 @@ save the run and leave with status 128 + signal. This file imports nothing heavy
 import difflib
 import errno
 import importlib
+import io
 import os
 import sys
 import warnings
@@ -14,6 +15,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from kdfast.imports import MissingPackage, check_installed
+from kdfast.text import printable
 from kdfast.version import __version__
 
 COMMANDS = {
@@ -46,6 +48,8 @@ kdfast COMMAND --help                                every option of a command
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command and returns the exit status."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a terminal or a pipe that cannot show a letter
     name, *rest = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
     if name in ("-h", "--help"):
         print(OVERVIEW.format(commands="\n".join(f"  {command:<9}{help}" for command, help in COMMANDS.items())))
@@ -95,11 +99,11 @@ def _run(name: str, arguments: Sequence[str]) -> int:
 def _warn(message: Warning | str, category: type[Warning], filename: str, lineno: int, file: Any = None, line: str | None = None) -> None:
     """Prints a warning as one line; other libraries' notes about themselves are left out."""
     if issubclass(category, UserWarning):
-        print(f"kdfast: warning: {message}", file=sys.stderr)
+        print(f"kdfast: warning: {printable(message)}", file=sys.stderr)
 
 
 def _fail(sentence: str, status: int = 1) -> int:
-    print(f"kdfast: {sentence}", file=sys.stderr)
+    print(f"kdfast: {printable(sentence)}", file=sys.stderr)
     return status
 
 

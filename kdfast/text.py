@@ -1,8 +1,17 @@
-"""Numbers as readers see them. A number that is None, NaN or infinite is a dash."""
+"""Text and numbers as readers see them. A number that is None, NaN or infinite is a dash."""
 
 import math
+import re
 from collections.abc import Iterable, Sequence
 from typing import Any
+
+# control characters, marks that turn the direction of writing, and bytes of a name that is no UTF-8
+_UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def printable(text: object) -> str:
+    """Returns the text with every character that would act on a terminal, or that no file can hold, as an escape such as \\x1b."""
+    return _UNPRINTABLE.sub(lambda found: repr(found[0])[1:-1].replace("\\udc", "\\x"), str(text))
 
 
 def is_known(value: Any) -> bool:

@@ -9,7 +9,6 @@ from typing import Annotated, Any, Literal
 
 import torch
 import tyro
-from rich.console import Console
 from rich.markdown import Markdown
 
 from kdfast import files, machine
@@ -18,6 +17,7 @@ from kdfast.benchmarks.harness import COMPILED, EAGER, OURS
 from kdfast.commands.command_line import Command, run_one_of
 from kdfast.engine import join
 from kdfast.engine.ranges import Checked
+from kdfast.engine.terminal import Terminal
 from kdfast.imports import MissingPackage
 
 BENCHES = {
@@ -61,19 +61,19 @@ def kernels(options: Kernels) -> list[dict[str, Any]]:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     cases = operators.cases(device, getattr(torch, options.dtype), operators=options.operators, tier=options.tier)
-    console, results = Console(width=None if sys.stdout.isatty() else 200), []
+    console, results = Terminal(soft_wrap=False, width=None if sys.stdout.isatty() else 200), []
     with console.status("") as status:
         for number, case in enumerate(cases, 1):
             status.update(f"{number} of {len(cases)}: {case}")
             try:
                 results.append(harness.measure(case, only=None if options.peers else (EAGER, COMPILED, OURS)))
             except torch.OutOfMemoryError:
-                console.print(f"{case} does not fit on this GPU", highlight=False)
+                console.print(f"{case} does not fit on this GPU")
     document = machine.document(results, **operators.describe_peers())
     console.print(Markdown(report.table([report.from_document(document)])))
     if options.out is not None:
         files.write_json(options.out, document)
-        console.print(options.out, highlight=False, soft_wrap=True)
+        console.print(options.out, soft_wrap=True)
     return results
 
 

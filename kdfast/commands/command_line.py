@@ -1,6 +1,9 @@
 """From the words of a command line to a command's options."""
 
 import argparse
+import contextlib
+import io
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -15,9 +18,25 @@ HELP = ("-h", "--help")
 
 
 def parse(options: Any, arguments: Sequence[str], command: str, default: Any = None, description: str | None = None) -> Any:
-    """Returns `options`, a dataclass, as the arguments fill it; ends the process where they do not fit or ask for help."""
+    """Returns `options`, a dataclass, as the arguments fill it.
+
+    Raises:
+        ValueError: the dataclass refuses a value.
+        SystemExit: the arguments do not fit or ask for help.
+    """
     keywords = {} if default is None else {"default": default}
-    return tyro.cli(options, args=list(arguments), prog=f"kdfast {command}", description=description, **keywords)
+    printed = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(printed):
+            return tyro.cli(options, args=list(arguments), prog=f"kdfast {command}", description=description, **keywords)
+    except SystemExit as stop:
+        # tyro prints a box in place of the error of a dataclass that refuses its values: `arg` is the part's name then
+        box = stop.__context__
+        where, error = getattr(box, "arg", ""), box if isinstance(box, ValueError) else getattr(box, "__context__", None)
+        if isinstance(where, str) and isinstance(error, ValueError):
+            raise ValueError(f"{'teacher_training.' if 'teacher' in where else ''}{error}") from None
+        print(printed.getvalue(), end="", file=sys.stderr)
+        raise
 
 
 def take(arguments: Sequence[str], command: str, *names: str) -> tuple[argparse.Namespace, list[str]]:

@@ -16,16 +16,16 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, cast
 
-from rich.console import Console
-
 from kdfast import files, machine, recipes, report
 from kdfast.commands.command_line import HELP, resolve, take
 from kdfast.commands.config import Distill, Teach, TeachRunOptions
 from kdfast.commands.distill import distill
 from kdfast.commands.tables import make_table
 from kdfast.commands.teacher import teach
+from kdfast.engine.terminal import Terminal
 from kdfast.runs import comparison
 from kdfast.runs.results import Results, read
+from kdfast.text import printable
 
 USAGE = """usage: kdfast compare [--recipes a,b,c] [--out FOLDER] [options of kdfast distill]
 
@@ -93,8 +93,8 @@ def _write(configs: Mapping[str, Distill[Any]], out: Path) -> None:
     files.write_json(out / "comparison.json", facts)
     files.write_text(out / "comparison.md", comparison.markdown(facts))
     page = report.write_comparison([out / name for name in configs], out / "comparison.html")
-    Console().print(make_table(comparison.COLUMNS, map(comparison.cells, rows)))
-    print(page)
+    Terminal(soft_wrap=False).print(make_table(comparison.COLUMNS, map(comparison.cells, rows)))
+    print(printable(page))
 
 
 def _teacher_config(config: Distill[Any], folder: Path) -> Teach:

@@ -12,7 +12,6 @@ from typing import Annotated
 import torch
 import tyro
 from PIL import Image
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 from torchvision.utils import make_grid
@@ -27,6 +26,7 @@ from kdfast.data.images import EXTENSIONS, find
 from kdfast.data.seeding import Draws
 from kdfast.engine import ranges
 from kdfast.engine.ranges import AtLeastOne, BelowOne, Count, Pixels, Processes, Seed
+from kdfast.engine.terminal import Terminal
 
 COMMANDS = {
     "info": "classes, image sizes and formats, bad files",
@@ -58,7 +58,7 @@ def info(options: Info) -> ImageData:
         DataError: there is no such data set.
     """
     data = load(options.dataset, data_dir=options.data_dir, val_fraction=options.val_fraction, seed=options.seed)
-    console = Console(soft_wrap=True)
+    console = Terminal()
     console.print(_classes(data))
     if data.val_is_test:
         console.print("val is test: the best epoch is chosen on the images of the final numbers")
@@ -66,18 +66,19 @@ def info(options: Info) -> ImageData:
     paths = [path for split in splits for path in split.paths or ()]
     if not paths:
         height, width = data.train.pixels.shape[-2:]  # type: ignore[union-attr]
-        console.print(f"sizes: all {width} x {height}\nformats: in memory", highlight=False)
+        console.print(f"sizes: all {width} x {height}")
+        console.print("formats: in memory")
         return data
     checked = _check(paths, console)
     sizes = checked.sizes[checked.sizes[:, 0] > 0]
     if len(sizes):
         ordered = sizes[sizes.prod(dim=1).argsort(stable=True)].tolist()
         named = zip(("smallest", "median", "largest"), (ordered[0], ordered[len(ordered) // 2], ordered[-1]))
-        console.print("sizes: " + ", ".join(f"{name} {width} x {height}" for name, (height, width) in named), highlight=False)
+        console.print("sizes: " + ", ".join(f"{name} {width} x {height}" for name, (height, width) in named))
     formats = Counter(kind for kind in checked.kinds if kind)
-    console.print("formats: " + ", ".join(f"{kind} {count:,}" for kind, count in formats.most_common()), highlight=False)
+    console.print("formats: " + ", ".join(f"{kind} {count:,}" for kind, count in formats.most_common()))
     more = " (kdfast data check names them)" if checked.bad else ""
-    console.print(f"bad files: {len(checked.bad):,}{more}", highlight=False)
+    console.print(f"bad files: {len(checked.bad):,}{more}")
     return data
 
 
@@ -110,15 +111,15 @@ def check_files(options: Check) -> Checked:
     Raises:
         DataError: more than options.max_bad_files are bad, or there are no image files.
     """
-    console = Console(soft_wrap=True)
+    console = Terminal()
     paths = _paths(options)
     if not paths:
-        console.print(f"{options.dataset}: the images are in memory, there are no files to check", highlight=False)
+        console.print(f"{options.dataset}: the images are in memory, there are no files to check")
     checked = _check(paths, console, options.workers)
     for path, reason in checked.bad.items():
-        console.print(f"{path}: {reason}", highlight=False, markup=False)
+        console.print(f"{path}: {reason}")
     known = len(paths) - checked.decoded
-    console.print(f"{len(paths):,} image files, {known:,} of them known from before, {len(checked.bad):,} bad", highlight=False)
+    console.print(f"{len(paths):,} image files, {known:,} of them known from before, {len(checked.bad):,} bad")
     if len(checked.bad) > options.max_bad_files:
         raise DataError(f"{options.dataset}: {len(checked.bad):,} bad image files, where --max-bad-files allows {options.max_bad_files:,}")
     return checked
@@ -139,7 +140,7 @@ def _splits(data: ImageData) -> list[Split]:
     return [data.train, data.val] if data.val is data.test else [data.train, data.val, data.test]
 
 
-def _check(paths: list[str], console: Console, workers: int | None = None) -> Checked:
+def _check(paths: list[str], console: Terminal, workers: int | None = None) -> Checked:
     with checking(console) as progress:
         return check(paths, workers=workers, progress=progress)
 
@@ -177,21 +178,19 @@ def preview(options: Preview) -> Path:
     name = options.transform or data.train_transform
     augment = training_transform(name, size, data.mean, data.std).augment_all
     squash = evaluation_transform("squash", size, data.mean, data.std).augment
-    console = Console(soft_wrap=True)
+    console = Terminal()
     sheet: list[Tensor] = []
     for row, (i, image) in enumerate(_good(data.train, options.count), start=1):
         index = torch.tensor([i])
         draws = [Draws(options.seed, draw, index=index) for draw in range(DRAWS)]
         sheet += [squash(image), *(augment([image], numbers)[0] for numbers in draws)]
         source = "" if data.train.paths is None else f"  {data.train.paths[i]}"
-        console.print(f"row {row}: {data.classes[int(data.train.labels[i])]}{source}", highlight=False, markup=False)
+        console.print(f"row {row}: {data.classes[int(data.train.labels[i])]}{source}")
     if not sheet:
         raise DataError(f"{data.name}: no training image can be read: see kdfast data check")
     with files.replacing(options.out) as temporary:
         Image.fromarray(_sheet(torch.stack(sheet)).permute(1, 2, 0).contiguous().numpy()).save(temporary, format="PNG")
-    console.print(
-        f"{options.out}: {len(sheet) // (1 + DRAWS)} images as they are, and {DRAWS} draws of {name} each", highlight=False, markup=False
-    )
+    console.print(f"{options.out}: {len(sheet) // (1 + DRAWS)} images as they are, and {DRAWS} draws of {name} each")
     return options.out
 
 

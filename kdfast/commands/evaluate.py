@@ -7,7 +7,6 @@ from typing import Annotated, Literal
 
 import torch
 import tyro
-from rich.console import Console
 
 from kdfast import files
 from kdfast.commands import toml
@@ -18,6 +17,7 @@ from kdfast.commands.tables import make_table
 from kdfast.data import make_loaders
 from kdfast.engine import Evaluation, evaluate, join
 from kdfast.engine.ranges import AtLeastOne, Checked, Seed
+from kdfast.engine.terminal import Terminal
 from kdfast.models import parameter_count
 from kdfast.report.confusion import MATRIX_CLASSES
 from kdfast.runs import artifact
@@ -79,7 +79,7 @@ def run_eval(options: Eval) -> Evaluation:
     Raises:
         ValueError: weights, data or options that cannot be used.
     """
-    console = Console(soft_wrap=True)
+    console = Terminal()
     if options.json is not None:
         files.check_writable(options.json, "--json")
     artifact.find(options.weights)
@@ -120,11 +120,10 @@ def run_eval(options: Eval) -> Evaluation:
     return result
 
 
-def _print(console: Console, model: str, parameters: int, dataset: str, split: str, classes: tuple[str, ...], result: Evaluation) -> None:
-    console.print(f"{model} ({parameters:,} parameters) on {dataset} {split}, {result.images:,} images", highlight=False)
+def _print(console: Terminal, model: str, parameters: int, dataset: str, split: str, classes: tuple[str, ...], result: Evaluation) -> None:
+    console.print(f"{model} ({parameters:,} parameters) on {dataset} {split}, {result.images:,} images")
     console.print(
         f"top-1 {percent(result.top1)} %   top-5 {percent(result.top5)} %   loss {result.loss:.4f}   {result.images_per_s:,.0f} images/s",
-        highlight=False,
     )
     if len(classes) > MATRIX_CLASSES:
         return

@@ -12,12 +12,12 @@ from typing import Annotated, Literal
 
 import torch
 import tyro
-from rich.console import Console
 from torch import Tensor
 
 from kdfast import files
 from kdfast.commands.command_line import parse
 from kdfast.engine.ranges import Checked, Pixels
+from kdfast.engine.terminal import Terminal
 from kdfast.imports import require
 from kdfast.models import build, load_weights, save_weights
 from kdfast.runs import artifact
@@ -66,7 +66,7 @@ def export(options: Export) -> Path:
     write = {"onnx": _onnx, "pt2": _pt2, "safetensors": _safetensors}[options.format]
     with files.replacing(out) as temporary, torch.no_grad():
         worst = write(loaded, images, temporary)
-    Console(soft_wrap=True).print(f"{out}: agrees with PyTorch to {worst:.1e} of the largest logit", highlight=False)
+    Terminal().print(f"{out}: agrees with PyTorch to {worst:.1e} of the largest logit")
     return out
 
 

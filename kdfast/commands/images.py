@@ -36,7 +36,7 @@ def load_data(
 
     data = _check_in_turn(world, check)
     for note in notes:
-        shown.print(f"  {note}", highlight=False)
+        shown.print(f"  {note}")
     return data, notes
 
 

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 
-from rich.console import Console
 from rich.table import Table
 
 from kdfast import data, models, recipes
@@ -10,6 +9,7 @@ from kdfast.commands.command_line import HELP
 from kdfast.commands.config import DATASETS
 from kdfast.commands.tables import make_table
 from kdfast.engine import Training
+from kdfast.engine.terminal import Terminal
 
 
 def run(arguments: Sequence[str]) -> None:
@@ -24,7 +24,7 @@ def run(arguments: Sequence[str]) -> None:
         return
     if arguments[0] not in tables:
         raise ValueError(f"list shows {', '.join(tables)}, got {arguments[0]!r}")
-    Console().print(tables[arguments[0]]())
+    Terminal(soft_wrap=False).print(tables[arguments[0]]())
 
 
 def _recipes() -> Table:

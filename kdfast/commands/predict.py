@@ -7,7 +7,6 @@ from typing import Annotated
 
 import torch
 import tyro
-from rich.console import Console
 
 from kdfast.commands.command_line import parse
 from kdfast.commands.tables import make_table
@@ -15,6 +14,7 @@ from kdfast.data import DataError, evaluation_transform
 from kdfast.data.images import EXTENSIONS, decode
 from kdfast.engine import join
 from kdfast.engine.ranges import AtLeastOne, Checked
+from kdfast.engine.terminal import Terminal
 from kdfast.runs import artifact
 from kdfast.text import percent
 
@@ -94,4 +94,4 @@ def _print(answers: dict[Path, list[tuple[str, float]]]) -> None:
     places = len(next(iter(answers.values())))
     columns = ["image", "most likely", *(f"{k}." for k in range(2, places + 1))]
     rows = [(str(path), *(f"{name} {percent(probability, 1)} %" for name, probability in best)) for path, best in answers.items()]
-    Console().print(make_table(columns, rows, left=len(columns)))
+    Terminal(soft_wrap=False).print(make_table(columns, rows, left=len(columns)))

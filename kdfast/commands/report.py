@@ -11,6 +11,7 @@ from kdfast import files
 from kdfast.commands.command_line import parse
 from kdfast.engine.ranges import Checked
 from kdfast.report import write_comparison, write_report
+from kdfast.text import printable
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,6 @@ def run(arguments: Sequence[str]) -> None:
             raise ValueError(f"{folder}: there is no such path")
         if not (folder / "config.toml").exists():
             raise ValueError(f"{folder} is not a run folder: there is no config.toml in it")
-        print(write_report(folder))
+        print(printable(write_report(folder)))
     if len(options.runs) > 1:
-        print(write_comparison(options.runs, options.out))
+        print(printable(write_comparison(options.runs, options.out)))

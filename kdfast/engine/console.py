@@ -81,13 +81,15 @@ class Console:
     @cached_property
     def rich(self) -> "RichConsole":
         """The console of the package rich that everything is printed to."""
-        console = imports.require("rich.console", extra="cli", what="the progress display")
-        return console.Console(quiet=self._quiet, soft_wrap=True)
+        imports.require("rich.console", extra="cli", what="the progress display")
+        from kdfast.engine.terminal import Terminal
+
+        return Terminal(quiet=self._quiet)
 
     def say(self, text: str) -> None:
         """Prints a line."""
         if not self._quiet:
-            self.rich.print(text, highlight=False)
+            self.rich.print(text)
 
     @contextmanager
     def stage(self, name: str, epochs: int, images: int) -> Iterator[StageProgress]:
@@ -98,8 +100,8 @@ class Console:
         else:
             from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-            columns = TextColumn("{task.description}"), BarColumn(30), TextColumn("{task.fields[metrics]}"), TimeRemainingColumn()
-            with Progress(*columns, console=self.rich, transient=True) as bar:
+            stage, metrics = TextColumn("{task.description}", markup=False), TextColumn("{task.fields[metrics]}")
+            with Progress(stage, BarColumn(30), metrics, TimeRemainingColumn(), console=self.rich, transient=True) as bar:
                 progress.update = partial(bar.update, bar.add_task(f"  {name}", total=epochs * images, metrics=""))
                 yield progress
         if progress.last:

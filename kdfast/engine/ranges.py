@@ -7,6 +7,8 @@ from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
+from kdfast.text import printable
+
 
 @dataclass(frozen=True)
 class Range:
@@ -77,7 +79,8 @@ def _check(name: str, hint: Any, value: Any) -> None:
         if not isinstance(value, tuple):
             raise TypeError(f"{name} must be a tuple, got {value!r}")
         for one in value:
-            _check(name, parts[0], one)
+            if not isinstance(one, Path):  # a file to be read has any name
+                _check(name, parts[0], one)
     elif hint in (int, float, bool, str):
         wanted = {int: int, float: Real}.get(hint, hint)
         if not isinstance(value, wanted) or (isinstance(value, bool) and hint is not bool):
@@ -86,4 +89,4 @@ def _check(name: str, hint: Any, value: Any) -> None:
         if not str(value):
             raise ValueError(f"{name} must not be empty")
         if any("\ud800" <= letter <= "\udfff" for letter in str(value)):
-            raise ValueError(f"{name} must be UTF-8, got {str(value)!r}")
+            raise ValueError(f"{name} must be UTF-8, got {printable(value)}")

@@ -63,10 +63,15 @@ def _render(template: str, values: dict[str, Any]) -> str:
     import jinja2
 
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
-    environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    environment = jinja2.Environment(loader=loader, autoescape=True, finalize=_show, trim_blocks=True, lstrip_blocks=True)
     shown = (text.percent, text.signed, text.number, text.duration)
     environment.filters |= {function.__name__: function for function in shown} | {"plain": _plain}
     return environment.get_template(template).render(values)
+
+
+def _show(value: Any) -> Any:
+    """Shows the control characters of names; markup that the page brings itself stays."""
+    return text.printable(value) if type(value) is str else value
 
 
 def _plain(value: Any) -> str:
