@@ -40,8 +40,9 @@ def check_fits(model: nn.Module, name: str, image_size: int, classes: int) -> No
     device = next(model.parameters(), torch.empty(0)).device
     try:
         logits = model.eval()(torch.zeros(2, 3, image_size, image_size, device=device))
-    except RuntimeError as error:
-        raise ValueError(f"{name} takes no images of {image_size} x {image_size} pixels: {_first_line(error)}") from error
+    except Exception as error:  # another's network raises what it likes
+        fault = "" if "must return logits" in str(error) else f" takes no images of {image_size} x {image_size} pixels"
+        raise ValueError(f"{name}{fault}: {_first_line(error)}") from error
     if logits.shape != (2, classes):
         raise ValueError(f"{name} must give one logit a class, {classes} for an image, got outputs of shape {tuple(logits.shape)} for 2")
     if not logits.isfinite().all():
@@ -70,5 +71,5 @@ def rehearse(stages: Stages[T], image_size: int, classes: int) -> T:
         result = _Untrained(stage.name, 1, 1, defaultdict(float), 0.0, 0.0, stage.keep, Path(), stage.train)
 
 
-def _first_line(error: RuntimeError) -> str:
+def _first_line(error: Exception) -> str:
     return str(error).split("\n")[0]

@@ -7,7 +7,8 @@
 The projection to the unit sphere, Linear - ReLU - Linear - L2 norm, is the one on which ConKD-Lion takes its contrastive loss.
 """
 
-from typing import Literal, get_args
+from collections.abc import Mapping
+from typing import Any, Literal, get_args
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -30,6 +31,35 @@ class ProjectionHead(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[B, features] -> [B, out], rows of length 1."""
         return F.normalize(self.layers(x), dim=1)
+
+
+class FindLogits:
+    """A forward hook that takes the logits out of what a network returns: a tuple, a list, a dictionary or an object.
+
+    Args:
+        outputs: number of logits; None: any.
+    """
+
+    def __init__(self, outputs: int | None) -> None:
+        self.outputs = outputs
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], returned: Any) -> Tensor:
+        """Returns the tensor [B, outputs] that is called logits, or is the only one of its shape.
+
+        Raises:
+            ValueError: there is no such tensor, or several.
+        """
+        if isinstance(returned, Tensor):
+            return returned
+        named = dict(returned) if isinstance(returned, Mapping) else getattr(returned, "__dict__", {})
+        called = named.get("logits", getattr(returned, "logits", None))
+        values = [called] if isinstance(called, Tensor) else returned if isinstance(returned, tuple | list) else list(named.values())
+        fitting = [v for v in values if isinstance(v, Tensor) and v.ndim == 2 and self.outputs in (None, v.shape[1])]
+        if len(fitting) != 1:
+            kind, wanted = type(returned).__name__, self.outputs or "..."
+            found = ", ".join(str(list(v.shape)) if isinstance(v, Tensor) else type(v).__name__ for v in values) or "nothing"
+            raise ValueError(f"{type(module).__name__} must return logits [B, {wanted}], alone or called logits, got {kind} of {found}")
+        return fitting[0]
 
 
 def classifier_head(features: int, num_classes: int, *, hidden: int = 128, dropout: float = 0.4) -> nn.Module:

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from kdfast import files
 from kdfast.models import cifar_resnet
 from kdfast.models.heads import find_head
-from kdfast.models.zoo import NETWORKS, ModelSpec, Option, create
+from kdfast.models.zoo import NETWORKS, ModelSpec, Option, outline
 
 EMA = ("state_dict_ema", "model_ema", "ema_state_dict", "params_ema", "ema")  # moving averages of the weights
 NESTINGS = ("state_dict", "model_state_dict", "model", "net", "network", "model_state", "module", "weights", "params", *EMA)
@@ -276,9 +276,7 @@ def recognize(state: Mapping[str, Tensor], name: str) -> tuple[ModelSpec, str | 
         (ModelSpec(name='resnet8', num_classes=7, head='linear', options={'shortcut': 'A'}), 'imagenet')
     """
     options: dict[str, Option] = {}
-    # our networks compute nothing while they are built, so they need no memory; others' may
-    with torch.device("meta" if name in NETWORKS else "cpu"), torch.random.fork_rng(devices=[]):
-        model = create(name, 10)
+    model = outline(ModelSpec(name, 10))
     state = _select(state, model.state_dict(), model, "the state dict", shapes=False)
     if name in cifar_resnet.NETWORKS and not any(".shortcut." in key for key in state):
         options["shortcut"] = "A"

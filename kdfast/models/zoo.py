@@ -5,6 +5,7 @@ with num_classes and the options, returns an nn.Module that ends in a linear lay
 """
 
 import difflib
+import inspect
 import json
 import os
 from collections.abc import Callable, Mapping
@@ -14,11 +15,12 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from kdfast import imports
 from kdfast.models import cifar_resnet, mobilenet, vgg, wide_resnet
 from kdfast.models.heads import NAMES as HEADS
-from kdfast.models.heads import Head, feature_size, replace_head, set_head
+from kdfast.models.heads import FindLogits, Head, feature_size, replace_head, set_head
 
 NETWORKS = {**cifar_resnet.NETWORKS, **wide_resnet.NETWORKS, **vgg.NETWORKS, **mobilenet.NETWORKS}
 # torchvision's networks that do not end in one linear layer, or return more than logits in training
@@ -101,6 +103,30 @@ def build(spec: ModelSpec) -> nn.Module:
     return create(spec.name, spec.num_classes, head=spec.head, pretrained=False, **spec.options)
 
 
+class _WithoutMemory(TorchFunctionMode):
+    """Makes new tensors on the meta device, except those that hold values which networks compute with while they are built (RegNet)."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in (torch.empty, torch.zeros, torch.ones, torch.full, torch.rand, torch.randn) and kwargs.get("device") is None:
+            kwargs = {**kwargs, "device": "meta"}
+        return func(*args, **kwargs)
+
+
+def outline(spec: ModelSpec) -> nn.Module:
+    """The network of a spec on the meta device: shapes without memory. The random state does not change.
+
+    Raises:
+        ValueError: see `create`.
+
+    Example:
+        >>> kdfast.models.zoo.outline(kdfast.models.ModelSpec("resnet50", num_classes=10)).fc.weight.is_meta
+        True
+    """
+    with _WithoutMemory(), torch.random.fork_rng(devices=[]):
+        return build(spec).to("meta")
+
+
 def create(name: str, num_classes: int, *, head: Head = "linear", pretrained: bool = False, **options: Option) -> nn.Module:
     """A network by name.
 
@@ -116,10 +142,13 @@ def create(name: str, num_classes: int, *, head: Head = "linear", pretrained: bo
             torchvision's own.
 
     Returns:
-        The network in training mode, images [B, C, H, W] -> logits [B, num_classes] (features with head "none").
+        The network in training mode, images [B, C, H, W] -> logits [B, num_classes] (features with head "none"). A network of another
+        library may return a tuple, a list, a dictionary or an object: calls then give the tensor called logits, or the only one of
+        that shape.
 
     Raises:
-        ValueError: an unknown name (the message lists the nearest), or an option that the network does not take.
+        ValueError: an unknown name (the message lists the nearest), or an option that the network does not take (the message lists its
+            options, where they are known).
         OSError: the pretrained weights cannot be fetched.
         ImportError: torchvision is not installed, for one of its networks.
 
@@ -143,14 +172,20 @@ def create(name: str, num_classes: int, *, head: Head = "linear", pretrained: bo
         make = partial(_create_torchvision, name, pretrained)
     else:
         near = difflib.get_close_matches(name, names(), n=5, cutoff=0.5)
+        if name in _OTHER_ENDINGS:
+            raise ValueError(f"create: {name!r} does not end in one linear layer trained alone; torchvision.models:{name} builds it")
         hint = f"; the nearest names are {', '.join(near)}" if near else ""
         raise ValueError(f"create: there is no network {name!r}{hint} (or give package.module:function)")
     try:
         model = make(num_classes=num_classes, **options)
     except TypeError as error:
-        raise ValueError(f"create: {name!r} does not take these options: {error}") from error
+        takes = [p.name for p in inspect.signature(make).parameters.values() if p.name != "num_classes" and p.kind != p.VAR_KEYWORD]
+        known = f"; its options: {', '.join(takes)}" if takes else ""
+        raise ValueError(f"create: {name!r} does not take these options: {error}{known}") from error
     if not isinstance(model, nn.Module):
         raise ValueError(f"create: {name!r} must return a torch.nn.Module, got {type(model).__name__}")
+    if not own or ":" in name:
+        model.register_forward_hook(FindLogits(None if head == "none" else num_classes))
     return set_head(model, head, num_classes)
 
 

@@ -78,8 +78,10 @@ def stage_paths(network: nn.Module, option: str) -> tuple[str, ...]:
         ValueError: the network does not say where they are, so `option` has to.
     """
     inner, _ = innermost(network)
-    paths = tuple(getattr(inner, "stages", ()))
-    if not paths:
+    stages = getattr(inner, "stages", ())
+    # timm's networks hold the stages themselves there
+    paths = tuple(f"stages.{name}" for name, _ in stages.named_children()) if isinstance(stages, nn.Module) else tuple(stages)
+    if not paths or not all(isinstance(path, str) for path in paths):
         raise ValueError(f"{option} must be named: {type(inner).__name__} does not say where its stages are")
     return paths
 

@@ -13,11 +13,11 @@ import math
 import re
 from dataclasses import dataclass, replace
 
-import torch
 from torch import nn
 
 from kdfast.engine.random_state import derive
-from kdfast.models import ModelSpec, build, create, names, parameter_count
+from kdfast.models import ModelSpec, create, names, parameter_count
+from kdfast.models.zoo import outline
 from kdfast.recipes import kd
 from kdfast.recipes.recipe import Preset, Recipe, Setup, Stages, Trained, seeded
 from kdfast.recipes.trainings import DIH_README, TAKD
@@ -64,8 +64,7 @@ def midway(student: ModelSpec, teacher_size: int) -> str:
 
 @functools.cache
 def _size(spec: ModelSpec) -> int:
-    with torch.device("meta"):
-        return parameter_count(build(spec))
+    return parameter_count(outline(spec))
 
 
 RECIPE = Recipe(

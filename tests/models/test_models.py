@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from kdfast.models import ModelSpec, Taps, build, create, feature_size, names, parameter_count, tap_shapes
-from kdfast.models.zoo import NETWORKS
+from kdfast.models import ModelSpec, Taps, build, create, feature_size, names, parameter_count, recognize, tap_shapes
+from kdfast.models.zoo import NETWORKS, outline
 
 # network: parameters with 10 and with 100 classes
 COUNTS = {
@@ -123,6 +123,29 @@ class TestSpec:
             ModelSpec(*arguments)
 
 
+_FAMILIES = ("alexnet", "convnext_tiny", "densenet121", "efficientnet_b0", "maxvit_t", "mnasnet0_5", "mobilenet_v3_small", "regnet_x_400mf")
+_FAMILIES += ("resnet18", "shufflenet_v2_x0_5", "swin_t", "swin_v2_t", "vgg11_bn", "vit_b_32", *NETWORKS)
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=() if name in _FAMILIES else pytest.mark.slow) for name in names()])
+def test_every_listed_network_is_outlined_and_takes_images(name):
+    random, spec = torch.get_rng_state(), ModelSpec(name, 7)
+    model = outline(spec)
+    assert all(tensor.is_meta for tensor in model.state_dict().values())
+    assert [model.train(mode)(torch.empty(2, 3, 224, 224, device="meta")).shape for mode in (True, False)] == [(2, 7), (2, 7)]
+    assert recognize(model.state_dict(), name)[0] == spec
+    assert torch.equal(torch.get_rng_state(), random)
+
+
+@pytest.mark.parametrize(("name", "size"), [("googlenet", 64), ("inception_v3", 299)])
+def test_logits_are_taken_from_auxiliary_classifiers(name, size):
+    model = create(f"torchvision.models:{name}", 7, init_weights=False, transform_input=False)
+    images = torch.randn(2, 3, size, size)
+    logits = model(images)
+    assert logits.shape == (2, 7)
+    assert isinstance(model.forward(images), tuple), "the network itself returns its auxiliary logits too"
+
+
 def test_names_lists_ours_and_torchvisions():
     listed = names()
     assert {"resnet20", "wrn_28_2", "vgg11_cifar", "resnet18", "resnet101", "wide_resnet50_2", "vgg16_bn"} <= set(listed)
@@ -133,7 +156,9 @@ def test_names_lists_ours_and_torchvisions():
     ("name", "options", "message"),
     [
         pytest.param("resnt20", {}, r"no network 'resnt20'; the nearest names are resnet20", id="name"),
-        pytest.param("resnet8", {"widht": 2}, "'resnet8' does not take these options: .*'widht'", id="option"),
+        pytest.param(
+            "resnet8", {"widht": 2}, "'resnet8' does not take these options: .*'widht'; its options: shortcut, in_channels", id="option"
+        ),
         pytest.param("resnet18", {"in_channels": 1}, "'resnet18' does not take these options", id="torchvision option"),
         pytest.param("resnet20", {"pretrained": True}, r"no pretrained weights for 'resnet20'.*load_weights", id="pretrained"),
     ],
