@@ -225,7 +225,7 @@ def measure(options: Train, world: World) -> dict[str, Any]:
         world: the device to run on.
 
     Returns:
-        The options, for each side its average_parts, and the speed-up: the median over pairs of steps of plain / kdfast.
+        The options, for each side its average_parts, and the speed-up: plain / kdfast, of their average steps.
     """
     torch.manual_seed(0)
     N, size, device = options.batch_size or 0, options.image_size or 0, world.device  # Train.on has chosen them
@@ -253,10 +253,9 @@ def measure(options: Train, world: World) -> dict[str, Any]:
 
     result: dict[str, Any] = asdict(options)
     del result["out"]
-    totals = {}
     for name, step in sides.items():
         times, optimizer = step.clock.take(), type(step.optimizer)
-        totals[name] = [sum(parts.values()) for parts in times]
+        steps = len(times)
         parts = average_parts(times)
         step_ms = sum(parts.values())
         result[name] = {
@@ -267,7 +266,8 @@ def measure(options: Train, world: World) -> dict[str, Any]:
             "losses_and_optimizer": round((parts["losses"] + parts["optimizer"]) / step_ms, 5),
             "memory_bytes": memory[name],
         }
-    return result | {"steps": len(totals["kdfast"]), "speedup": round(timing.speedup(totals["kdfast"], totals["plain"]), 4)}
+    # of the numbers that the table shows: a median over pairs of steps may lie on the other side of 1
+    return result | {"steps": steps, "speedup": round(result["plain"]["step_ms"] / result["kdfast"]["step_ms"], 4)}
 
 
 def average_parts(steps: list[dict[str, float]]) -> dict[str, float]:

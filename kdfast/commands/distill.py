@@ -1,6 +1,7 @@
 """kdfast distill: the teacher first, then for every seed the student alone and the student distilled, then the report."""
 
 import copy
+import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -26,8 +27,9 @@ from kdfast.recipes.recipe import Extended, Setup, Stages, Trained, seeded
 from kdfast.recipes.supervised import alone
 from kdfast.recipes.supervised import teacher as supervised_teacher
 from kdfast.runs import artifact
-from kdfast.runs.artifact import Renormalized
+from kdfast.runs.artifact import Classifier, Renormalized
 from kdfast.runs.results import Kept, Matrix, Network, Results, Student, Teacher
+from kdfast.runs.summary import describe_chance
 from kdfast.text import count, number, percent, share
 
 
@@ -45,8 +47,11 @@ def distill(config: Distill[Any]) -> Path:
     """
     recipe = recipes.get(config.recipe)
     dataset = Path(config.data.dataset).name
+    loaded = _read_teacher(config) if config.teacher != "train" else None
+    if loaded is not None:  # config.toml, the report and takd's chain name the given teacher
+        config = replace(config, teacher_model=loaded.spec.name)
     with session(config, f"{recipe.name}-{dataset}-{config.student.replace(':', '.')}") as opened:
-        distillation = Distillation(config, opened)
+        distillation = Distillation(config, opened, loaded)
         given = distillation.given
         distillation.begin(**({"teacher": fingerprint(given.model)} if given else {}))
         distillation.print_header()
@@ -56,6 +61,14 @@ def distill(config: Distill[Any]) -> Path:
             distillation.close(teacher_facts, arms)
         opened.world.barrier()
         return opened.folder
+
+
+def _read_teacher(config: Distill[Any]) -> Classifier:
+    """Reads the given teacher."""
+    if not recipes.get(config.recipe).needs_teacher:
+        raise ValueError(f"teacher {config.teacher} was given, but recipe {config.recipe} has none")
+    options = parse_options(config.teacher_options, "teacher_options")
+    return artifact.load(config.teacher, model=config.teacher_model, options=options, option="--teacher-model")
 
 
 @dataclass(frozen=True)
@@ -90,7 +103,7 @@ class TrainedStudent:
 class Distillation(Job[Distill[Any]]):
     """A distillation at work."""
 
-    def __init__(self, config: Distill[Any], opened: Session):
+    def __init__(self, config: Distill[Any], opened: Session, loaded: Classifier | None):
         super().__init__(config, opened)
         self._recipe = recipes.get(config.recipe)
         classes = len(self.data.classes)
@@ -101,7 +114,7 @@ class Distillation(Job[Distill[Any]]):
             training=config.training,
             teacher_training=config.teacher_training,
             student_spec=ModelSpec(config.student, classes, options=student),
-            teacher_spec=ModelSpec(config.teacher_model, classes, options=teacher),
+            teacher_spec=loaded.spec if loaded else ModelSpec(config.teacher_model, classes, options=teacher),
             student_pretrained=config.pretrained,
             teacher_pretrained=config.teacher_pretrained,
             labels_hidden=self.labels_hidden,
@@ -109,10 +122,7 @@ class Distillation(Job[Distill[Any]]):
             make_loaders=self.make_loaders,
             say=self.say,
         )
-        given = config.teacher != "train"
-        if given and not self._recipe.needs_teacher:
-            raise ValueError(f"teacher {config.teacher} was given, but recipe {config.recipe} has none")
-        self.given = self._load_teacher() if given else None
+        self.given = self._adapt_teacher(loaded) if loaded else None
         self._rehearse()
 
     def _rehearse(self) -> None:
@@ -139,6 +149,9 @@ class Distillation(Job[Distill[Any]]):
         self.say(f"  data: {data.name}, {len(data.train):,} training images{labels}; {len(data.val):,} validation, {len(data.test):,} test")
         epochs = count(training.epochs, "epoch")
         self.say(f"  student: {config.student}, {epochs}, batch {training.batch_size}, {training.optimizer} lr {training.lr:g}")
+        if self._recipe.needs_teacher and self.given is None:
+            own = config.teacher_training
+            self.say(f"  teacher: {config.teacher_model} first, {count(own.epochs, 'epoch')} of its own (--teacher-training.epochs)")
         self.say(f"  folder: {self.session.folder}, on {self.session.world.device}")
         if training.micro_batch is not None:
             parts = f"micro-batches of {training.micro_batch}"
@@ -165,20 +178,18 @@ class Distillation(Job[Distill[Any]]):
             self.save(self.session.folder / "teacher.safetensors", tensors, spec, **extra)
         facts = teacher_results(network, spec, source, self.evaluate(model, setup.loaders(setup.teacher_training, all_labels=True)))
         self.say(f"  teacher: {spec.name}, {number(facts['parameters'])} parameters, test top-1 {percent(facts['top1'])} % ({source})")
-        if facts["top1"] < 1.5 / setup.classes:
-            text = f"The teacher is no better than chance ({percent(facts['top1'], 1)} % with {setup.classes} classes)."
+        if not math.isfinite(facts["loss"]):
+            raise ValueError(f"the teacher's outputs for the test images are not finite (loss {facts['loss']}): its weights are damaged")
+        if chance := describe_chance(facts["confusion"], self.data.classes):
             cause = "Is it of these classes, in this order, with this normalization?"
             if config.run.strict:
-                raise ValueError(f"{text[0].lower()}{text[1:-1]} (--strict). {cause}")
-            self.say(f"  warning: {text} {cause}")
-            self.notes.append(text)
+                raise ValueError(f"the teacher is {chance} (--strict). {cause}")
+            self.warn(f"The teacher is {chance}.", f" {cause}")
         return model, facts
 
-    def _load_teacher(self) -> Trained:
+    def _adapt_teacher(self, loaded: Classifier) -> Trained:
         """The given teacher, made to take the student's images."""
         config, classes = self.config, self._setup.classes
-        options = self._setup.teacher_spec.options
-        loaded = artifact.load(config.teacher, model=config.teacher_model, options=options, option="--teacher-model")
         if loaded.spec.num_classes != classes:
             raise ValueError(f"teacher {config.teacher} has {loaded.spec.num_classes} classes, but {self.data.name} has {classes}")
         if loaded.classes is not None and loaded.classes != self.data.classes:
@@ -233,9 +244,12 @@ class Distillation(Job[Distill[Any]]):
         if not self.data.val_is_test:
             chosen = max(distilled, key=lambda s: s.result.metrics.get("val/top1", -s.result.metrics.get("val/loss", 0.0)))
         top1 = {name: [student.test(kept).top1 for student in arm] for name, arm in arms.items()}
-        if teacher and alone and teacher["top1"] < statistics.mean(top1["alone"]):
-            self.notes.append("The teacher is less accurate than the student alone: it has little to teach.")
-            self.say(f"  warning: {self.notes[-1]}")
+        for arm, students in arms.items():
+            for student in students:
+                if chance := describe_chance(student.test(kept).confusion, self.data.classes):
+                    self.warn(f"The student {arm} of seed {student.seed} is {chance}.")
+        if teacher and teacher["top1"] < statistics.mean(top1["alone"] or top1["distilled"]):
+            self.warn(f"The teacher is less accurate than the student{' alone' if alone else ''}: it has little to teach.")
         results = self.begin_results(chosen.best.images, kept)
         results |= {
             "recipe": self._recipe.name,

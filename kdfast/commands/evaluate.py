@@ -1,5 +1,6 @@
 """kdfast eval: top-1, top-5, loss and confusion matrix of a trained classifier on a split."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -21,6 +22,7 @@ from kdfast.engine.terminal import Terminal
 from kdfast.models import parameter_count
 from kdfast.report.confusion import MATRIX_CLASSES
 from kdfast.runs import artifact
+from kdfast.runs.summary import describe_chance
 from kdfast.text import percent
 
 RUNS = default_is("the run's")
@@ -112,8 +114,12 @@ def run_eval(options: Eval) -> Evaluation:
     )
     model = loaded.model.to(world.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     result = evaluate(model, loaders.test, data.classes, world)
+    if not math.isfinite(result.loss):
+        raise ValueError(f"{loaded.path}: the loss on {result.images:,} images is {result.loss}: the network's outputs are not finite")
     if world.main:
         _print(console, loaded.spec.name, parameter_count(model), data.name, options.split, data.classes, result)
+        if chance := describe_chance(result.confusion, data.classes):
+            console.print(f"warning: this is {chance}")
         if options.json is not None:
             files.write_json(options.json, asdict(result))
     world.close()

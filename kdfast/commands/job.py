@@ -54,6 +54,11 @@ class Job(Generic[C]):
         """Trains the stages and returns their outcome; `seen` gets each result. Validation images choose the epoch, if there are any."""
         return self.session.run.complete(map_stages(stages, keep_last_epoch if self.data.val_is_test else lambda stage: stage, seen))
 
+    def warn(self, note: str, more: str = "") -> None:
+        """Prints a warning, and keeps it as a note of the results."""
+        self.say(f"  warning: {note}{more}")
+        self.notes.append(note)
+
     def evaluate(self, model: nn.Module, loaders: Loaders) -> Evaluation:
         """Evaluates a network on the test images."""
         return evaluate(model, loaders.test, self.data.classes, self.session.world)

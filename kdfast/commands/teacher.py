@@ -13,6 +13,7 @@ from kdfast.engine.random_state import derive
 from kdfast.models import ModelSpec, create, parameter_count
 from kdfast.recipes.recipe import seeded
 from kdfast.recipes.supervised import supervised
+from kdfast.runs.summary import describe_chance
 from kdfast.text import percent
 
 
@@ -50,6 +51,8 @@ def teach(config: Teach) -> Path:
             results["teacher"] = teacher_results(model, spec, "trained in this run", test)
             if not config.pretrained:
                 results["notes"].append("The network starts from random weights.")
+            if chance := describe_chance(test.confusion, job.data.classes):
+                job.warn(f"The network is {chance}.")
             page = job.record(results, model, spec)
             say(f"test top-1 {percent(test.top1)} %, top-5 {percent(test.top5)} %")
             say(f"weights: {opened.folder / 'best.safetensors'}")

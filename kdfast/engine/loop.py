@@ -20,7 +20,7 @@ from kdfast.data import Batch
 from kdfast.engine import random_state
 from kdfast.engine.distributed import World
 from kdfast.engine.interrupt import StopRequest
-from kdfast.engine.metrics import AccuracyMeter, TermMeter
+from kdfast.engine.metrics import AccuracyMeter, NonFiniteLoss, TermMeter
 from kdfast.engine.ranges import Checked, NotNegative
 from kdfast.engine.schedule import Schedule, make_optimizer
 from kdfast.engine.stage import Mean, Outputs, Stage, as_means
@@ -171,26 +171,40 @@ class StageLoop:
         loader = self.stage.data.train
         start, saved = time.perf_counter(), time.monotonic()
         before = self._epoch_seconds  # of this epoch, before an interruption
+        batch = None
         for batch in loader:
             self._meter.add(self._step(batch), len(batch.labels), step := loader.state_dict()["batch"])
             self._on_step(len(batch.labels) * self._world.size)
             look = step % CHECK_EVERY == 0
             if look:
-                self._meter.check(self.stage.name, self.epoch)
+                self._check(batch)
             # several processes must agree on stopping, which takes a collective operation: only when the device is read anyway
             stop = bool(self._stop) if self._world.size == 1 else look and self._world.any(bool(self._stop))
             due = self._world.main and time.monotonic() - saved > 60 * self._options.checkpoint_minutes
             due = due if self._world.size == 1 else look and self._world.any(due)
             if (stop or due) and step < len(loader):
-                self._meter.check(self.stage.name, self.epoch)
+                self._check(batch)
                 self._epoch_seconds = before + time.perf_counter() - start
                 save()
                 saved = time.monotonic()
                 if stop:
                     return False
-        self._meter.check(self.stage.name, self.epoch)  # waits for the device, so the seconds below are the whole work
+        self._check(batch)  # waits for the device, so the seconds below are the whole work
         self._epoch_seconds = before + time.perf_counter() - start
         return True
+
+    def _check(self, batch: Batch | None) -> None:
+        """Raises NonFiniteLoss if a loss term was not finite, or ValueError if that comes from a network that is not trained."""
+        try:
+            self._meter.check(self.stage.name, self.epoch)
+        except NonFiniteLoss as error:
+            with self._autocast():
+                outputs = {} if batch is None else self.stage.forward(self._parts(batch)[0])
+            given = {name: value for name, value in outputs.items() if value.is_floating_point() and not value.requires_grad}
+            if bad := [name for name, value in given.items() if not value.isfinite().all()]:
+                what = f"the outputs of a frozen network ({', '.join(bad)}) are not finite"
+                raise ValueError(f"{error}: {what}, whatever the learning rate: its weights or its normalization are wrong") from None
+            raise
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:

@@ -119,7 +119,7 @@ class Evaluation:
         loss: mean cross-entropy, nats.
         confusion: images by true class (rows) and predicted class (columns).
         images: number of images.
-        images_per_s: speed of the forward passes on this device, without loading.
+        images_per_s: speed of the forward passes on this device, without loading; the first pass of a shape is not counted.
 
     Example:
         >>> from kdfast.engine import Evaluation
@@ -161,7 +161,11 @@ def evaluate(model: Callable[[Tensor], Tensor], batches: Iterable[Batch], classe
     confusion = torch.zeros(C * C, dtype=torch.int64, device=world.device)
     sums = torch.zeros(2, dtype=torch.float64, device=world.device)  # top-5, loss
     seconds, seen = 0.0, 0  # of this process
+    shape: torch.Size | None = None
     for batch in batches:
+        if batch.images.shape != shape:  # the first pass of a shape chooses algorithms and allocates
+            model(batch.images)
+            shape = batch.images.shape
         start = _now(world.device)
         logits = model(batch.images)
         seconds += _now(world.device) - start

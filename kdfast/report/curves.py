@@ -118,7 +118,7 @@ def _draw(axes: "Axes", panel: Panel) -> None:
         values = [scale * v for v in values]
         means += axes.plot(epochs, values, color=colour, linewidth=line.width, linestyle=line.style, solid_capstyle="round")
         axes.plot(epochs[-1:], values[-1:], color=colour, marker="o", markersize=3.5)
-        drawn += values
+        drawn += [scale * value for _, series in line.seeds for value in series]
     axes.set_title(panel.title, loc="left", fontsize=12, fontweight="bold", color=PALETTE["ink"], parse_math=False)
     axes.set_xlabel("epoch", color=PALETTE["muted"])
     axes.set_ylabel(panel.y_label, color=PALETTE["muted"])

@@ -12,6 +12,7 @@ from kdfast.files import replacing, write_text
 from kdfast.report.contents import describe_comparison, describe_run
 from kdfast.report.curves import panels, write_png
 from kdfast.runs.folder import read_run
+from kdfast.runs.summary import is_too_little
 
 
 def write_report(run: Path) -> Path:
@@ -66,6 +67,7 @@ def _render(template: str, values: dict[str, Any]) -> str:
     environment = jinja2.Environment(loader=loader, autoescape=True, finalize=_show, trim_blocks=True, lstrip_blocks=True)
     shown = (text.percent, text.signed, text.number, text.duration)
     environment.filters |= {function.__name__: function for function in shown} | {"plain": _plain}
+    environment.tests["too_little"] = is_too_little
     return environment.get_template(template).render(values)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 from kdfast import text
 from kdfast.machine import describe
 from kdfast.runs.results import Results, Student, accuracies, kept, students
-from kdfast.runs.summary import paired_difference
+from kdfast.runs.summary import is_too_little, paired_difference
 
 # of the common settings
 SHOWN = ("dataset", "student", "label_fraction", "epochs", "batch_size", "optimizer", "lr", "weight_decay", "schedule", "precision")
@@ -57,7 +57,9 @@ def cells(row: Mapping[str, Any]) -> list[str]:
     difference = ""
     if paired:
         difference = f"{100 * paired['mean']:+.2f}"
-        difference += f" ({100 * paired['low']:+.2f} to {100 * paired['high']:+.2f})" if "low" in paired else ""
+        if "low" in paired:
+            interval = f"{100 * paired['low']:+.2f} to {100 * paired['high']:+.2f}"
+            difference += f" ({'too little data' if is_too_little(paired) else interval})"
     speed = text.number(row["images_per_s"]) if "images_per_s" in row else ""
     return [row["recipe"], _mean(row["best"]), _mean(row["last"]), difference, speed, f"{row['seconds']:,.1f}" if "seconds" in row else ""]
 

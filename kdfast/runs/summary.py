@@ -14,9 +14,10 @@ from collections.abc import Iterable, Sequence
 from typing import Any, Literal, NamedTuple, cast
 
 from kdfast import text
-from kdfast.runs.results import Network, Paired, Results, accuracies, kept, students
+from kdfast.runs.results import Matrix, Network, Paired, Results, accuracies, kept, students
 
 CONFIDENCE = 0.95  # probability that an interval covers the true mean
+CHANCE = 0.01  # more right answers than chance gives this often are better than chance
 
 Outcome = Literal["raised", "lowered", "undecided", "unknown"]
 
@@ -97,11 +98,40 @@ def paired_difference(alone: Sequence[float], distilled: Sequence[float]) -> Pai
     return {"n": n, "mean": middle, "low": middle - reach, "high": middle + reach, "confidence": CONFIDENCE, "differences": differences}
 
 
+def describe_chance(confusion: Matrix, classes: Sequence[str]) -> str | None:
+    """Says that a classifier is no better than chance; None if it is better, or right about every image.
+
+    Answers that ignore the image, but are given as often as the classifier gives them, are right with p = sum over classes k of
+    (images of k) (answers k) / n^2; a constant answer with the share of its class. The classifier is better than chance if that many
+    right answers of n or more have a probability below 1 % in the binomial distribution of n and p.
+
+    Args:
+        confusion: images by true class (rows) and predicted class.
+        classes: names of the classes.
+    """
+    from scipy.special import bdtrc
+
+    n, right = sum(map(sum, confusion)), sum(row[k] for k, row in enumerate(confusion))
+    answers = [sum(column) for column in zip(*confusion)]
+    p = sum(sum(row) * given for row, given in zip(confusion, answers)) / n**2
+    if right == n or (right and bdtrc(right - 1, n, p) < CHANCE):
+        return None
+    constant = f", every image is taken for {classes[answers.index(n)]}" if n in answers else ""
+    return f"no better than chance ({text.percent(right / n, 1)} % with {len(classes)} classes{constant})"
+
+
+def is_too_little(paired: Paired) -> bool:
+    """Returns whether the interval says nothing: no spread at all, as of few test images, or wider than any difference can be."""
+    return not 1e-9 < paired["high"] - paired["low"] < 1
+
+
 def outcome(results: Results) -> Outcome:
     """Returns what the seeds show of distillation; "unknown" without a paired comparison."""
     paired = results.get("paired")
     if not paired:
         return "unknown"
+    if is_too_little(paired):
+        return "undecided"
     return "raised" if paired["low"] > 0 else "lowered" if paired["high"] < 0 else "undecided"
 
 
@@ -123,6 +153,9 @@ def verdict(results: Results) -> str:
             f"With distillation the student reaches {accuracy}, {text.signed(statistics.fmean(distilled) - before)} points against "
             f"the {100 * before:.1f} % without; without two pairs of seeds there is no spread, so this may be chance."
         )
+    if is_too_little(paired):
+        data = f"{text.count(paired['n'], 'seed')} and {text.count(results['test_images'], 'test image')}"
+        return f"{data} are too little for a verdict: {text.signed(paired['mean'])} points, without a spread that could be trusted."
     interval = f"{100 * paired['confidence']:g} % interval {text.signed(paired['low'])} to {text.signed(paired['high'])}"
     if outcome(results) == "undecided":
         return f"Distillation made no difference that {paired['n']} seeds can show: {text.signed(paired['mean'])} points ({interval})."

@@ -1,15 +1,17 @@
 """kdfast distill and kdfast teacher: the run folder, the recipes, and given teachers."""
 
+import math
 import re
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from torch import nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
-from kdfast.models import create, save_weights
+from kdfast.models import ModelSpec, create, save_weights
 from kdfast.recipes.supervised import supervised
 from tests.commands.running import KD, SHORT, TEACHER, TINY, assert_same_run, evaluate, fail, kdfast, metrics_of, results_of, stages_of
 from tests.data.samples import write_class_folders
@@ -55,6 +57,66 @@ def test_a_run_is_logged_and_continued_in_its_logs(tmp_path: Path, monkeypatch: 
     assert [line[f"{of['stage']}/val/top1"] for line, of in zip(lines, written, strict=True)] == [of["val/top1"] for of in written]
     assert made[0]["id"] == made[1]["id"]
     assert [of["ended"] for of in made] == [0, 0]
+
+
+@pytest.mark.parametrize("error", [RuntimeError("api_key not configured"), OSError("no network")], ids=str)
+def test_a_log_that_cannot_be_opened_leaves_no_folder(error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
+    def init(**keywords):
+        (Path(keywords["dir"]) / "wandb" / "run").mkdir(parents=True)
+        raise error
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
+    out = tmp_path / "run"
+    assert fail(capsys, "distill", *KD, "--out", out, "--log", "wandb") == f"kdfast: --log wandb: {error}"
+    assert not out.exists()
+
+
+def test_weights_that_cannot_be_fetched_leave_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
+    def refuse(*_, **__):
+        raise OSError("no network")
+
+    monkeypatch.setattr("torch.hub.download_url_to_file", refuse)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "home"))
+    options = [*KD, "--student", "resnet18", "--pretrained", "--image-size", "32", "--out", tmp_path / "run"]
+    assert "the ImageNet weights of 'resnet18' could not be fetched" in fail(capsys, "distill", *options)
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_given_teacher_is_named_everywhere(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    save_weights(create("resnet32", 10), tmp_path / "w.safetensors", {"model": ModelSpec("resnet32", 10).to_json()})
+    options = ["--recipe", "takd", *SHORT, "--epochs", "1", "--teacher", tmp_path / "w.safetensors", "--teacher-model", "resnet32"]
+    assert kdfast("distill", *options, "--out", tmp_path / "run") == 0
+    assert "chain: resnet32 -> resnet14 -> resnet8" in capsys.readouterr().out
+    assert kdfast("distill", *KD, "--epochs", "1", "--teacher", tmp_path / "run" / "best.safetensors", "--out", tmp_path / "next") == 0
+    assert 'teacher_model = "resnet8"' in (tmp_path / "next" / "config.toml").read_text()
+    assert results_of(tmp_path / "next")["teacher"]["model"] == "resnet8"
+
+
+def test_the_header_says_how_long_the_teacher_is_trained(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    assert kdfast("distill", *KD, "--no-baseline", "--epochs", "1", "--out", tmp_path / "run") == 0
+    assert "teacher: resnet8 first, 2 epochs of its own (--teacher-training.epochs)" in capsys.readouterr().out
+
+
+def broken_weights(path: Path, value: float) -> Path:
+    """Weights of resnet8 whose classifier has one number that is not finite for class 3."""
+    model = create("resnet8", 10)
+    with torch.no_grad():
+        model.linear.weight[3, 0] = value
+    save_weights(model, path, {})
+    return path
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_teacher_that_is_not_finite_is_named_before_anything_trains(value: float, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    weights = broken_weights(tmp_path / "w.safetensors", value)
+    options = [*KD, "--teacher", weights, "--teacher-model", "resnet8", "--out", tmp_path / "run"]
+    error = fail(capsys, "distill", *options)
+    assert f"teacher {weights} gives logits that are not finite" in error
+    assert "learning rate" not in error
+    assert not (tmp_path / "run").exists()
+    error = fail(capsys, "eval", weights, "--model", "resnet8", "--dataset", "digits", "--json", tmp_path / "e.json")
+    assert "the loss on 359 images is nan: the network's outputs are not finite" in error
+    assert not (tmp_path / "e.json").exists()
 
 
 def test_without_validation_images_the_last_epoch_counts_and_is_saved(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

@@ -59,3 +59,14 @@ def test_evaluate_returns_the_speed_of_this_device_not_of_all_processes(monkeypa
     result = evaluate(lambda images: images.mean(dim=(2, 3)), data.test, ("a", "b", "c"), CPU)
     assert result.images == 36
     assert result.images_per_s == 18 / len(data.test)
+
+
+def test_the_first_pass_of_a_shape_is_not_timed(monkeypatch: pytest.MonkeyPatch):
+    seconds, now = iter([100.0, 1.0, 100.0, 1.0]), [0.0]  # of each call: cold and warm, for 16 images and for the last 2
+
+    def model(images):
+        now[0] += next(seconds)
+        return images.mean(dim=(2, 3))
+
+    monkeypatch.setattr("kdfast.engine.metrics._now", lambda device: now[0])
+    assert evaluate(model, loaders().test, ("a", "b", "c"), CPU).images_per_s == 18 / 2

@@ -1,5 +1,6 @@
 """Runs of stages: the loop, the kept weights, checkpoints, and resuming to the same bits."""
 
+import math
 import os
 import shutil
 import signal
@@ -244,3 +245,24 @@ def test_a_compiled_stage_follows_the_eager_one(tmp_path: Path, monkeypatch: pyt
 def test_a_run_folder_is_locked_for_one_process(tmp_path: Path):
     with locked(tmp_path), pytest.raises(ValueError, match="another process is running in it"), locked(tmp_path):
         pass
+
+
+@pytest.mark.parametrize("more", [{}, {"micro_batch": 8}], ids=["whole batches", "micro-batches"])
+def test_a_frozen_network_that_is_not_finite_is_named_in_place_of_the_learning_rate(more: dict, tmp_path: Path):
+    student, teacher = linear(), linear()
+    with torch.no_grad():
+        teacher[1].weight[0, 0] = math.nan
+
+    def forward(batch):
+        with torch.no_grad():
+            target = teacher(batch.images)
+        return {"logits": student(batch.images), "teacher": target}
+
+    def loss(outputs, batch):
+        return {"kd": (outputs["logits"] - outputs["teacher"]).square().mean()}
+
+    made = stage("s", student, Training(epochs=1, batch_size=16, **more), frozen=(teacher,), forward=forward, loss=loss)
+    with pytest.raises(
+        ValueError, match=r"'kd' is not finite at epoch 1, step 1: the outputs of a frozen network \(teacher\) are not finite"
+    ):
+        fit(tmp_path, made)

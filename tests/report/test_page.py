@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from kdfast.report import summary_rows, verdict, write_comparison, write_report
+from kdfast.report import curves, summary_rows, verdict, write_comparison, write_report
 from kdfast.text import percent, signed
 from tests.report.making import CONFIG, RESULTS, find_addresses, make_run, read, rewrite
 
@@ -225,3 +225,12 @@ def test_full_disk_leaves_the_old_report(folder: Path, monkeypatch: pytest.Monke
         write_report(folder)
     assert ((folder / "report.html").read_bytes(), (folder / "curves.png").read_bytes()) == old
     assert len(list(folder.iterdir())) == 5  # no temporary file stays behind
+
+
+def test_the_limits_of_a_panel_hold_every_seed() -> None:
+    seeds = [([1, 2, 3], [0.2, 0.9, 0.5]), ([1, 2, 3], [0.2, 0.3, 0.5])]
+    for scale in (100, 1):
+        panel = curves.Panel("accuracy", "top-1, %", [curves.Line("distilled", "distilled", seeds)], percent=scale == 100)
+        low, high = curves._figure([panel], 1).axes[0].get_ylim()
+        assert low <= 0.3 * scale
+        assert high >= 0.9 * scale

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from kdfast.runs.summary import outcome, paired_difference, summary_rows, verdict
+from kdfast.runs.comparison import cells
+from kdfast.runs.summary import describe_chance, outcome, paired_difference, summary_rows, verdict
 from tests.report.making import make_run
 
 
@@ -68,3 +69,45 @@ def test_the_verdict_claims_no_more_than_the_seeds_show(alone: list[float], dist
     results: Any = {"arms": arms, "paired": paired_difference(alone, distilled) if len(alone) > 1 else None}
     assert said in verdict(results)
     assert outcome(results) == kind
+
+
+@pytest.mark.parametrize(
+    ("alone", "distilled"),
+    [
+        pytest.param([0.5, 0.6], [0.5 + 1 / 30, 0.6 + 1 / 30], id="equal differences of few test images"),
+        pytest.param([0.9, 0.9, 0.9], [0.9, 0.9, 0.9], id="no difference at all"),
+        pytest.param([0.3, 0.9], [0.6, 0.8], id="an interval wider than all accuracies"),
+    ],
+)
+def test_too_little_data_gets_no_verdict(alone: list[float], distilled: list[float]) -> None:
+    arms = {"alone": [{"best/top1": x} for x in alone], "distilled": [{"best/top1": x} for x in distilled]}
+    paired = paired_difference(alone, distilled)
+    results: Any = {"arms": arms, "paired": paired, "test_images": 30}
+    assert f"{len(alone)} seeds and 30 test images are too little for a verdict" in verdict(results)
+    assert outcome(results) == "undecided"
+    assert "(too little data)" in cells({"recipe": "kd", "best": distilled, "last": [], "paired": paired})[3]
+
+
+BINARY = ("cat", "dog")
+
+
+@pytest.mark.parametrize(
+    ("confusion", "classes", "said"),
+    [
+        pytest.param([[73, 27], [27, 73]], BINARY, None, id="73 % of two classes is no chance"),
+        pytest.param([[110, 90], [80, 120]], BINARY, None, id="57 % of 400 images"),
+        pytest.param([[11, 9], [8, 12]], BINARY, "no better than chance (57.5 % with 2 classes)", id="57 % of 40 images"),
+        pytest.param([[90, 0], [10, 0]], BINARY, "every image is taken for cat", id="a constant answer in a lopsided set"),
+        pytest.param([[0, 10], [0, 90]], BINARY, "every image is taken for dog", id="the other constant"),
+        pytest.param([[144, 36], [4, 16]], BINARY, None, id="below the largest class's share, yet not blind"),
+        pytest.param([[0, 50], [50, 0]], BINARY, "no better than chance (0.0 % with 2 classes)", id="all wrong"),
+        pytest.param([[3, 0], [0, 0]], BINARY, None, id="all right"),
+        pytest.param([[2, 18] * 5] * 10, tuple("abcdefghij"), "no better than chance (10.0 % with 10 classes)", id="ten classes"),
+        pytest.param(
+            [[18 if i == j else 9 for j in range(10)] for i in range(10)], tuple("abcdefghij"), None, id="twice ten classes' chance"
+        ),
+    ],
+)
+def test_chance_is_named(confusion: list[list[int]], classes: tuple[str, ...], said: str | None) -> None:
+    found = describe_chance(confusion, classes)
+    assert found is None if said is None else said in (found or "")
