@@ -19,7 +19,7 @@ class ClassRow(NamedTuple):
         images: its test images, counted once for every seed.
         teacher: fraction of them that is right, NaN if unknown; so `alone` and `distilled`.
         change: distilled - alone.
-        cells: by predicted class: images, depth of colour from 0 to 1, whether that is the true class.
+        cells: by predicted class: images, depth of colour from 0 to 1, whether that is the true class; none where no matrix is shown.
     """
 
     name: str
@@ -64,7 +64,7 @@ def _class_rows(results: Results, distilled: Matrix, alone: Matrix | None) -> li
     depths = np.nan_to_num(np.sqrt(wrong / (wrong.max() or 1)) + np.diag(right[2]))
     rows = []
     for i, (name, counts, of_teacher, before, after) in enumerate(zip(results["classes"], distilled, *right)):
-        cells = [(n, depth, i == j) for j, (n, depth) in enumerate(zip(counts, depths[i]))]
+        cells = [(n, depth, i == j) for j, (n, depth) in enumerate(zip(counts, depths[i]))] if len(distilled) <= MATRIX_CLASSES else []
         rows.append(ClassRow(name, sum(counts), of_teacher, before, after, after - before, cells))
     return rows
 

@@ -1,15 +1,18 @@
 """results.json, the measurements of a finished run: a typed schema with one writer and one reader.
 
-Accuracies are fractions of the test images, losses are nats, times are seconds.
+Accuracies are fractions of the test images, losses are nats, times are seconds. The rows of a confusion matrix of more than DENSE classes
+are texts in the file, "class:images class:images ...", without the zeros.
 """
 
 import json
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal, NotRequired, TypedDict
+from typing import Any, Literal, NotRequired, TypedDict, cast
 
 from kdfast import files
 
 NAME = "results.json"
+DENSE = 100  # classes
 
 Arm = Literal["alone", "distilled"]
 Kept = Literal["best", "last"]
@@ -109,7 +112,7 @@ class Results(TypedDict):
 
 def write(folder: Path, results: Results) -> None:
     """Writes RUN/results.json atomically, keys in the schema's order."""
-    found: dict[str, Any] = dict(results)
+    found = _map_matrices(results, _pack)
     files.write_json(folder / NAME, {key: found[key] for key in Results.__annotations__ if key in found})
 
 
@@ -123,9 +126,37 @@ def read(folder: Path) -> Results | None:
     if not path.is_file():
         return None
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # JSON's and UTF-8's errors are kinds of it
+        return cast(Results, _map_matrices(json.loads(path.read_text(encoding="utf-8")), _unpack))
+    except (ValueError, IndexError, AttributeError) as error:  # JSON's and UTF-8's errors are ValueErrors
         raise ValueError(f"{path} cannot be read: {error}") from error
+
+
+def _map_matrices(results: Mapping[str, Any], change: Callable[[list[Any]], list[Any]]) -> dict[str, Any]:
+    """The results with every confusion matrix changed."""
+
+    def confusions(holder: Any) -> Any:
+        if not isinstance(holder, Mapping):
+            return holder
+        return {key: change(value) if isinstance(value, list) else value for key, value in holder.items()}
+
+    return {key: confusions(value) if key in ("teacher", "confusion") else value for key, value in results.items()}
+
+
+def _pack(table: list[Any]) -> list[Any]:
+    if len(table) <= DENSE:
+        return table
+    return [" ".join(f"{k}:{n}" for k, n in enumerate(row) if n) for row in table]
+
+
+def _unpack(table: list[Any]) -> list[Any]:
+    if not all(isinstance(row, str) for row in table):
+        return table
+    rows = [[0] * len(table) for _ in table]
+    for row, text in zip(rows, table):
+        for cell in text.split():
+            k, n = map(int, cell.split(":"))
+            row[k] = n
+    return rows
 
 
 def kept(results: Results) -> Kept:
