@@ -1,7 +1,7 @@
 """The command line: each command is a module of kdfast.commands with a function `run(arguments)`.
 
-A user's error is one sentence on stderr and exit status 1; a missing optional package is one sentence and status 2; Ctrl-C and SIGTERM
-save the run and leave with status 128 + signal. This file imports nothing heavy, so that `kdfast --help` answers at once.
+A user's error is one sentence on stderr and exit status 1; a missing optional package is one sentence and status 2; Ctrl-C, SIGTERM and
+SIGHUP save the run and leave with status 128 + signal. This file imports nothing heavy, so that `kdfast --help` answers at once.
 """
 
 import difflib
@@ -9,9 +9,13 @@ import errno
 import importlib
 import io
 import os
+import signal
 import sys
+import threading
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType, ModuleType
 from typing import Any
 
 from kdfast.imports import MissingPackage, check_installed
@@ -51,6 +55,34 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a terminal or a pipe that cannot show a letter
     name, *rest = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    try:
+        with _leaving_at_once():
+            command = _load(name)
+        return command if isinstance(command, int) else _run(command, rest)
+    except MissingPackage as error:
+        return _fail(str(error), 2)
+
+
+@contextmanager
+def _leaving_at_once() -> Iterator[None]:
+    """Within the block Ctrl-C ends the process: an exception would pass through the imports of libraries, some of which hide it."""
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield  # the caller's handler stays
+        return
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        os.write(2, b"kdfast: stopped before anything was begun\n")
+        os._exit(128 + number)
+
+    signal.signal(signal.SIGINT, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _load(name: str) -> ModuleType | int:
+    """Returns the module of a command, or the exit status of what is no command."""
     if name in ("-h", "--help"):
         print(OVERVIEW.format(commands="\n".join(f"  {command:<9}{help}" for command, help in COMMANDS.items())))
         return 0
@@ -61,21 +93,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         near = difflib.get_close_matches(name, COMMANDS, n=1)
         guess = f"did you mean {near[0]}?" if near else f"known are {', '.join(COMMANDS)}"
         return _fail(f"there is no command {name!r}; {guess}")
-    try:
-        check_installed(PACKAGES, extra="cli", what=f"kdfast {name}")
-        return _run(name, rest)
-    except MissingPackage as error:
-        return _fail(str(error), 2)
+    check_installed(PACKAGES, extra="cli", what=f"kdfast {name}")
+    with warnings.catch_warnings():
+        warnings.showwarning = _warn
+        importlib.import_module("kdfast.engine")
+        return importlib.import_module(f"kdfast.commands.{MODULES.get(name, name)}")
 
 
-def _run(name: str, arguments: Sequence[str]) -> int:
+def _run(command: ModuleType, arguments: Sequence[str]) -> int:
     """Runs a command; an error that a user can cause becomes a sentence and a status."""
     from kdfast.engine import Interrupted, NonFiniteLoss
 
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _warn
-            importlib.import_module(f"kdfast.commands.{MODULES.get(name, name)}").run(arguments)
+            command.run(arguments)
     except Interrupted as stop:
         return _fail(f"{stop}; the run is saved, continue with the same command and --resume", 128 + stop.signal_number)
     except KeyboardInterrupt:

@@ -30,8 +30,10 @@ def replacing(path: Path) -> Iterator[Path]:
         yield temporary
         _flush(temporary, os.O_RDWR)
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            error.filename = error.filename or str(path)  # a full disk's error names none
         raise
     if os.name == "posix":  # Windows cannot open a folder
         _flush(path.parent, os.O_RDONLY)  # the rename itself

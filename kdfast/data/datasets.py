@@ -14,6 +14,7 @@ To add a data set, write its reader and add one entry to DATASETS.
 """
 
 import os
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -208,7 +209,9 @@ def cache_folder() -> Path:
 def _download(name: str, source: _DataSet, root: Path) -> None:
     try:
         root.mkdir(parents=True, exist_ok=True)
-        need("torchvision.datasets.utils").download_and_extract_archive(source.url, str(root), md5=source.md5)
+        with tempfile.TemporaryDirectory(prefix=".unpacking-", dir=root) as place:  # a part of a data set must not look like one
+            need("torchvision.datasets.utils").download_and_extract_archive(source.url, str(root), extract_root=place, md5=source.md5)
+            (Path(place) / source.folders[0]).rename(root / source.folders[0])
     except (OSError, RuntimeError) as error:  # no network, no space, a wrong checksum
         raise DataError(
             f"{name} is not in {root} and could not be downloaded from {source.url} ({error}); "

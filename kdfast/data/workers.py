@@ -47,11 +47,11 @@ def iterate(loader: "DataLoader[Any]") -> Iterator[Any]:
 
 @contextmanager
 def _hold_signals() -> Iterator[None]:
-    """Blocks Ctrl-C and SIGTERM until the block has ended; workers that it starts inherit that until they have their own handling."""
+    """Blocks the signals that end a run until the block has ended; workers inherit that until they have their own handling."""
     if not hasattr(signal, "pthread_sigmask"):
         yield
         return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT, signal.SIGTERM])
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
     try:
         yield
     finally:
@@ -59,8 +59,10 @@ def _hold_signals() -> Iterator[None]:
 
 
 def _leave_signals_to_main_process(_: int) -> None:
-    """In a worker: Ctrl-C, and a SIGTERM to the whole process group, are for the main process, which saves and stops the workers."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """In a worker: signals to the whole process group are for the main process, which saves and stops the workers."""
+    for name in ("SIGINT", "SIGHUP"):
+        if hasattr(signal, name):  # Windows has no SIGHUP
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):  # on Linux
         signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
         threading.Thread(target=_end_when_main_process_asks, daemon=True).start()

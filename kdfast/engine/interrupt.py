@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM become a flag that the loop reads between steps; a second Ctrl-C stops at once."""
+"""Ctrl-C, SIGTERM and SIGHUP become a flag that the loop reads between steps; a second Ctrl-C stops at once."""
 
 import signal
 from collections.abc import Iterator
@@ -32,7 +32,9 @@ class StopRequest:
 
 @contextmanager
 def catching() -> Iterator[StopRequest]:
-    """Turns SIGINT and SIGTERM into a StopRequest within the block, and restores the handlers after it.
+    """Turns SIGINT, SIGTERM and SIGHUP into a StopRequest within the block, and restores the handlers after it.
+
+    A SIGHUP that is ignored, as under nohup, stays so.
 
     Example:
         >>> import signal
@@ -49,7 +51,10 @@ def catching() -> Iterator[StopRequest]:
             raise KeyboardInterrupt
         request.signal_number = number
 
-    before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # Windows has none
+        numbers.append(signal.SIGHUP)
+    before = {number: signal.signal(number, handler) for number in numbers}
     try:
         yield request
     finally:

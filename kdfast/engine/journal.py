@@ -62,9 +62,10 @@ class Journal:
                 file.write(json.dumps(line) + "\n")
                 file.flush()
                 os.fsync(file.fileno())
-        except OSError:
+        except OSError as error:
             with contextlib.suppress(OSError):
                 self.cut(before)
+            error.filename = error.filename or str(self._path)  # a full disk's error names none
             raise
 
     def lines(self) -> list[dict[str, Any]]:

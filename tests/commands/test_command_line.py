@@ -236,3 +236,25 @@ def test_an_unwritable_place_is_found_before_any_work(command, option: str, kind
     assert f"the folder {tmp_path / 'locked'} cannot be written" in fail(capsys, *command, option, "locked/below")
     assert (tmp_path / "file").read_text() == "mine"
     assert not any((tmp_path / "locked").iterdir())
+
+
+@pytest.mark.skipif(os.name != "posix", reason="POSIX signals")
+@pytest.mark.parametrize("module", ["torch", "numpy", "tyro", "kdfast.commands.distill"])
+def test_ctrl_c_while_libraries_load_ends_at_once(module: str):
+    """An import that hides the exception, as some libraries' do, does not keep the process alive."""
+    script = f"""
+import importlib.abc, os, signal, sys
+class Interrupt(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, *_):
+        if name == {module!r}:
+            try:
+                os.kill(os.getpid(), signal.SIGINT)
+                sum(range(1000))
+            except KeyboardInterrupt:
+                pass
+sys.meta_path.insert(0, Interrupt())
+from kdfast import cli
+sys.exit(cli.main(["distill", "--help"]))
+"""
+    process = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert (process.returncode, process.stderr) == (130, "kdfast: stopped before anything was begun\n")

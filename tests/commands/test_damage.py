@@ -1,5 +1,6 @@
 """Files of a killed run that were damaged, swapped, cut or edited: named before anything is trained, or made up for."""
 
+import os
 import re
 import shutil
 from collections.abc import Callable
@@ -8,8 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from kdfast.data import load, usable
 from kdfast.engine.loop import StageLoop
-from tests.commands.running import KD_SEEDS, assert_same_run, fail, kdfast, run_and_kill
+from tests.commands.running import KD_SEEDS, TINY, assert_same_run, fail, kdfast, run_and_kill
+from tests.data.samples import write_pngs
 
 TEACHER, ALONE, DISTIL = "stages/teacher", "stages/seed0/alone", "stages/seed0/distil"
 Damage = Callable[[Path, Path], object]  # of a run, with another one at hand
@@ -137,3 +140,58 @@ def test_damage_that_a_run_makes_up_for_changes_no_number(damage: Damage, killed
     assert kdfast("distill", "--out", run, "--resume") == 0
     assert_same_run(run, finished)
     assert not list(run.rglob("*.part*")), "temporary files of the killed run stay"
+
+
+# ---- another data set, another teacher -------------------------------------------------------------------------------
+
+
+def change_in_place(images: Path) -> None:
+    """Other bytes, but the same size and time of modification."""
+    path = max((images / "cat").iterdir(), key=lambda file: file.stat().st_size)
+    before, other = path.stat(), (images / "cat" / "0.png").read_bytes()
+    path.write_bytes(other.ljust(before.st_size, b"\0"))
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+@pytest.mark.parametrize("recipe", ["kd", "crd"])
+@pytest.mark.parametrize(
+    ("change", "now"),
+    [
+        pytest.param(
+            lambda images: shutil.copy(images / "cat" / "3.png", images / "cat" / "x.png"), r"\d+ \+ \d+ \+ \d+ images", id="added"
+        ),
+        pytest.param(lambda images: (images / "cat" / "3.png").unlink(), r"\d+ \+ \d+ \+ \d+ images", id="gone"),
+        pytest.param(change_in_place, "images", id="altered"),
+        pytest.param(lambda images: shutil.move(images / "cat" / "3.png", images / "dog" / "y.png"), "images", id="another class"),
+        pytest.param(lambda images: (images / "dog").rename(images / "hound"), "images", id="a class renamed"),
+    ],
+)
+def test_a_changed_data_set_is_told_before_anything_is_trained(change, now, recipe, tmp_path: Path, monkeypatch, capsys):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    (tmp_path / "images").mkdir()
+    for name in ("cat", "dog"):
+        write_pngs(tmp_path / "images" / name, 30)
+    command = ["distill", "--recipe", recipe, "--dataset", tmp_path / "images", *TINY[:-2], "--image-size", 8, "--no-baseline", "--loader"]
+    run_and_kill(monkeypatch, 10, *command, "torchvision", "--workers", 0, "--seeds", 1, "--out", tmp_path / "run")
+    change(tmp_path / "images")
+    with monkeypatch.context() as patch:
+        patch.setattr(StageLoop, "__init__", lambda *_: pytest.fail("a stage began"))
+        error = fail(capsys, "distill", "--out", tmp_path / "run", "--resume")
+    assert re.search(rf"this run's images changed since it was written: .* images \(\w+\) there, .*{now}", error)
+
+
+def test_a_changed_teacher_is_told_before_anything_is_trained(finished: Path, killed: Path, tmp_path: Path, monkeypatch, capsys):
+    shutil.copy(finished / "teacher.safetensors", teacher := tmp_path / "teacher.safetensors")
+    run_and_kill(monkeypatch, 7, "distill", *KD_SEEDS, "--teacher", teacher, "--out", tmp_path / "run")
+    shutil.copy(finished / "best.safetensors", teacher)
+    assert "this run's teacher changed since it was written" in fail(capsys, "distill", "--out", tmp_path / "run", "--resume")
+
+
+def test_the_place_of_a_data_set_does_not_matter(tmp_path: Path):
+    """Names of folders are no part of the images."""
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        for kind in ("cat", "dog"):
+            write_pngs(tmp_path / name / kind, 20)
+    one, two = (usable(load(str(tmp_path / name)), say=print).fingerprint() for name in ("one", "two"))
+    assert one == two

@@ -1,5 +1,6 @@
 """A run that ends early: killed, stopped, damaged, out of disk space; and the run that continues it."""
 
+import errno
 import os
 import re
 import resource
@@ -45,7 +46,7 @@ def test_kill_9_then_resume_gives_the_uninterrupted_numbers(tmp_path: Path, afte
     assert_same_run(killed, whole)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_saves_and_ends_with_one_sentence(tmp_path: Path, number: signal.Signals, capsys: pytest.CaptureFixture[str]):
     run = tmp_path / "run"
 
@@ -63,17 +64,46 @@ def test_a_signal_saves_and_ends_with_one_sentence(tmp_path: Path, number: signa
     assert float((run / "seconds.txt").read_text()) > trained, "a resumed run counts on from these"
 
 
-def test_a_full_disk_leaves_nothing_half_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    """The limit on the size of a file stands in for a disk that fills up: weights do not fit any more."""
+@pytest.mark.parametrize(
+    ("limit", "name"),
+    [
+        pytest.param(700, "config.toml", id="config"),
+        pytest.param(1_600, "checkpoint.pt", id="checkpoint"),
+        pytest.param(200_000, "checkpoint.pt", id="half a checkpoint"),
+        pytest.param(319_000, "checkpoint.pt", id="nearly a checkpoint"),
+        pytest.param(330_000, "checkpoint.pt", id="the optimizer's momenta"),
+    ],
+)
+def test_a_full_disk_is_one_sentence_and_the_run_resumes(limit: int, name: str, finished: Path, tmp_path: Path, capsys):
+    """The limit on the size of a file stands in for a disk that fills up: one file does not fit any more."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limits[1]))
     try:
-        error = fail(capsys, "distill", *KD, "--out", tmp_path / "run")
+        error = fail(capsys, "distill", *KD_SEEDS, "--out", tmp_path / "run")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert "the disk is full or the file too large" in error
-    left = [p for p in (tmp_path / "run").rglob("*") if p.is_file() and p.name not in ("config.toml", "seconds.txt", ".lock")]
-    assert left == [], f"{left} was left"
+    assert re.search(rf"the disk is full or the file too large \(.*{name}\); what was saved before is intact", error)
+    assert not list(tmp_path.rglob("*.part*")), "half a file was left"
+    begun = (tmp_path / "run" / "config.toml").exists()
+    assert kdfast("distill", *KD_SEEDS, "--out", tmp_path / "run", *["--resume"] * begun) == 0
+    assert_same_run(tmp_path / "run", finished)
+
+
+@pytest.mark.parametrize("write", [3, 8, 21, 40])
+def test_a_disk_that_fills_at_any_write_is_one_sentence(write: int, finished: Path, tmp_path: Path, monkeypatch, capsys):
+    real, left = os.fsync, [write]
+
+    def fsync(descriptor: int) -> None:
+        left[0] -= 1
+        if left[0] == 0:
+            raise OSError(errno.ENOSPC, "it is full")
+        real(descriptor)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", fsync)
+        assert "the disk is full or the file too large (it is full" in fail(capsys, "distill", *KD_SEEDS, "--out", tmp_path / "run")
+    assert kdfast("distill", *KD_SEEDS, "--out", tmp_path / "run", "--resume") == 0
+    assert_same_run(tmp_path / "run", finished)
 
 
 def test_a_loss_that_explodes_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

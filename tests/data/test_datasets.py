@@ -1,6 +1,7 @@
 """Data sets by name, from small files made here: what is read, how it is divided, and one clear sentence for each thing wrong."""
 
 import pickle
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -249,6 +250,21 @@ def test_a_failed_download_says_what_to_do(tmp_path, monkeypatch):
     monkeypatch.setattr(utils, "download_and_extract_archive", no_network)
     with pytest.raises(DataError, match=r"could not be downloaded from https://.*no route to host.*put the unpacked folder cifar-10"):
         load("cifar10", data_dir=tmp_path)
+
+
+def test_half_an_unpacked_download_is_no_data_set(tmp_path, monkeypatch):
+    """The disk fills up in the middle; what is there looks complete, since its marker comes early."""
+    import torchvision.datasets.utils as utils
+
+    def unpack(url, root, extract_root, md5):
+        (Path(extract_root) / "imagenette2-160" / "train").mkdir(parents=True)
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(utils, "download_and_extract_archive", unpack)
+    for _ in range(2):
+        with pytest.raises(DataError, match=r"imagenette is not in .* and could not be downloaded from .*no space left"):
+            load("imagenette", data_dir=tmp_path)
+    assert list(tmp_path.iterdir()) == []
 
 
 # ---- CIFAR ----------------------------------------------------------------------------------------------------------------------

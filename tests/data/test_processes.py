@@ -91,9 +91,10 @@ SIGNALLED = """
         # the workers run already, so they have not inherited these
         signal.signal(signal.SIGINT, lambda *_: seen.add("SIGINT"))
         signal.signal(signal.SIGTERM, lambda *_: seen.add("SIGTERM"))
+        signal.signal(signal.SIGHUP, lambda *_: seen.add("SIGHUP"))
         print("batch", flush=True)
         time.sleep(0.01)
-        if len(seen) == 2 and loader.state_dict()["batch"] > 30:
+        if len(seen) == 3 and loader.state_dict()["batch"] > 30:
             print(*sorted(seen), flush=True)
             break
 """
@@ -109,9 +110,9 @@ def test_signals_to_the_process_group_leave_the_workers_working():
         env={**os.environ, "PYTHONWARNINGS": "ignore"},  # PyTorch warns of more workers than cores
     )
     assert process.stdout.readline() == "batch\n"  # of the first worker: the other may still be starting
-    os.killpg(process.pid, signal.SIGINT)
-    os.killpg(process.pid, signal.SIGTERM)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        os.killpg(process.pid, number)
     out, err = process.communicate(timeout=120)  # workers end with the main process
     assert process.returncode == 0
-    assert out.splitlines()[-1] == "SIGINT SIGTERM"
+    assert out.splitlines()[-1] == "SIGHUP SIGINT SIGTERM"
     assert err == ""

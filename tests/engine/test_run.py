@@ -266,3 +266,24 @@ def test_a_frozen_network_that_is_not_finite_is_named_in_place_of_the_learning_r
         ValueError, match=r"'kd' is not finite at epoch 1, step 1: the outputs of a frozen network \(teacher\) are not finite"
     ):
         fit(tmp_path, made)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+def test_a_process_that_outlives_its_parent_does_not_hold_the_lock(tmp_path: Path):
+    """A run that is killed by -9 leaves its loaders' workers for some seconds."""
+    with locked(tmp_path):
+        worker = os.fork()
+        if worker == 0:
+            signal.pause()
+    with locked(tmp_path):
+        os.kill(worker, signal.SIGKILL)
+        os.waitpid(worker, 0)
+
+
+def test_a_fork_does_not_unlock(tmp_path: Path):
+    with locked(tmp_path):
+        if (child := os.fork()) == 0:
+            os._exit(0)
+        os.waitpid(child, 0)
+        with pytest.raises(ValueError, match="another process is running in it"), locked(tmp_path):
+            pass
