@@ -189,11 +189,11 @@ class Distillation(Job[Distill[Any]]):
 
     def _adapt_teacher(self, loaded: Classifier) -> Trained:
         """The given teacher, made to take the student's images."""
-        config, classes = self.config, self._setup.classes
-        if loaded.spec.num_classes != classes:
-            raise ValueError(f"teacher {config.teacher} has {loaded.spec.num_classes} classes, but {self.data.name} has {classes}")
-        if loaded.classes is not None and loaded.classes != self.data.classes:
-            raise ValueError(f"teacher {config.teacher} was trained on other classes, or in another order, than {self.data.name}'s")
+        config = self.config
+        artifact.check_classes(loaded, self.data.classes, self.data.name)
+        for told in artifact.compare_images(loaded, self.prepared):
+            self.say(f"  note: teacher {told}")
+            self.notes.append(f"Teacher {told}.")
         expected = loaded.normalization
         if config.teacher_normalization is not None:
             expected = artifact.statistics(config.teacher_normalization)

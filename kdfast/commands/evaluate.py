@@ -13,7 +13,8 @@ from kdfast import files
 from kdfast.commands import toml
 from kdfast.commands.command_line import parse
 from kdfast.commands.config import FLAT, Absent, DataOptions, default_is, parse_options
-from kdfast.commands.images import load_data
+from kdfast.commands.images import load_data, preparation
+from kdfast.commands.rehearsal import check_fits
 from kdfast.commands.tables import make_table
 from kdfast.data import make_loaders
 from kdfast.engine import Evaluation, evaluate, join
@@ -92,20 +93,20 @@ def run_eval(options: Eval) -> Evaluation:
     data, _ = load_data(asked, options.seed, world, console)
     given = parse_options(options.model_options, "model_options")
     loaded = artifact.load(options.weights, model=options.model, options=given)
-    if loaded.classes is not None and loaded.classes != data.classes:
-        raise ValueError(f"{loaded.path} was trained on other classes, or in another order, than {data.name}'s")
-    mean, std = data.mean, data.std
-    if asked.normalization is not None:
-        mean, std = artifact.statistics(asked.normalization)
-    elif loaded.normalization is not None:
-        mean, std = loaded.normalization
-    prepared = loaded.preparation
+    artifact.check_classes(loaded, data.classes, data.name)
+    prepared = preparation(data, asked)
+    if asked.normalization is None and loaded.normalization is not None:
+        prepared = replace(prepared, mean=loaded.normalization[0], std=loaded.normalization[1])
+    if trained := loaded.preparation:
+        image_size, evaluation = asked.image_size or trained.image_size, asked.evaluation or trained.evaluation
+        prepared = replace(prepared, image_size=image_size, evaluation=evaluation)
+    check_fits(loaded.model, str(loaded.path), prepared.image_size, len(data.classes))
     loaders = make_loaders(
-        replace(data, mean=mean, std=std, test=getattr(data, options.split)),
+        replace(data, mean=prepared.mean, std=prepared.std, test=getattr(data, options.split)),
         batch_size=options.batch_size,
         loader=asked.loader,
-        eval_transform=asked.evaluation or (prepared.evaluation if prepared else None),
-        image_size=asked.image_size or (prepared.image_size if prepared else None),
+        eval_transform=prepared.evaluation,
+        image_size=prepared.image_size,
         workers=asked.workers,
         device=world.device,
         rank=world.rank,
@@ -117,6 +118,8 @@ def run_eval(options: Eval) -> Evaluation:
     if not math.isfinite(result.loss):
         raise ValueError(f"{loaded.path}: the loss on {result.images:,} images is {result.loss}: the network's outputs are not finite")
     if world.main:
+        for told in artifact.compare_images(loaded, prepared):
+            console.print(f"note: {told}")
         _print(console, loaded.spec.name, parameter_count(model), data.name, options.split, data.classes, result)
         if chance := describe_chance(result.confusion, data.classes):
             console.print(f"warning: this is {chance}")

@@ -11,9 +11,12 @@ from torch import Tensor, nn
 
 from kdfast.data import NORMALIZATIONS
 from kdfast.models import ModelSpec, build, load_weights, read_weights, recognize, save_weights
+from kdfast.models.zoo import NETWORKS
 
 # one key, since a safetensors header keeps no order and the same weights should be the same bytes
 METADATA = "kdfast"
+
+SMALL = 64  # pixels; networks for images up to this size have other strides than torchvision's
 
 Channels = tuple[float, float, float]
 Statistics = tuple[Channels, Channels]  # mean and standard deviation of each channel, pixels scaled to 0..1
@@ -139,6 +142,38 @@ def load(
     return Classifier(network.eval(), spec, classes, preparation, normalization, path, facts, state)
 
 
+def check_classes(loaded: Classifier, classes: tuple[str, ...], dataset: str) -> None:
+    """Checks that a classifier knows the classes of a data set, in their order; a file without names is believed.
+
+    Raises:
+        ValueError: the number, the names or the order differ.
+    """
+    if loaded.spec.num_classes != len(classes):
+        raise ValueError(f"{loaded.path} has {loaded.spec.num_classes} classes, but {dataset} has {len(classes)}")
+    for k, (there, here) in enumerate(zip(loaded.classes or classes, classes)):
+        if there != here:
+            kind = "the same classes in another order" if sorted(loaded.classes or ()) == sorted(classes) else "other classes"
+            raise ValueError(f"{loaded.path} was trained on {kind} than {dataset}'s: class {k} is {there!r} there and {here!r} here")
+
+
+def compare_images(loaded: Classifier, used: Preparation) -> list[str]:
+    """Says in sentences how the images differ from those that a classifier was trained on, with both values."""
+    before, path, size = loaded.preparation, loaded.path, used.image_size
+    told = []
+    if before is not None:
+        pairs = (("an image size of", before.image_size, size), ("the resizing", before.evaluation, used.evaluation))
+        told = [f"{path} was trained with {what} {there}, and here it is {here}" for what, there, here in pairs if there != here]
+    elif loaded.spec.name not in NETWORKS and ":" not in loaded.spec.name and size <= SMALL:
+        told.append(
+            f"{path}: {loaded.spec.name} is made for images of 224 pixels, and here they have {size}. A network for small images can have "
+            "the same names and shapes and other strides; then the answers are wrong: check the accuracy"
+        )
+    there, here = loaded.normalization, (used.mean, used.std)
+    if there is not None and there != here:
+        told.append(f"{path} was trained with normalization by {_describe(there)}, and here it is by {_describe(here)}")
+    return told
+
+
 def _read_header(path: Path, text: str) -> tuple[dict[str, Any], ModelSpec, tuple[str, ...], Preparation]:
     """This library's part of a file's header, as `save` wrote it."""
     try:
@@ -148,6 +183,11 @@ def _read_header(path: Path, text: str) -> tuple[dict[str, Any], ModelSpec, tupl
         return facts, ModelSpec.from_json(facts["spec"]), tuple(map(str, facts["classes"])), preparation
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} has a damaged header: {error}") from error
+
+
+def _describe(normalization: Statistics) -> str:
+    mean, std = (", ".join(f"{value:.4g}" for value in values) for values in normalization)
+    return f"mean {mean} and deviation {std}"
 
 
 class Renormalized(nn.Module):

@@ -2,14 +2,17 @@
 
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
-from kdfast.data import load
-from kdfast.models import create, save_weights
-from tests.commands.running import evaluate, fail, kdfast, results_of
+from kdfast.data import NORMALIZATIONS, load
+from kdfast.models import ModelSpec, build, create, save_weights
+from kdfast.runs import artifact
+from tests.commands.running import SHORT, evaluate, fail, kdfast, results_of
 
 
 def test_eval_repeats_the_runs_numbers(finished: Path, capsys: pytest.CaptureFixture[str]):
@@ -65,6 +68,63 @@ def test_weights_of_another_architecture_are_refused(tmp_path: Path, capsys: pyt
     save_weights(create("resnet14", 10), tmp_path / "w.safetensors", {})
     error = fail(capsys, "eval", tmp_path / "w.safetensors", "--model", "resnet8", "--dataset", "digits")
     assert re.search(r"w.safetensors does not fit ResNet: \d+ unexpected: layer1.1.bn1.bias", error)
+
+
+CLASSES = tuple(map(str, range(10)))
+PREPARATION = artifact.Preparation(*NORMALIZATIONS["digits"], 8, "squash")  # as digits has it
+
+
+@pytest.mark.parametrize(
+    ("classes", "preparation", "told"),
+    [
+        pytest.param(CLASSES, PREPARATION, "", id="the same"),
+        pytest.param(CLASSES, replace(PREPARATION, image_size=16), "with an image size of 16, and here it is 8", id="size"),
+        pytest.param(
+            CLASSES, replace(PREPARATION, evaluation="center-crop"), "with the resizing center-crop, and here it is squash", id="resizing"
+        ),
+        pytest.param(
+            CLASSES,
+            replace(PREPARATION, mean=(0.25,) * 3),
+            "normalization by mean 0.25, 0.25, 0.25 and deviation 0.376, 0.376, 0.376, and here it is by mean 0.3053, 0.3053, 0.3053 and",
+            id="normalization",
+        ),
+        pytest.param(
+            ("1", "0", *CLASSES[2:]),
+            PREPARATION,
+            "the same classes in another order than digits's: class 0 is '1' there and '0' here",
+            id="order",
+        ),
+        pytest.param(("zero", *CLASSES[1:]), PREPARATION, "other classes than digits's: class 0 is 'zero' there and '0' here", id="names"),
+        pytest.param(CLASSES[:9], PREPARATION, "has 9 classes, but digits has 10", id="number"),
+    ],
+)
+def test_how_a_teacher_was_trained_otherwise_is_told(tmp_path: Path, capsys, classes, preparation, told: str):
+    path, spec = tmp_path / "w.safetensors", ModelSpec("resnet8", len(classes))
+    artifact.save(path, build(spec).state_dict(), spec, classes, preparation)
+    distill = ["distill", "--recipe", "kd", *SHORT, "--teacher", path, "--out", tmp_path / "run"]
+    own = ["--image-size", 8, "--evaluation", "squash", "--normalization", "digits"]
+    if classes == CLASSES:
+        assert kdfast(*distill) == 0
+        shown = capsys.readouterr().out
+        assert (f"note: teacher {path} was trained " in shown, told in shown) == (bool(told), True)
+        assert [told in note for note in results_of(tmp_path / "run")["notes"] if "was trained with" in note] == ([True] if told else [])
+        assert kdfast("eval", path, "--dataset", "digits", *own) == 0
+        assert (f"note: {path} was trained " in capsys.readouterr().out) == bool(told)
+    else:
+        assert told in fail(capsys, *distill)
+        assert told in fail(capsys, "eval", path, "--dataset", "digits")
+
+
+def test_a_torchvision_name_on_small_images_is_suspected(tmp_path: Path, capsys):
+    torch.save(create("shufflenet_v2_x0_5", 10).state_dict(), tmp_path / "w.pth")
+    assert kdfast("eval", tmp_path / "w.pth", "--model", "shufflenet_v2_x0_5", "--dataset", "digits", "--image-size", 32) == 0
+    assert "made for images of 224 pixels, and here they have 32. A network for small images can have the same" in capsys.readouterr().out
+
+
+def test_eval_refuses_images_that_are_too_small(tmp_path: Path, capsys):
+    torch.save(create("vgg11_cifar", 10).state_dict(), tmp_path / "w.pth")
+    error = fail(capsys, "eval", tmp_path / "w.pth", "--model", "vgg11_cifar", "--dataset", "digits")
+    assert "w.pth takes no images of 8 x 8 pixels" in error
 
 
 OUT = {"eval": "name it with --model", "export": "name it with --model", "predict": "needs weights that kdfast"}
