@@ -23,6 +23,7 @@ class FeatureMaps(nn.Module):
     Attributes:
         paths, full: the modules, as paths from the innermost network and from this one.
         shapes: (channels, height, width) of each.
+        channels_last: true for each module that puts out [B, H, W, C].
 
     Raises:
         ValueError: none is named and the network does not say where its stages are, a path names no module, or a module's output is
@@ -40,12 +41,32 @@ class FeatureMaps(nn.Module):
             raise ValueError(f"{option}: {error}") from error
         for path, shape in zip(self.paths, self.shapes):
             if len(shape) != 3:
-                raise ValueError(f"{option}: {path} must put out a feature map [B, C, H, W], got [B, {', '.join(map(str, shape))}]")
+                got = f"[B, {', '.join(map(str, shape))}]{', tokens' if len(shape) == 2 else ''}"
+                raise ValueError(f"{option}: {path} must put out a feature map [B, C, H, W] or [B, H, W, C], got {got}")
+        self.channels_last = tuple(_is_channels_last(network, *found, option, image_size) for found in zip(self.full, self.shapes))
+        self.shapes = tuple((s[2], s[0], s[1]) if last else s for s, last in zip(self.shapes, self.channels_last))
         self._tapped = Taps(network, self.full)
 
     def forward(self, images: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """Images [B, 3, H, W] -> logits [B, C], and one feature map a stage."""
-        return self._tapped(images)
+        """Images [B, 3, H, W] -> logits [B, C], and one feature map [B, C, H, W] a stage."""
+        logits, features = self._tapped(images)
+        return logits, move_channels(features, self.channels_last)
+
+
+def move_channels(features: Sequence[Tensor], channels_last: Sequence[bool]) -> tuple[Tensor, ...]:
+    """Returns the feature maps as [B, C, H, W]; those with `channels_last` are [B, H, W, C]."""
+    return tuple(F.permute(0, 3, 1, 2) if last else F for F, last in zip(features, channels_last))
+
+
+def _is_channels_last(network: nn.Module, path: str, shape: Shape, option: str, image_size: int) -> bool:
+    """Returns whether a map is (H, W, C), as Swin's: images are square, so H equals W. If C does too, larger images tell which it is."""
+    if (shape[0] == shape[1]) != (shape[1] == shape[2]):
+        return shape[0] == shape[1]
+    try:
+        (larger,) = tap_shapes(network, (path,), (3, 2 * image_size, 2 * image_size))
+    except Exception as error:  # a network may raise what it likes for images of another size
+        raise ValueError(f"{option}: {path} puts out [B, {', '.join(map(str, shape))}], and it is not clear which are channels") from error
+    return larger[0] != shape[0]
 
 
 def pair_feature_maps(

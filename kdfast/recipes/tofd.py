@@ -28,7 +28,7 @@ from kdfast.engine.stage import Mean, Outputs, Terms
 from kdfast.losses import TOFDLoss
 from kdfast.models import Taps, separable_head, tap_shapes
 from kdfast.recipes import supervised
-from kdfast.recipes.features import FeatureMaps, check_as_many, head_input
+from kdfast.recipes.features import FeatureMaps, check_as_many, head_input, move_channels
 from kdfast.recipes.recipe import Extended, Preset, Recipe, Setup, Stages, Trained, cross_entropy
 from kdfast.recipes.trainings import DIH_README, TOFD
 
@@ -75,12 +75,12 @@ class StageClassifiers(Extended):
         self.heads = nn.ModuleList(separable_head(channels[j:], classes) for j in range(len(channels) - 1))
         (read,) = tap_shapes(model, (last,), (3, image_size, image_size))
         self.sizes = (*(channels[-1] for _ in self.heads), math.prod(read))
-        self._tapped = Taps(model, (*maps.full, last))
+        self._tapped, self._channels_last = Taps(model, (*maps.full, last)), maps.channels_last
 
     def predict(self, images: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         """Images [B, 3, H, W] -> features [B, D_j] and logits [B, C] of every classifier, the network's own last."""
         logits, (*maps, last) = self._tapped(images)
-        pairs = [head(F) for head, F in zip(self.heads, maps)]
+        pairs = [head(F) for head, F in zip(self.heads, move_channels(maps, self._channels_last))]
         return [*(f for f, _ in pairs), last.flatten(1)], [*(z for _, z in pairs), logits]
 
 
