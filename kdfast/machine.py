@@ -4,7 +4,8 @@ import os
 import platform
 import subprocess
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ def facts() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
     }
     if torch.cuda.is_available():
-        found |= {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda, "triton": _version("triton")}
+        found |= {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda, "triton": package_version("triton")}
     return found
 
 
@@ -43,9 +44,32 @@ def describe(facts: Mapping[str, Any], date: str) -> str:
     return ", ".join([*parts, f"PyTorch {facts['torch']}", f"Python {facts['python']}", date])
 
 
-def cores() -> int:
-    """Returns the number of processor cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def cores(root: Path = Path("/")) -> int:
+    """Returns the number of processor cores that this process may use: as its affinity and the quotas of its control groups say.
+
+    Args:
+        root: the folder that holds proc/ and sys/.
+    """
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(allowed, *_quotas(root))
+
+
+def _quotas(root: Path) -> Iterator[int]:
+    """Yields the cores that Linux's control groups allow, rounded up: this process' group and those above it, of version 2 and 1."""
+    yield 2**31
+    with suppress(OSError, ValueError):
+        for line in (root / "proc/self/cgroup").read_text().splitlines():
+            _, controllers, group = line.split(":", 2)
+            if controllers and "cpu" not in controllers.split(","):
+                continue
+            top = root / "sys/fs/cgroup" / ("cpu" if controllers else "")
+            folder = top / group.strip("/")
+            for place in (folder, *folder.parents):
+                if place.is_relative_to(top):  # in a container the group's path may not exist, and the container's own group is the top
+                    with suppress(OSError, ValueError):
+                        names = ("cpu.cfs_quota_us", "cpu.cfs_period_us") if controllers else ("cpu.max",)
+                        quota, period = map(int, " ".join((place / name).read_text() for name in names).split())
+                        yield -(-quota // period) if quota > 0 else 2**31
 
 
 _GPU = (
@@ -64,7 +88,8 @@ def gpus() -> list[dict[str, str]]:
     return [dict(zip(_GPU, (value.strip() for value in line.split(",")))) for line in lines]
 
 
-def _version(package: str) -> str | None:
+def package_version(package: str) -> str | None:
+    """Returns the version of an installed package; None if it is not there."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:

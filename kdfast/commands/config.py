@@ -42,6 +42,8 @@ class DataOptions(Checked):
     """Folder that holds the data set, or that it is downloaded to."""
     val_fraction: BelowOne = 0.1
     """Fraction of the training images set aside for validation, which chooses the best epoch; 0: no epoch is chosen, the last counts."""
+    use_test: bool = True
+    """Use test/ of an image folder; without it, which a test/ without labels needs, val/ or a tenth of the images is the test."""
     label_fraction: Annotated[float, Range("must be above 0 and at most 1", lambda value: 0 < value <= 1)] = 1.0
     """Fraction of the training images whose labels the student sees; a teacher that is trained first sees all labels."""
     max_images: AtLeastOne | None = None

@@ -22,7 +22,8 @@ from kdfast.commands.config import OWN
 from kdfast.commands.images import checking
 from kdfast.commands.tables import make_table
 from kdfast.data import Checked, DataError, ImageData, Split, check, evaluation_transform, load, training_transform
-from kdfast.data.images import EXTENSIONS, find
+from kdfast.data.checking import describe_dark
+from kdfast.data.images import EXTENSIONS, describe_others, find
 from kdfast.data.seeding import Draws
 from kdfast.engine import ranges
 from kdfast.engine.ranges import AtLeastOne, BelowOne, Count, Pixels, Processes, Seed
@@ -49,6 +50,8 @@ class Info(ranges.Checked):
     """Fraction of the training images set aside for validation; 0: the test images are shown for it."""
     seed: Seed = 0
     """Seed of the split into training, validation and test images, for data sets without a split of their own."""
+    use_test: bool = True
+    """Use test/ of an image folder."""
 
 
 def info(options: Info) -> ImageData:
@@ -57,8 +60,10 @@ def info(options: Info) -> ImageData:
     Raises:
         DataError: there is no such data set.
     """
-    data = load(options.dataset, data_dir=options.data_dir, val_fraction=options.val_fraction, seed=options.seed)
+    data = load(options.dataset, data_dir=options.data_dir, val_fraction=options.val_fraction, seed=options.seed, use_test=options.use_test)
     console = Terminal()
+    for note in data.notes:
+        console.print(note)
     console.print(_classes(data))
     if data.val_is_test:
         console.print("val is test: the best epoch is chosen on the images of the final numbers")
@@ -79,6 +84,7 @@ def info(options: Info) -> ImageData:
     console.print("formats: " + ", ".join(f"{kind} {count:,}" for kind, count in formats.most_common()))
     more = " (kdfast data check names them)" if checked.bad else ""
     console.print(f"bad files: {len(checked.bad):,}{more}")
+    _print_dark(checked, console)
     return data
 
 
@@ -112,12 +118,13 @@ def check_files(options: Check) -> Checked:
         DataError: more than options.max_bad_files are bad, or there are no image files.
     """
     console = Terminal()
-    paths = _paths(options)
+    paths = _paths(options, console)
     if not paths:
         console.print(f"{options.dataset}: the images are in memory, there are no files to check")
     checked = _check(paths, console, options.workers)
     for path, reason in checked.bad.items():
         console.print(f"{path}: {reason}")
+    _print_dark(checked, console)
     known = len(paths) - checked.decoded
     console.print(f"{len(paths):,} image files, {known:,} of them known from before, {len(checked.bad):,} bad")
     if len(checked.bad) > options.max_bad_files:
@@ -125,15 +132,22 @@ def check_files(options: Check) -> Checked:
     return checked
 
 
-def _paths(options: Check) -> list[str]:
+def _paths(options: Check, console: Terminal) -> list[str]:
     """All image files of the folder, in any layout, or of the data set; none if it is in memory."""
     if Path(options.dataset).is_dir():
-        paths = find(Path(options.dataset))
-        if not paths:
+        found = find(Path(options.dataset))
+        if found.others:
+            console.print(describe_others(Path(options.dataset), found.others))
+        if not found.images:
             raise DataError(f"{options.dataset}: there are no image files in it; known endings: {', '.join(EXTENSIONS)}")
-        return paths
+        return found.images
     data = load(options.dataset, data_dir=options.data_dir, val_fraction=0)
     return [path for split in _splits(data) for path in split.paths or ()]
+
+
+def _print_dark(checked: Checked, console: Terminal) -> None:
+    if dark := describe_dark(checked.dark):
+        console.print(dark)
 
 
 def _splits(data: ImageData) -> list[Split]:
@@ -163,6 +177,8 @@ class Preview(ranges.Checked):
     """Seed of the augmentation."""
     out: Path = Path("sheet.png")
     """PNG file to write."""
+    use_test: bool = True
+    """Use test/ of an image folder."""
 
 
 def preview(options: Preview) -> Path:
@@ -173,7 +189,7 @@ def preview(options: Preview) -> Path:
         ValueError: options.out cannot be written.
     """
     files.check_writable(options.out, "--out")
-    data = load(options.dataset, data_dir=options.data_dir, val_fraction=0)
+    data = load(options.dataset, data_dir=options.data_dir, val_fraction=0, use_test=options.use_test)
     size = data.image_size if options.image_size is None else options.image_size
     name = options.transform or data.train_transform
     augment = training_transform(name, size, data.mean, data.std).augment_all

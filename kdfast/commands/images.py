@@ -20,14 +20,22 @@ from kdfast.runs.artifact import Preparation
 def load_data(
     options: DataOptions, seed: int, world: World, rich: RichConsole, stop: StopRequest | None = None
 ) -> tuple[ImageData, list[str]]:
-    """Returns the images that the options name, without the bad files among them, and a note about each of these.
+    """Returns the images that the options name, without the bad files among them, and notes: how an unusual
+    folder was read, and which files were left out.
 
     Raises:
         DataError: no such data, or more bad files than options.max_bad_files.
         Interrupted: `stop` was set during the check of the files; its findings so far are cached.
     """
-    data = load(options.dataset, data_dir=options.data_dir, val_fraction=options.val_fraction, seed=seed, max_images=options.max_images)
-    notes: list[str] = []
+    data = load(
+        options.dataset,
+        data_dir=options.data_dir,
+        val_fraction=options.val_fraction,
+        seed=seed,
+        max_images=options.max_images,
+        use_test=options.use_test,
+    )
+    notes = list(data.notes)
     shown = rich if world.main else RichConsole(quiet=True)
 
     def check(beat: Callable[[], bool]) -> ImageData:

@@ -11,7 +11,8 @@ import tyro
 from kdfast.commands.command_line import parse
 from kdfast.commands.tables import make_table
 from kdfast.data import DataError, evaluation_transform
-from kdfast.data.images import EXTENSIONS, decode
+from kdfast.data.images import EXTENSIONS, decode, find
+from kdfast.data.transforms import check_same_size
 from kdfast.engine import join
 from kdfast.engine.ranges import AtLeastOne, Checked
 from kdfast.engine.terminal import Terminal
@@ -26,7 +27,7 @@ class Predict(Checked):
     weights: Annotated[str, tyro.conf.Positional]
     """A run folder or a weights file that this library wrote."""
     images: Annotated[tuple[Path, ...], tyro.conf.Positional]
-    """Image files, or folders of them."""
+    """Image files, or folders of them. They are read as they are stored: no orientation tag (EXIF) turns them, in training neither."""
     model: str | None = None
     """Architecture, if it is your own: package.module:function."""
     top: AtLeastOne = 3
@@ -57,7 +58,7 @@ def predict(options: Predict) -> dict[Path, list[tuple[str, float]]]:
         raise ValueError("images: name image files or folders after the run, got none")
     paths = [path for given in options.images for path in _files(given)]
     if not paths:
-        raise ValueError(f"no images in {', '.join(map(str, options.images))}")
+        raise ValueError(f"no images in {', '.join(map(str, options.images))}; known endings: {', '.join(EXTENSIONS)}")
     prepared, device = loaded.preparation, join(options.device).device
     transform = evaluation_transform(prepared.evaluation, prepared.image_size, prepared.mean, prepared.std)
     model = loaded.model.to(device)
@@ -73,6 +74,7 @@ def predict(options: Predict) -> dict[Path, list[tuple[str, float]]]:
                 bad.append(str(error))
         if not chunk:
             continue
+        check_same_size(torch.tensor([image.shape[-2:] for image in inputs]))
         images = torch.stack(inputs)
         best = model(images.to(device)).float().softmax(dim=1).topk(min(options.top, len(loaded.classes)), dim=1)
         for path, values, indices in zip(chunk, best.values.tolist(), best.indices.tolist()):
@@ -86,7 +88,7 @@ def predict(options: Predict) -> dict[Path, list[tuple[str, float]]]:
 
 def _files(given: Path) -> list[Path]:
     if given.is_dir():
-        return sorted(path for path in given.rglob("*") if path.suffix.lower() in EXTENSIONS)
+        return [Path(path) for path in find(given).images]
     return [given]
 
 

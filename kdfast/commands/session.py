@@ -16,6 +16,7 @@ from kdfast.commands.config import RunOptions
 from kdfast.engine import Console, Options, Run, World, catching, join, locked
 from kdfast.engine.interrupt import StopRequest
 from kdfast.engine.logs import Log, logs
+from kdfast.machine import cores
 
 
 class Clock:
@@ -99,8 +100,7 @@ def session(config: Any, name: str) -> Iterator[Session]:
         ValueError: no such device, a log whose package is not installed, a folder that cannot be made, or no run to resume.
     """
     options: RunOptions = config.run
-    if options.threads is not None:
-        torch.set_num_threads(options.threads)
+    torch.set_num_threads(options.threads or min(torch.get_num_threads(), cores()))  # a container may allow fewer than PyTorch sees
     asked = logs(options.log)
     world = join(options.device)
     console = Console(quiet=not world.main)

@@ -25,14 +25,16 @@ from kdfast.data.images import PLAIN, decode_with_kind
 from kdfast.data.protocol import DataError
 from kdfast.data.splits import ImageData, Split
 from kdfast.data.workers import iterate, make_loader
-from kdfast.machine import cores
+from kdfast.machine import cores, package_version
 
-VERSION = 4
+VERSION = 5
 """Version of the cache files and of the kinds of decode_with_kind(); raise it when either changes."""
 FEW = 500
 """Files that are decoded in this process: for them no others are started."""
 CHUNK = 32
 """Files that a process gets at a time, and between two calls of progress()."""
+DARK = 15
+"""An image without a brighter value is called nearly black."""
 SHOWN = 20
 """Bad files that are named in full."""
 
@@ -49,6 +51,7 @@ class Checked:
         kinds: n formats, "jpeg" if every JPEG decoder sees the same image; "" for a bad file.
         digests: n checksums of the files' bytes; "" for a bad file.
         bad: reason of every bad file, by its path, in the order of the paths.
+        dark: images that come out nearly black: no value above 15 of 255. A format that scales its levels otherwise is often the cause.
         decoded: the number of files that were opened; the others were known.
 
     Example:
@@ -60,14 +63,15 @@ class Checked:
     kinds: tuple[str, ...]
     digests: tuple[str, ...]
     bad: Mapping[str, str]
+    dark: tuple[str, ...]
     decoded: int
 
 
 def check(paths: Sequence[str], *, workers: int | None = None, cache: bool = True, progress: Progress | None = None) -> Checked:
     """Decodes every file that is not known yet.
 
-    More than 500 files are decoded by several processes. Where these import the main module again (Windows, macOS), a script needs its
-    `if __name__ == "__main__"`.
+    More than 500 files are decoded by several processes. Where these import the main module again (Windows, macOS, and Linux from Python
+    3.14), a script has to call this below `if __name__ == "__main__":`.
 
     Args:
         paths: n file names; one may come twice.
@@ -110,6 +114,7 @@ def check(paths: Sequence[str], *, workers: int | None = None, cache: bool = Tru
         tuple(outcome.text if outcome.height else "" for outcome in outcomes),
         tuple(outcome.digest for outcome in outcomes),
         {path: outcome.text for path, outcome in zip(paths, outcomes) if not outcome.height},
+        tuple(path for path, outcome in zip(paths, outcomes) if outcome.dark),
         len(pending),
     )
 
@@ -124,12 +129,14 @@ def usable(
 ) -> ImageData:
     """The data set without its bad files, with `sizes` and `plain` of all others; images in memory stay as they are.
 
+    It starts processes as check() does.
+
     Args:
         data: of kdfast.data.load().
         max_bad_files: how many bad files may be left out without an error.
         workers: processes; None: one a core.
         progress: as check() calls it.
-        say: gets a line about the bad files that were left out.
+        say: gets a line about the bad files that were left out, and one about images that come out nearly black.
 
     Raises:
         DataError: more files are bad, or a class has no others.
@@ -151,6 +158,8 @@ def usable(
         raise DataError(f"{data.name}: {count}, where --max-bad-files allows {max_bad_files:,}: {_list_bad(bad, 5)}")
     if bad:
         say(f"{data.name}: left out {len(bad):,} bad image {'file' if len(bad) == 1 else 'files'}: {_list_bad(bad, SHOWN)}")
+    if dark := describe_dark([path for checked in found.values() for path in checked.dark]):
+        say(f"{data.name}: {dark}")
     good = {split: _drop_bad(split, checked) for split, checked in found.items()}
     return replace(data, train=good[data.train], val=good[data.val], test=good[data.test])
 
@@ -168,6 +177,15 @@ def _list_bad(bad: Mapping[str, str], shown: int) -> str:
     return ", ".join(f"{path} ({reason})" for path, reason in list(bad.items())[:shown]) + more
 
 
+def describe_dark(paths: Sequence[str]) -> str:
+    """For example "2 images come out nearly black, ...: a.png, b.png"; empty if there are none."""
+    if not paths:
+        return ""
+    count = "1 image comes" if len(paths) == 1 else f"{len(paths):,} images come"
+    cause = f"no value is above {DARK} of 255, as with 12 bits in files of 16"
+    return f"{count} out nearly black ({cause}): {', '.join(paths[:5])}" + (", ..." if len(paths) > 5 else "")
+
+
 # ---- decoding -------------------------------------------------------------------------------------------------------------------
 
 
@@ -180,6 +198,7 @@ class _Outcome(NamedTuple):
     width: int
     text: str  # its kind, or the reason why it is bad
     digest: str = ""  # of its bytes
+    dark: bool = False  # no value above DARK
 
 
 def _decode(paths: list[str]) -> list[_Outcome]:
@@ -191,7 +210,7 @@ def _decode(paths: list[str]) -> list[_Outcome]:
             try:
                 image, kind = decode_with_kind(path)
                 digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
-                outcomes.append(_Outcome(*stamp, image.shape[1], image.shape[2], kind, digest))
+                outcomes.append(_Outcome(*stamp, image.shape[1], image.shape[2], kind, digest, bool(image.amax() <= DARK)))
             except DataError as error:
                 if isinstance(error.__cause__, OSError):
                     stamp = -1, -1
@@ -214,15 +233,22 @@ def _read_stamp(path: str) -> tuple[int, int]:
 
 def _locate_cache(names: Collection[str]) -> Path:
     """The file of outcomes for the deepest folder that holds all these files (absolute paths)."""
-    folder = os.path.commonpath([os.path.dirname(end(names)) for end in (min, max)])  # of all, if of the first and the last name
+    # common to all names, if to the first and the last; os.path.commonpath refuses files on two drives
+    folder = os.path.dirname(os.path.commonprefix([min(names), max(names)]))  # noqa: RUF071
     return cache_folder() / "checks" / f"{hashlib.sha256(os.fsencode(folder)).hexdigest()[:24]}.json.gz"
 
 
+def _cache_key() -> str:
+    """The versions that an outcome depends on."""
+    packages = "Pillow", "torchvision", "nvidia-dali-cuda130", "nvidia-dali-cuda120"
+    return " ".join(map(str, (VERSION, *map(package_version, packages))))
+
+
 def _read_cache(path: Path) -> dict[str, _Outcome]:
-    """The known outcomes by absolute path; none if the file is missing, damaged or of another version."""
+    """The known outcomes by absolute path; none if the file is missing, damaged or of other versions."""
     try:
         content = json.loads(gzip.decompress(path.read_bytes()))
-        return {name: _Outcome(*row) for name, row in content[str(VERSION)].items()}
+        return {name: _Outcome(*row) for name, row in content[_cache_key()].items()}
     except Exception:  # a damaged file can raise nearly any exception
         return {}
 
@@ -230,4 +256,4 @@ def _read_cache(path: Path) -> dict[str, _Outcome]:
 def _write_cache(path: Path, outcomes: Mapping[str, _Outcome]) -> None:
     """Replaces the file, whose checksum shows damage. If it cannot be written, the next check decodes again."""
     with suppress(OSError):
-        files.write_bytes(path, gzip.compress(json.dumps({VERSION: outcomes}).encode(), compresslevel=1))
+        files.write_bytes(path, gzip.compress(json.dumps({_cache_key(): outcomes}).encode(), compresslevel=1))

@@ -14,8 +14,10 @@ To add a data set, write its reader and add one entry to DATASETS.
 """
 
 import os
+import re
 import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -40,7 +42,12 @@ IMAGENETTE = {
     "n03445777": "golf ball",
     "n03888257": "parachute",
 }
-_VALIDATION_FOLDERS = ("val", "valid", "validation")
+_SPLITS = {  # usual names of the folders of splits, in lower case, without seg_ before and _set behind them
+    "train": ("train", "training"),
+    "val": ("val", "valid", "validation", "dev"),
+    "test": ("test", "testing"),
+}
+SMALL = 64  # pixels: images of a folder that are all of one size, square and no larger than this are trained as they are
 
 
 @dataclass(frozen=True)
@@ -52,6 +59,7 @@ class _Content:
     held_out: Split | None = None
     val: Split | None = None
     image_size: int | None = None
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -101,6 +109,7 @@ def load(
     seed: int = 0,
     download: bool = True,
     max_images: int | None = None,
+    use_test: bool = True,
 ) -> ImageData:
     """Loads a data set by name.
 
@@ -112,6 +121,7 @@ def load(
         seed: of every random division; the same seed divides alike on every machine.
         download: fetch an absent data set, if there is a network and the licence allows it.
         max_images: at most this many training images, stratified; val and test stay whole.
+        use_test: read test/ of an image folder; False: leave it out, as if it were not there.
 
     Raises:
         DataError: there is no such data set, or its folder has another content.
@@ -131,7 +141,11 @@ def load(
     if max_images is not None and max_images < 1:
         raise DataError(f"max_images must be at least 1, got {max_images}")
     source = DATASETS[name]
-    content = source.read(_locate(name, source, data_dir, download))
+    if not use_test and name != "folder":
+        raise DataError(f"use_test: only test/ of an image folder can be left out, not the test images of {name}")
+    root = _locate(name, source, data_dir, download)
+    content = source.read(root) if use_test else _read_folder(root, use_test=False)
+    small = name == "folder" and content.image_size is not None
     train, held_out, test = _make_splits(content, source, val_fraction, seed)
     val = shuffle(test if held_out is None else held_out, seed=seed)
     mean, std = NORMALIZATIONS[source.normalization]
@@ -145,8 +159,9 @@ def load(
         std=std,
         image_size=content.image_size or source.image_size,
         val_is_test=held_out is None,
-        train_transform=source.train_transform,
-        eval_transform=source.eval_transform,
+        train_transform="cifar" if small else source.train_transform,
+        eval_transform="squash" if small else source.eval_transform,
+        notes=content.notes,
     )
     if max_images is None or max_images >= len(train):
         return data
@@ -262,45 +277,116 @@ def _read_imagenette(folder: Path) -> _Content:
     return replace(content, classes=tuple(IMAGENETTE.get(wnid, wnid) for wnid in content.classes), image_size=size)
 
 
-def _read_folder(folder: Path) -> _Content:
-    train = folder / "train"
-    val = next((folder / name for name in _VALIDATION_FOLDERS if (folder / name).is_dir()), None)
-    test = folder / "test" if (folder / "test").is_dir() else None
-    if train.is_dir() and (val or test):
-        classes, split = _read_classes(train)
-        others = [_read_classes(part, classes)[1] for part in (val, test) if part is not None]
-        return _Content(classes, split, held_out=others[-1], val=others[0] if len(others) == 2 else None)
-    if train.is_dir():
-        raise DataError(f"{folder}: has train/ but neither val/ nor test/; without splits, put the class folders directly into it")
-    return _Content(*_read_classes(folder))
+def _read_folder(folder: Path, use_test: bool = True) -> _Content:
+    """Reads class folders, or a folder for each split that holds them."""
+    notes: list[str] = []
+    root = _unwrap(folder, notes)
+    parts = _find_splits(root, notes)
+    found = ", ".join(f"{path.name}/" for path in parts.values())
+    if parts and "train" not in parts:
+        raise DataError(f"{root}: has {found} but no train/; without splits, put the class folders directly into it")
+    if len(parts) == 1:
+        raise DataError(f"{root}: has {found} but neither val/ nor test/; without splits, put the class folders directly into it")
+    if not use_test:
+        parts.pop("test", None)
+    classes, split = _read_classes(_unwrap(parts.pop("train", root), notes), notes)
+    others = [_read_classes(_unwrap(path, notes, classes), notes, classes)[1] for path in parts.values()]
+    test, val = [*others[::-1], None, None][:2]
+    return _Content(classes, split, test, val, _common_size(split, notes), tuple(notes))
 
 
-def _read_classes(folder: Path, known: tuple[str, ...] | None = None) -> tuple[tuple[str, ...], Split]:
+def _find_splits(folder: Path, notes: list[str]) -> dict[str, Path]:
+    """The folders of the splits, in the order train, val, test; none if the folders are classes, which may be called train or test too."""
+    subfolders = images.list_subfolders(folder)
+    found: dict[str, Path] = {}
+    for entry in subfolders:
+        part = _split_of(entry)
+        if part in found:
+            raise DataError(
+                f"{folder}: both {found[part].name}/ and {entry.name}/ hold {part} images by their names: keep one of them there"
+            )
+        if part:
+            found[part] = entry
+    beside = ", ".join(f"{entry.name}/" for entry in subfolders if entry not in found.values())
+    names = ", ".join(f"{found[part].name}/" for part in _SPLITS if part in found)
+    if beside and ("train" not in found or not any(map(images.list_subfolders, found.values()))):
+        if found:
+            notes.append(f"{folder}: {names} and {beside} are read as classes")
+        return {}
+    if beside or any(path.name != part for part, path in found.items()):
+        notes.append(f"{folder}: {names} are read as the splits" + (f", and {beside} not at all" if beside else ""))
+    return {part: found[part] for part in _SPLITS if part in found}
+
+
+def _split_of(folder: Path) -> str | None:
+    name = re.sub(r"^seg[-_ ]|[-_ ]?set$", "", folder.name.lower())
+    return next((part for part, names in _SPLITS.items() if name in names), None)
+
+
+def _unwrap(folder: Path, notes: list[str], classes: tuple[str, ...] = ()) -> Path:
+    """The only folder in `folder` where that holds the class folders, as in dataset/dataset/ or seg_train/seg_train/; else `folder`."""
+    subfolders = images.list_subfolders(folder)
+    if len(subfolders) != 1 or subfolders[0].name in classes or not images.list_subfolders(subfolders[0]):
+        return folder
+    if _split_of(subfolders[0]) not in (None, _split_of(folder)):
+        return folder
+    notes.append(f"{folder}: holds {subfolders[0].name}/ alone, whose folders are read")
+    return _unwrap(subfolders[0], notes, classes)
+
+
+def _common_size(split: Split, notes: list[str]) -> int | None:
+    """The side of small square images that have one size, by a few of them; None for all others."""
+    assert split.paths is not None  # a folder's
+    sizes = set()
+    for path in split.paths[:: max(1, len(split) // 16)]:
+        with suppress(DataError):  # the check of all files names them
+            sizes.add(images.read_size(path))
+    height, width = sizes.pop() if len(sizes) == 1 else (0, 1)
+    if height != width or height > SMALL:
+        return None
+    notes.append(f"images are {width} x {height} pixels and trained so, with the augmentation cifar (--image-size, --augment)")
+    return height
+
+
+def _read_classes(folder: Path, notes: list[str] | None = None, known: tuple[str, ...] | None = None) -> tuple[tuple[str, ...], Split]:
     """Reads a folder of class folders.
 
     Args:
         folder: the folder.
+        notes: gets a sentence about files that are left out.
         known: the classes of the training images; labels are positions in them.
 
     Raises:
-        DataError: no class folders, no images, a class without images, or one that training does not have.
+        DataError: no class folders, no images, a class of training without images, or one that training does not have.
     """
     subfolders = images.list_subfolders(folder)
     if not subfolders:
-        raise DataError(f"{folder}: expected one folder a class with images inside, found no folder")
+        raise DataError(f"{folder}: expected one folder a class with images inside, found no folder{_USE_TEST if known else ''}")
     classes = known or tuple(entry.name for entry in subfolders)
     paths: list[str] = []
     labels: list[int] = []
+    others: list[str] = []
     for entry in subfolders:
         if entry.name not in classes:
-            raise DataError(f"{folder}: class {entry.name!r} is not among the {len(classes)} classes of train/")
+            raise DataError(f"{folder}: class {entry.name!r} is not among the {len(classes)} classes of train/{_USE_TEST}")
         found = images.find(entry)
-        paths += found
-        labels += [classes.index(entry.name)] * len(found)
+        paths += found.images
+        others += found.others
+        labels += [classes.index(entry.name)] * len(found.images)
     split = Split(torch.tensor(labels, dtype=torch.int64), paths=tuple(paths))
+    left_out = [images.describe_others(folder, others)] if others else []
+    if loose := images.list_images(folder):
+        left_out.append(f"{folder}: left out {len(loose):,} of its images, which lie in no class folder: {', '.join(loose[:3])}")
     if missing := list_missing(split.labels, classes):
-        raise DataError(f"{folder}: no image of {missing}; known endings: {', '.join(images.EXTENSIONS)}")
+        if known is None or not paths:
+            raise DataError("; ".join([f"{folder}: no image of {missing}", *left_out, f"known endings: {', '.join(images.EXTENSIONS)}"]))
+        left_out.append(f"{folder}: no image of {missing}")
+    if notes is not None:
+        notes += left_out
     return classes, split
+
+
+_USE_TEST = " (--no-use-test leaves out a test/ without labels)"
 
 
 DATASETS = {

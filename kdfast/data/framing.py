@@ -14,6 +14,9 @@ from torch import Tensor
 from kdfast.data.extras import need
 from kdfast.data.seeding import Draws
 
+LONG = 64
+"""An image that resizing would make this many times as large as the window, as 1 x 6000, is resized in the window alone."""
+
 
 class Frames(NamedTuple):
     """The visible part of each of B images; int64 [B], pixels, on the CPU."""
@@ -27,6 +30,10 @@ class Frames(NamedTuple):
     down: Tensor  # the first row of the window of size x size in the resized part
     right: Tensor
     size: int
+
+    def at(self, images: Tensor) -> "Frames":
+        """The frames of some of the images: positions, int64 [b]."""
+        return Frames(*[part[images] for part in self[:8]], self.size)  # type: ignore[arg-type, call-arg]
 
 
 class Framing:
@@ -111,12 +118,28 @@ def cut(images: Iterable[Tensor], frames: Frames) -> list[Tensor]:
         uint8 [..., size, size] of each image.
     """
     windows = []
-    for image, (top, left, height, width, *resized, down, right) in zip(images, torch.stack(frames[:8], dim=1).tolist()):
+    for i, (image, (top, left, height, width, *resized, down, right)) in enumerate(zip(images, torch.stack(frames[:8], dim=1).tolist())):
+        if math.prod(resized) > LONG * frames.size**2:
+            windows.append(_cut_long(image, frames.at(torch.tensor([i]))))
+            continue
         part = image[..., top : top + height, left : left + width]
         if list(part.shape[-2:]) != resized:
             part = need("torchvision.transforms.v2.functional").resize(part, resized, antialias=True)
         windows.append(part[..., down : down + frames.size, right : right + frames.size])
     return windows
+
+
+def _cut_long(image: Tensor, frame: Frames) -> Tensor:
+    """uint8 [..., H, W] -> [..., size, size]: as cut(), from those pixels alone that the window shows."""
+    top, left, height, width, *resized, down, right = torch.cat(frame[:8]).tolist()
+    used = []
+    for start, length, side, skipped in ((top, height, resized[0], down), (left, width, resized[1], right)):
+        scale = length / side
+        reach = 1 + max(1, scale)
+        used.append(slice(max(start, int(start + skipped * scale - reach)), math.ceil(start + (skipped + frame.size) * scale + reach)))
+    part = image[..., used[0], used[1]]
+    moved = frame._replace(top=frame.top - used[0].start, left=frame.left - used[1].start)
+    return resample(part.reshape(1, -1, *part.shape[-2:]), moved).reshape(*image.shape[:-2], frame.size, frame.size)
 
 
 def resample(images: Tensor, frames: Frames) -> Tensor:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kdfast.data.images import decode, read_size
+from kdfast.data.images import decode, import_decoders, read_size
 from kdfast.data.protocol import DataError
 from kdfast.data.seeding import make_generator
 
@@ -87,6 +87,7 @@ class Split:
         if self.sizes is not None:
             return self.sizes.long()
         assert self.paths is not None  # one of the two is there
+        import_decoders()
         with ThreadPoolExecutor() as threads:
             return torch.tensor(list(threads.map(read_size, self.paths)))
 
@@ -114,9 +115,10 @@ class ImageData:
         image_size: side of the square images that the default transforms make, pixels.
         val_is_test: the validation split is the test split, so the best epoch is chosen on it.
         train_transform, eval_transform: names in kdfast.data.transforms that suit these images.
+        notes: sentences about the source: how an unusual folder was read, and which files were left out.
 
     Raises:
-        DataError: fewer than two classes, a label out of range, or a class without images in a split.
+        DataError: fewer than two classes, a label out of range, a class without training images, or a split without images.
 
     Example:
         >>> split = kdfast.data.Split(torch.tensor([0, 1]), pixels=torch.zeros(2, 3, 8, 8, dtype=torch.uint8))
@@ -137,6 +139,7 @@ class ImageData:
     val_is_test: bool
     train_transform: str
     eval_transform: str
+    notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         C = len(self.classes)
@@ -147,7 +150,7 @@ class ImageData:
             wrong = labels[((labels < 0) | (labels >= C)) & (labels != HIDDEN)]
             if len(wrong):
                 raise DataError(f"{self.name}: labels of {part} must be 0 to {C - 1} for {C} classes, got {wrong[0].item()}")
-            missing = list_missing(labels, self.classes)
+            missing = list_missing(labels, self.classes) if part == "train" else "" if len(labels) else "any class"
             if missing:
                 raise DataError(f"{self.name}: no image of {missing} in {part}")
 

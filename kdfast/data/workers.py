@@ -10,14 +10,14 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 
-from kdfast.data.extras import need
+from kdfast.data.images import import_decoders
 from kdfast.data.protocol import DataError
 
 
 def make_loader(data: Any, workers: int, **options: Any) -> "DataLoader[Any]":
     """A DataLoader without batching, whose workers leave signals to the main process; it draws nothing from the default generator."""
-    for module in ("PIL.Image", "torchvision.io", "torchvision.transforms.v2") if workers else ():
-        need(module)  # once, before the workers are forked: each of them would take seconds to import it
+    if workers:
+        import_decoders()  # once, before the workers are forked: each of them would take seconds
     return DataLoader(
         data,
         batch_size=None,

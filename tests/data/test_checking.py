@@ -32,7 +32,7 @@ def same(a: Checked, b: Checked) -> bool:
 @pytest.mark.parametrize("name", REASONS)
 def test_a_bad_file_is_named_once_with_its_reason(tmp_path: Path, name: str):
     path = str(plant(tmp_path, name))
-    assert find(tmp_path) == [path]
+    assert find(tmp_path).images == [path]
     with pytest.raises(DataError, match=rf"^{path}: [^\n]*({REASONS[name]})[^\n]*$") as caught:
         decode(path)
     found = check([path])
@@ -73,7 +73,7 @@ def test_find_walks_folders_with_an_images_ending_and_leaves_loops(tmp_path: Pat
     inner.write_bytes(encode("JPEG"))
     for name in ("up", "around"):
         (inner.parent / name).symlink_to(tmp_path, target_is_directory=True)
-    assert find(tmp_path) == [str(inner)]
+    assert find(tmp_path).images == [str(inner)]
 
 
 # ---- known files ----------------------------------------------------------------------------------------------------------------
@@ -208,10 +208,15 @@ def test_too_many_bad_files_are_an_error_of_one_sentence(tmp_path: Path):
         check([], workers=0)
 
 
-def test_a_class_of_bad_files_only_is_an_error(tmp_path: Path):
-    data = load(str(write_class_folders(tmp_path / "i", {f"val/dog/{i}.jpg": "zero.jpg" for i in range(8)})))
-    with pytest.raises(DataError, match="no image of class 'dog' in test"):
-        usable(data, max_bad_files=8)
+def test_a_class_of_bad_files_only_is_an_error_in_training(tmp_path: Path):
+    data = load(
+        str(write_class_folders(tmp_path / "i", {f"{part}/dog/{i}.jpg": "zero.jpg" for part in ("train", "val") for i in range(8)}))
+    )
+    with pytest.raises(DataError, match="no image of class 'dog' in train"):
+        usable(data, max_bad_files=16)
+    (tmp_path / "i" / "train" / "dog" / "8.jpg").write_bytes(encode("JPEG"))
+    good = usable(load(str(tmp_path / "i"), val_fraction=0), max_bad_files=16, say=lambda _: None)
+    assert good.test.labels.unique().tolist() == [0]
 
 
 def test_a_bad_file_of_two_splits_counts_once(tmp_path: Path):

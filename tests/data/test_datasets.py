@@ -181,7 +181,7 @@ def test_the_second_of_two_folders_is_test_and_val_comes_from_train(tmp_path, he
 
 # images of each class of train/ and of val/ (0: an empty class folder), and the message
 WRONG = {
-    "class without images in val": ({"ant": 4, "bee": 4}, {"ant": 2, "bee": 0}, "val: no image of class 'bee'"),
+    "no images in val": ({"ant": 4, "bee": 4}, {"ant": 0, "bee": 0}, "val: no image of classes 'ant', 'bee'"),
     "class without images in train": ({"ant": 0, "bee": 4}, {"ant": 2, "bee": 2}, "train: no image of class 'ant'"),
     "class not in train": ({"ant": 4, "bee": 4}, {"ant": 2, "bee": 2, "cat": 1}, "val: class 'cat' is not among the 2 classes of train/"),
     "no images": ({"ant": 0, "bee": 0}, {"ant": 0}, r"train: no image of classes 'ant', 'bee'; known endings: \.jpg"),

@@ -154,9 +154,9 @@ def test_dtype_and_memory_format(photographs, name, dtype, channels_last, augmen
 @every_loader
 def test_a_broken_image_is_one_sentence_that_names_it(tmp_path, name):
     split, _ = write_pngs(tmp_path, 9)
-    for transform in (AUGMENT, PLAIN):
-        loader = make_loader(name, split, transform)
-        (tmp_path / "6.png").write_bytes((tmp_path / "6.png").read_bytes()[:60])
+    loaders = [make_loader(name, split, transform) for transform in (AUGMENT, PLAIN)]
+    (tmp_path / "6.png").write_bytes((tmp_path / "6.png").read_bytes()[:60])
+    for loader in loaders:
         with pytest.raises(DataError, match=r"^.*6\.png: the image cannot be read: [^\n]*$"):
             list(loader)
 

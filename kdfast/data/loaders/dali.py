@@ -4,8 +4,8 @@ DALI's own readers shuffle a buffer, and its own crops draw from generators insi
 other loaders would see other images. This loader therefore feeds DALI everything: the names of a batch's files, the window of each to
 decode, and the flips. Order, ranks, resuming and augmentation are functions of (seed, epoch, index) as in the other loaders.
 
-DALI reads JPEG and PNG of 8 bits grey or colour: there it gives Pillow's pixels. All other files are decoded once, by kdfast.data.images,
-and kept as PNG in a temporary folder for the life of the loader.
+DALI reads sound JPEG and PNG files of 8 bits grey or colour: there it gives Pillow's pixels. All other files are decoded once, by
+kdfast.data.images, and kept as PNG in a temporary folder for the life of the loader.
 """
 
 import os
@@ -23,7 +23,7 @@ from torch import Tensor
 
 from kdfast.data.augment import Flip
 from kdfast.data.extras import need
-from kdfast.data.images import decode, has_standard_pixels
+from kdfast.data.images import decode, has_standard_pixels, import_decoders
 from kdfast.data.loaders.options import LoaderOptions
 from kdfast.data.loaders.ordered import OrderedLoader, Request, draw, interleave
 from kdfast.data.protocol import Batch, DataError
@@ -151,14 +151,22 @@ class DaliLoader(OrderedLoader):
                 return broken
             if size != self._sizes[i].tolist():
                 return DataError(f"{paths[i]}: the image has changed since the loader was made: it has another size")
-        first, others = paths[index[0]], len(index) - 1
-        reason = " ".join(str(error).rpartition("encountered:")[2].partition("C++ context")[0].split())
-        return DataError(f"DALI cannot read {first} or one of {others} others: choose --loader torchvision ({reason})")
+        for i in index.tolist():
+            self._pipeline, self._pending = self._build_pipeline(), deque()
+            try:
+                self._schedule([Request(0, [i])])
+                self._pipeline.outputs()
+            except Exception as alone:  # DALI's errors have many types
+                return DataError(f"{paths[i]}: DALI cannot read the image: choose --loader torchvision ({_shorten(alone)})")
+        return DataError(
+            f"DALI cannot read {paths[index[0]]} or one of {len(index) - 1} others: choose --loader torchvision ({_shorten(error)})"
+        )
 
     def _make_readable(self, paths: tuple[str, ...]) -> tuple[str, ...]:
         """The files for DALI: the same, or copies as PNG of those that DALI would decode to other pixels."""
         plain = self._split.plain  # known after a full check, which saves opening every file
         unsure = range(len(paths)) if plain is None else (~plain).nonzero()[:, 0].tolist()
+        import_decoders()
         with ThreadPoolExecutor() as threads:
             standard = threads.map(has_standard_pixels, [paths[i] for i in unsure])
             others = [i for i, same in zip(unsure, standard) if not same]
@@ -222,6 +230,11 @@ class _Pending(NamedTuple):
 
     index: Tensor  # type: ignore[assignment]  # int64 [B], positions in the split
     draws: list[Draws]  # of each view; the steps after the framing continue to draw from these
+
+
+def _shorten(error: Exception | str) -> str:
+    """DALI's reason, without its traceback."""
+    return " ".join(str(error).rpartition("encountered:")[2].partition("C++ context")[0].split())
 
 
 def _copy(path: str, to: str) -> None:

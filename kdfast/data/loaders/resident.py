@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from kdfast.data.framing import Squash, resample
+from kdfast.data.images import import_decoders
 from kdfast.data.loaders.options import LoaderOptions
 from kdfast.data.loaders.ordered import OrderedLoader, Request, draw, interleave
 from kdfast.data.protocol import Batch, DataError
@@ -21,6 +22,10 @@ from kdfast.machine import cores
 
 HEADROOM = 0.8
 """Part of the free memory that images may take: a network and its activations come after them."""
+
+
+LARGEST_BATCH = 2**26
+"""Pixels of a batch whose images are padded to one size. Where a few long images would make it larger, images are resized one by one."""
 
 
 class ResidentLoader(OrderedLoader):
@@ -63,15 +68,22 @@ class ResidentLoader(OrderedLoader):
 
     def _augment(self, epoch: int, index: Tensor, there: Tensor) -> Tensor:
         """uint8 [B * views, 3, h, w]."""
-        images = self._images.take(index, there)
         if self.deterministic:
-            return images
+            return self._images.take(index, there)
         framing = self._transform.framing
-        views = []
-        for draws in draw(self._options, epoch, index):
-            framed = resample(images, framing.frames(self._images.sizes[index], draws)) if framing and framing.random else images
-            views.append(self._transform.change(framed, draws))
-        return interleave(views)
+        drawn = draw(self._options, epoch, index)
+        if framing is None or not framing.random:
+            images = self._images.take(index, there)
+            return interleave([self._transform.change(images, draws) for draws in drawn])
+        sizes = self._images.sizes[index]
+        padded = len(index) * int(sizes.amax(0).prod())
+        alone = padded > LARGEST_BATCH and padded > 4 * int(sizes.prod(1).sum())
+        frames = [framing.frames(sizes, draws) for draws in drawn]
+        framed = []
+        for part in torch.arange(len(index)).split(1 if alone else len(index)):
+            images = self._images.take(index[part], there[part.to(there.device)] if alone else there)
+            framed.append([resample(images, frame.at(part)) for frame in frames])
+        return interleave([self._transform.change(torch.cat(view), draws) for view, draws in zip(zip(*framed), drawn)])
 
 
 def _take_constant_part(split: Split, transform: Transform) -> Transform:
@@ -131,6 +143,7 @@ def _load_images(split: Split, constant: Transform, device: torch.device) -> Ten
         return whole.to(device)
     sizes = split.measure() if framing is None else torch.tensor([[framing.size, framing.size]])
     (height, width), *others = sizes.unique(dim=0).tolist()
+    import_decoders()
     with ThreadPoolExecutor(cores()) as threads:  # decoding and resizing release Python's lock
         images = threads.map(lambda i: constant.augment(split.read(i)), range(len(split)))
         if others:
