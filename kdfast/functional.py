@@ -338,6 +338,8 @@ def crd_loss(
     for name, bank in (("student_bank", student_bank), ("teacher_bank", teacher_bank)):
         if bank.dim() != 2 or bank.shape[1] != student.shape[1]:
             raise ValueError(f"crd_loss: {name} must be [n, {student.shape[1]}] as the embeddings are, got {tuple(bank.shape)}")
+    if len(student_bank) != len(teacher_bank):
+        raise ValueError(f"crd_loss: teacher_bank must have student_bank's {len(student_bank)} rows, got {len(teacher_bank)}")
     if student_Z is None:
         student_Z = nce.normalizer(student, teacher_bank, indices, temperature)
     if teacher_Z is None:
@@ -401,6 +403,8 @@ def hint_loss(student: Tensor, teacher: Tensor) -> Tensor:
     checks.is_tensor("hint_loss: teacher", teacher)
     if student.shape != teacher.shape:
         raise ValueError(f"hint_loss: teacher must have the student's shape {tuple(student.shape)}, got {tuple(teacher.shape)}")
+    checks.is_floating("hint_loss: student", student)
+    checks.is_on("hint_loss: teacher", teacher, "student's", student.device)
     return reference.mean(F.mse_loss(at_least_float32(student), at_least_float32(checks.savable(teacher)), reduction="none"))
 
 
@@ -430,7 +434,9 @@ def soft_cross_entropy(student: Tensor, teacher: Tensor, temperature: float = 1.
     temperature = checks.number("soft_cross_entropy: temperature", temperature)
     if student.shape != teacher.shape or student.ndim == 0:
         raise ValueError(f"soft_cross_entropy: teacher must have the student's shape {tuple(student.shape)}, got {tuple(teacher.shape)}")
-    if not temperature > 0:
-        raise ValueError(f"soft_cross_entropy: temperature must be positive, got {temperature}")
+    for name, logits in (("student", student), ("teacher", teacher)):
+        checks.is_floating(f"soft_cross_entropy: {name}", logits)
+    checks.is_on("soft_cross_entropy: teacher", teacher, "student's", student.device)
+    checks.positive_number("soft_cross_entropy: temperature", temperature)
     student, teacher = at_least_float32(student), at_least_float32(teacher)
     return reference.soft_cross_entropy(student, teacher, temperature)

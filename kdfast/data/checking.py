@@ -26,6 +26,7 @@ from kdfast.data.protocol import DataError
 from kdfast.data.splits import ImageData, Split
 from kdfast.data.workers import iterate, make_loader
 from kdfast.machine import cores, package_version
+from kdfast.ops import checks
 
 VERSION = 5
 """Version of the cache files and of the kinds of decode_with_kind(); raise it when either changes."""
@@ -87,7 +88,9 @@ def check(paths: Sequence[str], *, workers: int | None = None, cache: bool = Tru
         >>> checked.sizes.shape, checked.bad
         (torch.Size([0, 2]), {})
     """
-    if workers is not None and workers < 1:
+    if isinstance(paths, str) or not isinstance(paths, Sequence):
+        raise TypeError(f"check: paths must be a list of paths, got {paths!r}")
+    if workers is not None and (not isinstance(workers, int) or workers < 1):
         raise DataError(f"workers must be at least 1, got {workers}")
     names = [os.path.abspath(path) for path in paths]
     stamps = {name: _read_stamp(name) for name in names}
@@ -146,7 +149,8 @@ def usable(
         >>> kdfast.data.usable(data).train is data.train
         True
     """
-    if max_bad_files < 0:
+    checks.is_a("usable: data", data, ImageData)
+    if not isinstance(max_bad_files, int) or max_bad_files < 0:
         raise DataError(f"max_bad_files must be at least 0, got {max_bad_files}")
     found = {
         split: check(split.paths or (), workers=workers, progress=progress)

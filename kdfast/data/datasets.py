@@ -20,6 +20,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
+from numbers import Integral, Real
 from pathlib import Path
 
 import torch
@@ -132,8 +133,15 @@ def load(
         >>> len(data.train), len(data.val), len(data.test), data.image_size
         (1079, 359, 359, 8)
     """
+    if not isinstance(name, str | os.PathLike):
+        raise TypeError(f"name must be a data set's name or a folder, got {name!r}")
+    for what, value in (("seed", seed), ("max_images", max_images)):
+        if not isinstance(value, Integral) and (what, value) != ("max_images", None):
+            raise DataError(f"{what} must be an integer, got {value!r}")
+    if not isinstance(val_fraction, Real):
+        raise DataError(f"val_fraction must be a number, got {val_fraction!r}")
     if name not in DATASETS:
-        if not Path(name).is_dir():
+        if not name or not Path(name).is_dir():
             raise DataError(f"no data set or folder is called {name!r}; known names: {', '.join(names())}")
         name, data_dir = "folder", name
     if not 0 <= val_fraction < 1:

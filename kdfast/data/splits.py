@@ -16,6 +16,7 @@ from torch import Tensor
 from kdfast.data.images import decode, import_decoders, read_size
 from kdfast.data.protocol import DataError
 from kdfast.data.seeding import make_generator
+from kdfast.ops import checks
 
 HIDDEN = -100
 """The label of an image whose class the student must not see; PyTorch's losses ignore it by default."""
@@ -57,10 +58,13 @@ class Split:
     stores: dict[Any, Any] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
+        checks.is_a("labels of a split", self.labels, Tensor)
         images = self.paths if self.pixels is None else self.pixels
         if images is None or len(images) != len(self.labels):
             count = "no" if images is None else len(images)
             raise DataError(f"a split needs one image for each label, got {count} images and {len(self.labels)} labels")
+        if self.pixels is not None and (self.pixels.dtype != torch.uint8 or self.pixels.shape[1:2] != (3,) or self.pixels.dim() != 4):
+            raise DataError(f"pixels of a split must be uint8 [n, 3, H, W], got {self.pixels.dtype} {tuple(self.pixels.shape)}")
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -242,7 +246,9 @@ def hide_labels(split: Split, fraction: float, *, seed: int) -> Split:
         >>> kdfast.data.hide_labels(split, 0.5, seed=0).labels
         tensor([   0,    1, -100, -100])
     """
-    if not 0 < fraction <= 1:
+    checks.is_a("hide_labels: split", split, Split)
+    checks.are_counts(None, seed=seed)
+    if not 0 < checks.number("hide_labels: fraction", fraction) <= 1:
         raise DataError(f"hide_labels: fraction must be above 0 and at most 1, got {fraction}")
     count = max(round(fraction * len(split)), len(split.labels.unique()))
     visible, _ = choose_stratified(split.labels, count, seed=seed, purpose=LABELS)

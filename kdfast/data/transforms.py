@@ -22,8 +22,10 @@ Squash is resizing to image_size x image_size whatever the aspect ratio; an imag
 To add one, add it to NORMALIZATIONS, TRAINING or EVALUATION and to the table above.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 
 import torch
 from torch import Tensor, nn
@@ -219,7 +221,10 @@ EVALUATION: dict[str, Builder] = {
 def _build(purpose: str, builders: dict[str, Builder], name: str, image_size: int, mean: Channels, std: Channels) -> Transform:
     if name not in builders:
         raise DataError(f"{purpose} transform must be one of {', '.join(builders)}, got {name!r}")
-    if image_size < 1:
-        raise DataError(f"image_size must be at least 1, got {image_size}")
+    if not isinstance(image_size, Integral) or image_size < 1:
+        raise DataError(f"image_size must be at least 1, got {image_size!r}")
+    for channels, least in ((mean, -math.inf), (std, 0)):
+        if not isinstance(channels, tuple | list) or len(channels) != 3 or not all(least < c < math.inf for c in channels):
+            raise DataError(f"mean and std must be three finite numbers, and std positive, got {mean!r} and {std!r}")
     framing, *steps = builders[name](image_size, mean)
     return Transform(framing, tuple(steps), mean, std)

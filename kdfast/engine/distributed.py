@@ -133,6 +133,8 @@ def _store() -> "dist.Store":
 
 
 def _device(name: str, local_rank: int | None) -> torch.device:
+    if not isinstance(name, str):
+        raise TypeError(f"device must be auto, cpu, cuda or cuda:N, got {name!r}")
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:

@@ -157,6 +157,8 @@ def evaluate(model: Callable[[Tensor], Tensor], batches: Iterable[Batch], classe
         >>> result.top1, result.confusion
         (0.5, [[1, 0], [1, 0]])
     """
+    if not callable(model) or not isinstance(world, World):
+        raise TypeError(f"evaluate takes a function and a World of join(), got {type(model).__name__} and {type(world).__name__}")
     C = len(classes)
     confusion = torch.zeros(C * C, dtype=torch.int64, device=world.device)
     sums = torch.zeros(2, dtype=torch.float64, device=world.device)  # top-5, loss

@@ -147,7 +147,7 @@ class ConKDLoss(nn.Module):
         checks.is_one_of("ConKDLoss: variant", variant, ("readme", "notebook"))
         KDLoss(temperature)
         supcon.Options(temperature=contrast_temperature)
-        self.alpha = alpha
+        self.alpha = checks.number_within("ConKDLoss: alpha", alpha, 0)
         self.temperature = temperature
         self.contrast_temperature = contrast_temperature
         self.variant = variant

@@ -81,13 +81,14 @@ class CRDLoss(nn.Module):
         nce_m: float = 0.5,
     ) -> None:
         super().__init__()
+        checks.are_counts(s_dim=s_dim, t_dim=t_dim, feat_dim=feat_dim)
+        checks.are_counts(None, n_data=n_data, nce_k=nce_k)
         if n_data < 2:
             raise ValueError(f"CRDLoss: n_data must be at least 2, or an image has no negatives, got {n_data}")
         if nce_k < 1:
             raise ValueError(f"CRDLoss: nce_k must be positive, got {nce_k}")
         checks.positive_number("CRDLoss: nce_t", nce_t)
-        if not 0 <= nce_m <= 1:
-            raise ValueError(f"CRDLoss: nce_m must be in [0, 1], got {nce_m}")
+        checks.number_within("CRDLoss: nce_m", nce_m, 0, 1)
         self.n_data, self.nce_k, self.nce_t, self.nce_m = n_data, nce_k, nce_t, nce_m
         self.embed_s = _Embedding(s_dim, feat_dim)
         self.embed_t = _Embedding(t_dim, feat_dim)
@@ -171,6 +172,7 @@ class CRDLoss(nn.Module):
         return loss
 
     def _check_indices(self, idx: Tensor, B: int) -> None:
+        checks.is_tensor("CRDLoss: idx", idx)
         if idx.dtype != torch.int64:
             raise TypeError(f"CRDLoss: idx must be int64, got {idx.dtype}")
         if idx.shape != (B,):

@@ -74,8 +74,9 @@ class HintLoss(nn.Module):
 
     def __init__(self, student_shape: tuple[int, int, int], teacher_shape: tuple[int, int, int], *, regressor: bool = True) -> None:
         super().__init__()
-        if not all(isinstance(shape, Sequence) and len(shape) == 3 for shape in (student_shape, teacher_shape)):
-            raise ValueError(f"HintLoss: shapes must be (C, H, W), got {student_shape} and {teacher_shape}")
+        for shape in (student_shape, teacher_shape):
+            if not isinstance(shape, Sequence) or len(shape) != 3 or not all(isinstance(n, int) and n > 0 for n in shape):
+                raise ValueError(f"HintLoss: shapes must be (C, H, W), got {student_shape} and {teacher_shape} for student and teacher")
         self.regressor: nn.Module
         if regressor:
             channels = teacher_shape[0]
@@ -139,9 +140,8 @@ class SelfDistillationLoss(nn.Module):
         self, alpha: float = 0.5, student_channels: int = 128, teacher_channels: int = 512, *, detach_teacher: bool = False
     ) -> None:
         super().__init__()
-        if not 0 <= alpha <= 1:
-            raise ValueError(f"SelfDistillationLoss: alpha must be in [0, 1], got {alpha}")
-        self.alpha = alpha
+        self.alpha = checks.number_within("SelfDistillationLoss: alpha", alpha, 0, 1)
+        checks.are_counts(student_channels=student_channels, teacher_channels=teacher_channels)
         self.detach_teacher = detach_teacher
         self.projection = nn.Conv2d(teacher_channels, student_channels, kernel_size=1)
 

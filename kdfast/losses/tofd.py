@@ -49,10 +49,15 @@ class TOFDLoss(nn.Module):
         orthogonal_weight: float = 0.03,
     ) -> None:
         super().__init__()
+        for name, sizes in (("student_features", student_features), ("teacher_features", teacher_features)):
+            if not isinstance(sizes, Sequence) or not sizes:
+                raise TypeError(f"TOFDLoss: {name} must be a sequence of integers, got {sizes!r}")
+            for size in sizes:
+                checks.are_counts(**{name: size})
         if len(student_features) != len(teacher_features):
             raise ValueError(f"TOFDLoss: features must be equally many, got {len(student_features)} and {len(teacher_features)}")
-        self.feature_weight = feature_weight
-        self.orthogonal_weight = orthogonal_weight
+        self.feature_weight = checks.number_within("TOFDLoss: feature_weight", feature_weight, 0)
+        self.orthogonal_weight = checks.number_within("TOFDLoss: orthogonal_weight", orthogonal_weight, 0)
         self.maps = nn.ModuleList(nn.Linear(own, theirs, bias=False) for own, theirs in zip(student_features, teacher_features))
 
     def forward(

@@ -11,6 +11,7 @@ from itertools import pairwise
 from torch import Tensor, nn
 
 from kdfast.models.blocks import average_pool, conv_bn
+from kdfast.ops import checks
 
 
 def flatten_head(shape: Sequence[int], num_classes: int) -> nn.Module:
@@ -28,7 +29,10 @@ def flatten_head(shape: Sequence[int], num_classes: int) -> nn.Module:
         >>> head(torch.randn(2, 64, 8, 8)).shape
         torch.Size([2, 10])
     """
+    if not isinstance(shape, Sequence) or len(shape) != 3:
+        raise ValueError(f"shape must be (channels, height, width), got {shape!r}")
     channels, height, width = shape
+    checks.are_counts(channels=channels, height=height, width=width, num_classes=num_classes)
     return nn.Sequential(nn.Flatten(), nn.Linear(channels * height * width, num_classes))
 
 
@@ -49,6 +53,8 @@ def conv_head(channels: int, num_classes: int, *, width: int = 256, padding: int
         >>> head(torch.randn(2, 64, 8, 8)).shape
         torch.Size([2, 10])
     """
+    checks.are_counts(channels=channels, num_classes=num_classes, width=width)
+    checks.are_counts(0, padding=padding)
     return nn.Sequential(
         *(nn.Conv2d(channels, width, 3, padding=padding, bias=False), nn.BatchNorm2d(width), nn.ReLU(inplace=True)),
         *(nn.Conv2d(width, width, 3, padding=padding, bias=False), nn.BatchNorm2d(width), nn.ReLU(inplace=True)),
@@ -87,6 +93,10 @@ def separable_head(channels: Sequence[int], num_classes: int) -> SeparableHead:
         >>> features.shape, logits.shape
         (torch.Size([2, 64]), torch.Size([2, 10]))
     """
+    if not isinstance(channels, Sequence) or not channels:
+        raise TypeError(f"channels must be a sequence of integers, got {channels!r}")
+    for n in (*channels,):
+        checks.are_counts(channels=n, num_classes=num_classes)
     return SeparableHead(channels, num_classes)
 
 

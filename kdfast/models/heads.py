@@ -13,6 +13,8 @@ from typing import Any, Literal, get_args
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kdfast.ops import checks
+
 Head = Literal["linear", "mlp", "none"]
 NAMES: tuple[str, ...] = get_args(Head)
 # usual names of the classifier, tried in this order before the last linear layer of the whole network
@@ -78,6 +80,8 @@ def classifier_head(features: int, num_classes: int, *, hidden: int = 128, dropo
         >>> kdfast.models.classifier_head(64, num_classes=10)(torch.randn(2, 64)).shape
         torch.Size([2, 10])
     """
+    checks.are_counts(features=features, num_classes=num_classes, hidden=hidden)
+    checks.number_within("dropout", dropout, 0, 1)
     return nn.Sequential(
         nn.Linear(features, hidden),
         nn.BatchNorm1d(hidden),
@@ -103,6 +107,7 @@ def projection_head(features: int, out: int = 128, *, hidden: int | None = None)
         >>> z.shape, z.norm(dim=1).allclose(torch.ones(2))
         (torch.Size([2, 128]), True)
     """
+    checks.are_counts(features=features, out=out, hidden=features if hidden is None else hidden)
     return ProjectionHead(features, out, features if hidden is None else hidden)
 
 
@@ -166,6 +171,7 @@ def replace_head(model: nn.Module, module: nn.Module) -> nn.Module:
         >>> encoder(torch.randn(2, 3, 2, 2)).shape
         torch.Size([2, 12])
     """
+    checks.is_a("module", module, nn.Module)
     path, _, features = _locate_head(model)
     parent, _, name = path.rpartition(".")
     setattr(model.get_submodule(parent), name, module)
@@ -191,6 +197,7 @@ def set_head(model: nn.Module, head: Head, num_classes: int) -> nn.Module:
 
 def _locate_head(model: nn.Module) -> tuple[str, nn.Module, int]:
     """Path of the head, the module there, and how many features it reads."""
+    checks.is_a("model", model, nn.Module)
     if _PLACE in model.__dict__:
         path, features = model.__dict__[_PLACE]
         return path, model.get_submodule(path), features

@@ -7,6 +7,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from kdfast.ops import checks
+
 T = TypeVar("T")
 _Tensors = dict[int, tuple[Tensor, int | None]]
 """Index of a tap -> its tensor and the tensor's version."""
@@ -38,6 +40,9 @@ class Taps(nn.Module):
 
     def __init__(self, model: nn.Module, paths: Sequence[str]):
         super().__init__()
+        checks.is_a("model", model, nn.Module)
+        if isinstance(paths, str) or not isinstance(paths, Sequence) or not all(isinstance(path, str) for path in paths):
+            raise TypeError(f"Taps: paths must be a list of module paths, got {paths!r}")
         modules = {name.replace("_orig_mod.", ""): module for name, module in model.named_modules()}
         self.model = model
         self.paths = tuple(paths)
@@ -137,6 +142,11 @@ def tap_shapes(model: nn.Module, paths: Sequence[str], image_shape: Sequence[int
         >>> kdfast.models.tap_shapes(model, ["0", "1"], (3, 6, 6))
         ((8, 4, 4), (128,))
     """
+    checks.is_a("model", model, nn.Module)
+    if not isinstance(image_shape, Sequence) or len(image_shape) != 3:
+        raise ValueError(f"tap_shapes: image_shape must be (channels, height, width), got {image_shape!r}")
+    for size in image_shape:
+        checks.are_counts(image_shape=size)
     example = next(model.parameters(), torch.empty(0))
     training = {module: module.training for module in model.modules()}
     taps = Taps(model, paths)

@@ -9,6 +9,7 @@ import json
 import os
 import pickle
 import re
+import struct
 import warnings
 import zipfile
 from collections import Counter, OrderedDict
@@ -25,6 +26,7 @@ from kdfast import files
 from kdfast.models import cifar_resnet
 from kdfast.models.heads import find_head
 from kdfast.models.zoo import NETWORKS, ModelSpec, Option, outline
+from kdfast.ops import checks
 
 EMA = ("state_dict_ema", "model_ema", "ema_state_dict", "params_ema", "ema")  # moving averages of the weights
 NESTINGS = ("state_dict", "model_state_dict", "model", "net", "network", "model_state", "module", "weights", "params", *EMA)
@@ -144,6 +146,8 @@ def read_weights(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[
         ...     kdfast.models.read_weights(f"{folder}/others.pth")
         ({'w': tensor([1., 1.])}, {'epoch': '3'})
     """
+    if not isinstance(path, str | os.PathLike):
+        raise TypeError(f"read_weights: path must be a path or a state dict, got {type(path).__name__}")
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"read_weights: there is no file {path}")
@@ -187,6 +191,7 @@ def load_weights(model: nn.Module, path_or_state: str | os.PathLike[str] | Mappi
         source, state = "the state dict", _strip_prefixes(path_or_state)
     else:
         source, (state, metadata) = str(path_or_state), read_weights(path_or_state)
+    checks.is_a("model", model, nn.Module)
     full_names = model.state_dict()
     own = _strip_prefixes({WRAPPERS.sub("", name): tensor for name, tensor in full_names.items()})
     optional = {name for name in own if name.endswith("num_batches_tracked")}
@@ -234,7 +239,13 @@ def save_weights(
     """
     from safetensors.torch import save
 
+    if not isinstance(path, str | os.PathLike) or Path(path).is_dir():
+        raise ValueError(f"save_weights: path must be a file, got {path!r}")
     state = model_or_state.state_dict() if isinstance(model_or_state, nn.Module) else model_or_state
+    if not isinstance(state, Mapping) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
+        raise TypeError(f"save_weights: model_or_state must be a torch.nn.Module or a dict of tensors, got {type(model_or_state).__name__}")
+    if not all(isinstance(text, str) for pair in getattr(metadata or {}, "items", lambda: [(None,)])() for text in pair):
+        raise TypeError(f"save_weights: metadata must be texts by name, got {metadata!r}")
     tensors = {name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in _strip_prefixes(state).items()}
     metadata, content = dict(metadata or {}), save(tensors, {SEAL: ""})
     files.write_bytes(Path(path), *_with_metadata(content, metadata | {SEAL: _checksum(content, metadata)}))
@@ -276,6 +287,7 @@ def recognize(state: Mapping[str, Tensor], name: str) -> tuple[ModelSpec, str | 
         (ModelSpec(name='resnet8', num_classes=7, head='linear', options={'shortcut': 'A'}), 'imagenet')
     """
     options: dict[str, Option] = {}
+    checks.is_a("state", state, Mapping)
     model = outline(ModelSpec(name, 10))
     state = _select(state, model.state_dict(), model, "the state dict", shapes=False)
     if name in cifar_resnet.NETWORKS and not any(".shortcut." in key for key in state):
@@ -337,7 +349,7 @@ def _unpickle(path: Path) -> Any:
 
 
 def _read_torch(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    damage = (RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError, AttributeError, TypeError, MemoryError)
+    damage = (struct.error, RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError, AttributeError, TypeError, MemoryError)
     try:
         content = _unpickle(path)
         state = _find_state_dict(content)

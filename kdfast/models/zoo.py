@@ -21,6 +21,7 @@ from kdfast import imports
 from kdfast.models import cifar_resnet, mobilenet, vgg, wide_resnet
 from kdfast.models.heads import NAMES as HEADS
 from kdfast.models.heads import FindLogits, Head, feature_size, replace_head, set_head
+from kdfast.ops import checks
 
 NETWORKS = {**cifar_resnet.NETWORKS, **wide_resnet.NETWORKS, **vgg.NETWORKS, **mobilenet.NETWORKS}
 # torchvision's networks that do not end in one linear layer, or return more than logits in training
@@ -56,7 +57,9 @@ class ModelSpec:
     options: Mapping[str, Option] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
-        if not isinstance(self.num_classes, int) or self.num_classes < 1:
+        checks.is_a("ModelSpec: name", self.name, str)
+        checks.is_a("ModelSpec: options", self.options, Mapping)
+        if not isinstance(self.num_classes, int) or isinstance(self.num_classes, bool) or self.num_classes < 1:
             raise ValueError(f"ModelSpec: num_classes must be a positive integer, got {self.num_classes!r}")
         if self.head not in HEADS:
             raise ValueError(f"ModelSpec: head must be one of {', '.join(HEADS)}, got {self.head!r}")
@@ -100,6 +103,7 @@ def build(spec: ModelSpec) -> nn.Module:
         >>> kdfast.models.parameter_count(kdfast.models.build(spec))
         78042
     """
+    checks.is_a("spec", spec, ModelSpec)
     return create(spec.name, spec.num_classes, head=spec.head, pretrained=False, **spec.options)
 
 
@@ -196,6 +200,7 @@ def parameter_count(model: nn.Module) -> int:
         >>> kdfast.models.parameter_count(torch.nn.Linear(3, 2))
         8
     """
+    checks.is_a("model", model, nn.Module)
     return sum(parameter.numel() for parameter in model.parameters())
 
 

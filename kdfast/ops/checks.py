@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -43,6 +43,36 @@ def positive_number(name: str, value: Any) -> float:
     if not 0 < value < math.inf:
         raise ValueError(f"{name} must be positive, got {value}")
     return value
+
+
+def number_within(name: str, value: Any, least: float = -math.inf, most: float = math.inf) -> float:
+    """Returns the number; raises ValueError unless it is finite and in [least, most]."""
+    value = number(name, value)
+    if not (least <= value <= most and -math.inf < value < math.inf):
+        limits = (
+            "finite"
+            if least == -most == -math.inf
+            else f"finite and at least {least:g}"
+            if most == math.inf
+            else f"in [{least:g}, {most:g}]"
+        )
+        raise ValueError(f"{name} must be {limits}, got {value}")
+    return value
+
+
+def are_counts(least: int | None = 1, **values: Any) -> None:
+    """Raises TypeError or ValueError unless every value is an integer, of at least `least` unless that is None; keywords name them."""
+    for name, value in values.items():
+        if not isinstance(value, Integral) or isinstance(value, bool):
+            raise TypeError(f"{name} must be an integer, got {value!r}")
+        if least is not None and value < least:
+            raise ValueError(f"{name} must be at least {least}, got {value}")
+
+
+def is_a(name: str, value: Any, kind: type) -> None:
+    """Raises TypeError unless the value is of that class."""
+    if not isinstance(value, kind):
+        raise TypeError(f"{name} must be a {kind.__module__.split('.')[0]} {kind.__name__}, got {value!r}")
 
 
 def is_one_of(name: str, value: Any, choices: Sequence[str]) -> None:

@@ -40,6 +40,8 @@ def get(name: str) -> Recipe:
         Traceback (most recent call last):
         ValueError: recipe must be one of ...; did you mean lskd?
     """
+    if not isinstance(name, str):
+        raise TypeError(f"recipe must be a name, got {name!r}")
     if ":" in name:
         return _import_recipe(name)
     if name not in names():

@@ -234,8 +234,10 @@ class Recipe:
     load_teacher: Callable[[nn.Module, Mapping[str, Tensor], Mapping[str, Any]], nn.Module] = lambda network, tensors, facts: network
 
     def __post_init__(self) -> None:
-        if not self.name.isidentifier():
+        if not isinstance(self.name, str) or not self.name.isidentifier():
             raise ValueError(f"Recipe: name must be letters, digits and _, since folders are called so, got {self.name!r}")
+        if not isinstance(self.presets, Mapping) or not callable(self.distil) or not isinstance(self.settings, type):
+            raise TypeError(f"Recipe {self.name}: settings must be a dataclass, presets Presets by name and distil a function")
         if "default" not in self.presets:
             raise ValueError(f"Recipe {self.name}: presets must have one called default, got {', '.join(self.presets) or 'none'}")
         large = replace(LARGE_BATCH, values={**self.presets["default"].values, **LARGE_BATCH.values})

@@ -22,6 +22,7 @@ from kdfast.data.loaders.resident import ResidentLoader, free_bytes, resident_by
 from kdfast.data.protocol import DataError, Loader
 from kdfast.data.splits import ImageData, Split, hide_labels
 from kdfast.data.transforms import NORMALIZATIONS, Transform, evaluation_transform, training_transform
+from kdfast.ops import checks
 
 LoaderName = Literal["auto", "dali", "resident", "torchvision"]
 LOADERS: tuple[str, ...] = get_args(LoaderName)
@@ -86,6 +87,10 @@ def make_loaders(
         >>> [len(batch.labels) for batch in train], [len(batch.labels) for batch in test]
         ([4, 4], [4, 4, 2])
     """
+    checks.is_a("data", data, ImageData)
+    if options is not None:
+        checks.is_a("options", options, LoaderOptions)
+    checks.number("label_fraction", label_fraction)
     options = LoaderOptions(**fields) if options is None else replace(options, **fields)
     if normalization is not None and normalization not in NORMALIZATIONS:
         raise DataError(f"normalization must be one of {', '.join(NORMALIZATIONS)}, got {normalization!r}")
@@ -93,8 +98,8 @@ def make_loaders(
         raise DataError(f"loader must be one of {', '.join(LOADERS)}, got {loader!r}")
     mean, std = (data.mean, data.std) if normalization is None else NORMALIZATIONS[normalization]
     size = data.image_size if image_size is None else image_size
-    augment = training_transform(train_transform or data.train_transform, size, mean, std)
-    plain = evaluation_transform(eval_transform or data.eval_transform, size, mean, std)
+    augment = training_transform(data.train_transform if train_transform is None else train_transform, size, mean, std)
+    plain = evaluation_transform(data.eval_transform if eval_transform is None else eval_transform, size, mean, std)
     train = data.train if label_fraction == 1 else hide_labels(data.train, label_fraction, seed=options.seed)
     name: str = loader
     if loader == "auto":

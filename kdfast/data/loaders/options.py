@@ -1,6 +1,7 @@
 """The options of a loader: one frozen class that checks itself."""
 
 from dataclasses import dataclass
+from numbers import Integral
 
 import torch
 
@@ -51,6 +52,12 @@ class LoaderOptions:
     views: int = 1
 
     def __post_init__(self) -> None:
+        for name in ("batch_size", "micro_batch", "seed", "workers", "rank", "world_size", "views"):
+            value = getattr(self, name)
+            if not (value is None and name in ("micro_batch", "workers")) and not isinstance(value, Integral):
+                raise DataError(f"{name} must be an integer, got {value!r}")
+        if not isinstance(self.device, torch.device):
+            raise DataError(f"device must be a torch.device, got {self.device!r}")
         if self.batch_size < 1 or self.views < 1:
             raise DataError(f"batch_size and views must be at least 1, got {self.batch_size} and {self.views}")
         if self.micro_batch is not None and self.micro_batch < 1:

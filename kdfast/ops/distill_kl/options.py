@@ -1,5 +1,6 @@
 """The options of kd_loss as one value that checks itself."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -46,9 +47,13 @@ class KDOptions:
                 raise TypeError(f"{name}: teacher_weights must be a sequence of numbers, got {self.teacher_weights!r}")
             weights = tuple([checks.number(f"{name}: teacher_weights", weight) for weight in self.teacher_weights])
             object.__setattr__(self, "teacher_weights", weights)
+        for field in ("kd_weight", "ce_weight"):
+            checks.number_within(f"{name}: {field}", getattr(self, field))
+        for weight in self.teacher_weights or ():
+            checks.number_within(f"{name}: teacher_weights", weight)
         checks.positive_number(f"{name}: temperature", self.temperature)
-        if self.standardize and not self.eps >= 0:
-            raise ValueError(f"{name}: eps must not be negative, got {self.eps}")
+        if not 0 <= self.eps < math.inf:
+            raise ValueError(f"{name}: eps must not be negative or infinite, got {self.eps}")
         if not 0 <= self.label_smoothing <= 1:
             raise ValueError(f"{name}: label_smoothing must be in [0, 1], got {self.label_smoothing}")
         if self.divergence not in DIVERGENCES:
