@@ -8,12 +8,20 @@ from collections.abc import Iterable
 from types import ModuleType
 from typing import Any
 
+PACKAGES = {  # modules whose package has another name
+    "PIL": "pillow",
+    "nvidia.dali": "nvidia-dali",
+    "rich.console": "rich",
+    "sklearn": "scikit-learn",
+    "torch.utils.tensorboard": "tensorboard",
+}
+
 
 class MissingPackage(ImportError):
     """A package of one of kdfast's extras is not installed; the text says what needs it and how to install it."""
 
     def __init__(self, module: str, *, extra: str, what: str):
-        super().__init__(f"{what} needs {module}: pip install 'kdfast[{extra}]'", name=module)
+        super().__init__(f"{what} needs {PACKAGES.get(module, module)}: pip install 'kdfast[{extra}]'", name=module)
 
 
 def require(module: str, *, extra: str, what: str) -> ModuleType:

@@ -78,7 +78,7 @@ def test_list_prints_a_table(what: str, expected: str, capsys: pytest.CaptureFix
         pytest.param(["distill"], "rich", "kdfast distill needs rich: pip install 'kdfast[cli]'", id="distill without rich"),
         pytest.param(["list", "models"], "tyro", "kdfast list needs tyro: pip install 'kdfast[cli]'", id="list without tyro"),
         pytest.param(["bench", "codegen"], "kdfast.benchmarks.codegen", "pip install 'kdfast[bench]'", id="bench codegen"),
-        pytest.param(["eval", "RUN"], "sklearn", "kdfast eval needs sklearn: pip install 'kdfast[cli]'", id="eval without scikit-learn"),
+        pytest.param(["eval", "RUN"], "sklearn", "kdfast eval needs scikit-learn: pip install 'kdfast[cli]'", id="eval without it"),
         pytest.param(["export", "RUN"], "onnxscript", "export to onnx needs onnxscript: pip install 'kdfast[onnx]'", id="export to onnx"),
     ],
 )  # fmt: skip

@@ -1,5 +1,6 @@
 """Commands on a finished run: eval, predict, export, report."""
 
+import json
 import re
 import shutil
 from dataclasses import replace
@@ -10,9 +11,12 @@ import torch
 from PIL import Image
 
 from kdfast.data import NORMALIZATIONS, load
-from kdfast.models import ModelSpec, build, create, save_weights
+from kdfast.models import ModelSpec, build, create, read_weights, save_weights
 from kdfast.runs import artifact
 from tests.commands.running import SHORT, evaluate, fail, kdfast, results_of
+
+CLASSES = tuple(map(str, range(10)))
+PREPARATION = artifact.Preparation(*NORMALIZATIONS["digits"], 8, "squash")  # as digits has it
 
 
 def test_eval_repeats_the_runs_numbers(finished: Path, capsys: pytest.CaptureFixture[str]):
@@ -55,6 +59,66 @@ def test_export_agrees_with_pytorch(finished: Path, tmp_path: Path, kind: str, c
     assert out.stat().st_size > 100_000
 
 
+def read_facts(path: Path, kind: str) -> dict:
+    """The header of an exported file."""
+    if kind == "safetensors":
+        return json.loads(read_weights(path)[1][artifact.METADATA])
+    if kind == "pt2":
+        extra = {artifact.METADATA: ""}
+        torch.export.load(path, extra_files=extra)
+        return json.loads(extra[artifact.METADATA])
+    (found,) = pytest.importorskip("onnx").load(path).metadata_props
+    return json.loads(found.value)
+
+
+@pytest.mark.parametrize("kind", ["onnx", "pt2", "safetensors"])
+@pytest.mark.parametrize(
+    ("evaluation", "resizing"),
+    [
+        pytest.param("center-crop", "the shorter side to 18, then the middle 16 x 16", id="center-crop"),
+        pytest.param("squash", "to 16 x 16", id="squash"),
+    ],
+)
+def test_export_writes_how_images_are_prepared(tmp_path: Path, kind: str, evaluation: str, resizing: str):
+    path, out, spec = tmp_path / "w.safetensors", tmp_path / f"out.{kind}", ModelSpec("resnet8", 10)
+    artifact.save(path, build(spec).state_dict(), spec, CLASSES, replace(PREPARATION, evaluation=evaluation))
+    assert kdfast("export", path, "--format", kind, "--out", out, "--image-size", 16) == 0
+    facts = read_facts(out, kind)
+    assert facts["classes"] == list(CLASSES)
+    assert facts["preparation"] == {**vars(PREPARATION), "mean": [0.3053] * 3, "std": [0.376] * 3} | {
+        "image_size": 16,
+        "evaluation": evaluation,
+        "resizing": resizing,
+    }
+
+
+def test_export_says_that_bare_weights_carry_no_normalization(tmp_path: Path, capsys):
+    torch.save(create("resnet8", 10).state_dict(), tmp_path / "w.pth")
+    options = ["--model", "resnet8", "--image-size", 16, "--format", "safetensors"]
+    assert kdfast("export", tmp_path / "w.pth", *options) == 0
+    assert f"note: {tmp_path / 'w.safetensors'} carries no normalization, no image size" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("opset", [18, 20])
+def test_export_writes_the_opset(finished: Path, tmp_path: Path, opset: int):
+    onnx = pytest.importorskip("onnx")
+    assert kdfast("export", finished, "--opset", opset, "--out", tmp_path / "out.onnx") == 0
+    assert [known.version for known in onnx.load(tmp_path / "out.onnx").opset_import if known.domain == ""] == [opset]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        pytest.param(["--opset", 17], "opset must be at least 18, the lowest that PyTorch writes, got 17", id="opset too low"),
+        pytest.param(["--opset", 99], "opset must be from 18 to .*, the newest of the installed onnx, got 99", id="opset too high"),
+        pytest.param(["--opset", 18, "--format", "pt2"], "opset has no effect with format pt2", id="opset of another format"),
+    ],
+)
+def test_export_refuses(finished: Path, tmp_path: Path, capsys, options: list[object], message: str):
+    assert re.search(message, fail(capsys, "export", finished, "--out", tmp_path / "out", *options))
+    assert not (tmp_path / "out").exists()
+
+
 def test_report_is_made_again_and_compares_runs(finished: Path, tmp_path: Path):
     copy = tmp_path / "copy"
     shutil.copytree(finished, copy)
@@ -68,10 +132,6 @@ def test_weights_of_another_architecture_are_refused(tmp_path: Path, capsys: pyt
     save_weights(create("resnet14", 10), tmp_path / "w.safetensors", {})
     error = fail(capsys, "eval", tmp_path / "w.safetensors", "--model", "resnet8", "--dataset", "digits")
     assert re.search(r"w.safetensors does not fit ResNet: \d+ unexpected: layer1.1.bn1.bias", error)
-
-
-CLASSES = tuple(map(str, range(10)))
-PREPARATION = artifact.Preparation(*NORMALIZATIONS["digits"], 8, "squash")  # as digits has it
 
 
 @pytest.mark.parametrize(

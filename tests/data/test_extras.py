@@ -33,7 +33,7 @@ def test_without_extras():
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == [
         "kdfast.models needs torchvision: pip install 'kdfast[cli]'",
-        "kdfast.data needs sklearn: pip install 'kdfast[cli]'",
-        "kdfast.data needs PIL: pip install 'kdfast[cli]'",
-        "kdfast.data needs PIL: pip install 'kdfast[cli]'",
+        "kdfast.data needs scikit-learn: pip install 'kdfast[cli]'",
+        "kdfast.data needs pillow: pip install 'kdfast[cli]'",
+        "kdfast.data needs pillow: pip install 'kdfast[cli]'",
     ]

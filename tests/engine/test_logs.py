@@ -68,5 +68,5 @@ def test_the_console_prints_one_line_for_a_finished_stage(capsys: pytest.Capture
 def test_the_console_needs_rich_unless_it_is_quiet(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "rich.console", None)
     Console(quiet=True).say("nothing")
-    with pytest.raises(ImportError, match=r"the progress display needs rich.console: pip install 'kdfast\[cli\]'"):
+    with pytest.raises(ImportError, match=r"the progress display needs rich: pip install 'kdfast\[cli\]'"):
         Console().say("something")
