@@ -27,8 +27,9 @@ def _plain(items: Sequence[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def fingerprint(config: Any) -> str:
-    """Returns a text that changes with every option, except those that may change on resume."""
-    options = asdict(config, dict_factory=lambda items: _plain([item for item in items if item[0] not in FREE_ON_RESUME]))
+    """Returns a text that changes with every option, except those that may change on resume and the places of images and teacher."""
+    free = {*FREE_ON_RESUME, "dataset", "data_dir", "teacher"}
+    options = asdict(config, dict_factory=lambda items: _plain([item for item in items if item[0] not in free]))
     return hashlib.sha256(json.dumps(options, sort_keys=True).encode()).hexdigest()[:16]
 
 
