@@ -143,20 +143,26 @@ def write_sealed_json(path: Path, value: dict[str, Any]) -> None:
     write_json(path, value | {"sha256": _sum(value)})
 
 
-def read_sealed_json(path: Path) -> dict[str, Any]:
-    """Reads what `write_sealed_json` wrote.
+def read_sealed_json(path: Path, *, required: bool = True) -> dict[str, Any]:
+    """Reads what `write_sealed_json` wrote; a checksum that is not `required` may be absent.
 
     Raises:
         ValueError: the file is damaged or has been edited.
     """
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-        whole = value.pop("sha256") == _sum(value)
-    except (ValueError, LookupError, TypeError, AttributeError):
-        whole = False
-    if not whole:
+        seal = value.pop("sha256", None)
+    except (ValueError, AttributeError, TypeError) as error:
+        raise ValueError(f"{path} is damaged: {error}") from None
+    if seal != _sum(value) and (required or seal is not None):
         raise ValueError(f"{path} is damaged or has been edited")
     return value
+
+
+def sha256(path: Path) -> str:
+    """Returns the checksum of a file, hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _sum(value: dict[str, Any]) -> str:

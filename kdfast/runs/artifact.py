@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from kdfast.data import NORMALIZATIONS
 from kdfast.models import ModelSpec, build, load_weights, read_weights, recognize, save_weights
 from kdfast.models.zoo import NETWORKS
+from kdfast.runs import results
 
 # one key, since a safetensors header keeps no order and the same weights should be the same bytes
 METADATA = "kdfast"
@@ -83,7 +84,7 @@ def find(run_or_weights: str | Path) -> Path:
     """Returns the weights file of a run folder, or the path itself if it is a file.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is none, or it is not the run's.
     """
     path = Path(run_or_weights)
     if path.is_dir():
@@ -91,6 +92,7 @@ def find(run_or_weights: str | Path) -> Path:
         if not weights.exists():
             state = "has not finished yet" if (path / "config.toml").exists() else "is not a run folder"
             raise ValueError(f"{path} {state}: there is no {weights.name} in it")
+        results.check(path, weights.name)
         return weights
     if not path.exists():
         raise ValueError(f"{path} is neither a run folder nor a weights file: there is no such path")

@@ -75,11 +75,12 @@ def read_run(folder: Path) -> RunFolder:
 
     Raises:
         FileNotFoundError: the folder holds none of a run's files.
-        ValueError: config.toml or results.json cannot be read as TOML, JSON.
+        ValueError: config.toml or results.json is damaged, or the other files are not those of these results.
     """
     config, metrics = folder / "config.toml", folder / "metrics.jsonl"
     if not any(path.is_file() for path in (config, metrics, folder / results.NAME)):
         raise FileNotFoundError(f"{folder} is no run folder: it holds neither config.toml nor metrics.jsonl nor {results.NAME}")
+    results.check(folder, metrics.name)
     lines, unreadable = _read_metrics(metrics) if metrics.is_file() else ([], 0)
     written = datetime.fromtimestamp(metrics.stat().st_mtime) if metrics.is_file() else None
     return RunFolder(folder, _read_config(config) if config.is_file() else {}, _curves(lines), unreadable, written, results.read(folder))

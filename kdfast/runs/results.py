@@ -4,7 +4,6 @@ Accuracies are fractions of the test images, losses are nats, times are seconds.
 are texts in the file, "class:images class:images ...", without the zeros.
 """
 
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, NotRequired, TypedDict, cast
@@ -12,6 +11,7 @@ from typing import Any, Literal, NotRequired, TypedDict, cast
 from kdfast import files
 
 NAME = "results.json"
+RECORDED = ("best.safetensors", "metrics.jsonl")
 DENSE = 100  # classes
 
 Arm = Literal["alone", "distilled"]
@@ -88,7 +88,7 @@ class Results(TypedDict):
     """The whole file.
 
     `val_is_test`: validation and test images are the same. `kept`: the epoch whose weights were kept and judge the run, by default "best".
-    `student` is None for a run that trained only a teacher.
+    `student` is None for a run that trained only a teacher. `files`: checksums of the files that belong to these results.
     """
 
     recipe: str
@@ -108,27 +108,45 @@ class Results(TypedDict):
     notes: list[str]
     environment: dict[str, Any]
     seconds_total: float
+    files: NotRequired[dict[str, str]]
 
 
 def write(folder: Path, results: Results) -> None:
     """Writes RUN/results.json atomically, keys in the schema's order."""
     found = _map_matrices(results, _pack)
-    files.write_json(folder / NAME, {key: found[key] for key in Results.__annotations__ if key in found})
+    if sums := {name: files.sha256(folder / name) for name in RECORDED if (folder / name).is_file()}:
+        found["files"] = sums
+    files.write_sealed_json(folder / NAME, {key: found[key] for key in Results.__annotations__ if key in found})
+
+
+def check(folder: Path, name: str) -> None:
+    """Checks that a file in the folder is the one that the results belong to, if the run has finished.
+
+    Raises:
+        ValueError: it is not, or results.json is damaged.
+    """
+    found, path = read(folder), folder / name
+    known = found.get("files", {}).get(name) if found else None
+    if known and (not path.is_file() or files.sha256(path) != known):
+        raise ValueError(f"{path} is damaged, missing or of another run: {folder / NAME} knows another")
 
 
 def read(folder: Path) -> Results | None:
     """Reads RUN/results.json; None: the run is unfinished.
 
     Raises:
-        ValueError: the file is no JSON.
+        ValueError: the file is damaged or has been edited.
     """
     path = folder / NAME
     if not path.is_file():
         return None
+    found = files.read_sealed_json(path, required=False)
+    if missing := Results.__required_keys__ - found.keys():
+        raise ValueError(f"{path} is damaged: there is no {', '.join(sorted(missing))} in it")
     try:
-        return cast(Results, _map_matrices(json.loads(path.read_text(encoding="utf-8")), _unpack))
-    except (ValueError, IndexError, AttributeError) as error:  # JSON's and UTF-8's errors are ValueErrors
-        raise ValueError(f"{path} cannot be read: {error}") from error
+        return cast(Results, _map_matrices(found, _unpack))
+    except (ValueError, IndexError, AttributeError) as error:  # of a file without a checksum
+        raise ValueError(f"{path} is damaged: {error}") from error
 
 
 def _map_matrices(results: Mapping[str, Any], change: Callable[[list[Any]], list[Any]]) -> dict[str, Any]:

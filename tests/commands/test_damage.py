@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from kdfast.data import load, usable
 from kdfast.engine.loop import StageLoop
@@ -140,6 +141,75 @@ def test_damage_that_a_run_makes_up_for_changes_no_number(damage: Damage, killed
     assert kdfast("distill", "--out", run, "--resume") == 0
     assert_same_run(run, finished)
     assert not list(run.rglob("*.part*")), "temporary files of the killed run stay"
+
+
+# ---- readers of a finished run ---------------------------------------------------------------------------------------
+
+
+READERS = {
+    "eval": ["eval", "RUN"],
+    "predict": ["predict", "RUN", "image.png"],
+    "export": ["export", "RUN", "--format", "safetensors", "--out", "out.safetensors"],
+    "report": ["report", "RUN"],
+    "teacher": ["distill", *KD_SEEDS, "--teacher", "RUN", "--out", "next"],
+}
+
+
+@pytest.mark.parametrize(
+    ("readers", "damage", "message"),
+    [
+        *(
+            pytest.param(
+                "eval predict export teacher", damage, r"best.safetensors is damaged, missing or of another run", id=f"weights {name}"
+            )
+            for name, damage in {
+                "with another bit": flip("best.safetensors", 0.5),
+                "with another header": flip("best.safetensors", 0.001),
+                "of another network": copy("best.safetensors", "teacher.safetensors"),
+            }.items()
+        ),
+        pytest.param(
+            "eval", edit("config.toml", "val_fraction = 0.1", "val_fraction = 0.2"), "config.toml is damaged", id="options edited"
+        ),
+        pytest.param("eval", cut("config.toml", 600), "config.toml is damaged", id="options cut"),
+        *(
+            pytest.param("eval predict report", damage, r"results.json is damaged", id=f"results {name}")
+            for name, damage in {
+                "cut": cut("results.json", 900),
+                "empty": cut("results.json", 0),
+                "edited": edit("results.json", '"best/top1": 0.', '"best/top1": 0.9'),
+                "without an entry": edit("results.json", '"arms"', '"alms"'),
+                "a list": lambda run, _: (run / "results.json").write_text("[1]"),
+            }.items()
+        ),
+        pytest.param("report", edit("metrics.jsonl", '"val/top1": 0', '"val/top1": 1'), "metrics.jsonl is damaged", id="curves edited"),
+        pytest.param("report", cut("metrics.jsonl", -40), "metrics.jsonl is damaged", id="curves cut"),
+        pytest.param("report", delete("metrics.jsonl"), "metrics.jsonl is damaged, missing", id="curves deleted"),
+    ],
+)
+def test_damage_is_named_by_all_readers(readers: str, damage: Damage, message: str, finished: Path, tmp_path: Path, monkeypatch, capsys):
+    shutil.copytree(finished, run := tmp_path / "run")
+    damage(run, finished)
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (8, 8)).save("image.png")
+    before = set(tmp_path.iterdir())
+    for name in readers.split():
+        words = [run if word == "RUN" else word for word in READERS[name]]
+        assert re.search(message, fail(capsys, *words)), name
+    assert {path for path in tmp_path.iterdir() if path.name != "next"} == before
+
+
+def test_a_damaged_weights_file_is_named_by_all_readers(finished: Path, tmp_path: Path, capsys):
+    """On its own, without the run's folder, it has its own checksum."""
+    shutil.copy(finished / "best.safetensors", tmp_path)
+    flip("best.safetensors", 0.7)(tmp_path, tmp_path)
+    path = tmp_path / "best.safetensors"
+    for words in (
+        ["eval", path, "--dataset", "digits"],
+        ["export", path],
+        ["distill", *KD_SEEDS, "--teacher", path, "--out", tmp_path / "x"],
+    ):
+        assert "best.safetensors is damaged: it is not as it was written" in fail(capsys, *words)
 
 
 # ---- another data set, another teacher -------------------------------------------------------------------------------

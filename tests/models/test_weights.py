@@ -2,6 +2,7 @@
 
 import argparse
 import collections
+import contextlib
 import datetime
 import decimal
 import functools
@@ -358,6 +359,26 @@ class TestSaving:
         state, _ = read_weights(tmp_path / "v.safetensors")
         assert [t.tolist() for t in (state["a"], state["b"])] == [[2.0, 3.0], [3.0, 4.0, 5.0, 6.0, 7.0, 8.0]]
         assert torch.equal(state["c"], base.reshape(2, 5).t())
+
+    def test_the_same_weights_are_the_same_bytes(self, tmp_path):
+        facts = {name: name.upper() for name in "abcdefgh"}
+        for k in range(4):
+            save_weights({"w": torch.ones(3), "é": torch.zeros(1)}, tmp_path / f"{k}.safetensors", facts)
+        assert len({path.read_bytes() for path in tmp_path.iterdir()}) == 1
+        assert read_weights(tmp_path / "0.safetensors")[1] == facts
+
+    def test_any_flipped_bit_is_found(self, tmp_path):
+        path, state = tmp_path / "w.safetensors", {"w": torch.ones(5), "b": torch.zeros(2)}
+        save_weights(state, path, {"a": "1", "b": "é"})
+        content = path.read_bytes()
+        for bit in range(0, 8 * len(content), 3):
+            damaged = bytearray(content)
+            damaged[bit // 8] ^= 1 << bit % 8
+            path.write_bytes(damaged)
+            with contextlib.suppress(ValueError):
+                found = read_weights(path)[0]  # a checksum under another name is not looked at, and all else is whole
+                assert found.keys() == state.keys()
+                assert all(torch.equal(found[name], state[name]) for name in state)
 
     @pytest.mark.parametrize(("place", "step"), [(Path, "open"), (os, "fsync"), (os, "replace")], ids=["write", "fsync", "replace"])
     def test_a_failing_write_leaves_the_old_file(self, tmp_path, monkeypatch, place, step):

@@ -4,6 +4,7 @@ import errno
 import html
 import json
 import math
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -215,12 +216,10 @@ def test_full_disk_leaves_the_old_report(folder: Path, monkeypatch: pytest.Monke
     (folder / "results.json").write_text(json.dumps(results | {"recipe": "another"}))
     (folder / "metrics.jsonl").write_text("")
 
-    def full(self: Path, *args: Any, **kwargs: Any) -> int:
-        with self.open("wb") as file:
-            file.write(b"<!doctype")
+    def full(descriptor: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(Path, "write_bytes", full)
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="No space left"):
         write_report(folder)
     assert ((folder / "report.html").read_bytes(), (folder / "curves.png").read_bytes()) == old

@@ -51,7 +51,7 @@ def test_a_folder_of_no_run_is_refused(tmp_path: Path) -> None:
 def test_a_broken_file_is_named(name: str, tmp_path: Path) -> None:
     make_run(tmp_path / "run", seeds=1, curves=False)
     (tmp_path / "run" / name).write_text('{"recipe": ')
-    with pytest.raises(ValueError, match=rf"{name} cannot be read"):
+    with pytest.raises(ValueError, match=rf"{name} (cannot be read|is damaged)"):
         read_run(tmp_path / "run")
 
 
