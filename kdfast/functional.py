@@ -53,10 +53,11 @@ def kd_loss(
 
         ce_weight * CE(student, label) + kd_weight * sum_k teacher_weights[k] * T^2 * D(p_k, q)
 
-    z is the identity, or with `standardize` (x - mean) / (sd + eps) over the row's classes, sd unbiased. The cross-entropy sees
-    the logits unchanged. Gradients reach the student and those teachers that require them; there is no second derivative.
-    Papers: Hinton et al., Distilling the Knowledge in a Neural Network (2015); Sun et al., Logit Standardization in Knowledge
-    Distillation (CVPR 2024).
+    z is the identity, or with `standardize` (x - mean) / (sd + eps) over the row's classes, sd unbiased; masked classes have no part in
+    mean and sd, and no gradient. They are those of -inf, or 2^24 times max(1, |largest|) below the row's largest logit, as -1e30 is
+    among usual ones. The cross-entropy sees the logits unchanged. Gradients reach the student and those teachers that require them;
+    there is no second derivative. Papers: Hinton et al., Distilling the Knowledge in a Neural Network (2015); Sun et al., Logit
+    Standardization in Knowledge Distillation (CVPR 2024).
 
     Args:
         student: logits [..., C], floating, any strides.
@@ -360,7 +361,7 @@ def attention_transfer_loss(student_maps: Tensor | Sequence[Tensor], teacher_map
     Args:
         student_maps: [B, C, H, W], floating, or a sequence of such tensors, one a stage.
         teacher_maps: as many; C, H and W may differ from the student's.
-        p: power, > 0.
+        p: power, > 0. Below 1, where slopes are infinite at 0, the gradient of an activation of 0 is 0.
 
     Returns:
         0-dim, float32 (float64 for float64 features); 0 for an empty batch.

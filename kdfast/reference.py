@@ -105,11 +105,28 @@ def linear_kd_loss(
 
 
 def tempered_log_softmax(x: Tensor, temperature: float, standardize: bool, eps: float) -> Tensor:
-    """Log softmax(z / T), z = (x - mean) / (sd + eps) with standardize (sd unbiased), z = x without. x [..., C]."""
+    """Log softmax(z / T), z = (x - mean) / (sd + eps) with standardize (sd unbiased), z = x without. x [..., C].
+
+    Masked classes have no part in mean and sd.
+    """
     if standardize:
+        counts = ~masked(x)
+        n = counts.sum(-1, keepdim=True, dtype=x.dtype)
         x = x - x.amax(-1, keepdim=True).detach()  # changes no value, and keeps moments exact for constant rows
-        x = (x - x.mean(-1, keepdim=True)) / (x.std(-1, keepdim=True) + eps)
+        x = x - x.where(counts, 0).sum(-1, keepdim=True) / n
+        norm = torch.linalg.vector_norm(x.where(counts, 0), dim=-1, keepdim=True, dtype=torch.float64)  # squares may overflow
+        sd = (norm / (n - 1).clamp(min=1).sqrt()).to(x.dtype)
+        x = x / (sd.where(counts, sd.detach()) + eps)  # infinities times a gradient of 0 must not reach sd
     return F.log_softmax(x / temperature, dim=-1)
+
+
+def masked(x: Tensor) -> Tensor:
+    """Tells which logits [..., C] are so low that they stand for no class.
+
+    They are -inf, or 2^24 times max(1, |largest|) below the row's largest: float32 could not tell the other classes apart beside them.
+    """
+    top = x.detach().amax(-1, keepdim=True)
+    return x.detach() - top <= -(2.0**24) * top.abs().clamp(min=1)
 
 
 def kl_divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
@@ -248,6 +265,7 @@ def attention_transfer_loss(student_maps: Sequence[Tensor], teacher_maps: Sequen
 
 def attention_map(features: Tensor, p: float = 2) -> Tensor:
     """Mean over channels of |F|^p, flattened to [B, H W] and divided by its L2 norm (Zagoruyko & Komodakis, 2017)."""
+    features = features if p >= 1 else features.where(features != 0, features.detach())  # the slope at 0 is infinite: no gradient
     return F.normalize(features.abs().pow(p).mean(dim=1).flatten(1))
 
 

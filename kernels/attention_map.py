@@ -83,12 +83,14 @@ def _power(x, WHOLE: tl.constexpr, REST: tl.constexpr):
 
 @triton.jit
 def _slope(x, WHOLE: tl.constexpr, REST: tl.constexpr):
-    """Computes |x|^(p-1) sign(x), with p - 1 = WHOLE + REST; NaN for x = 0 if p < 1."""
+    """Computes |x|^(p-1) sign(x), with p - 1 = WHOLE + REST; 0 for x = 0."""
     if WHOLE == 1 and REST == 0:
         y = x
     else:
         # if x is 0 or NaN, x stands for its sign
         y = _power(tl.abs(x), WHOLE, REST) * tl.where(x > 0, 1.0, tl.where(x < 0, -1.0, x))
+        if REST < 0:  # p < 1: infinity times the sign 0
+            y = tl.where(x == 0, 0.0, y)
     return y
 
 

@@ -3,7 +3,8 @@
 A row of C logits x, at temperature T; arithmetic is float32 for every input dtype:
 
     d        x - max x
-    u        d / T, or with standardize d / width, width = T (sd + eps), sd unbiased: the mean cancels in the softmax
+    u        d / T, or with standardize d / width, width = T (sd + eps), sd unbiased: the mean cancels in the softmax. Masked classes
+             (see kdfast.reference.masked) have no part in mean and sd; C is the number of the others there
     p, q     softmax(u_teacher), softmax(u_student)
     loss     sum_k w_k D(p_k, q) + ce_weight CE(x_student, label), w_k with kd_weight and T^2
     r        log p - log q
@@ -65,6 +66,8 @@ def plan(C: int, heavy: bool) -> Plan:
 
 
 FEW_CLASSES = tl.constexpr(128)  # see _to_logits
+MASKED = tl.constexpr(-(2.0**24))  # see kdfast.reference.masked
+ORDINARY = tl.constexpr(1e7)  # the norm of a row in which a class is masked, or whose squares overflow, is larger, infinite or NaN
 
 
 def is_general(divergence: str, wanted: Sequence[bool]) -> bool:
@@ -73,7 +76,7 @@ def is_general(divergence: str, wanted: Sequence[bool]) -> bool:
 
 
 def reads(C: int, K: int, wanted: Sequence[bool], *, standardize: bool, divergence: str) -> int:
-    """How many times a tensor [N, C] is read by `loss_and_gradients`; 1 + K is the least."""
+    """How many times a tensor [N, C] is read by `loss_and_gradients`; 1 + K is the least. Walked rows with masked classes take 3 more."""
     if plan(C, is_heavy(K, wanted)).resident(C):
         return 1 + K
     loops = 2 + (standardize and K > 0)  # over the student and every teacher
@@ -103,23 +106,23 @@ def _log_quotient(x, y):
 
 @triton.jit
 def _kl(r, p, q):
-    """Terms of KL(p || q), and those without q - p; r = log p - log q."""
+    """Terms of KL(p || q), those without q - p, and q - p; r = log p - log q."""
     # a class of probability 0 adds 0, even if its logarithm is infinite
     a = p * tl.where(p == 0.0, 0.0, r)
     # r + exp(-r) - 1 by its series: its terms are small, so errors of r and of the sums of p and q cancel
     series = r * r * (1 / 2 - r * (1 / 6 - r * (1 / 24 - r * (1 / 120 - r * (1 / 720 - r * (1 / 5040 - r / 40320))))))
-    return tl.where(tl.abs(r) < 0.5, p * series, a + (q - p)), a
+    near = tl.abs(r) < 0.5
+    # not q - p: p and q are products, whose fused difference is not 0 where they are equal
+    return tl.where(near, p * series, a + (q - p)), a, tl.where(near, p * series - a, q - p)
 
 
 @triton.jit
 def _divergence(r, p, q, DIVERGENCE: tl.constexpr):
     """Elementwise, with r = log p - log q: terms of the divergence, and a_p, a_q (see D above)."""
     if DIVERGENCE == "forward":
-        terms, a_p = _kl(r, p, q)
-        a_q = q - p
+        terms, a_p, a_q = _kl(r, p, q)
     elif DIVERGENCE == "reverse":
-        terms, a_q = _kl(-r, q, p)
-        a_p = p - q
+        terms, a_q, a_p = _kl(-r, q, p)
     else:
         r = tl.where((p == 0.0) & (q == 0.0), 0.0, r)
         # beyond 80 the smaller probability is negligible; NaN passes both comparisons
@@ -171,28 +174,64 @@ def _add_up(partial, counts, total, remaining, arrivals, N, loss, count, COUNT: 
 
 
 @triton.jit
-def _temper(d, real, C, T, eps, STANDARDIZE: tl.constexpr):
-    """The mean of d, the norm of d - mean, 1 / width, softmax, and its denominator; d = x - max x [ROWS, BLOCK], 0 beyond C."""
-    mean, norm, per_width = T, T, 1.0 / T
+def _cut(top):
+    """The largest x - top that is masked."""
+    return tl.maximum(tl.abs(top), 1.0) * MASKED
+
+
+@triton.jit
+def _odd_moments(d, counts):
+    """The mean and the norm of rows with masked classes, or whose squares overflow, and how many classes count."""
+    n = tl.sum(counts.to(tl.float32), 1, keep_dims=True)
+    d = tl.where(counts, d, 0.0)
+    size = tl.maximum(tl.max(tl.abs(d), 1, keep_dims=True), 1.0)
+    mean = tl.sum(d * (1.0 / size), 1, keep_dims=True) / n
+    centred = tl.where(counts, d * (1.0 / size) - mean, 0.0)
+    return mean * size, tl.sqrt(tl.sum(centred * centred, 1, keep_dims=True)) * size, n
+
+
+@triton.jit
+def _temper(d, real, top, C, T, eps, STANDARDIZE: tl.constexpr):
+    """Of rows d = x - top [ROWS, BLOCK], 0 beyond C: what _to_logits needs, 1 / width, softmax, and its denominator.
+
+    The first are the mean of d; (C - 1) sd, negative in odd rows, which have masked classes or squares that overflow; if there are such.
+    """
+    mean, spread, per_width, odd = T, T, 1.0 / T, False
     if STANDARDIZE:
         mean = tl.sum(d, 1, keep_dims=True) / C
         centred = tl.where(real, d - mean, 0.0)
         norm = tl.sqrt(tl.sum(centred * centred, 1, keep_dims=True))
-        per_width = 1.0 / (T * (norm / tl.sqrt(C - 1.0) + eps))
+        sd, spread = norm / tl.sqrt(C - 1.0), norm * tl.sqrt(C - 1.0)
+        ordinary = norm < ORDINARY
+        odd = tl.min(ordinary.to(tl.int32)) == 0
+        if odd:
+            odd_mean, odd_norm, n = _odd_moments(d, real & ~(d <= _cut(top)))  # NaN counts
+            root = tl.sqrt(tl.maximum(n - 1.0, 1.0))
+            mean, sd = tl.where(ordinary, mean, odd_mean), tl.where(ordinary, sd, odd_norm / root)
+            spread = tl.where(ordinary, spread, -tl.maximum(odd_norm, 1e-37) * root)
+        per_width = 1.0 / (T * (sd + eps))
     e = tl.where(real, tl.exp(d * per_width), 0.0)
     Z = tl.sum(e, 1, keep_dims=True)
-    return mean, norm, per_width, e * (1.0 / Z), Z
+    return (mean, spread, odd), per_width, e * (1.0 / Z), Z
 
 
 @triton.jit
-def _to_logits(g, d, mean, norm, per_width, C, T, STANDARDIZE: tl.constexpr):
-    """dL/dx from dL/du, which is 0 beyond C and adds up to 0: sum g (d - mean) = sum g d."""
+def _to_logits(g, d, real, top, moments, per_width, C, T, STANDARDIZE: tl.constexpr):
+    """dL/dx from dL/du, which is 0 beyond C and adds up to 0."""
     if STANDARDIZE:
+        mean, spread, odd = moments
+        c = d - mean
+        rounding = tl.zeros(d.shape, tl.float32)
         if d.shape[1] <= FEW_CLASSES:  # the rounding of the sum counts once it is divided by a row's width
-            g = g - tl.sum(g, 1, keep_dims=True) / C
+            rounding = tl.where(real, tl.sum(g, 1, keep_dims=True) / C, 0.0)
+        if odd:
+            masked = (spread < 0) & (d <= _cut(top))
+            c = tl.where(masked, 0.0, c)
+            rounding = tl.where(masked, 0.0, rounding)
+        g = g - rounding
         # 0 / 1e-37 in a constant row: it has no direction to grow in
-        along = tl.sum(g * d, 1, keep_dims=True) / tl.maximum(norm, 1e-37) * (per_width * (T / tl.sqrt(C - 1.0)))
-        g = g - d * along + mean * along
+        along = tl.sum(g * c, 1, keep_dims=True) / tl.maximum(tl.abs(spread), 1e-37) * (per_width * T)
+        g = g - c * along
     return g * per_width
 
 
@@ -219,16 +258,18 @@ def _resident(
         label, ignored, scale = _label(labels, row, present, C, ignore_index, scale)
 
     x = tl.load(logits[0] + row * (strides[0] // V * V) + col, mask=inside, other=0.0).to(tl.float32)
-    d = tl.where(real, x - tl.max(tl.where(real, x, float("-inf")), 1, keep_dims=True), 0.0)
+    top_q = tl.max(tl.where(real, x, float("-inf")), 1, keep_dims=True)
+    d = tl.where(real, x - top_q, 0.0)
     loss = tl.zeros([ROWS, 1], tl.float32)
     g = tl.zeros([ROWS, BLOCK], tl.float32)
 
     if len(logits) > 1:
-        mean_q, norm_q, per_width_q, q, Z_q = _temper(d, real, C, T, eps, STANDARDIZE)
+        moments_q, per_width_q, q, Z_q = _temper(d, real, top_q, C, T, eps, STANDARDIZE)
         for k in tl.static_range(1, len(logits)):
             t = tl.load(logits[k] + row * (strides[k] // V * V) + col, mask=inside, other=0.0).to(tl.float32)
-            t = tl.where(real, t - tl.max(tl.where(real, t, float("-inf")), 1, keep_dims=True), 0.0)
-            mean_p, norm_p, per_width_p, p, Z_p = _temper(t, real, C, T, eps, STANDARDIZE)
+            top_p = tl.max(tl.where(real, t, float("-inf")), 1, keep_dims=True)
+            t = tl.where(real, t - top_p, 0.0)
+            moments_p, per_width_p, p, Z_p = _temper(t, real, top_p, C, T, eps, STANDARDIZE)
             r = (t * (per_width_p / per_width_q) - d) * per_width_q - _log_quotient(Z_p, Z_q)
             terms, a_p, a_q = _divergence(r, p, q, DIVERGENCE)
             loss += weights[k - 1] * tl.sum(terms, 1, keep_dims=True)
@@ -239,12 +280,12 @@ def _resident(
             if gradients[k] is not None:
                 if DIVERGENCE != "reverse":
                     a_p -= p * tl.sum(a_p, 1, keep_dims=True)
-                a_p = weights[k - 1] * scale * _to_logits(a_p, t, mean_p, norm_p, per_width_p, C, T, STANDARDIZE)
+                a_p = weights[k - 1] * scale * _to_logits(a_p, t, real, top_p, moments_p, per_width_p, C, T, STANDARDIZE)
                 if labels is not None:
                     a_p = tl.where(ignored, 0.0, a_p)
                 tl.store(gradients[k] + row * C + col, a_p, mask=inside)
         if gradients[0] is not None:
-            g = _to_logits(g, d, mean_q, norm_q, per_width_q, C, T, STANDARDIZE)
+            g = _to_logits(g, d, real, top_q, moments_q, per_width_q, C, T, STANDARDIZE)
 
     if CE:
         e = tl.where(real, tl.exp(d), 0.0)
@@ -306,6 +347,30 @@ def _moments(x, C, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def _odd_moments_of_row(x, top, C, BLOCK: tl.constexpr):
+    """_odd_moments of the row at x, the mean of x itself; and the largest x that is masked."""
+    cut = top + _cut(top)
+    n = tl.zeros([BLOCK], tl.float32)
+    size = tl.full([BLOCK], 1.0, tl.float32)
+    for start in range(0, C, BLOCK):
+        t = _load(x, start, C, BLOCK)
+        n += tl.where(t <= cut, 0.0, 1.0)
+        size = tl.maximum(size, tl.where(t <= cut, 0.0, tl.abs(t - top)))
+    count, largest = tl.sum(n, 0), tl.max(size, 0)
+    sums = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, C, BLOCK):
+        t = _load(x, start, C, BLOCK)
+        sums += tl.where(t <= cut, 0.0, (t - top) * (1.0 / largest))
+    mean = tl.sum(sums, 0) / count
+    squares = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, C, BLOCK):
+        t = _load(x, start, C, BLOCK)
+        off = tl.where(t <= cut, 0.0, (t - top) * (1.0 / largest) - mean)
+        squares += off * off
+    return mean * largest + top, tl.sqrt(tl.sum(squares, 0)) * largest, count, cut
+
+
+@triton.jit
 def _online(x, C, T, CE: tl.constexpr, BLOCK: tl.constexpr):
     """The maximum of the row at x, and its softmaxes' denominators at temperature T and (with CE) 1."""
     top = tl.full([], -3.4028235e38, tl.float32)  # finite: a block of only -inf must not make NaN
@@ -322,11 +387,17 @@ def _online(x, C, T, CE: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _softmax(x, start, C, top, mean, width, Z, BLOCK: tl.constexpr):
-    """u, softmax and x - mean (0 beyond C) of BLOCK elements of the row at x from start on."""
+def _softmax(x, start, C, top, mean, width, cut, Z, BLOCK: tl.constexpr):
+    """d, softmax and x - mean (0 beyond C and up to `cut`) of BLOCK elements of the row at x from start on."""
     t = _load(x, start, C, BLOCK)
-    u = (t - top) * (1.0 / width)
-    return u, tl.exp(u) * (1.0 / Z), tl.where(start + tl.arange(0, BLOCK) < C, t - mean, 0.0)
+    d = t - top
+    return d, tl.exp(d * (1.0 / width)) * (1.0 / Z), tl.where(t <= cut, 0.0, t - mean)
+
+
+@triton.jit
+def _log_ratio(d_p, d_q, width_p, width_q, log_Z_ratio):
+    """Returns log p - log q; exactly 0 for equal rows, whatever the compiler fuses."""
+    return (d_p * (width_q / width_p) - d_q) * (1.0 / width_q) - log_Z_ratio
 
 
 @triton.jit(do_not_specialize=["N", "C", "strides", "ignore_index"])  # V holds the divisibility that matters
@@ -354,18 +425,23 @@ def _looped(
         rows = rows + (logits[j] + row * (strides[j] // V * V),)
 
     # first loop: maximum and width of each row; without standardize the softmaxes' denominators too
-    tops, means, norms, widths, Zs = (), (), (), (), ()
+    tops, means, norms, roots, widths, cuts, Zs = (), (), (), (), (), (), ()
     Z1 = 1.0
     for j in tl.static_range(1 + K):
         if STANDARDIZE:
             top, mean, norm = _moments(rows[j], C, BLOCK)
-            width = T * (norm / tl.sqrt(C - 1.0) + eps)
+            n, cut = 1.0 * C, tl.full([], float("-inf"), tl.float32)
+            if not norm < ORDINARY:
+                mean, norm, n, cut = _odd_moments_of_row(rows[j], top, C, BLOCK)
+            root = tl.sqrt(tl.maximum(n - 1.0, 1.0))
+            width = T * (norm / root + eps)
         else:
             top, Z, Z_at_1 = _online(rows[j], C, T, CE and j == 0, BLOCK)
-            mean, norm, width, Zs = 0.0, T, T, Zs + (Z,)
+            mean, norm, root, width, cut, Zs = 0.0, T, T, T, float("-inf"), Zs + (Z,)
             if j == 0:
                 Z1 = Z_at_1
-        tops, means, norms, widths = tops + (top,), means + (mean,), norms + (norm,), widths + (width,)
+        tops, means, norms, roots = tops + (top,), means + (mean,), norms + (norm,), roots + (root,)
+        widths, cuts = widths + (width,), cuts + (cut,)
 
     # with standardize a second loop: the denominators, and for the gradient the mean of c under q and each p
     along = 0.0
@@ -380,7 +456,7 @@ def _looped(
                 t = _load(rows[j], start, C, BLOCK)
                 e = tl.exp((t - tops[j]) * (1.0 / widths[j]))
                 if j == 0:
-                    c = tl.where(start + lane < C, t - means[0], 0.0)
+                    c = tl.where(t <= cuts[0], 0.0, t - means[0])
                     if CE:
                         sum_1 += tl.exp(t - tops[0])
                 next_e, next_ec = next_e + (sums_e[j] + e,), next_ec + (sums_ec[j] if GENERAL else sums_ec[j] + e * c,)
@@ -409,9 +485,10 @@ def _looped(
             pc = tl.zeros([BLOCK], tl.float32)
             qc = tl.zeros([BLOCK], tl.float32)
             for start in range(0, C, BLOCK):
-                u_q, q, c_q = _softmax(rows[0], start, C, tops[0], means[0], widths[0], Zs[0], BLOCK)
-                u_p, p, c_p = _softmax(rows[k], start, C, tops[k], means[k], widths[k], Zs[k], BLOCK)
-                _, a_p, a_q = _divergence(u_p - u_q - log_Z_ratios[k - 1], p, q, DIVERGENCE)
+                d_q, q, c_q = _softmax(rows[0], start, C, tops[0], means[0], widths[0], cuts[0], Zs[0], BLOCK)
+                d_p, p, c_p = _softmax(rows[k], start, C, tops[k], means[k], widths[k], cuts[k], Zs[k], BLOCK)
+                r = _log_ratio(d_p, d_q, widths[k], widths[0], log_Z_ratios[k - 1])
+                _, a_p, a_q = _divergence(r, p, q, DIVERGENCE)
                 a_ps += a_p
                 a_qs += a_q
                 if STANDARDIZE:
@@ -433,10 +510,11 @@ def _looped(
         col = start + lane
         g = tl.zeros([BLOCK], tl.float32)
         if K > 0:
-            u_q, q, c_q = _softmax(rows[0], start, C, tops[0], means[0], widths[0], Zs[0], BLOCK)
+            d_q, q, c_q = _softmax(rows[0], start, C, tops[0], means[0], widths[0], cuts[0], Zs[0], BLOCK)
             for k in tl.static_range(1, 1 + K):
-                u_p, p, c_p = _softmax(rows[k], start, C, tops[k], means[k], widths[k], Zs[k], BLOCK)
-                terms, a_p, a_q = _divergence(u_p - u_q - log_Z_ratios[k - 1], p, q, DIVERGENCE)
+                d_p, p, c_p = _softmax(rows[k], start, C, tops[k], means[k], widths[k], cuts[k], Zs[k], BLOCK)
+                r = _log_ratio(d_p, d_q, widths[k], widths[0], log_Z_ratios[k - 1])
+                terms, a_p, a_q = _divergence(r, p, q, DIVERGENCE)
                 losses_kd += weights[k - 1] * terms
                 if GENERAL:
                     a_q -= q * sums_q[k - 1]
@@ -444,13 +522,13 @@ def _looped(
                 g += weights[k - 1] * a_q
                 if gradients[k] is not None:
                     if STANDARDIZE:
-                        a_p -= c_p * (along_p[k - 1] / tl.maximum(norms[k], 1e-37) * (T / tl.sqrt(C - 1.0) / widths[k]))
+                        a_p -= c_p * (along_p[k - 1] / tl.maximum(norms[k], 1e-37) * (T / roots[k] / widths[k]))
                     a_p *= weights[k - 1] * scale * (1.0 / widths[k])
                     if labels is not None:
                         a_p = tl.where(ignored, 0.0, a_p)
                     tl.store(gradients[k] + row * C + col, a_p, mask=col < C)
             if STANDARDIZE:
-                g -= c_q * (along / tl.maximum(norms[0], 1e-37) * (T / tl.sqrt(C - 1.0) / widths[0]))
+                g -= c_q * (along / tl.maximum(norms[0], 1e-37) * (T / roots[0] / widths[0]))
             g *= 1.0 / widths[0]
         if CE:
             d = _load(rows[0], start, C, BLOCK) - tops[0]

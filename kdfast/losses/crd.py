@@ -96,7 +96,7 @@ class CRDLoss(nn.Module):
         for name in ("memory_v1", "memory_v2"):
             self.register_buffer(name, torch.empty(n_data, feat_dim).uniform_(-bound, bound))
         for name in ("Z_v1", "Z_v2"):
-            self.register_buffer(name, torch.tensor(nce.UNSETTLED))
+            self.register_buffer(name, torch.tensor(nce.UNSETTLED, dtype=at_least_float32(self.memory_v1).dtype))
         # images sorted by class, and for every image the start and the size of its class there
         tables = (None, None, None) if labels is None else self._sort_by_class(labels)
         for name, table in zip(("by_class", "class_start", "class_size"), tables):

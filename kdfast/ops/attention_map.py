@@ -102,7 +102,9 @@ def _power_gradient(features: Tensor, scale: Tensor, p: float) -> Tensor:
     pieces = []
     for x, s in zip(_blocks(features), _blocks(scale, like=features)):
         x = x.to(scale.dtype)
-        pieces.append((x * s if p == 2 else x.abs().pow(p - 1) * x.sign() * s).to(features.dtype))
+        slope = x if p == 2 else x.abs().pow(p - 1) * x.sign()
+        slope = slope.masked_fill(x == 0, 0) if p < 1 else slope  # as for p = 1: infinity times the sign 0
+        pieces.append((slope * s).to(features.dtype))
     return torch.cat(pieces)
 
 

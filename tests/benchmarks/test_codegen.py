@@ -314,7 +314,8 @@ def test_instructions_ask_for_the_predicted_bytes(C, requests):
         plan = entry["plan"]
         wide = entry["loads"][128] + entry["stores"].get(128, 0)  # numbers of a row are narrower
         step = wide * 16 * 32 * plan["warps"]  # bytes
-        assert step * entry["N"] * C == entry["bytes_moved"] * plan.get("ROWS", 1) * plan["BLOCK"], entry["variant"]
+        odd = 2 * 3 * plan["BLOCK"] * 4 if "ROWS" not in plan else 0  # walks of rows with masked classes, which others do not take
+        assert (step - odd) * entry["N"] * C == entry["bytes_moved"] * plan.get("ROWS", 1) * plan["BLOCK"], entry["variant"]
 
 
 @compiles

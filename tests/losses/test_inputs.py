@@ -14,7 +14,7 @@ MAPS, LATE = (3, 4, 4), (6, 2, 2)
 
 
 def linear_kd(hidden, labels, **options):
-    weight = torch.linspace(-1, 1, 4 * C, device=DEVICE).view(C, 4)
+    weight = torch.linspace(-1, 1, 4 * C, device=DEVICE, dtype=hidden.dtype).view(C, 4)
     return functional.linear_kd_loss(hidden[:, :4], weight, hidden[:, 1:], weight, labels, **options)
 
 
@@ -221,3 +221,33 @@ def test_a_crd_batch_of_no_images_settles_no_constant():
     crd = losses.CRDLoss(C, C, 20, nce_k=3)
     assert crd(torch.zeros(0, C), torch.zeros(0, C), torch.zeros(0, dtype=torch.int64)) == 0
     assert crd.Z_v1 == crd.Z_v2 == -1
+
+
+# ---- default dtypes, and a second backward pass ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_constants_are_float32_at_least_under_any_default_dtype(dtype):
+    torch.set_default_dtype(dtype)
+    try:
+        crd = losses.CRDLoss(C, C, 20, nce_k=3)
+        loss = crd(torch.rand(4, C), torch.rand(4, C), torch.arange(4))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert {crd.memory_v1.dtype, crd.memory_v2.dtype} == {dtype}
+    assert {crd.Z_v1.dtype, crd.Z_v2.dtype, loss.dtype} == {torch.promote_types(dtype, torch.float32)}
+    assert loss.isfinite()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("loss", "shape"), [row for row in LABELLED if row.values[1] == (C,)])
+def test_a_second_backward_pass_gives_the_same_bits(loss, shape, dtype):
+    x, labels = (
+        (make(6, *shape)[0] * 3).to(dtype).requires_grad_(),
+        make(6, *shape)[1].index_fill(0, torch.tensor([5], device=DEVICE), IGNORED),
+    )
+    value = loss(x, labels)
+    upstream = torch.full_like(value, 0.37)
+    first, second = (torch.autograd.grad(value, x, upstream, retain_graph=True)[0] for _ in range(2))
+    assert first.any()
+    assert torch.equal(first, second)

@@ -152,6 +152,10 @@ def test_zeros_among_the_features_have_the_references_slope(p):
     student, teacher = maps(2, 4, 5, 5), maps(2, 4, 5, 5)
     student[:, 1] = 0
     check([student], [teacher], p)
+    student[1], teacher[0] = 0, 0  # a map of nothing
+    gradients = value_and_gradients(bind(p), [student, teacher])[1:]
+    assert all(g.isfinite().all() for g in gradients)
+    assert not gradients[0][1].any()
 
 
 @kernels

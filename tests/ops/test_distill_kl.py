@@ -105,6 +105,59 @@ def test_impossible_classes_add_nothing(divergence):
     assert value[[0, 2, 3, 4]].isfinite().all()
 
 
+@pytest.mark.parametrize("mask", [-torch.inf, -1e30, torch.finfo(torch.float32).min, -1e9], ids=["-inf", "-1e30", "finfo.min", "-1e9"])
+@pytest.mark.parametrize("C", [12, pytest.param(1000, id="1000"), pytest.param(9001, id="walked")])
+def test_masked_classes_are_no_part_of_standardized_rows(mask, C):
+    student, teacher = make_logits(3, C), make_logits(3, C)
+    masked = torch.rand(3, C) < 0.3
+    masked[:, :3], masked[2] = False, False
+    inputs = [student.masked_fill(masked, mask), teacher.masked_fill(masked, mask)]
+    for divergence in ("forward", "reverse", "js"):
+        options = {"standardize": True, "temperature": 2.0, "divergence": divergence}
+        alone = [reference.kd_loss(s[~m], t[~m], **options) for s, t, m in zip(student.double(), teacher.double(), masked)]
+        agree(kd, inputs, **options)
+        value, *gradients = value_and_gradients(kd(reduction="none", **options), inputs)
+        assert error(value, torch.stack(alone)) <= FLOAT32_ERROR
+        assert all(g.isfinite().all() and not g[masked].any() and g[~masked].any() for g in gradients)
+        alone_again = value_and_gradients(kd(reduction="none", **options), [x[2:] for x in inputs])[0]
+        assert torch.equal(value[2:], alone_again)
+
+
+@pytest.mark.parametrize("mask", [-torch.inf, -1e30])
+def test_a_linear_layers_bias_masks_classes(mask):
+    student, teacher, bias = make_logits(5, 9), make_logits(5, 9), torch.zeros(9).index_fill_(0, torch.tensor([0, 4]), mask)
+    kept, eye, options = bias == 0, torch.eye(9), {"standardize": True, "temperature": 2.0}
+    ours = functional.linear_kd_loss(student, eye, teacher, eye, student_bias=bias, teacher_bias=bias, chunk_rows=2, **options)
+    assert error(ours, reference.kd_loss(student[:, kept].double(), teacher[:, kept].double(), **options)) <= FLOAT32_ERROR
+
+
+@pytest.mark.parametrize("size", [1e12, 1e19, 1e25, 1e35])
+@pytest.mark.parametrize("C", [10, 1000, pytest.param(9001, id="walked")])
+def test_huge_standardized_logits_do_not_overflow(size, C):
+    """Also beside small ones, whose gradients are 10^35 times as large: rows are compared one by one."""
+    base, teacher = make_logits(2, C), make_logits(2, C)
+    for divergence in ("forward", "js"):
+        for inputs in ([base * size, teacher], [base, teacher * size], [base * size, teacher * size]):
+            agree(kd, inputs, standardize=True, divergence=divergence)
+    assert kd_loss(base * size, teacher, standardize=True) > 0.1
+
+
+def test_a_row_with_one_class_left_has_no_distance():
+    only = torch.full((2, 5), -torch.inf).index_fill_(1, torch.tensor([3]), 2.0)
+    value, gradient, _ = value_and_gradients(kd(standardize=True), [only, only.clone()])
+    assert value == 0
+    assert not gradient.any()
+
+
+@pytest.mark.parametrize("C", [10, 1000, pytest.param(9001, id="walked")])
+@pytest.mark.parametrize("options", [{}, {"standardize": True}, {"divergence": "reverse"}, {"divergence": "js", "standardize": True}])
+def test_equal_student_and_teacher_have_gradients_of_0(C, options):
+    student = make_logits(3, C)
+    value, *gradients = value_and_gradients(kd(temperature=3.0, **options), [student, student.clone()])
+    assert value == 0
+    assert not any(g.any() for g in gradients)
+
+
 @each_loss
 def test_nan_stays_in_its_row(bind):
     student, teacher = make_logits(4, 9), make_logits(4, 9)

@@ -14,9 +14,12 @@ from torch import Tensor
 
 from kdfast.ops.distill_kl.options import KDOptions
 from kdfast.ops.precision import arithmetic
+from kdfast.reference import masked
 
 CHUNK = 2**16  # elements a thread: a handful of float32 temporaries of that size stay in its second-level cache
 CHUNK_OFF_CPU = 2**26  # elements in all: few launches, bounded memory
+# the norm of a standardized row in which a class is masked, or whose squares overflow, is larger, infinite or NaN
+ORDINARY = 1e7
 # up to this many standardized classes, dL/du is centred: the rounding of its sum counts once it is divided by a row's width
 FEW_CLASSES = 128
 
@@ -164,13 +167,15 @@ def _evaluate_chunk(
 
 
 class _Tempered(NamedTuple):
-    """Rows of logits as a divergence sees them, [R, C]; the last three with standardize only."""
+    """Rows of logits as a divergence sees them, [R, C]; what follows the probabilities with standardize only."""
 
     log_probability: Tensor
     probability: Tensor
-    centred: Tensor | None = None  # x - mean, [R, C]
+    centred: Tensor | None = None  # x - mean, [R, C], 0 where a class is masked
     norm: Tensor | None = None  # |x - mean| = sd * sqrt(C - 1), [R, 1]
     width: Tensor | None = None  # (sd + eps) * T, [R, 1]
+    root: Scale = 1.0  # sqrt(C - 1), C without masked classes
+    counts: Tensor | None = None  # classes that are not masked, [R, C]; None: all
 
 
 def _temper(x: Tensor, T: float, standardize: bool, eps: float) -> _Tempered:
@@ -179,15 +184,33 @@ def _temper(x: Tensor, T: float, standardize: bool, eps: float) -> _Tempered:
         # moments of x - max: exact for a constant row, stable under an offset
         centred = x - x.amax(-1, keepdim=True)
         centred.sub_(_reduce_rows(torch.sum, centred).div_(_number(x.shape[1], x)))
-        norm = _reduce_rows(torch.linalg.vector_norm, centred)
-        width = torch.add(_number(eps * T, x), norm, alpha=T / math.sqrt(x.shape[1] - 1))
+        norm, root = _reduce_rows(torch.linalg.vector_norm, centred), math.sqrt(x.shape[1] - 1)
+        if not (x.is_cpu and norm.numel() and norm.max().item() < ORDINARY):
+            return _temper_odd(x, T, eps, centred, norm)
+        width = torch.add(_number(eps * T, x), norm, alpha=T / root)
         u = centred / width
         log_probability = torch.log_softmax(u, -1)
-        return _Tempered(log_probability, torch.exp(log_probability, out=u), centred, norm, width)
+        return _Tempered(log_probability, torch.exp(log_probability, out=u), centred, norm, width, root)
     if T != 1:
         x = x / _number(T, x)
     log_probability = torch.log_softmax(x, -1)
     return _Tempered(log_probability, log_probability.exp() if T == 1 else torch.exp(log_probability, out=x))
+
+
+def _temper_odd(x: Tensor, T: float, eps: float, centred: Tensor, norm: Tensor) -> _Tempered:
+    """_temper of rows [R, C] among which some have masked classes or squares that overflow; the others keep their bits."""
+    ordinary = norm < ORDINARY
+    counts = ~masked(x) | ordinary
+    n = counts.sum(-1, keepdim=True)
+    d = x - x.amax(-1, keepdim=True)
+    size = d.where(counts, 0).abs().amax(-1, keepdim=True).clamp_min_(1)
+    offset = (d.where(counts, 0) / size).sum(-1, keepdim=True) / n
+    off = (d / size - offset).where(counts, 0)
+    norm = norm.where(ordinary, torch.linalg.vector_norm(off, dim=-1, keepdim=True) * size)
+    root = (n - 1).clamp_min(1).to(x.dtype).sqrt()
+    width = torch.add(_number(eps * T, x), norm, alpha=T / math.sqrt(x.shape[1] - 1)).where(ordinary, norm / root * T + eps * T)
+    log_probability = torch.log_softmax(centred.where(ordinary, d - offset * size) / width, -1)
+    return _Tempered(log_probability, log_probability.exp(), centred.where(ordinary, off * size), norm, width, root, counts)
 
 
 def _number(value: float, like: Tensor) -> float | Tensor:
@@ -242,11 +265,14 @@ def _to_logits(du: Tensor, x: _Tempered, T: float) -> Tensor:
     if x.centred is None or x.norm is None or x.width is None:
         return du
     if du.shape[1] <= FEW_CLASSES:
-        du.sub_(_reduce_rows(torch.sum, du).div_(du.shape[1]))
+        rounding = _reduce_rows(torch.sum, du).div_(du.shape[1])
+        du.sub_(rounding if x.counts is None else rounding * x.counts)
     along = _reduce_rows(torch.sum, du * x.centred)
     # 0 / tiny in a constant row: it has no direction to grow in
     along.div_(x.norm.clamp_min(torch.finfo(x.norm.dtype).tiny)).div_(x.width)
-    return du.addcmul_(x.centred, along, value=-T / math.sqrt(du.shape[1] - 1)).div_(x.width)
+    if isinstance(x.root, Tensor):
+        return du.addcmul_(x.centred, along.div_(x.root), value=-T).div_(x.width)
+    return du.addcmul_(x.centred, along, value=-T / x.root).div_(x.width)
 
 
 # A divergence takes the teacher's p, the student's q and whether its gradient in u_teacher is wanted, and returns its value

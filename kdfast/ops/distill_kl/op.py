@@ -147,16 +147,18 @@ class _DistillKL(torch.autograd.Function):
             raise RuntimeError(f"{call.options.operator} has no second derivative: call backward() or grad() without create_graph=True")
         else:
             gradients, ctx.gradients = ctx.gradients, None  # handed over: the caller may keep the buffers
-            if gradients is None:
+            if ctx.deferred:
                 gradients = _compute_again(ctx, upstream)
             else:
+                if gradients is None:  # a further pass, in the steps of the first: it gives the same bits
+                    gradients = _compute_again(ctx, None)
                 call.form.rescale(gradients, upstream, ctx.remaining)
         in_order = iter(gradients)
         return None, None, *[next(in_order) if need else None for need in ctx.wanted]
 
 
-def _compute_again(ctx: Any, upstream: Tensor) -> list[Tensor]:
-    """The gradients from the inputs, multiplied by `upstream` before they are rounded to their dtype."""
+def _compute_again(ctx: Any, upstream: Tensor | None) -> list[Tensor]:
+    """The gradients from the inputs, multiplied by `upstream`, if given, before they are rounded to their dtype."""
     labels, *tensors = ctx.saved_tensors
     return ctx.call.evaluate(labels, tensors, ctx.wanted, upstream)[1]
 
