@@ -34,6 +34,7 @@ SHOWN = 10  # names in a message
 SEAL = "kdfast.sha256"  # metadata of the files that save_weights writes: the checksum of the file without it
 PREFIXES = ("module.", "_orig_mod.")  # of DistributedDataParallel and torch.compile
 WRAPPERS = re.compile(r"_orig_mod\.|_fsdp_wrapped_module\.|_checkpoint_wrapped_module\.")  # of parts of a network, anywhere in a name
+SHARDED = "read_weights: {} holds one process's part of distributed weights (DTensor): save the full state dict"
 OLD_NAMES = (  # in torchvision's published DenseNets and vision transformers
     (re.compile(r"(denselayer\d+\.(?:norm|conv))\.(?=[12]\.)"), r"\1"),
     (re.compile(r"\bmlp\.linear_1\."), "mlp.0."),
@@ -114,6 +115,7 @@ UNREAD = re.compile(
 )
 HARMLESS: list[Any] = [
     *((lambda *args: OrderedDict(), name) for name in ("collections.defaultdict", "types.SimpleNamespace")),
+    (lambda *args: [], "collections.deque"),
     (lambda *args: b"", "builtins.bytes"),  # empty ones; others are encoded text
     (_Dtype, "numpy.dtype"),
     *((_Array, f"numpy.{core}.multiarray._reconstruct") for core in ("core", "_core")),
@@ -352,7 +354,7 @@ def _read_torch(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     damage = (struct.error, RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError, AttributeError, TypeError, MemoryError)
     try:
         content = _unpickle(path)
-        state = _find_state_dict(content)
+        state = _find_state_dict(content, path)
     except (pickle.UnpicklingError, *damage) as error:
         refused = re.search(r"GLOBAL (\S+) (?:must not|whose module)", str(error))
         if refused:
@@ -364,15 +366,21 @@ def _read_torch(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             raise ValueError(
                 f"read_weights: {path} holds a whole network in PyTorch's old format, and that needs its code: save its state_dict()"
             ) from None
-        raise ValueError(f"read_weights: {path} is truncated or not a weights file") from error
+        if "DTensor" in str(error):
+            raise ValueError(SHARDED.format(path)) from None
+        reason = re.search(r"WeightsUnpickler error:\s*(.+)", str(error))
+        more = f" that can be read without running code ({reason[1]})" if reason else ""
+        raise ValueError(f"read_weights: {path} is truncated or not a weights file{more}") from error
     if state is None:
         seen = f"the entries {', '.join(map(str, list(content)[:SHOWN]))}" if isinstance(content, Mapping) else type(content).__name__
         raise ValueError(f"read_weights: {path} has no state dict, at its top or under {', '.join(NESTINGS)}; it holds {seen}")
+    if any(hasattr(tensor, "full_tensor") for tensor in state.values()):
+        raise ValueError(SHARDED.format(path))
     beside = content.items() if isinstance(content, Mapping) else ()
     return state, {str(name): str(value) for name, value in beside if isinstance(value, str | int | float | np.number)}
 
 
-def _find_state_dict(content: Any) -> dict[str, Tensor] | None:
+def _find_state_dict(content: Any, path: Path) -> dict[str, Tensor] | None:
     """The dictionary of tensors by name: `content` itself, one under a usual name in it, or that of a whole pickled network."""
     if "_modules" in getattr(content, "__dict__", ()):
         return _network_state(vars(content))
@@ -381,10 +389,10 @@ def _find_state_dict(content: Any) -> dict[str, Tensor] | None:
     tensors = {name: tensor for name, value in content.items() if isinstance(name, str) and (tensor := _as_tensor(value)) is not None}
     if tensors and len(tensors) == len(content):
         return tensors
-    found = {name: state for name in NESTINGS if name in content and (state := _find_state_dict(content[name])) is not None}
+    found = {name: state for name in NESTINGS if name in content and (state := _find_state_dict(content[name], path)) is not None}
     if len(found) > 1 and any(name in EMA for name in found):
         first, *others = found
-        warnings.warn(f"the file holds weights under {first} and under {', '.join(others)}: {first} is read", stacklevel=2)
+        warnings.warn(f"{path} holds weights under {first} and under {', '.join(others)}: {first} is read", stacklevel=2)
     return next(iter(found.values()), tensors or None)
 
 

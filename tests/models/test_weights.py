@@ -5,6 +5,8 @@ import collections
 import contextlib
 import datetime
 import decimal
+import enum
+import errno
 import functools
 import gzip
 import io
@@ -12,7 +14,10 @@ import os
 import pickle
 import random
 import re
+import subprocess
+import sys
 import tarfile
+import textwrap
 import types
 import warnings
 import zipfile
@@ -27,6 +32,10 @@ from torch import nn
 from kdfast.data import NORMALIZATIONS, LoaderOptions, ResidentLoader, evaluation_transform, load
 from kdfast.models import ModelSpec, build, create, load_weights, read_weights, recognize, save_weights
 from tests.data.samples import Payload
+
+
+class Kind(enum.Enum):
+    ONE = 1
 
 
 class Hyperparameters(dict):
@@ -111,6 +120,7 @@ class TestReading:
             pytest.param(types.SimpleNamespace(lr=0.1), id="SimpleNamespace"),
             pytest.param(collections.OrderedDict(lr=0.1), id="OrderedDict"),
             pytest.param(collections.defaultdict(list, a=[1]), id="defaultdict"),
+            pytest.param(collections.deque([1], 3), id="deque"),
             pytest.param([datetime.datetime.now(datetime.UTC), datetime.timedelta(1), datetime.date(2020, 1, 1)], id="datetime"),
             pytest.param([range(3), slice(3), frozenset({1}), {2}, 1j, b"b", 2**70, decimal.Decimal(1)], id="builtins"),
             pytest.param(functools.partial(torch.optim.SGD, lr=0.1), id="partial"),
@@ -150,6 +160,23 @@ class TestReading:
         torch.save({"model_ema": {"w": torch.ones(1)}, "model": {"w": torch.zeros(1)}}, tmp_path / "w.pth")
         with pytest.warns(UserWarning, match="weights under model and under model_ema: model is read"):
             assert read_weights(tmp_path / "w.pth")[0] == {"w": torch.zeros(1)}
+
+    @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+    def test_other_pickle_protocols_are_named(self, tmp_path):
+        torch.save({"w": torch.ones(1)}, tmp_path / "w.pth", pickle_protocol=4)
+        with pytest.raises(ValueError, match=r"not a weights file that can be read without running code \(Unsupported operand 149\)"):
+            read_weights(tmp_path / "w.pth")
+
+    def test_parts_of_distributed_weights_are_named(self, tmp_path):
+        script = f"""
+            import torch, torch.distributed as dist
+            from torch.distributed.tensor import distribute_tensor, init_device_mesh
+            dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+            torch.save({{"w": distribute_tensor(torch.ones(2), init_device_mesh("cpu", (1,)))}}, {str(tmp_path / "w.pth")!r})
+        """
+        subprocess.run([sys.executable, "-c", textwrap.dedent(script)], check=True)
+        with pytest.raises(ValueError, match="holds one process's part of distributed weights"):
+            read_weights(tmp_path / "w.pth")
 
     def test_a_file_that_holds_itself_is_one_sentence(self, tmp_path):
         content: dict = {}
@@ -216,6 +243,7 @@ class TestReading:
             pytest.param({"optimizer": {}, "epoch": 1}, "it holds the entries optimizer, epoch", id="entries"),
             pytest.param({}, "no state dict", id="nothing"),
             pytest.param({"student": {"w": torch.ones(1)}}, "it holds the entries student", id="unknown entry"),
+            pytest.param(Kind.ONE, r"asks to run tests.models.test_weights.Kind", id="enumeration"),
         ],
     )
     def test_names_the_content_of_a_file_without_state_dict(self, tmp_path, content, message):
@@ -386,7 +414,7 @@ class TestSaving:
         save_weights({"w": torch.ones(1)}, path)
 
         def full(*_, **__):
-            raise OSError("no space left")
+            raise OSError(errno.ENOSPC, "no space left")
 
         monkeypatch.setattr(place, step, full)
         with pytest.raises(OSError, match="no space left"):
