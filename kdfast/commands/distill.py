@@ -128,6 +128,7 @@ class Distillation(Job[Distill[Any]]):
     def _rehearse(self) -> None:
         """Finds now what would otherwise be found after the teacher's training."""
         config, size, classes = self.config, self.prepared.image_size, self._setup.classes
+        processes = self.session.world.size
         self._setup.loaders(config.teacher_training)
         loaders = self._setup.loaders(config.training)
         setup = replace(self._setup, make_loaders=lambda *_: loaders, say=lambda line: None)
@@ -138,8 +139,10 @@ class Distillation(Job[Distill[Any]]):
                 given = copy.deepcopy(self.given)  # a recipe may change it
                 network = setup.new_teacher() if given is None else given.model
                 check_fits(network, f"teacher {config.teacher_model if given is None else config.teacher}", size, classes)
-                teacher = rehearse((self._recipe.teacher or supervised_teacher)(setup, config.method, given), size, classes).model
-            rehearse(self._distilled(setup, teacher), size, classes)
+                teacher = rehearse(
+                    (self._recipe.teacher or supervised_teacher)(setup, config.method, given), size, classes, processes
+                ).model
+            rehearse(self._distilled(setup, teacher), size, classes, processes)
 
     def print_header(self) -> None:
         """Prints what is about to run, in a few lines."""

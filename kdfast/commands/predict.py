@@ -11,8 +11,7 @@ import tyro
 from kdfast.commands.command_line import parse
 from kdfast.commands.tables import make_table
 from kdfast.data import DataError, evaluation_transform
-from kdfast.data.images import EXTENSIONS, decode, find
-from kdfast.data.transforms import check_same_size
+from kdfast.data.images import EXTENSIONS, decode, describe_others, find
 from kdfast.engine import join
 from kdfast.engine.ranges import AtLeastOne, Checked
 from kdfast.engine.terminal import Terminal
@@ -74,7 +73,10 @@ def predict(options: Predict) -> dict[Path, list[tuple[str, float]]]:
                 bad.append(str(error))
         if not chunk:
             continue
-        check_same_size(torch.tensor([image.shape[-2:] for image in inputs]))
+        if len({image.shape for image in inputs}) > 1:
+            raise DataError(
+                "images differ in size, and these weights were trained with evaluation none, which resizes no image: resize them"
+            )
         images = torch.stack(inputs)
         best = model(images.to(device)).float().softmax(dim=1).topk(min(options.top, len(loaded.classes)), dim=1)
         for path, values, indices in zip(chunk, best.values.tolist(), best.indices.tolist()):
@@ -88,7 +90,10 @@ def predict(options: Predict) -> dict[Path, list[tuple[str, float]]]:
 
 def _files(given: Path) -> list[Path]:
     if given.is_dir():
-        return [Path(path) for path in find(given).images]
+        found = find(given)
+        if found.others:
+            Terminal().print(describe_others(given, found.others))
+        return [Path(path) for path in found.images]
     return [given]
 
 

@@ -50,8 +50,10 @@ def check_fits(model: nn.Module, name: str, image_size: int, classes: int) -> No
 
 
 @torch.no_grad()
-def rehearse(stages: Stages[T], image_size: int, classes: int) -> T:
+def rehearse(stages: Stages[T], image_size: int, classes: int, processes: int) -> T:
     """Returns the outcome of a recipe's stages without training them: each computes its loss on two images, in evaluation mode.
+
+    A stage that is to train with single images in a forward pass takes one, in training mode: its networks change.
 
     Raises:
         ValueError: a stage cannot be computed.
@@ -64,8 +66,17 @@ def rehearse(stages: Stages[T], image_size: int, classes: int) -> T:
             stage = stages.send(result) if result is not None else next(stages)
             stage.set_modes(training=False)
             stage.loss(stage.forward(batch), batch)
+            images = min(stage.training.batch_size, len(stage.data.train.labels)) // processes
+            if 1 in stage.training.split_batch(images, processes):
+                stage.set_modes(training=True)
+                stage.forward(Batch(*(part[:1] for part in batch)))
         except StopIteration as end:
             return end.value
+        except ValueError as error:
+            if "Expected more than 1" not in str(error):  # PyTorch's normalizations say so
+                raise
+            cause = "some forward passes have one image, of which BatchNorm's map here is 1 x 1 and cannot be normalized"
+            raise ValueError(f"{cause}: choose another batch_size or micro_batch") from error
         except RuntimeError as error:
             raise ValueError(f"this recipe does not fit these networks and images: {_first_line(error)}") from error
         result = _Untrained(stage.name, 1, 1, defaultdict(float), 0.0, 0.0, stage.keep, Path(), stage.train)

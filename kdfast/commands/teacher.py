@@ -1,5 +1,6 @@
 """kdfast teacher: supervised training of one network; the run's best.safetensors is then a --teacher."""
 
+import copy
 from collections.abc import Sequence
 from pathlib import Path
 from typing import cast
@@ -7,7 +8,7 @@ from typing import cast
 from kdfast.commands.command_line import resolve
 from kdfast.commands.config import Teach, parse_options
 from kdfast.commands.job import Job, teacher_results
-from kdfast.commands.rehearsal import check_fits
+from kdfast.commands.rehearsal import check_fits, rehearse
 from kdfast.commands.session import session
 from kdfast.engine.random_state import derive
 from kdfast.models import ModelSpec, create, parameter_count
@@ -38,6 +39,9 @@ def teach(config: Teach) -> Path:
             model = create(spec.name, spec.num_classes, pretrained=config.pretrained, **options)
             check_fits(model, f"model {config.model}", job.prepared.image_size, spec.num_classes)
         loaders = job.make_loaders(config.training, None, False, config.run.seed)
+        with seeded(0):
+            stages = supervised("teacher", copy.deepcopy(model), loaders, config.training, hidden=job.labels_hidden)
+            rehearse(stages, job.prepared.image_size, spec.num_classes, opened.world.size)
         job.begin()
         images = f"{job.data.name} ({len(job.data.train):,} training images)"
         say(f"kdfast teacher: {config.model}, {parameter_count(model):,} parameters, on {images}")

@@ -246,10 +246,8 @@ class StageLoop:
 
     def _parts(self, batch: Batch) -> list[Batch]:
         """Splits the batch into forward passes of at most micro_batch images."""
-        rows = self.stage.training.micro_batch_per_process(self._world.size)
-        if rows is None or rows >= len(batch.labels):
-            return [batch]
-        return [Batch(*part) for part in zip(*(tensor.split(rows) for tensor in batch))]
+        sizes = self.stage.training.split_batch(len(batch.labels), self._world.size)
+        return [batch] if len(sizes) == 1 else [Batch(*part) for part in zip(*(tensor.split(sizes) for tensor in batch))]
 
     def _terms(self, batch: Batch) -> dict[str, Mean]:
         with self._autocast():

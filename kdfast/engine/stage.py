@@ -77,7 +77,7 @@ class Training(Checked):
     batch_size: AtLeastOne = 64
     """Images an optimizer step, over all processes."""
     micro_batch: AtLeastOne | None = None
-    """Largest number of images in one forward pass, over all processes; larger batches are accumulated."""
+    """Largest number of images in one forward pass, over all processes; larger batches are accumulated, in even parts if one were left."""
     optimizer: Literal["sgd", "adamw", "lion"] = "sgd"
     """Optimizer by name."""
     lr: Positive = 0.05
@@ -129,6 +129,14 @@ class Training(Checked):
     def micro_batch_per_process(self, processes: int) -> int | None:
         """Largest number of images in a forward pass of each of `processes` processes; None: the whole batch."""
         return None if self.micro_batch is None else max(1, self.micro_batch // processes)
+
+    def split_batch(self, images: int, processes: int) -> list[int]:
+        """Returns the images in each forward pass of one process' batch; where one image would be left over, passes are made even."""
+        rows = self.micro_batch_per_process(processes) or images
+        count = -(-images // rows)
+        if images % rows == 1:  # BatchNorm cannot normalize a single image where its map is 1 x 1
+            return [images // count + (k < images % count) for k in range(count)]
+        return [min(rows, images - k * rows) for k in range(count)]
 
 
 def lr_factor(training: Training, epoch: int) -> float:

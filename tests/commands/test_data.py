@@ -17,7 +17,7 @@ from kdfast.commands.config import DataOptions
 from kdfast.data import check
 from kdfast.engine import Interrupted, World
 from kdfast.engine.interrupt import StopRequest
-from tests.commands.running import SHORT, kdfast
+from tests.commands.running import SHORT, fail, kdfast, read_json
 from tests.data.samples import GOOD, REASONS, TWO_BAD, plant_all, write_class_folders
 from tests.processes import in_processes
 
@@ -122,3 +122,70 @@ def test_one_of_two_processes_checks_and_the_other_opens_nothing(tmp_path: Path,
     root = write_class_folders(tmp_path / "i", {"train/dog/3.jpg": "zero.jpg"})
     assert in_processes(partial(load_by_rank, str(root), tmp_path / "cache"), 2, tmp_path) == [["13 images, 1 note", "3.jpg"]] * 2
     assert capfd.readouterr().out.count("left out 1") == 1, "one process speaks"
+
+
+def write_small_folder(root: Path, *, other: int = 40) -> Path:
+    """Two classes of eight images of 40 x 40 pixels; one is `other` pixels wide."""
+    for c, name in enumerate(("ant", "bee")):
+        (root / name).mkdir(parents=True)
+        for i in range(8):
+            width = other if (c, i) == (1, 3) else 40
+            Image.new("RGB", (width, 40), (90 * c + 60, 20 * i, 80)).save(root / name / f"{i}.png")
+    return root
+
+
+SMALL = [
+    "--student",
+    "resnet8",
+    "--teacher-model",
+    "resnet8",
+    "--teacher-training.epochs",
+    1,
+    "--epochs",
+    1,
+    "--batch-size",
+    4,
+    "--recipe",
+    "kd",
+]
+
+
+def test_a_run_inside_the_images_folder_works_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    monkeypatch.chdir(write_small_folder(tmp_path / "photos"))
+    for _ in range(2):
+        assert kdfast("distill", "--dataset", ".", *SMALL) == 0
+        assert "12 training images; 2 validation, 2 test" in capsys.readouterr().out
+    (run, _) = sorted(Path("runs").iterdir())
+    assert any("40 x 40" in note for note in read_json(run / "results.json")["notes"])
+    assert kdfast("data", "check", ".") == 0
+    assert "16 image files" in capsys.readouterr().out
+    assert kdfast("predict", run, ".") == 0
+    assert capsys.readouterr().out.count(".png") == 16
+
+
+def test_data_and_predict_say_what_they_left_out(tmp_path: Path, finished: Path, capsys: pytest.CaptureFixture[str]):
+    root = write_small_folder(tmp_path / "photos")
+    (root / "bee" / "x.heic").write_bytes(b"x")
+    (root / "bee" / ".ipynb_checkpoints").mkdir()
+    (root / "bee" / ".ipynb_checkpoints" / "0.png").write_bytes(b"no image")
+    Image.new("RGB", (40, 40), (9, 9, 9)).save(root / "ant" / "0.png")
+    for command in (["data", "check"], ["data", "info"], ["predict", finished]):
+        assert kdfast(*command, root) == 0
+        shown = capsys.readouterr().out
+        assert "left out 1 file without an image's ending: .heic 1 (bee/x.heic)" in shown
+        assert ("1 image comes out nearly black" in shown) == (command[0] == "data")
+
+
+def test_predict_of_different_sizes_without_resizing_is_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    root = write_small_folder(tmp_path / "photos")
+    assert kdfast("teacher", "--dataset", root, "--model", "resnet8", "--epochs", 1, "--evaluation", "none", "--out", tmp_path / "run") == 0
+    Image.new("RGB", (48, 40)).save(root / "ant" / "8.png")
+    assert "images differ in size, and these weights were trained with evaluation none" in fail(capsys, "predict", tmp_path / "run", root)
+
+
+@pytest.mark.parametrize("sizes", [["--batch-size", 1], ["--batch-size", 8, "--micro-batch", 1], ["--batch-size", 7, "--micro-batch", 2]])
+def test_single_images_that_batch_norm_cannot_normalize_are_refused(tmp_path: Path, sizes: list, capsys: pytest.CaptureFixture[str]):
+    root, out = write_small_folder(tmp_path / "photos"), tmp_path / "run"
+    command = ["teacher", "--dataset", root, "--model", "resnet18", "--image-size", 32, "--epochs", 1, "--out", out, *sizes]
+    assert "some forward passes have one image" in fail(capsys, *command)
+    assert not out.exists()

@@ -36,7 +36,7 @@ def test_micro_batches_give_weights_and_metrics_of_the_whole_batch(tmp_path: Pat
         training = replace(TRAINING, epochs=1, micro_batch=micro, lr=1e-3)
         fit(tmp_path / str(micro), stage("s", model, training, forward=forward, loss=loss, couples_rows=loss is spread, best="val/loss"))
         (line,) = lines(tmp_path / str(micro))
-        assert max(sizes) == (micro or 16)
+        assert max(sizes) == (4 if micro else 16), "no image is left over"
         ends.append((copy(model), {name: value for name, value in line.items() if name.endswith(("loss", "spread", "square"))}))
     (whole, metrics), (parts, metrics_of_parts) = ends
     assert close(whole, parts, rtol=1e-12, atol=1e-14)
@@ -83,6 +83,30 @@ def test_two_passes_keep_the_buffers_that_the_loss_writes(tmp_path: Path):
     training = replace(TRAINING, epochs=1, micro_batch=5)
     fit(tmp_path, stage("s", model, training, train=(model, bank), loss=loss, couples_rows=True))
     assert bank.images == 80
+
+
+@pytest.mark.parametrize(
+    ("micro", "images", "processes", "sizes"),
+    [
+        (None, 7, 1, [7]),
+        (None, 1, 1, [1]),
+        (4, 3, 1, [3]),
+        (4, 8, 1, [4, 4]),
+        (4, 10, 1, [4, 4, 2]),
+        (4, 9, 1, [3, 3, 3]),
+        (32, 65, 1, [22, 22, 21]),
+        (2, 5, 1, [2, 2, 1]),
+        (1, 2, 1, [1, 1]),
+        (8, 9, 2, [3, 3, 3]),
+    ],
+)
+def test_no_forward_pass_has_a_single_image_where_that_can_be(micro, images, processes, sizes):
+    assert replace(TRAINING, micro_batch=micro).split_batch(images, processes) == sizes
+
+
+def test_a_left_over_image_trains_batch_norm(tmp_path: Path):
+    model = nn.Sequential(nn.Flatten(), nn.Linear(192, 8), nn.BatchNorm1d(8), nn.Linear(8, 3))
+    fit(tmp_path, stage("s", model, replace(TRAINING, epochs=1, batch_size=16, micro_batch=5)))
 
 
 @pytest.mark.parametrize("micro", [None, 5])

@@ -62,7 +62,11 @@ def make_loaders(
 ) -> Loaders:
     """Makes the loaders for training, validation and test.
 
-    Training is shuffled, with `views`, and leaves out the last images of an epoch that fill no batch; the others are in order and complete.
+    Training is shuffled, with `views`, and leaves out the last images of an epoch that fill no batch, other ones in every epoch; the others
+    are in order and complete.
+
+    The torchvision loader starts processes for files. Where these import the main module again (Windows, macOS, and Linux from Python
+    3.14), a script has to iterate below `if __name__ == "__main__":`, or pass workers=0.
 
     Args:
         data: of kdfast.data.load(). It decides everything below that is None.

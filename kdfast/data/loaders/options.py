@@ -16,11 +16,11 @@ class LoaderOptions:
         batch_size: images a batch on this rank.
         micro_batch: images a batch of in_order() at most, for a network that takes no more at once.
         shuffle: a new order every epoch.
-        drop_last: leave out the epoch's last images if they do not fill every rank's batch. A split smaller than one global batch gives one
-            smaller batch, of the same size on every rank.
+        drop_last: leave out the epoch's last images, other ones in every epoch, if they do not fill every rank's batch. A split smaller
+            than one global batch gives one smaller batch, of the same size on every rank.
         seed: of order and augmentation.
         workers: processes (torchvision; 0: this one) or threads (dali; at least 1); None: none for images in memory, one a core and up to
-            8 for files.
+            8 for files. Processes may need a script's `if __name__ == "__main__":`, see kdfast.data.make_loaders.
         device: where batches are handed out.
         rank, world_size: this process among those that share the split.
         channels_last: memory format of the images.

@@ -19,6 +19,9 @@ from kdfast.data.workers import iterate, make_loader
 class TorchvisionLoader(OrderedLoader):
     """Worker processes that decode and augment, pinned memory and prefetch.
 
+    Where processes import the main module again (Windows, macOS, and Linux from Python 3.14), a script has to iterate below
+    `if __name__ == "__main__":`.
+
     Args:
         split, transform, options: as for every loader; options.workers 0: this process does the work.
 
