@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import io
+import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -13,6 +14,7 @@ import tyro
 from kdfast import recipes
 from kdfast.commands import config, toml
 from kdfast.commands.config import Distill, Teach
+from kdfast.text import printable
 
 HELP = ("-h", "--help")
 
@@ -35,16 +37,32 @@ def parse(options: Any, arguments: Sequence[str], command: str, default: Any = N
         where, error = getattr(box, "arg", ""), box if isinstance(box, ValueError) else getattr(box, "__context__", None)
         if isinstance(where, str) and isinstance(error, ValueError):
             raise ValueError(f"{'teacher_training.' if 'teacher' in where else ''}{error}") from None
-        print(printed.getvalue(), end="", file=sys.stderr)
+        if stop.code:
+            print(printable(f"kdfast: {_describe_box(printed.getvalue())} (kdfast {command} --help)"), file=sys.stderr)
         raise
+
+
+def _describe_box(box: str) -> str:
+    """Tyro's error, paragraphs between rules in a box (without sides in a pipe that takes ASCII only), as one sentence."""
+    rows = [row.strip(" │") for row in box.splitlines()]
+    parts = [" ".join(part.split()) for part in re.split(r"^(?:[╭╰].*|[─-]{5,})$", "\n".join(rows), flags=re.MULTILINE)]
+    text, more = "".join(parts[1:2] or parts).partition(" Got errors")[0], "".join(parts[2:3])
+    text = re.sub(r"Error parsing (\S+): invalid literal for int\(\) with base 10:", r"\1 must be a whole number, got", text)
+    text = re.sub(r"Error parsing (\S+): could not convert string to float:", r"\1 must be a number, got", text)
+    near = re.findall(r"--[\w.-]+", more) if more.startswith("Perhaps") else []
+    return text.rstrip(".") + (f"; did you mean {', '.join(near)}?" if near else "")
 
 
 def take(arguments: Sequence[str], command: str, *names: str) -> tuple[argparse.Namespace, list[str]]:
     """Returns the values of these options (None where absent), and the arguments without them."""
-    parser = argparse.ArgumentParser(prog=f"kdfast {command}", usage=f"kdfast {command} --help", add_help=False, allow_abbrev=False)
+    usage = f"kdfast {command} --help"
+    parser = argparse.ArgumentParser(prog=f"kdfast {command}", usage=usage, add_help=False, allow_abbrev=False, exit_on_error=False)
     for name in names:
         parser.add_argument(f"--{name}", dest=name.replace("-", "_"))
-    return parser.parse_known_args(list(arguments))
+    try:
+        return parser.parse_known_args(list(arguments))
+    except argparse.ArgumentError as error:
+        raise ValueError(str(error)) from None
 
 
 Command = tuple[type, Callable[[Any], object]]  # its options and its function

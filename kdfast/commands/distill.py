@@ -3,7 +3,7 @@
 import copy
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -21,6 +21,7 @@ from kdfast.commands.session import Session, session
 from kdfast.commands.tables import make_table
 from kdfast.engine import Evaluation, StageResult
 from kdfast.models import ModelSpec, parameter_count
+from kdfast.models.zoo import outline
 from kdfast.recipes.features import fingerprint
 from kdfast.recipes.plus import Term, plus
 from kdfast.recipes.recipe import Extended, Setup, Stages, Trained, seeded
@@ -132,12 +133,16 @@ class Distillation(Job[Distill[Any]]):
         self._setup.loaders(config.teacher_training)
         loaders = self._setup.loaders(config.training)
         setup = replace(self._setup, make_loaders=lambda *_: loaders, say=lambda line: None)
+
+        def sketch(spec: ModelSpec, make: Callable[[], nn.Module]) -> nn.Module:
+            return make() if ":" in spec.name else outline(spec)  # one's own may not run without memory
+
         with seeded(0):
-            check_fits(setup.student(), f"student {config.student}", size, classes)
+            check_fits(sketch(setup.student_spec, setup.student), f"student {config.student}", size, classes)
             teacher = None
             if self._recipe.needs_teacher:
                 given = copy.deepcopy(self.given)  # a recipe may change it
-                network = setup.new_teacher() if given is None else given.model
+                network = given.model if given else sketch(setup.teacher_spec, setup.new_teacher)
                 check_fits(network, f"teacher {config.teacher_model if given is None else config.teacher}", size, classes)
                 teacher = rehearse(
                     (self._recipe.teacher or supervised_teacher)(setup, config.method, given), size, classes, processes

@@ -19,11 +19,11 @@ def run(arguments: Sequence[str]) -> None:
         ValueError: another word.
     """
     tables = {"recipes": _recipes, "presets": _presets, "models": _models, "datasets": _datasets}
-    if len(arguments) != 1 or arguments[0] in HELP:
+    if not arguments or arguments[0] in HELP:
         print(f"usage: kdfast list {'|'.join(tables)}")
         return
-    if arguments[0] not in tables:
-        raise ValueError(f"list shows {', '.join(tables)}, got {arguments[0]!r}")
+    if len(arguments) > 1 or arguments[0] not in tables:
+        raise ValueError(f"list shows {', '.join(tables)}, got {' '.join(arguments)!r}")
     Terminal(soft_wrap=False).print(tables[arguments[0]]())
 
 

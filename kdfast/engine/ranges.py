@@ -33,7 +33,8 @@ NotNegative = Annotated[float, NOT_NEGATIVE]
 Temperature = Annotated[float, Range("must be positive", lambda value: value > 0, 1e-4, 1e4)]
 Count = Annotated[int, NOT_NEGATIVE]
 AtLeastOne = Annotated[int, Range("must be at least 1", lambda value: value >= 1)]
-Pixels = Annotated[int, Range("must be at least 1", lambda value: value >= 1, most=4096)]
+# PyTorch cannot resize to one pixel
+Pixels = Annotated[int, Range("must be at least 1", lambda value: value >= 1, 2, 4096)]
 Threads = Annotated[int, Range("must be at least 1", lambda value: value >= 1, most=4096)]
 Processes = Annotated[int, Range("must not be negative", lambda value: value >= 0, most=4096)]
 Seed = Annotated[int, Range("must not be negative", lambda value: value >= 0, most=2**63 - 1)]
@@ -67,7 +68,8 @@ def _check(name: str, hint: Any, value: Any) -> None:
                 if not limit.holds(value):
                     raise ValueError(f"{name} {limit.rule}, got {value}")
                 if not limit.least <= value <= limit.most:
-                    raise ValueError(f"{name} must be from {max(limit.least, 0):g} to {limit.most:.15g}, got {value}")
+                    side = f"least {limit.least:.15g}" if value < limit.least else f"most {limit.most:.15g}"
+                    raise ValueError(f"{name} must be at {side}, got {value}")
     elif kind in (Union, UnionType):
         kinds = [part for part in parts if part is not type(None)]
         if len(kinds) == 1 and value is not None:

@@ -1,6 +1,7 @@
 """Commands on a finished run: eval, predict, export, report."""
 
 import json
+import math
 import re
 import shutil
 from dataclasses import replace
@@ -11,6 +12,7 @@ import torch
 from PIL import Image
 
 from kdfast.data import NORMALIZATIONS, load
+from kdfast.engine import Evaluation
 from kdfast.models import ModelSpec, build, create, read_weights, save_weights
 from kdfast.runs import artifact
 from tests.commands.running import SHORT, evaluate, fail, kdfast, results_of
@@ -196,3 +198,19 @@ def test_weights_of_an_unknown_architecture_are_refused(command: str, tmp_path: 
     more = {"eval": ["--dataset", "digits"], "export": [], "predict": ["."]}[command]
     error = fail(capsys, command, tmp_path / "w.safetensors", *more)
     assert re.search(f"w.safetensors does not say which architecture it is of: .*{OUT[command]}", error)
+
+
+def test_a_loss_that_is_not_a_number_is_no_success(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
+    result = Evaluation(0.1, 0.5, math.nan, [[1]], 359, 100.0)  # of a network that fails on some images
+    monkeypatch.setattr("kdfast.commands.evaluate.evaluate", lambda *_: result)
+    error = fail(capsys, "eval", finished, "--json", tmp_path / "e.json")
+    assert "the loss on 359 images is nan: the network's outputs are not finite" in error
+    assert not (tmp_path / "e.json").exists()
+
+
+@pytest.mark.parametrize("command", ["eval", "export"])
+def test_an_image_size_that_the_network_does_not_take_is_one_sentence(command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    save_weights(create("vgg8_cifar", 10), tmp_path / "w.safetensors", {})
+    more = ["--dataset", "digits"] if command == "eval" else ["--format", "safetensors", "--out", tmp_path / "o.safetensors"]
+    error = fail(capsys, command, tmp_path / "w.safetensors", "--model", "vgg8_cifar", "--image-size", "4", *more)
+    assert "w.safetensors takes no images of 4 x 4 pixels" in error
