@@ -138,12 +138,13 @@ class Distillation(Job[Distill[Any]]):
             return make() if ":" in spec.name else outline(spec)  # one's own may not run without memory
 
         with seeded(0):
-            check_fits(sketch(setup.student_spec, setup.student), f"student {config.student}", size, classes)
+            check_fits(sketch(setup.student_spec, setup.student), f"student {config.student}", size, classes, trained=True)
             teacher = None
             if self._recipe.needs_teacher:
                 given = copy.deepcopy(self.given)  # a recipe may change it
                 network = given.model if given else sketch(setup.teacher_spec, setup.new_teacher)
-                check_fits(network, f"teacher {config.teacher_model if given is None else config.teacher}", size, classes)
+                named = config.teacher_model if given is None else config.teacher
+                check_fits(network, f"teacher {named}", size, classes, trained=given is None)
                 teacher = rehearse(
                     (self._recipe.teacher or supervised_teacher)(setup, config.method, given), size, classes, processes
                 ).model

@@ -25,7 +25,7 @@ class _Untrained(StageResult):
 
 
 @torch.no_grad()
-def check_fits(model: nn.Module, name: str, image_size: int, classes: int) -> None:
+def check_fits(model: nn.Module, name: str, image_size: int, classes: int, *, trained: bool = False) -> None:
     """Checks that a network takes images of this size and gives one finite logit a class.
 
     Args:
@@ -33,12 +33,18 @@ def check_fits(model: nn.Module, name: str, image_size: int, classes: int) -> No
         name: of the network, for messages: "student resnet8".
         image_size: pixels.
         classes: number of classes.
+        trained: also try the training mode, where auxiliary classifiers (Inception) need larger images.
 
     Raises:
         ValueError: it does not.
     """
     device = next(model.parameters(), torch.empty(0)).device
     try:
+        if trained:
+            before = [buffer.clone() for buffer in model.buffers()]
+            model.train()(torch.zeros(2, 3, image_size, image_size, device=device))
+            for buffer, value in zip(model.buffers(), before):
+                buffer.copy_(value)
         logits = model.eval()(torch.zeros(2, 3, image_size, image_size, device=device))
     except Exception as error:  # another's network raises what it likes
         fault = "" if "must return logits" in str(error) else f" takes no images of {image_size} x {image_size} pixels"

@@ -37,7 +37,7 @@ def teach(config: Teach) -> Path:
         spec = ModelSpec(config.model, len(job.data.classes), options=options)
         with seeded(derive(config.run.seed, "teacher")):
             model = create(spec.name, spec.num_classes, pretrained=config.pretrained, **options)
-            check_fits(model, f"model {config.model}", job.prepared.image_size, spec.num_classes)
+            check_fits(model, f"model {config.model}", job.prepared.image_size, spec.num_classes, trained=True)
         loaders = job.make_loaders(config.training, None, False, config.run.seed)
         with seeded(0):
             stages = supervised("teacher", copy.deepcopy(model), loaders, config.training, hidden=job.labels_hidden)

@@ -16,6 +16,7 @@ from torch import Tensor
 from kdfast.data import HIDDEN, Batch
 from kdfast.engine.distributed import World
 from kdfast.engine.stage import Mean, Terms, as_means
+from kdfast.models.heads import FindLogits
 
 
 class NonFiniteLoss(RuntimeError):
@@ -162,6 +163,7 @@ def evaluate(model: Callable[[Tensor], Tensor], batches: Iterable[Batch], classe
     C = len(classes)
     confusion = torch.zeros(C * C, dtype=torch.int64, device=world.device)
     sums = torch.zeros(2, dtype=torch.float64, device=world.device)  # top-5, loss
+    find_logits = FindLogits(C)
     seconds, seen = 0.0, 0  # of this process
     shape: torch.Size | None = None
     for batch in batches:
@@ -169,7 +171,7 @@ def evaluate(model: Callable[[Tensor], Tensor], batches: Iterable[Batch], classe
             model(batch.images)
             shape = batch.images.shape
         start = _now(world.device)
-        logits = model(batch.images)
+        logits = find_logits(model, (), model(batch.images))  # a network that `create` did not make may return more
         seconds += _now(world.device) - start
         seen += len(logits)
         if logits.shape[1:] != (C,):

@@ -45,7 +45,7 @@ class FindLogits:
     def __init__(self, outputs: int | None) -> None:
         self.outputs = outputs
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], returned: Any) -> Tensor:
+    def __call__(self, module: Any, args: tuple[Any, ...], returned: Any) -> Tensor:
         """Returns the tensor [B, outputs] that is called logits, or is the only one of its shape.
 
         Raises:

@@ -121,3 +121,9 @@ def test_a_network_is_used_by_its_logits(tmp_path, returns, capsys):
 def test_stages_that_are_modules_are_found(tmp_path):
     options = ["--student", "strangers:Stages", "--teacher-model", "strangers:Stages", "--image-size", "16"]
     assert kdfast("distill", "--recipe", "at", *SHORT, *options, "--out", tmp_path / "run") == 0
+
+
+def test_images_too_small_for_training_alone_are_refused_before_it(tmp_path, capsys):
+    options = ["--student", "torchvision.models:inception_v3", "--student-options", "init_weights=false", "--image-size", 96]
+    error = fail(capsys, "distill", "--recipe", "kd", *SHORT, *options, "--out", tmp_path / "run")
+    assert "student torchvision.models:inception_v3 takes no images of 96 x 96 pixels: " in error

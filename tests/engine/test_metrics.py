@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from kdfast.data import Batch
 from kdfast.engine import Mean, World, evaluate
 from kdfast.engine.metrics import AccuracyMeter, TermMeter
 from tests.engine.small import CPU, loaders
@@ -49,6 +50,12 @@ def test_evaluate_counts_by_hand():
     assert result.confusion == [[6, 0, 0], [0, 6, 0], [0, 0, 6]]
     with pytest.raises(ValueError, match="has 4 classes"):
         evaluate(brightest, data.test, ("a", "b", "c", "d"), CPU)
+
+
+def test_evaluate_takes_the_logits_of_a_dictionary():
+    batch = Batch(torch.zeros(2, 3, 8, 8), torch.tensor([0, 1]), torch.tensor([0, 1]))
+    result = evaluate(lambda x: {"logits": torch.eye(2), "features": x}, [batch], ("a", "b"), CPU)
+    assert result.confusion == [[1, 0], [0, 1]]
 
 
 def test_evaluate_returns_the_speed_of_this_device_not_of_all_processes(monkeypatch: pytest.MonkeyPatch):

@@ -1,12 +1,15 @@
 """Heads: found, measured, replaced."""
 
+import collections
 import copy
+import types
 
 import pytest
 import torch
 from torch import nn
 
 from kdfast.models import create, feature_size, find_head, projection_head, replace_head
+from kdfast.models.heads import FindLogits
 
 CLASSIFIERS = {
     "resnet20": ("linear", 64),
@@ -73,3 +76,41 @@ def test_projection_head_has_two_layers_and_unit_rows():
     assert projection_head(6, hidden=9).layers[0].out_features == 9
     z = second(first(x).clamp_min(0))
     torch.testing.assert_close(head(x), z / z.norm(dim=1, keepdim=True))
+
+
+LOGITS, FEATURES = torch.zeros(2, 5), torch.zeros(2, 7)
+Named = collections.namedtuple("Named", ["logits", "aux_logits"])
+
+
+@pytest.mark.parametrize(
+    "returned",
+    [
+        pytest.param(LOGITS, id="tensor"),
+        pytest.param((FEATURES, LOGITS), id="tuple"),
+        pytest.param([LOGITS, {"features": FEATURES}], id="list"),
+        pytest.param((LOGITS,), id="tuple of one"),
+        pytest.param({"logits": LOGITS, "other": LOGITS + 1}, id="dictionary"),
+        pytest.param({"prediction": LOGITS, "features": FEATURES, "maps": torch.zeros(2, 5, 4, 4)}, id="dictionary with another key"),
+        pytest.param(collections.OrderedDict(loss=None, logits=LOGITS), id="mapping of a class of its own"),
+        pytest.param(types.SimpleNamespace(loss=None, logits=LOGITS, hidden_states=(FEATURES,)), id="object"),
+        pytest.param(Named(LOGITS, LOGITS + 1), id="named tuple"),
+    ],
+)
+def test_logits_are_found(returned):
+    assert FindLogits(5)(nn.Identity(), (), returned) is LOGITS
+
+
+@pytest.mark.parametrize(
+    ("returned", "got"),
+    [
+        pytest.param((LOGITS, LOGITS + 1), r"tuple of \[2, 5\], \[2, 5\]", id="two"),
+        pytest.param((FEATURES, torch.zeros(2)), r"tuple of \[2, 7\], \[2\]", id="none that fits"),
+        pytest.param({"logits": FEATURES}, r"dict of \[2, 7\]", id="logits of other classes"),
+        pytest.param({}, "dict of nothing", id="empty dictionary"),
+        pytest.param(None, "NoneType of nothing", id="None"),
+        pytest.param([1, "a"], "list of int, str", id="no tensors"),
+    ],
+)
+def test_what_holds_no_logits_is_refused(returned, got):
+    with pytest.raises(ValueError, match=rf"Identity must return logits \[B, 5\], alone or called logits, got {got}$"):
+        FindLogits(5)(nn.Identity(), (), returned)
