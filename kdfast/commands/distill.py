@@ -12,7 +12,7 @@ import torch
 from rich.table import Table
 from torch import nn
 
-from kdfast import recipes, report
+from kdfast import files, recipes, report
 from kdfast.commands.command_line import resolve
 from kdfast.commands.config import Distill, parse_options
 from kdfast.commands.job import Job, teacher_results
@@ -22,6 +22,7 @@ from kdfast.commands.tables import make_table
 from kdfast.engine import Evaluation, StageResult
 from kdfast.models import ModelSpec, parameter_count
 from kdfast.models.zoo import outline
+from kdfast.recipes import dih
 from kdfast.recipes.features import fingerprint
 from kdfast.recipes.plus import Term, plus
 from kdfast.recipes.recipe import Extended, Setup, Stages, Trained, seeded
@@ -53,8 +54,10 @@ def distill(config: Distill[Any]) -> Path:
         config = replace(config, teacher_model=loaded.spec.name)
     with session(config, f"{recipe.name}-{dataset}-{config.student.replace(':', '.')}") as opened:
         distillation = Distillation(config, opened, loaded)
-        given = distillation.given
-        distillation.begin(**({"teacher": fingerprint(given.model)} if given else {}))
+        weights = {"teacher": loaded.path} if loaded else {}
+        if heads := getattr(config.method, "heads", None):
+            weights["heads"] = dih.find_heads(heads)
+        distillation.begin(**{name: files.sha256(path)[:16] for name, path in weights.items()})
         distillation.print_header()
         teacher, teacher_facts = distillation.teacher() if recipe.needs_teacher else (None, None)
         arms = distillation.students(teacher)

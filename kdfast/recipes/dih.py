@@ -94,15 +94,25 @@ def train_heads(setup: Setup, settings: Settings, given: Trained | None) -> Stag
     return Trained(teacher, spec)
 
 
+def find_heads(run: Path) -> Path:
+    """Returns the file of the heads in a run's folder, or the path itself if it is a file.
+
+    Raises:
+        ValueError: there are none.
+    """
+    path = run / "stages" / supervised.HEADS / "best.safetensors" if run.is_dir() else run
+    if not path.exists():
+        raise ValueError(f"heads: {run} holds none: it is not a run of recipe dih that trained heads")
+    return path
+
+
 def _load(heads: nn.ModuleList, run: Path, facts: Mapping[str, str]) -> None:
     """Loads the heads from a run's folder or from a weights file.
 
     Raises:
         ValueError: it has no heads, or heads of another teacher, other stages or other classes.
     """
-    path = run / "stages" / supervised.HEADS / "best.safetensors" if run.is_dir() else run
-    if not path.exists():
-        raise ValueError(f"heads: {run} holds none: it is not a run of recipe dih that trained heads")
+    path = find_heads(run)
     state, found = read_weights(path)
     for name, meaning in (
         ("teacher", "another teacher's heads"),

@@ -12,6 +12,7 @@ from PIL import Image
 
 from kdfast.data import load, usable
 from kdfast.engine.loop import StageLoop
+from kdfast.models import read_weights, save_weights
 from tests.commands.running import KD_SEEDS, TINY, assert_same_run, fail, kdfast, run_and_kill
 from tests.data.samples import write_pngs
 
@@ -250,7 +251,18 @@ def test_a_changed_data_set_is_told_before_anything_is_trained(change, now, reci
     assert re.search(rf"this run's images changed since it was written: .* images \(\w+\) there, .*{now}", error)
 
 
-def test_a_changed_teacher_is_told_before_anything_is_trained(finished: Path, killed: Path, tmp_path: Path, monkeypatch, capsys):
+def test_changed_heads_are_told_before_anything_is_trained(tmp_path: Path, monkeypatch, capsys):
+    common = ["distill", "--recipe", "dih", *TINY, "--seeds", 1, "--no-baseline"]
+    assert kdfast(*common, "--out", tmp_path / "first") == 0
+    shutil.copy(tmp_path / "first" / "stages/teacher/heads/best.safetensors", heads := tmp_path / "heads.safetensors")
+    given = ["--teacher", tmp_path / "first" / "teacher.safetensors", "--heads", heads]
+    run_and_kill(monkeypatch, 3, *common, *given, "--out", tmp_path / "run")
+    state, facts = read_weights(heads)
+    save_weights({name: tensor + 1 for name, tensor in state.items()}, heads, facts)
+    assert "this run's heads changed since it was written" in fail(capsys, "distill", "--out", tmp_path / "run", "--resume")
+
+
+def test_a_changed_teacher_is_told_before_anything_is_trained(finished: Path, tmp_path: Path, monkeypatch, capsys):
     shutil.copy(finished / "teacher.safetensors", teacher := tmp_path / "teacher.safetensors")
     run_and_kill(monkeypatch, 7, "distill", *KD_SEEDS, "--teacher", teacher, "--out", tmp_path / "run")
     shutil.copy(finished / "best.safetensors", teacher)
