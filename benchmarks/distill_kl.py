@@ -245,7 +245,8 @@ def launch(C: int, request: str, student_dtype: torch.dtype, teacher_dtype: torc
     if reads > len(sizes) and r.ce and r.teachers:
         read += sizes[0]  # a store to the teachers' gradients keeps the compiler from merging the last walk's two loads of a step
     written = sum(size for size, want in zip(sizes, wanted) if want)
-    return Launch("distill_kl", ROWS, C, short_names(*dtypes[:2]), request, call, read + written, sum(sizes) + written)
+    function = "_resident" if kernel.plan(C, kernel.is_heavy(r.K, wanted)).resident(C) else "_looped"  # _count may be launched before it
+    return Launch("distill_kl", ROWS, C, short_names(*dtypes[:2]), request, call, read + written, sum(sizes) + written, function=function)
 
 
 def rescale_launch(C: int, dtype: torch.dtype) -> Launch:

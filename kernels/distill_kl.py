@@ -21,8 +21,8 @@ registers are read once, and the traffic is the floor. Longer rows (C > 8192, or
 
 The forward pass is one launch: the last program to finish adds up the others' losses, in a fixed order. The same launch writes the
 gradients, for an upstream gradient of 1; the launch of the backward pass (`rescale`) returns at once if it is 1. A mean needs the number
-of rows that are not ignored. For long rows they are counted first. For short rows, where launches dominate, the number is known at the
-end, and `rescale` also multiplies by `remaining` = N / number.
+of rows that are not ignored. For long rows and 16-bit gradients, which are to be rounded once, they are counted first. For short rows,
+where launches dominate, the number is known at the end, and `rescale` also multiplies by `remaining` = N / number.
 """
 
 import math
@@ -65,6 +65,7 @@ def plan(C: int, heavy: bool) -> Plan:
     return Plan(max(1, 1024 // block), block, max(4, min(16, block // 256)))
 
 
+COUNTED = 65_536  # rows that one program counts faster than PyTorch's operators start
 FEW_CLASSES = tl.constexpr(128)  # see _to_logits
 MASKED = tl.constexpr(-(2.0**24))  # see kdfast.reference.masked
 ORDINARY = tl.constexpr(1e7)  # the norm of a row in which a class is masked, or whose squares overflow, is larger, infinite or NaN
@@ -561,7 +562,17 @@ def _looped(
         _add_up(partial, counts, total, remaining, arrivals, N, loss, count, remaining is not None)
 
 
-# ---- the upstream gradient -------------------------------------------------------------------------------------------
+# ---- the number of rows, and the upstream gradient --------------------------------------------------------------------------------------
+
+
+@triton.jit(do_not_specialize=["N", "ignore_index"])
+def _count(labels, factor, N, ignore_index, BLOCK: tl.constexpr):
+    """Stores N / (rows that are not ignored); one program."""
+    counts = tl.zeros([BLOCK], tl.int32)
+    for start in range(0, N, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        counts += tl.where(tl.load(labels + at, mask=at < N, other=ignore_index) != ignore_index, 1, 0)
+    tl.store(factor, 1.0 * N / tl.maximum(tl.sum(counts, 0), 1).to(tl.float32))
 
 
 @triton.jit(do_not_specialize=["N", "C"])
@@ -633,8 +644,13 @@ def loss_and_gradients(
         kernel, regime = _looped, {"GENERAL": is_general(options.divergence, wanted)}
     programs = triton.cdiv(N, chosen.rows)
     factor = counts = remaining = None
+    labels = None if labels is None else labels.reshape(-1).contiguous()
     if labels is not None and options.reduction == "mean":
-        if C > 1024 or in_graph or upstream is not None:
+        if N <= COUNTED and any(g.element_size() == 2 for g in gradients):
+            factor = torch.empty((), **float32)
+            with torch.cuda.device_of(student):
+                _count[(1,)](labels, factor, N, options.ignore_index, BLOCK=2048, num_warps=8, enable_fp_fusion=True)
+        elif C > 1024 or in_graph or upstream is not None:
             factor = (labels != options.ignore_index).sum(dtype=torch.float32).clamp_(min=1).reciprocal_().mul_(N)
         else:
             counts, remaining = torch.empty(programs, dtype=torch.int32, device=device), torch.empty((), **float32)
@@ -643,7 +659,7 @@ def loss_and_gradients(
         kernel[(programs,)](
             logits=tuple(rows),
             gradients=tuple(buffers[: 1 + K]),
-            labels=None if labels is None else labels.reshape(-1).contiguous(),
+            labels=labels,
             upstream=None if upstream is None else upstream.resolve_neg().reshape(-1).contiguous(),
             factor=factor,
             losses=loss if rowwise else None,

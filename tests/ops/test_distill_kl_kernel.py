@@ -5,6 +5,7 @@ import torch
 
 from kdfast import functional, reference
 from kdfast.functional import kd_loss
+from kdfast.ops.distill_kl.options import KDOptions
 from tests.numeric import DEVICE, FLOAT32_ERROR, KERNELS, error, value_and_gradients
 from tests.ops.contracts import place_far_apart, record_launches, surround
 from tests.ops.distillation import agree, kd, make_logits
@@ -50,6 +51,25 @@ def test_a_label_out_of_range_makes_its_row_nan(C):
         for g in (gradient, of_teacher):
             assert g.isnan().all(1).tolist() == g.isnan().any(1).tolist() == [False, True, False, True, False]
     assert kd_loss(student, teacher, labels, ce_weight=0.5).isnan()
+
+
+@pytest.mark.parametrize("C", [10, 1000, 2000])
+@pytest.mark.parametrize("count", [0, 1, 2999, 3000])
+def test_a_16_bit_mean_over_some_rows_is_rounded_once(C, count, monkeypatch):
+    launches = record_launches(monkeypatch, kernel, "_count", "_resident", "_rescale")
+    N = 3000 if C == 10 else 5
+    count = min(count, N)
+    student, teacher = make_logits(N, C).bfloat16(), make_logits(N, C)
+    labels = torch.arange(N) % C
+    labels[count:] = -100
+    value, gradient = value_and_gradients(lambda s: kd_loss(s, teacher, labels), [student])
+    assert launches == ["_count", "_resident", "_rescale"]
+    options = KDOptions(temperature=4.0, standardize=False, eps=0.0, kd_weight=1.0, ce_weight=0.0, label_smoothing=0.0, ignore_index=-100,
+                        divergence="forward", reduction="mean")  # fmt: skip
+    assert kernel.loss_and_gradients(student, [teacher], labels, options, (True, False), None)[2] is None, "a factor remains"
+    exact = value_and_gradients(lambda s: reference.kd_loss(s, teacher.double(), labels), [student.double()])
+    assert error(value, exact[0]) <= FLOAT32_ERROR
+    assert error(gradient, exact[1]) <= 2**-7  # the interpreter truncates
 
 
 @pytest.mark.parametrize("C", [10, 1000, 9000])
