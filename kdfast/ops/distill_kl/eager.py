@@ -1,7 +1,8 @@
 """Logit distillation in PyTorch: the form that runs where the Triton kernel does not. op.py has the mathematics.
 
 The batch is walked in chunks of rows that stay in cache. KL is summed as p (log p - log q) + q - p: the last two terms add 0 to a row and
-cancel the rounding of the logarithms, which at a high temperature are nearly equal.
+cancel the rounding of the logarithms, which at a high temperature are nearly equal. On the CPU, rows whose divergence is below SMALL are
+computed again in float64.
 """
 
 import math
@@ -22,6 +23,9 @@ CHUNK_OFF_CPU = 2**26  # elements in all: few launches, bounded memory
 ORDINARY = 1e7
 # up to this many standardized classes, dL/du is centred: the rounding of its sum counts once it is divided by a row's width
 FEW_CLASSES = 128
+
+# divergences below this, differences of nearly equal numbers, are computed again in float64: float32 would leave them few digits
+SMALL = 2.0**-10
 
 Scale = float | Tensor  # factor of a loss and its gradients: one number, or one a row, [R, 1]
 
@@ -153,7 +157,7 @@ def _evaluate_chunk(
     student, *teachers = [x if x.dtype == dtype else x.to(dtype) for x in logits]
     if options.kd_weight != 0:
         q = _temper(student, T, standardize, eps)
-        losses, gradients = _distil(teachers, q, options, wanted, scale, zero_terms)
+        losses, gradients = _distil(student, teachers, q, options, wanted, scale, zero_terms)
         if gradients[0] is not None:
             _to_logits(gradients[0], q, T)  # here, where the teachers' temporaries are gone
     else:
@@ -234,7 +238,7 @@ def _reduce_rows(reduction: Callable[..., Tensor], x: Tensor) -> Tensor:
 
 
 def _distil(
-    teachers: Sequence[Tensor], q: _Tempered, options: KDOptions, wanted: Sequence[bool], scale: Scale, zero_terms: bool
+    student: Tensor, teachers: Sequence[Tensor], q: _Tempered, options: KDOptions, wanted: Sequence[bool], scale: Scale, zero_terms: bool
 ) -> tuple[Tensor, list[Tensor | None]]:
     """kd_weight * sum_k w_k T^2 divergence_k of R rows, [R, 1], and the gradients, the student's in u; all times `scale`."""
     T, divergence = options.temperature, _DIVERGENCE[options.divergence]
@@ -245,6 +249,8 @@ def _distil(
         weight = weight * options.kd_weight
         p = _temper(teacher, T, options.standardize, options.eps)
         value, dp, dq = divergence(p, q, want, zero_terms)
+        if value.is_cpu and value.dtype == torch.float32 and value.numel() and not value.min().item() >= SMALL:
+            _refine((value, dp, dq), teacher, student, options)
         _multiply(value, weight * T * T, scale)
         losses = value if losses is None else losses.add_(value)
         gradients.append(_to_logits(_multiply(dp, weight * through, scale), p, T) if want and dp is not None else None)
@@ -253,6 +259,19 @@ def _distil(
             total = dq if total is None else total.add_(dq)
     assert losses is not None, "there is at least one teacher"
     return losses, [total, *gradients]
+
+
+def _refine(results: Sequence[Tensor | None], teacher: Tensor, student: Tensor, options: KDOptions) -> None:
+    """Computes the small ones of a divergence's results, values [R, 1] and gradients [R, C], again in float64; reads values."""
+    value, dp, _ = results
+    assert value is not None
+    small = (value < SMALL).nonzero()[:, 0]
+    for rows in small.split(max(1, len(value) // 4)):  # float64 needs more memory
+        p, q = (_temper(x[rows].double(), options.temperature, options.standardize, options.eps) for x in (teacher, student))
+        exact = _DIVERGENCE[options.divergence](p, q, dp is not None, True)
+        for result, better in zip(results, exact):
+            if result is not None and better is not None:
+                result[rows] = better.to(result.dtype)
 
 
 def _multiply(x: Tensor, weight: float, scale: Scale) -> Tensor:
