@@ -72,7 +72,7 @@ def networks(tmp_path, monkeypatch):
         pytest.param(["--recipe", "at", "--student", "vgg8_cifar"], "equally many stages, got 4 .* and 3", id="numbers of stages"),
         pytest.param(["--recipe", "dih", "--teacher-model", "mobilenet_v2"], "teacher_stages must be named", id="no stages"),
         pytest.param(["--recipe", "at", "--student-stages", "layer9"], "no module 'layer9'", id="stage"),
-        pytest.param(["--recipe", "fitnets", "--teacher-hint", "linear"], r"feature map \[B, C, H, W\], got \[B, 10\]", id="hint"),
+        pytest.param(["--recipe", "fitnets", "--teacher-hint", "linear"], r"or \[B, H, W, C\], got \[B, 10\]", id="hint"),
         pytest.param(["--recipe", "mhkd", "--head-padding", "0"], "maps of at least 5 x 5 pixels", id="heads' padding"),
         pytest.param(["--recipe", "crd", "--student", "torchvision.models:squeezenet1_1", "--image-size", "64"], "no linear", id="head"),
         pytest.param(["--student-options", "widht=2"], "does not take .*'widht'; its options: shortcut, in_channels", id="option"),

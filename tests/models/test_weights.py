@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tarfile
 import textwrap
+import time
 import types
 import warnings
 import zipfile
@@ -177,6 +178,25 @@ class TestReading:
         subprocess.run([sys.executable, "-c", textwrap.dedent(script)], check=True)
         with pytest.raises(ValueError, match="holds one process's part of distributed weights"):
             read_weights(tmp_path / "w.pth")
+
+    @pytest.mark.parametrize(
+        ("content", "message"),
+        [
+            pytest.param(b"cposixpath\njoin\nX\x01\x00\x00\x00a\x85R.", "asks to run posixpath.join", id="a call"),
+            pytest.param(b"cnumpy\ndtype\n)\x81X\x01\x00\x00\x00a\x85b.", "not a weights file", id="a stand-in's state"),
+            pytest.param(b"".join(b"cm%d\nK\n" % i for i in range(300)) + b".", "can be read without running code", id="many classes"),
+            pytest.param(b"]" * 9999 + b"a" * 9998 + b".", "has no state dict", id="nested deeply"),
+        ],
+    )
+    def test_made_up_pickles_are_one_sentence_at_once(self, tmp_path, content, message):
+        torch.save({"w": torch.ones(1)}, tmp_path / "good.pth")
+        with zipfile.ZipFile(tmp_path / "good.pth") as good, zipfile.ZipFile(tmp_path / "w.pth", "w") as bad:
+            for name in good.namelist():
+                bad.writestr(name, b"\x80\x02" + content if name.endswith("data.pkl") else good.read(name))
+        start = time.monotonic()
+        with pytest.raises(ValueError, match=message):
+            read_weights(tmp_path / "w.pth")
+        assert time.monotonic() - start < 20
 
     def test_a_file_that_holds_itself_is_one_sentence(self, tmp_path):
         content: dict = {}
