@@ -58,6 +58,8 @@ class ModelSpec:
 
     def __post_init__(self) -> None:
         checks.is_a("ModelSpec: name", self.name, str)
+        if not self.name:
+            raise ValueError("ModelSpec: name must not be empty")
         checks.is_a("ModelSpec: options", self.options, Mapping)
         if not isinstance(self.num_classes, int) or isinstance(self.num_classes, bool) or self.num_classes < 1:
             raise ValueError(f"ModelSpec: num_classes must be a positive integer, got {self.num_classes!r}")

@@ -46,11 +46,11 @@ class Term(Checked):
         Raises:
             ValueError: another term or option, or a value that is not positive.
         """
-        name, _, rest = text.partition(":")
+        name, colon, rest = text.partition(":")
         if name not in DEFAULTS:
             raise ValueError(f"plus must begin with {', '.join(DEFAULTS)}, got {text!r}")
         values = dict(DEFAULTS[name])
-        for option in filter(None, rest.split(",")):
+        for option in rest.split(",") if colon else ():
             key, _, value = option.partition("=")
             try:
                 good = key in values and float(value) > 0

@@ -18,7 +18,7 @@ from kdfast.commands.command_line import resolve
 from kdfast.engine.ranges import Checked, Range
 from tests.commands.running import KD, fail
 
-LONG = 5.0  # seconds that a refusal may take
+LONG = 5.0  # seconds of work that a refusal may take
 
 
 def list_options() -> list[type]:
@@ -70,7 +70,7 @@ def bad_values(hint: Any) -> list[Any]:
 
 @pytest.mark.parametrize("name", recipes.names())
 def test_no_recipe_takes_a_bad_value(name: str):
-    start = time.monotonic()
+    start = time.process_time()
     made = config.defaults(recipes.get(name), "default", "digits")
     tried = 0
     for part in ("method", "data", "training", "teacher_training", "run"):
@@ -81,7 +81,7 @@ def test_no_recipe_takes_a_bad_value(name: str):
                 with pytest.raises((ValueError, TypeError), match=rf"^{field} must "):
                     dataclasses.replace(options, **{field: value})
     assert tried > 200
-    assert time.monotonic() - start < LONG
+    assert time.process_time() - start < LONG
 
 
 BAD = [
@@ -94,6 +94,7 @@ BAD = [
     ("kd", "--augment nosuch", "training transform must be one of"),
     ("kd", "--evaluation nosuch", "evaluation transform must be one of"),
     ("kd", "--loader nosuch", "invalid choice"),
+    ("kd", "--plus kd:", "plus kd takes weight=NUMBER and temperature=NUMBER, both positive, got ''"),
     ("kd", "--plus kd:weight=inf", "plus kd: weight must be at most 1e+38, got inf"),
     ("kd", "--plus kd:temperature=1e-30", "plus kd: temperature must be at least 0.0001"),
     ("kd", "--temperature 1e-30", "temperature must be at least 0.0001, got 1e-30"),
@@ -140,14 +141,14 @@ BAD = [
 @pytest.mark.parametrize(("recipe", "options", "message"), BAD, ids=[f"{recipe} {options}" for recipe, options, _ in BAD])
 def test_what_cannot_work_is_refused_before_anything_trains(recipe, options, message, tmp_path: Path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    start = time.monotonic()
+    start = time.process_time()
     try:
         error = fail(capsys, "distill", *KD[2:], "--recipe", recipe, *options.split())
     except SystemExit:
         error = capsys.readouterr().err.strip()
     assert re.fullmatch("kdfast: .*", error), "one sentence"
     assert message in error
-    assert time.monotonic() - start < LONG
+    assert time.process_time() - start < LONG
     assert not list(tmp_path.iterdir())
 
 
