@@ -43,7 +43,7 @@ IMAGENETTE = {
     "n03445777": "golf ball",
     "n03888257": "parachute",
 }
-_SPLITS = {  # usual names of the folders of splits, in lower case, without seg_ before and _set behind them
+_SPLITS = {  # usual names of the folders of splits, in lower case, without seg_ before and _set, _images, 2017 or the like behind them
     "train": ("train", "training"),
     "val": ("val", "valid", "validation", "dev"),
     "test": ("test", "testing"),
@@ -295,12 +295,12 @@ def _read_folder(folder: Path, use_test: bool = True) -> _Content:
         raise DataError(f"{root}: has {found} but no train/; without splits, put the class folders directly into it")
     if len(parts) == 1:
         raise DataError(f"{root}: has {found} but neither val/ nor test/; without splits, put the class folders directly into it")
-    if not use_test:
-        parts.pop("test", None)
+    if not use_test and (test := parts.pop("test", None)):
+        notes.append(f"{test} is left out (--no-use-test)")
     classes, split = _read_classes(_unwrap(parts.pop("train", root), notes), notes)
     others = [_read_classes(_unwrap(path, notes, classes), notes, classes)[1] for path in parts.values()]
-    test, val = [*others[::-1], None, None][:2]
-    return _Content(classes, split, test, val, _common_size(split, notes), tuple(notes))
+    held_out, val = [*others[::-1], None, None][:2]
+    return _Content(classes, split, held_out, val, _common_size(split, notes), tuple(notes))
 
 
 def _find_splits(folder: Path, notes: list[str]) -> dict[str, Path]:
@@ -327,7 +327,7 @@ def _find_splits(folder: Path, notes: list[str]) -> dict[str, Path]:
 
 
 def _split_of(folder: Path) -> str | None:
-    name = re.sub(r"^seg[-_ ]|[-_ ]?set$", "", folder.name.lower())
+    name = re.sub(r"^seg[-_ ]|[-_ ]?(set|images|data|20\d\d|1)$", "", folder.name.lower())
     return next((part for part, names in _SPLITS.items() if name in names), None)
 
 

@@ -99,6 +99,8 @@ LAYOUTS = [
     ("seg_train/seg_train", "seg_test/seg_test"),
     ("training_set/training_set", "test_set/test_set"),
     ("trainset", "testset"),
+    ("train_images", "test_images"),
+    ("train2017", "val2017"),
     ("dataset/dataset/train", "dataset/dataset/test"),
     ("archive/Training", "archive/Testing"),
 ]
@@ -140,7 +142,7 @@ def test_classes_may_be_called_like_splits_and_it_is_said(tmp_path, folders):
         pytest.param(("train/ant", "train/bee"), "has train/ but neither val/ nor test/", id="train"),
         pytest.param(("Testing/ant", "val/ant"), "has val/, Testing/ but no train/", id="no train"),
         pytest.param(("train/ant", "Training/ant", "test/ant"), "both Training/ and train/ hold train images", id="two"),
-        pytest.param(("train", "test"), "train: expected one folder a class with images inside, found no folder", id="no classes"),
+        pytest.param(("train", "test1"), "train: expected one folder a class with images inside, found no folder", id="no classes"),
         pytest.param(("train/ant", "train/bee", "test"), r"test: expected one folder a class.*\(--no-use-test leaves out", id="kaggle"),
         pytest.param(("train/ant", "train/bee", "test/unknown"), r"class 'unknown' is not .*\(--no-use-test leaves out", id="unknown"),
     ],
@@ -157,6 +159,7 @@ def test_a_test_folder_without_labels_can_be_left_out(tmp_path):
     write_images(tmp_path / "test")
     data = load(str(tmp_path), use_test=False)
     assert all("/train/" in path for path in data.train.paths + data.val.paths + data.test.paths)
+    assert data.notes == (f"{tmp_path / 'test'} is left out (--no-use-test)",)
     with pytest.raises(DataError, match="only test/ of an image folder can be left out"):
         load("digits", use_test=False)
 
