@@ -140,22 +140,33 @@ def read_torch(path: Path) -> Any:
 
 def write_sealed_json(path: Path, value: dict[str, Any]) -> None:
     """Writes `value` as JSON to `path` atomically, with its checksum as the last entry."""
-    write_json(path, value | {"sha256": _sum(value)})
+    write_json(path, value | {"sha256": checksum(value)})
 
 
-def read_sealed_json(path: Path, *, required: bool = True) -> dict[str, Any]:
-    """Reads what `write_sealed_json` wrote; a checksum that is not `required` may be absent.
+def read_sealed_json(path: Path) -> dict[str, Any]:
+    """Reads what `write_sealed_json` wrote.
 
     Raises:
         ValueError: the file is damaged or has been edited.
     """
+    value = read_json(path)
+    if value.pop("sha256", None) != checksum(value):
+        raise ValueError(f"{path} is damaged or has been edited")
+    return value
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Reads an object of JSON.
+
+    Raises:
+        ValueError: the file holds none.
+    """
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-        seal = value.pop("sha256", None)
-    except (ValueError, AttributeError, TypeError) as error:
+    except ValueError as error:  # JSON's and UTF-8's errors are kinds of it
         raise ValueError(f"{path} is damaged: {error}") from None
-    if seal != _sum(value) and (required or seal is not None):
-        raise ValueError(f"{path} is damaged or has been edited")
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} is damaged: it holds no object")
     return value
 
 
@@ -165,5 +176,6 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _sum(value: dict[str, Any]) -> str:
+def checksum(value: Any) -> str:
+    """Returns the checksum of a value as JSON, hexadecimal."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

@@ -4,6 +4,7 @@ Accuracies are fractions of the test images, losses are nats, times are seconds.
 are texts in the file, "class:images class:images ...", without the zeros.
 """
 
+import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, NotRequired, TypedDict, cast
@@ -11,6 +12,7 @@ from typing import Any, Literal, NotRequired, TypedDict, cast
 from kdfast import files
 
 NAME = "results.json"
+TIMES = {"seconds", "seconds_total", "images_per_s", "train_images_per_s", "environment"}  # what checksums leave out
 RECORDED = ("best.safetensors", "metrics.jsonl")
 DENSE = 100  # classes
 
@@ -114,9 +116,10 @@ class Results(TypedDict):
 def write(folder: Path, results: Results) -> None:
     """Writes RUN/results.json atomically, keys in the schema's order."""
     found = _map_matrices(results, _pack)
-    if sums := {name: files.sha256(folder / name) for name in RECORDED if (folder / name).is_file()}:
+    if sums := {name: _sum(folder / name) for name in RECORDED if (folder / name).is_file()}:
         found["files"] = sums
-    files.write_sealed_json(folder / NAME, {key: found[key] for key in Results.__annotations__ if key in found})
+    found = {key: found[key] for key in Results.__annotations__ if key in found}
+    files.write_json(folder / NAME, found | {"sha256": files.checksum(_without_times(found))})
 
 
 def check(folder: Path, name: str) -> None:
@@ -127,8 +130,24 @@ def check(folder: Path, name: str) -> None:
     """
     found, path = read(folder), folder / name
     known = found.get("files", {}).get(name) if found else None
-    if known and (not path.is_file() or files.sha256(path) != known):
+    if known and (not path.is_file() or _sum(path) != known):
         raise ValueError(f"{path} is damaged, missing or of another run: {folder / NAME} knows another")
+
+
+def _sum(path: Path) -> str:
+    """The checksum of a file; of lines of JSON without their times, since two runs of one command differ in these alone."""
+    if path.suffix != ".jsonl":
+        return files.sha256(path)
+    try:
+        return files.checksum([_without_times(json.loads(line)) for line in path.read_bytes().splitlines()])
+    except ValueError:
+        return "damaged"
+
+
+def _without_times(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _without_times(part) for key, part in value.items() if key not in TIMES}
+    return [_without_times(part) for part in value] if isinstance(value, list) else value
 
 
 def read(folder: Path) -> Results | None:
@@ -140,7 +159,9 @@ def read(folder: Path) -> Results | None:
     path = folder / NAME
     if not path.is_file():
         return None
-    found = files.read_sealed_json(path, required=False)
+    found = files.read_json(path)
+    if (seal := found.pop("sha256", None)) is not None and seal != files.checksum(_without_times(found)):
+        raise ValueError(f"{path} is damaged or has been edited")
     if missing := Results.__required_keys__ - found.keys():
         raise ValueError(f"{path} is damaged: there is no {', '.join(sorted(missing))} in it")
     try:

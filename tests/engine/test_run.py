@@ -272,12 +272,17 @@ def test_a_frozen_network_that_is_not_finite_is_named_in_place_of_the_learning_r
 def test_a_process_that_outlives_its_parent_does_not_hold_the_lock(tmp_path: Path):
     """A run that is killed by -9 leaves its loaders' workers for some seconds."""
     with locked(tmp_path):
+        reader, writer = os.pipe()
         worker = os.fork()
         if worker == 0:
+            os.write(writer, b"it runs")
             signal.pause()
+        os.read(reader, 1)
     with locked(tmp_path):
         os.kill(worker, signal.SIGKILL)
         os.waitpid(worker, 0)
+    os.close(reader)
+    os.close(writer)
 
 
 def test_a_fork_does_not_unlock(tmp_path: Path):
