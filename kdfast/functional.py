@@ -140,7 +140,7 @@ def linear_kd_loss(
     a 16-bit weight that requires grad needs, with more rows than chunk_rows, 4 C D bytes for its gradient's float32 sum.
 
     Gradients reach those of the six tensors that require them; there is no second derivative. The forward pass computes them; with
-    reduction "none", and for float16 logits, the backward pass does, and computes the logits once more.
+    reduction "none", and for float16 logits, the backward pass does, from the inputs (compiled, clone those of inference mode).
 
     Args:
         student_hidden: [..., D_s], the input of the student's last layer; floating.

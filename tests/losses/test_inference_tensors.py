@@ -17,6 +17,7 @@ with torch.inference_mode():
     LOGITS, MAPS, ROWS, HIDDEN, WEIGHT = make(B, C), make(B, 4, 5, 5), make(B, D), make(B, 5), make(C, 5)
     LABELS, MASK, BANK = torch.arange(B, device=DEVICE) % 3, make(B, B).abs(), torch.nn.functional.normalize(make(50, D), dim=1)
     INDICES, Z, DEEP = torch.arange(B * 9, device=DEVICE).view(B, 9) % 50, torch.full((), 60.0, device=DEVICE), make(B, 16, 3, 3)
+OWN = make(C, D)
 DISTILLATION = {"temperature": 2.0, "ce_weight": 0.5}
 KD, LSKD, AT = losses.KDLoss(2.0, ce_weight=0.5), losses.LogitStandardizationLoss(), losses.AttentionTransferLoss()
 HINT = losses.HintLoss((4, 5, 5), (16, 3, 3)).to(DEVICE)
@@ -24,7 +25,7 @@ SELF = losses.SelfDistillationLoss(0.5, 4, 16).to(DEVICE)
 
 
 def linear_kd(x):
-    return functional.linear_kd_loss(x, make(C, D), HIDDEN, WEIGHT, LABELS, ce_weight=0.5)
+    return functional.linear_kd_loss(x, OWN, HIDDEN, WEIGHT, LABELS, ce_weight=0.5)
 
 
 def contrast_with_a_queue(x):
@@ -70,6 +71,20 @@ def test_tensors_of_inference_mode_are_taken(loss, shape):
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # of Dynamo's own, for inputs of inference mode
-@pytest.mark.parametrize(("loss", "shape"), [FUNCTIONS[1], FUNCTIONS[5], FUNCTIONS[9]])
+@pytest.mark.parametrize(
+    ("loss", "shape"),
+    [
+        *(FUNCTIONS[i] for i in (1, 3, 5, 9)),
+        pytest.param(lambda x: functional.kd_loss(x, LOGITS, LABELS, reduction="none", **DISTILLATION), (B, C), id="kd_loss, rows"),
+    ],
+)
 def test_compiled_losses_take_tensors_of_inference_mode(loss, shape):
     check(torch.compile(loss, backend="aot_eager", fullgraph=True), shape)
+
+
+def test_compiled_losses_that_save_their_inputs_say_that_they_need_a_clone():
+    """With reduction "none" linear_kd_loss computes again in backward; copies of its weights would take the memory that it saves."""
+    loss = torch.compile(lambda x, h: functional.linear_kd_loss(x, OWN, h, OWN, reduction="none"), backend="aot_eager", fullgraph=True)
+    with pytest.raises(RuntimeError, match="make a clone"):
+        loss(make(B, D).requires_grad_(), ROWS)
+    check(lambda x: loss(x, ROWS.clone()), (B, D))
