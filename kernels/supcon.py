@@ -20,7 +20,8 @@ again: (4 + 2 ceil(D / slice)) N^2 D. The slice is 256 features, and 128 for flo
 m_i is the running maximum of S_ij in the denominator (`online`), or 0 if exp(S) stays far inside float32's range (`direct`): |S| is at
 most 1 / tau for rows of unit length, and max |x|^2 / tau for others, which a program reads from the device. Then G_ij and G_ji share
 their exponential. For few rows, the columns are walked in `splits` parts, which launches of their own (`_losses`, `_finish`) add up in a
-fixed order. No atomics: bits depend on the inputs alone.
+fixed order. Atomics add integers only: bits depend on the inputs alone. Names are shortened to indices of rows first, and W counted
+there if there is no mask, so that a tile compares, and neither masks nor counts.
 
 Floor: operations, see above; beyond the rows and their gradient the memory is `splits` float32 [N, D] backward and a few numbers a row.
 """
@@ -104,7 +105,7 @@ def plans(N: int, D: int, dtype: torch.dtype, precision: str, masked: bool, devi
         forward = [Plan(64, 32, width, 8 if device.tensor_memory else 4, 2)]
         backward = [Plan(64, columns if width < 256 else 32, width, 4, 2), Plan(64, 32, width, 4, 2)]
     else:
-        forward = [Plan(128, columns, width, 8, 3), Plan(128, columns, width, 8, 2), Plan(128, 32, width, 8, 2)]
+        forward = [Plan(128, columns, width, 8, 2), Plan(128, 32, width, 8, 2)]
         backward = [Plan(128, 64, width, 8, 3), Plan(128, 64, width, 8, 2), Plan(128, 32, width, 8, 2)]
     if masked or size == 4:
         forward, backward = forward[-2:], backward[-1:]
@@ -185,14 +186,23 @@ def _bound(tops, blocks):
 
 
 @triton.jit
-def _alike(mask, name_i, name_j, both, B):
-    """Returns P without c: 1 for equal names, or the mask's weights."""
+def _add_pairs(a, b, more_a, more_b):
+    return a + more_a, b + more_b
+
+
+@triton.jit
+def _alike(mask, name_i, name_j, B):
+    """Returns P without c of rows that are anchors: 1 for equal names, or the mask's weights. Rows without a name have -1."""
     if mask is None:
-        P = tl.where(both & (name_i[:, None] == name_j[None, :]), 1.0, 0.0)
+        P = tl.where(name_i[:, None] == name_j[None, :], 1.0, 0.0)
     else:
-        at = name_i[:, None] * B + name_j[None, :]
-        P = tl.load(mask + at, mask=both, other=0).to(tl.float32)
+        P = _weights(mask, name_i[:, None], name_j[None, :], B)
     return P
+
+
+@triton.jit
+def _weights(mask, name, other, B):
+    return tl.load(mask + name * B + other, mask=(name >= 0) & (other >= 0), other=0).to(tl.float32)
 
 
 # A program walks the plain column tiles of first .. last, then the tiles that meet the diagonal or lack columns: two loops, and only the
@@ -227,9 +237,12 @@ def _tile(step, first, last, total, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 # ---- forward ---------------------------------------------------------------------------------------------------------
 
 
-@triton.jit(do_not_specialize=["count"])
-def _first_of_name(names, first, count, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """Stores the index of the first row of the same name: tiles have registers for 32 bits only."""
+@triton.jit(do_not_specialize=["count", "counted"])
+def _first_of_name(names, first, sizes, count, counted, DUPLICATES: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """Stores the index of the first row of the same name, -1 from row `count` on: tiles have registers for 32 bits only.
+
+    Adds up c_j of each name in `sizes`, at its first row.
+    """
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     name = tl.load(names + row, mask=row < count, other=0)
     found = tl.where(row < count, 2147483647, 0)
@@ -240,7 +253,9 @@ def _first_of_name(names, first, count, ROWS: tl.constexpr, BLOCK: tl.constexpr)
         same = (name[:, None] == other[None, :]) & (at < count)[None, :]
         found = tl.minimum(found, tl.min(tl.where(same, at[None, :], 2147483647), 1))
         start += BLOCK
-    tl.store(first + row, tl.minimum(found, row), mask=row < count)  # NaN equals no name, so its row has no positives
+    found = tl.minimum(found, row)  # NaN equals no name, so its row has no positives
+    tl.store(first + row, tl.where(row < count, found, -1))
+    tl.atomic_add(sizes + found, tl.where(row < counted, DUPLICATES, 1), mask=row < count, sem="relaxed")
 
 
 @triton.jit
@@ -273,12 +288,12 @@ def _prepare(x, scaled, r, q, tops, rows, D, stride, to_log2, ROWS: tl.constexpr
 @triton.jit
 def _sums(
     xi, x, names, mask, r, ri, name_i, row, first, last, origin,
-    N, total, named, counted, B, D, stride, to_log2,
+    N, total, counted, B, D, stride, to_log2,
     DIRECT: tl.constexpr, DUPLICATES: tl.constexpr, SELF_POSITIVE: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr, WHOLE: tl.constexpr,
     INTERPRETED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Returns m, Z, A = sum P S and W of a block of rows over column tiles first .. last, in units of log 2."""
+    """Returns m, Z, A = sum P S and, with a mask, W of a block of rows over column tiles first .. last, in units of log 2."""
     m = tl.full([ROWS], LOWEST, tl.float32)
     if DIRECT:
         m = tl.zeros([ROWS], tl.float32)
@@ -291,30 +306,27 @@ def _sums(
     for CAREFUL in tl.static_range(2):
         for step in range(plain if CAREFUL else 0, last - first if CAREFUL else plain):
             col = _tile(step, first, last, total, ROWS, COLUMNS) * COLUMNS + tl.arange(0, COLUMNS)
-            real = col < total
+            real = col < total if CAREFUL else col >= 0  # no constant, see _rounded
             xj = xi
             if WHOLE:
                 xj = _load(x, col, real, 0, D, stride, WIDTH, INTERPRETED)
             S = _product(xi, xj, x, row, row < N, col, real, D, stride, WIDTH, WHOLE, INTERPRETED, PRECISION) * to_log2
             if r is not None:
                 S = S * ri[:, None] * tl.load(r + col, mask=real, other=0.0)[None, :]
-            name_j = tl.load(names + col, mask=col < named, other=0)
-            both = (row < N)[:, None] & (col < named)[None, :]
+            name_j = tl.load(names + col)
             itself = row[:, None] == col[None, :]
             c = tl.full([COLUMNS], 1.0, tl.float32)
             if DUPLICATES > 1:
                 c = tl.where(col < counted, 1.0 * DUPLICATES, 1.0)
-            if mask is None and DUPLICATES == 1:  # bits and integers need fewer registers than weights
-                alike = both & (name_i[:, None] == name_j[None, :])
-                if CAREFUL and not SELF_POSITIVE:
-                    alike = alike & (row[:, None] != col[None, :])
-                A += tl.sum(tl.where(alike, S, 0.0), 1)
-                W += tl.sum(alike.to(tl.int32), 1).to(tl.float32)
-            else:
-                P = _alike(mask, name_i, name_j, both, B) * c[None, :]
-                if CAREFUL and not SELF_POSITIVE:
-                    P = tl.where(itself, 0.0 if DUPLICATES == 1 else P * ((DUPLICATES - 1) / DUPLICATES), P)
-                A += tl.sum(P * S if mask is not None else tl.where(P != 0.0, P * S, 0.0), 1)
+            P = _alike(mask, name_i, name_j, B)
+            if DUPLICATES > 1:
+                P = P * c[None, :]
+            if CAREFUL and not SELF_POSITIVE:
+                P = tl.where(itself, 0.0 if DUPLICATES == 1 else P * ((DUPLICATES - 1) / DUPLICATES), P)
+            # infinite products of rows that are no positives count for nothing
+            PS = P * S if mask is not None or DIRECT else tl.where(P != 0.0, P * S, 0.0)
+            if mask is not None:
+                A += tl.sum(PS, 1)
                 W += tl.sum(P, 1)
             if CAREFUL:
                 S = tl.where(real[None, :] & ((DUPLICATES > 1) | (row[:, None] != col[None, :])), S, float("-inf"))
@@ -329,14 +341,19 @@ def _sums(
                 e = e * c[None, :]
                 if CAREFUL:
                     e = tl.where(itself, e * ((DUPLICATES - 1) / DUPLICATES), e)
-            Z += tl.sum(e, 1)
+            if mask is None:  # one reduction, as the second of two would be made in another layout
+                more_Z, more_A = tl.reduce((e, PS), 1, _add_pairs)
+                Z += more_Z
+                A += more_A
+            else:
+                Z += tl.sum(e, 1)
     return m, Z, A, W
 
 
-@triton.jit(do_not_specialize=["N", "total", "named", "counted", "B", "blocks", "tiles"])
+@triton.jit(do_not_specialize=["N", "total", "counted", "B", "blocks", "tiles"])
 def _denominators(
     x, names, mask, r, tops, out,
-    N, total, named, counted, B, D, stride, blocks, tiles, to_log2, limit, origin,
+    N, total, counted, B, D, stride, blocks, tiles, to_log2, limit, origin,
     DIRECT: tl.constexpr, DUPLICATES: tl.constexpr, SELF_POSITIVE: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr, WHOLE: tl.constexpr,
     INTERPRETED: tl.constexpr, PRECISION: tl.constexpr,
@@ -345,7 +362,7 @@ def _denominators(
     D, stride = D // 8 * 8, stride // 8 * 8
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     inside = row < N
-    name_i = tl.load(names + row, mask=inside, other=0)
+    name_i = tl.load(names + row)
     ri = tl.zeros([ROWS], tl.float32)
     if r is not None:
         ri = tl.load(r + row, mask=inside, other=0.0)
@@ -356,12 +373,12 @@ def _denominators(
         xi = _load(x, row, inside, 0, D, stride, WIDTH, INTERPRETED)
     if DIRECT if tops is None else _bound(tops, blocks) <= limit:
         m, Z, A, W = _sums(
-            xi, x, names, mask, r, ri, name_i, row, first, last, origin, N, total, named, counted, B, D, stride, to_log2,
+            xi, x, names, mask, r, ri, name_i, row, first, last, origin, N, total, counted, B, D, stride, to_log2,
             True, DUPLICATES, SELF_POSITIVE, ROWS, COLUMNS, WIDTH, WHOLE, INTERPRETED, PRECISION,
         )  # fmt: skip
     else:
         m, Z, A, W = _sums(
-            xi, x, names, mask, r, ri, name_i, row, first, last, origin, N, total, named, counted, B, D, stride, to_log2,
+            xi, x, names, mask, r, ri, name_i, row, first, last, origin, N, total, counted, B, D, stride, to_log2,
             False, DUPLICATES, SELF_POSITIVE, ROWS, COLUMNS, WIDTH, WHOLE, INTERPRETED, PRECISION,
         )  # fmt: skip
     at = out + tl.program_id(1).to(tl.int64) * 4 * N + row
@@ -372,8 +389,8 @@ def _denominators(
 
 
 @triton.jit(do_not_specialize=["N", "parts"])
-def _losses(sums, m_out, Z_out, W_out, losses, N, parts, scale, BLOCK: tl.constexpr):
-    """Adds up the parts of the columns and stores the losses."""
+def _losses(sums, names, sizes, m_out, Z_out, W_out, losses, N, parts, scale, SELF_POSITIVE: tl.constexpr, BLOCK: tl.constexpr):
+    """Adds up the parts of the columns and stores the losses; with `sizes`, W is a name's size but for the anchor itself."""
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = row < N
     m = tl.full([BLOCK], LOWEST, tl.float32)
@@ -387,6 +404,9 @@ def _losses(sums, m_out, Z_out, W_out, losses, N, parts, scale, BLOCK: tl.conste
         Z += tl.load(at + N, mask=inside, other=0.0) * tl.exp2(tl.load(at, mask=inside, other=LOWEST) - m)
         A += tl.load(at + 2 * N, mask=inside, other=0.0)
         W += tl.load(at + 3 * N, mask=inside, other=0.0)
+    if sizes is not None:
+        name = tl.load(names + row, mask=inside, other=0)
+        W += (tl.load(sizes + name) - (0 if SELF_POSITIVE else 1)).to(tl.float32)
     per_log2 = 0.6931471805599453
     loss = scale * (W * (m * per_log2 + tl.log(Z)) - A * per_log2) / tl.where(W < 1e-6, 1.0, W)
     tl.store(m_out + row, m, mask=inside)
@@ -398,15 +418,15 @@ def _losses(sums, m_out, Z_out, W_out, losses, N, parts, scale, BLOCK: tl.conste
 # ---- backward --------------------------------------------------------------------------------------------------------
 
 
-@triton.jit(do_not_specialize=["N"])
-def _shares(upstream, Z, W, s, h, tops, N, scale, BLOCK: tl.constexpr):
-    """Stores s and h of the anchors; in tops, the largest of each block's |h| and |W h|."""
+@triton.jit(do_not_specialize=["N", "rows"])
+def _shares(upstream, Z, W, s, h, tops, N, rows, scale, BLOCK: tl.constexpr):
+    """Stores s and h, 0 from row N on; in tops, the largest of each block's |h| and |W h|."""
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = row < N
     w = tl.load(W + row, mask=inside, other=1.0)
     v = tl.load(upstream + row, mask=inside, other=0.0) * scale / tl.where(w < 1e-6, 1.0, w)
-    tl.store(h + row, v, mask=inside)
-    tl.store(s + row, w * v / tl.load(Z + row, mask=inside, other=1.0), mask=inside)
+    tl.store(h + row, v, mask=row < rows)
+    tl.store(s + row, w * v / tl.load(Z + row, mask=inside, other=1.0), mask=row < rows)
     if tops is not None:
         tl.store(tops + tl.program_id(0), tl.max(tl.abs(v) * tl.maximum(tl.abs(w), 1.0), 0))
 
@@ -414,7 +434,7 @@ def _shares(upstream, Z, W, s, h, tops, N, scale, BLOCK: tl.constexpr):
 @triton.jit
 def _pulls(
     xi, x, names, mask, r, ri, name_i, mi, si, hi, ci, row, m, s, h, first, last, slice_start, per_top,
-    N, rows, total, named, counted, B, D, stride, to_log2,
+    N, rows, total, counted, B, D, stride, to_log2,
     DIRECT: tl.constexpr, DUPLICATES: tl.constexpr, SELF_POSITIVE: tl.constexpr, ROWS: tl.constexpr,
     COLUMNS: tl.constexpr, WIDTH: tl.constexpr, SLICE: tl.constexpr, WHOLE: tl.constexpr,
     INTERPRETED: tl.constexpr, PRECISION: tl.constexpr,
@@ -425,17 +445,16 @@ def _pulls(
     for CAREFUL in tl.static_range(2):
         for step in range(plain if CAREFUL else 0, last - first if CAREFUL else plain):
             col = _tile(step, first, last, total, ROWS, COLUMNS) * COLUMNS + tl.arange(0, COLUMNS)
-            real = col < total
+            real = col < total if CAREFUL else col >= 0  # no constant, see _rounded
             xj = _load(x, col, real, slice_start, D, stride, SLICE, INTERPRETED)
             S = _product(xi, xj, x, row, row < rows, col, real, D, stride, WIDTH, WHOLE, INTERPRETED, PRECISION) * to_log2
             rj = tl.full([COLUMNS], 1.0, tl.float32)
             if r is not None:
                 rj = tl.load(r + col, mask=real, other=0.0)
                 S = S * ri[:, None] * rj[None, :]
-            sj = tl.load(s + col, mask=col < N, other=0.0) * per_top
-            hj = tl.load(h + col, mask=col < N, other=0.0) * per_top
-            name_j = tl.load(names + col, mask=col < named, other=0)
-            both = (row < named)[:, None] & (col < named)[None, :]
+            sj = tl.load(s + col) * per_top
+            hj = tl.load(h + col) * per_top
+            name_j = tl.load(names + col)
             cj = tl.full([COLUMNS], 1.0, tl.float32)
             if DUPLICATES > 1:
                 cj = tl.where(col < counted, 1.0 * DUPLICATES, 1.0)
@@ -450,11 +469,10 @@ def _pulls(
                 mj = tl.load(m + col, mask=col < N, other=float("inf"))
                 G = tl.exp2(S - mi[:, None]) * (si[:, None] * cj[None, :]) + tl.exp2(S - mj[None, :]) * (ci[:, None] * sj[None, :])
             if mask is None:
-                P = tl.where(both & (name_i[:, None] == name_j[None, :]), hi[:, None] * cj[None, :] + ci[:, None] * hj[None, :], 0.0)
+                P = tl.where(name_i[:, None] == name_j[None, :], hi[:, None] * cj[None, :] + ci[:, None] * hj[None, :], 0.0)
             else:
-                P = _alike(mask, name_i, name_j, both, B) * (hi[:, None] * cj[None, :])
-                at = name_j[None, :] * B + name_i[:, None]
-                P += tl.load(mask + at, mask=both, other=0).to(tl.float32) * (ci[:, None] * hj[None, :])
+                P = _weights(mask, name_i[:, None], name_j[None, :], B) * (hi[:, None] * cj[None, :])
+                P += _weights(mask, name_j[None, :], name_i[:, None], B) * (ci[:, None] * hj[None, :])
             if CAREFUL:
                 if DUPLICATES > 1:
                     G = tl.where(itself, G * ((DUPLICATES - 1) / DUPLICATES), G)
@@ -469,10 +487,10 @@ def _pulls(
     return acc
 
 
-@triton.jit(do_not_specialize=["N", "rows", "total", "named", "counted", "B", "blocks", "share_blocks", "tiles"])
+@triton.jit(do_not_specialize=["N", "rows", "total", "counted", "B", "blocks", "share_blocks", "tiles"])
 def _gradients(
     x, names, mask, r, tops, m, s, h, share_tops, out,
-    N, rows, total, named, counted, B, D, stride, blocks, share_blocks, tiles, to_log2, limit,
+    N, rows, total, counted, B, D, stride, blocks, share_blocks, tiles, to_log2, limit,
     DIRECT: tl.constexpr, DUPLICATES: tl.constexpr, SELF_POSITIVE: tl.constexpr, ROWS: tl.constexpr,
     COLUMNS: tl.constexpr, WIDTH: tl.constexpr, SLICE: tl.constexpr, WHOLE: tl.constexpr,
     INTERPRETED: tl.constexpr, PRECISION: tl.constexpr,
@@ -488,14 +506,14 @@ def _gradients(
     anchor = row < N
     inside = (row < end) & (anchor == (block < of_anchors))
     slice_start = tl.program_id(2) * SLICE
-    name_i = tl.load(names + row, mask=row < named, other=0)
+    name_i = tl.load(names + row)
     top, per_top = 1.0, 1.0
     if share_tops is not None:  # relative to the largest share: float16 would lose small ones
         top = _bound(share_tops, share_blocks)
         top = tl.where(top > 0, top, 1.0)
         per_top = 1.0 / top
-    si = tl.load(s + row, mask=anchor, other=0.0) * per_top
-    hi = tl.load(h + row, mask=anchor, other=0.0) * per_top
+    si = tl.load(s + row) * per_top
+    hi = tl.load(h + row) * per_top
     mi = tl.load(m + row, mask=anchor, other=float("inf"))
     ci = tl.full([ROWS], 1.0, tl.float32)
     if DUPLICATES > 1:
@@ -511,13 +529,13 @@ def _gradients(
     if DIRECT if tops is None else _bound(tops, blocks) <= limit:
         acc = _pulls(
             xi, x, names, mask, r, ri, name_i, mi, si, hi, ci, row, m, s, h, first, last, slice_start, per_top,
-            N, end, columns, named, counted, B, D, stride, to_log2,
+            N, end, columns, counted, B, D, stride, to_log2,
             True, DUPLICATES, SELF_POSITIVE, ROWS, COLUMNS, WIDTH, SLICE, WHOLE, INTERPRETED, PRECISION,
         )  # fmt: skip
     else:
         acc = _pulls(
             xi, x, names, mask, r, ri, name_i, mi, si, hi, ci, row, m, s, h, first, last, slice_start, per_top,
-            N, end, columns, named, counted, B, D, stride, to_log2,
+            N, end, columns, counted, B, D, stride, to_log2,
             False, DUPLICATES, SELF_POSITIVE, ROWS, COLUMNS, WIDTH, SLICE, WHOLE, INTERPRETED, PRECISION,
         )  # fmt: skip
     feature = slice_start + tl.arange(0, SLICE)
@@ -614,9 +632,9 @@ class _Call:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Returns total, named, counted, B, D, stride, blocks: the kernels' arguments."""
+        """Returns total, counted, B, D, stride, blocks: the kernels' arguments."""
         blocks = 0 if self.tops is None else len(self.tops)
-        return self.total, len(self.names), self.N + self.setting.copied, self.B, self.D, self.x.stride(0), blocks
+        return self.total, self.N + self.setting.copied, self.B, self.D, self.x.stride(0), blocks
 
 
 def forward(anchors: Tensor, others: Tensor, names: Tensor, mask: Tensor | None, setting: Any) -> tuple[Tensor, list[Tensor]]:
@@ -630,9 +648,9 @@ def forward(anchors: Tensor, others: Tensor, names: Tensor, mask: Tensor | None,
         setting: temperature, scale, duplicates, self_positive, normalize, copied.
 
     Returns:
-        The losses [N], float32, and what backward needs: m, Z and W, [N] each, and the names [N + M'], see saved_like.
+        The losses [N], float32, and what backward needs: m, Z and W, [N] each, and the names, see saved_like.
     """
-    short_names = _short(names, mask)
+    short_names, sizes = _short(names, mask, len(anchors) + len(others), len(anchors) + setting.copied, setting.duplicates)
     call = _Call(anchors, others, short_names, mask, setting)
     N, plan = call.N, call.plans.forward
     parts = splits(N, call.total, plan, 1, 64)
@@ -642,8 +660,9 @@ def forward(anchors: Tensor, others: Tensor, names: Tensor, mask: Tensor | None,
     losses, m, Z, W = (torch.empty(N, dtype=torch.float32, device=call.device) for _ in range(4))
     with torch.cuda.device_of(anchors):
         _losses[(triton.cdiv(N, 256),)](
-            sums, m, Z, W, losses, N, parts, float(setting.scale), BLOCK=256, num_warps=4, enable_fp_fusion=True
-        )
+            sums, short_names, sizes, m, Z, W, losses, N, parts, float(setting.scale),
+            SELF_POSITIVE=setting.self_positive, BLOCK=256, num_warps=4, enable_fp_fusion=True,
+        )  # fmt: skip
     return losses, [m, Z, W, short_names]
 
 
@@ -664,12 +683,13 @@ def backward(
     float32: dict[str, Any] = {"dtype": torch.float32, "device": call.device}
     rows = call.total if for_others else N
 
-    s, h = torch.empty(N, **float32), torch.empty(N, **float32)
-    share_blocks = triton.cdiv(N, 256)
+    padded = len(short_names)
+    s, h = torch.empty(padded, **float32), torch.empty(padded, **float32)
+    share_blocks = triton.cdiv(padded, 256)
     share_tops = torch.empty(share_blocks, **float32) if call.x.dtype == torch.float16 else None
     with torch.cuda.device_of(anchors):
         _shares[(share_blocks,)](
-            flat(upstream), Z, W, s, h, share_tops, N, float(setting.scale), BLOCK=256, num_warps=4, enable_fp_fusion=True
+            flat(upstream), Z, W, s, h, share_tops, N, padded, float(setting.scale), BLOCK=256, num_warps=4, enable_fp_fusion=True
         )
 
     slices = triton.cdiv(call.D, call.plans.slice)
@@ -677,10 +697,10 @@ def backward(
     parts = splits(rows, call.total, plan, slices, call.x.itemsize if N >= 8192 else 16)
     tiles = triton.cdiv(triton.cdiv(call.total, plan.columns), parts)
     sums = torch.empty(parts, rows, call.D, **float32)
-    total, named, counted, B, D, stride, blocks = call.shape
+    total, counted, B, D, stride, blocks = call.shape
     blocks_of_others = triton.cdiv(rows, plan.rows) - N // plan.rows if rows > N else 0
     grid = triton.cdiv(N, plan.rows) + blocks_of_others, parts, slices
-    sizes = N, rows, total, named, counted, B, D, stride, blocks, share_blocks, tiles
+    sizes = N, rows, total, counted, B, D, stride, blocks, share_blocks, tiles
     call.launch(_gradients, grid, plan, m, s, h, share_tops, sums, sizes=sizes, more={"SLICE": call.plans.slice})
     del call.x  # with normalize a copy, whose memory the gradient may use
 
@@ -719,7 +739,13 @@ def _readable(x: Tensor) -> Tensor:
 
 def saved_like(losses: Tensor, anchors: Tensor, others: Tensor, names: Tensor, mask: Tensor | None) -> list[Tensor]:
     """Makes empty tensors like those that forward returns beside the losses [N]."""
-    return [*(torch.empty_like(losses) for _ in range(3)), names.new_empty(names.shape, dtype=_dtype_of_names(mask))]
+    rows = _whole_blocks(len(anchors) + len(others))
+    return [*(torch.empty_like(losses) for _ in range(3)), names.new_empty(rows, dtype=_dtype_of_names(mask))]
+
+
+def _whole_blocks(rows: int) -> int:
+    """Rounds a number of rows up to whole blocks of every plan."""
+    return (rows + 127) // 128 * 128
 
 
 def _dtype_of_names(mask: Tensor | None) -> torch.dtype:
@@ -727,18 +753,21 @@ def _dtype_of_names(mask: Tensor | None) -> torch.dtype:
     return torch.int32 if mask is None or mask.numel() < 2**31 else torch.int64
 
 
-def _short(names: Tensor, mask: Tensor | None) -> Tensor:
-    """Shortens names to 32 bits: copies those that fit or index a mask, else returns the index of the first row of that name."""
+def _short(names: Tensor, mask: Tensor | None, rows: int, counted: int, duplicates: int) -> tuple[Tensor, Tensor | None]:
+    """Returns names of 32 bits for whole blocks of rows, -1 for rows without, and the sum of c_j of each name, at its first row.
+
+    They are indices into the mask, and then there are no sums, or the index of the first row of that name.
+    """
+    size = _whole_blocks(rows)
     if mask is not None:
-        return names.to(_dtype_of_names(mask), copy=True, memory_format=torch.contiguous_format)
-    if names.dtype in (torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool):
-        return names.to(torch.int32, copy=True, memory_format=torch.contiguous_format)  # an operator must not return its input
-    first = torch.empty(len(names), dtype=torch.int32, device=names.device)
+        return F.pad(names.to(_dtype_of_names(mask)), (0, size - len(names)), value=-1), None
+    first, sizes = torch.empty(size, dtype=torch.int32, device=names.device), torch.zeros(size, dtype=torch.int32, device=names.device)
     with torch.cuda.device_of(names):
-        _first_of_name[(triton.cdiv(len(names), 64),)](
-            names.contiguous(), first, len(names), ROWS=64, BLOCK=128, num_warps=4, enable_fp_fusion=True
-        )
-    return first
+        _first_of_name[(size // 64,)](
+            names.contiguous(), first, sizes, len(names), counted,
+            DUPLICATES=duplicates, ROWS=64, BLOCK=128, num_warps=4, enable_fp_fusion=True,
+        )  # fmt: skip
+    return first, sizes
 
 
 @cache

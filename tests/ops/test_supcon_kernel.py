@@ -86,10 +86,14 @@ def test_products_of_contrast_rows_may_overflow(N, labelled, large_tiles):
     ],
 )
 def test_names_are_shortened_exactly(names):
-    short = kernel._short(names, None)
+    short, sizes = kernel._short(names, None, len(names) + 3, len(names) // 2, 2)
     assert short.dtype == torch.int32
     equal = (names[:, None] == names) | torch.eye(len(names), dtype=torch.bool)
+    assert (short[len(names) :] == -1).all()
+    short = short[: len(names)]
     assert torch.equal(short[:, None] == short, equal)
+    weight = 1 + (torch.arange(len(names)) < len(names) // 2).int()
+    assert torch.equal(sizes[short.long()], (equal.int() * weight).sum(1, dtype=torch.int32))
 
 
 def test_float16_keeps_small_gradients():
@@ -150,7 +154,7 @@ def test_compiled_graphs_expect_the_names_that_come(B):
     with FakeTensorMode():
         inputs = torch.empty(4, 8), torch.empty(0, 8), torch.arange(4), torch.empty(B, B, dtype=torch.bool)
         expected = torch.ops.kdfast.supcon_forward(*inputs, *setting)[1][-1]
-    assert expected.dtype == kernel._short(torch.arange(4), torch.empty(1, dtype=torch.bool).expand(B, B)).dtype
+    assert expected.dtype == kernel._short(torch.arange(4), torch.empty(1, dtype=torch.bool).expand(B, B), 4, 4, 1)[0].dtype
 
 
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
