@@ -191,18 +191,14 @@ def _add_pairs(a, b, more_a, more_b):
 
 
 @triton.jit
-def _alike(mask, name_i, name_j, B):
-    """Returns P without c of rows that are anchors: 1 for equal names, or the mask's weights. Rows without a name have -1."""
+def _alike(mask, name_i, name_j, both, B):
+    """Returns P without c of rows that are anchors: 1 for equal names, or the mask's weights where both rows have names."""
     if mask is None:
         P = tl.where(name_i[:, None] == name_j[None, :], 1.0, 0.0)
     else:
-        P = _weights(mask, name_i[:, None], name_j[None, :], B)
+        at = name_i[:, None] * B + name_j[None, :]
+        P = tl.load(mask + at, mask=both, other=0).to(tl.float32)
     return P
-
-
-@triton.jit
-def _weights(mask, name, other, B):
-    return tl.load(mask + name * B + other, mask=(name >= 0) & (other >= 0), other=0).to(tl.float32)
 
 
 # A program walks the plain column tiles of first .. last, then the tiles that meet the diagonal or lack columns: two loops, and only the
@@ -314,11 +310,12 @@ def _sums(
             if r is not None:
                 S = S * ri[:, None] * tl.load(r + col, mask=real, other=0.0)[None, :]
             name_j = tl.load(names + col)
+            both = (name_i >= 0)[:, None] & (name_j >= 0)[None, :]
             itself = row[:, None] == col[None, :]
             c = tl.full([COLUMNS], 1.0, tl.float32)
             if DUPLICATES > 1:
                 c = tl.where(col < counted, 1.0 * DUPLICATES, 1.0)
-            P = _alike(mask, name_i, name_j, B)
+            P = _alike(mask, name_i, name_j, both, B)
             if DUPLICATES > 1:
                 P = P * c[None, :]
             if CAREFUL and not SELF_POSITIVE:
@@ -445,16 +442,17 @@ def _pulls(
     for CAREFUL in tl.static_range(2):
         for step in range(plain if CAREFUL else 0, last - first if CAREFUL else plain):
             col = _tile(step, first, last, total, ROWS, COLUMNS) * COLUMNS + tl.arange(0, COLUMNS)
-            real = col < total if CAREFUL else col >= 0  # no constant, see _rounded
+            real = col < total
             xj = _load(x, col, real, slice_start, D, stride, SLICE, INTERPRETED)
             S = _product(xi, xj, x, row, row < rows, col, real, D, stride, WIDTH, WHOLE, INTERPRETED, PRECISION) * to_log2
             rj = tl.full([COLUMNS], 1.0, tl.float32)
             if r is not None:
                 rj = tl.load(r + col, mask=real, other=0.0)
                 S = S * ri[:, None] * rj[None, :]
-            sj = tl.load(s + col) * per_top
-            hj = tl.load(h + col) * per_top
+            sj = tl.load(s + col, mask=col < N, other=0.0) * per_top
+            hj = tl.load(h + col, mask=col < N, other=0.0) * per_top
             name_j = tl.load(names + col)
+            both = (name_i >= 0)[:, None] & (name_j >= 0)[None, :]
             cj = tl.full([COLUMNS], 1.0, tl.float32)
             if DUPLICATES > 1:
                 cj = tl.where(col < counted, 1.0 * DUPLICATES, 1.0)
@@ -471,8 +469,9 @@ def _pulls(
             if mask is None:
                 P = tl.where(name_i[:, None] == name_j[None, :], hi[:, None] * cj[None, :] + ci[:, None] * hj[None, :], 0.0)
             else:
-                P = _weights(mask, name_i[:, None], name_j[None, :], B) * (hi[:, None] * cj[None, :])
-                P += _weights(mask, name_j[None, :], name_i[:, None], B) * (ci[:, None] * hj[None, :])
+                P = _alike(mask, name_i, name_j, both, B) * (hi[:, None] * cj[None, :])
+                at = name_j[None, :] * B + name_i[:, None]
+                P += tl.load(mask + at, mask=both, other=0).to(tl.float32) * (ci[:, None] * hj[None, :])
             if CAREFUL:
                 if DUPLICATES > 1:
                     G = tl.where(itself, G * ((DUPLICATES - 1) / DUPLICATES), G)
@@ -512,8 +511,8 @@ def _gradients(
         top = _bound(share_tops, share_blocks)
         top = tl.where(top > 0, top, 1.0)
         per_top = 1.0 / top
-    si = tl.load(s + row) * per_top
-    hi = tl.load(h + row) * per_top
+    si = tl.load(s + row, mask=anchor, other=0.0) * per_top
+    hi = tl.load(h + row, mask=anchor, other=0.0) * per_top
     mi = tl.load(m + row, mask=anchor, other=float("inf"))
     ci = tl.full([ROWS], 1.0, tl.float32)
     if DUPLICATES > 1:
