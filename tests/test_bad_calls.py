@@ -9,7 +9,8 @@ from torch import nn
 
 from kdfast import data, engine, losses, models, recipes
 from kdfast.data import make_loaders
-from kdfast.functional import crd_loss, hint_loss, kd_loss, soft_cross_entropy
+from kdfast.functional import crd_loss, hint_loss, kd_loss, linear_kd_loss, soft_cross_entropy, supcon_loss
+from kdfast.optim import Lion
 from tests.engine.small import noise
 
 X = torch.zeros(4, 3)
@@ -25,6 +26,14 @@ def case(function: Any, name: str, *arguments: Any, **options: Any) -> Any:
 
 
 CASES = [
+    case(kd_loss, "ignore_index", X, X, ignore_index=2.5),
+    case(kd_loss, "standardize", X, X, standardize="yes"),
+    case(kd_loss, "student", X.to_sparse(), X),
+    case(linear_kd_loss, "student_bias", X, X, X, X, student_bias="x"),
+    case(supcon_loss, "normalize", X, normalize="yes"),
+    case(Lion, "max_grad_norm", [nn.Parameter(X)], max_grad_norm="x"),
+    case(Lion, "fused", [nn.Parameter(X)], fused="yes"),
+    case(losses.HintLoss((3, 4, 4), (5, 4, 4)).forward, "student", MAPS[:, :2], MAPS),
     *(case(kd_loss, "kd_weight", X, X, kd_weight=value) for value in (math.nan, math.inf, "1", [1.0])),
     case(kd_loss, "ce_weight", X, X, torch.zeros(4, dtype=torch.long), ce_weight=math.nan),
     case(kd_loss, "teacher_weights", X, [X, X], teacher_weights=[1.0, math.nan]),

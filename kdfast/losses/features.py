@@ -78,6 +78,7 @@ class HintLoss(nn.Module):
             if not isinstance(shape, Sequence) or len(shape) != 3 or not all(isinstance(n, int) and n > 0 for n in shape):
                 raise ValueError(f"HintLoss: shapes must be (C, H, W), got {student_shape} and {teacher_shape} for student and teacher")
         self.regressor: nn.Module
+        self.student_channels = student_shape[0]
         if regressor:
             channels = teacher_shape[0]
             convolution = _resizing_convolution(tuple(student_shape), tuple(teacher_shape))
@@ -93,9 +94,13 @@ class HintLoss(nn.Module):
         """Returns the loss of student and teacher features [B, C, H, W], of the constructor's shapes; 0-dim.
 
         Raises:
-            ValueError: shapes differ after the regressor, or the teacher requires grad and the student does not.
+            ValueError: the student has other channels, shapes differ after the regressor, or the teacher requires grad and the student
+                does not.
         """
         check_not_swapped(student, teacher)
+        checks.is_tensor("HintLoss: student", student)
+        if student.ndim != 4 or student.shape[1] != self.student_channels:
+            raise ValueError(f"HintLoss: student must be [B, {self.student_channels}, H, W], got shape {tuple(student.shape)}")
         return functional.hint_loss(self.regressor(student), teacher)
 
 

@@ -75,7 +75,7 @@ def is_a(name: str, value: Any, kind: type) -> None:
         raise TypeError(f"{name} must be a {kind.__module__.split('.')[0]} {kind.__name__}, got {value!r}")
 
 
-def is_one_of(name: str, value: Any, choices: Sequence[str]) -> None:
+def is_one_of(name: str, value: Any, choices: Sequence[Any]) -> None:
     """Raises ValueError unless the value is one of the choices, of which there are at least two."""
     if value not in choices:
         *first, last = map(repr, choices)
@@ -107,9 +107,11 @@ def class_labels(name: str, labels: Any) -> Tensor:
 
 
 def is_floating(name: str, tensor: Tensor) -> None:
-    """Raises TypeError unless the tensor's dtype is floating."""
+    """Raises TypeError unless the tensor is dense and its dtype floating."""
     if not tensor.is_floating_point():
         raise TypeError(f"{name} must be floating, got {tensor.dtype}")
+    if tensor.layout != torch.strided:
+        raise TypeError(f"{name} must be dense, got a tensor of layout {tensor.layout}")
 
 
 def is_on(name: str, tensor: Tensor, whose: str, device: torch.device) -> None:

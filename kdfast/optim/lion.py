@@ -308,7 +308,12 @@ def _check_options(options: dict[str, Any]) -> None:
     dtype = getattr(torch, name, None) if isinstance(name, str) else name
     if name is not None and not (isinstance(dtype, torch.dtype) and (dtype.is_floating_point or dtype == torch.int8)):
         raise TypeError(f"Lion: momentum_dtype must be a floating torch.dtype, torch.int8 or None, got {name}")
-    if options["max_grad_norm"] is not None and not options["max_grad_norm"] > 0:
-        raise ValueError(f"Lion: max_grad_norm must be positive or None, got {options['max_grad_norm']}")
+    for name in ("fused", "foreach"):
+        if options[name] not in (None, True, False):
+            raise TypeError(f"Lion: {name} must be True, False or None, got {options[name]!r}")
+    if options["max_grad_norm"] is not None:
+        _check_number("max_grad_norm", options["max_grad_norm"])
+        if not options["max_grad_norm"] > 0:
+            raise ValueError(f"Lion: max_grad_norm must be positive or None, got {options['max_grad_norm']}")
     if options["fused"] and options["foreach"]:
         raise ValueError("Lion: fused and foreach cannot both be True")

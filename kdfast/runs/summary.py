@@ -14,6 +14,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any, Literal, NamedTuple, cast
 
 from kdfast import text
+from kdfast.ops import checks
 from kdfast.runs.results import Matrix, Network, Paired, Results, accuracies, kept, students
 
 CONFIDENCE = 0.95  # probability that an interval covers the true mean
@@ -92,7 +93,7 @@ def paired_difference(alone: Sequence[float], distilled: Sequence[float]) -> Pai
     n = len(alone)
     if len(distilled) != n or n < 2:
         raise ValueError(f"alone and distilled must hold the same seeds, at least 2, got {n} and {len(distilled)} numbers")
-    differences = [after - before for before, after in zip(alone, distilled)]
+    differences = [checks.number("distilled", after) - checks.number("alone", before) for before, after in zip(alone, distilled)]
     middle = statistics.fmean(differences)
     reach = float(stdtrit(n - 1, (1 + CONFIDENCE) / 2)) * statistics.stdev(differences) / math.sqrt(n)
     return {"n": n, "mean": middle, "low": middle - reach, "high": middle + reach, "confidence": CONFIDENCE, "differences": differences}

@@ -85,6 +85,8 @@ def _check_layers(student: Layer, teacher: Layer, cast: torch.dtype | None) -> N
             raise ValueError(
                 f"linear_kd_loss: teacher_weight must have student_weight's {student.weight.shape[0]} classes, got {weight.shape[0]}"
             )
+        if bias is not None:
+            checks.is_tensor(f"linear_kd_loss: {name}_bias", bias)
         if bias is not None and bias.shape != weight.shape[:1]:
             raise ValueError(f"linear_kd_loss: {name}_bias must be [{weight.shape[0]}], got shape {tuple(bias.shape)}")
         for part, x in (("hidden", hidden), ("weight", weight), ("bias", bias)):

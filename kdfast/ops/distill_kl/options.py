@@ -51,6 +51,9 @@ class KDOptions:
             checks.number_within(f"{name}: {field}", getattr(self, field))
         for weight in self.teacher_weights or ():
             checks.number_within(f"{name}: teacher_weights", weight)
+        if type(self.ignore_index) is not int:
+            checks.are_counts(None, **{f"{name}: ignore_index": self.ignore_index})
+        checks.is_one_of(f"{name}: standardize", self.standardize, (True, False))
         checks.positive_number(f"{name}: temperature", self.temperature)
         if not 0 <= self.eps < math.inf:
             raise ValueError(f"{name}: eps must not be negative or infinite, got {self.eps}")

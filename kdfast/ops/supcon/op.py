@@ -60,6 +60,8 @@ class Options:
             checks.positive_number("supcon_loss: base_temperature", self.base_temperature)
         checks.is_one_of("supcon_loss: contrast_mode", self.contrast_mode, get_args(ContrastMode))
         checks.is_one_of("supcon_loss: reduction", self.reduction, get_args(Reduction))
+        for name in ("self_positive", "normalize", "uneven"):
+            checks.is_one_of(f"supcon_loss: {name}", getattr(self, name), (True, False))
         if not isinstance(self.duplicates, int) or self.duplicates < 1:
             raise ValueError(f"supcon_loss: duplicates must be a positive integer, got {self.duplicates!r}")
         if self.group is not None:
