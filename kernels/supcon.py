@@ -109,6 +109,8 @@ def plans(N: int, D: int, dtype: torch.dtype, precision: str, masked: bool, devi
         backward = [Plan(128, 64, width, 8, 3), Plan(128, 64, width, 8, 2), Plan(128, 32, width, 8, 2)]
     if masked or size == 4:
         forward, backward = forward[-2:], backward[-1:]
+    if size == 4 and device.shared < 200_000:
+        backward = [Plan(64, 32, width, 8, 2)]
     if width > limit:
         narrow = Plan(64 if masked and size == 2 else 128, 32, part, 8, 2)
         forward, backward = [Plan(128, columns, part, 8, 2)], [narrow if crowded else Plan(64, 64, part, 8, 2)]
