@@ -58,7 +58,7 @@ class Split:
     stores: dict[Any, Any] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
-        checks.class_labels("labels of a split", self.labels)
+        checks.is_a("labels of a split", self.labels, Tensor)
         images = self.paths if self.pixels is None else self.pixels
         if images is None or len(images) != len(self.labels):
             count = "no" if images is None else len(images)
