@@ -325,7 +325,6 @@ def _sums(
             # infinite products of rows that are no positives count for nothing
             PS = P * S if mask is not None or DIRECT else tl.where(P != 0.0, P * S, 0.0)
             if mask is not None:
-                A += tl.sum(PS, 1)
                 W += tl.sum(P, 1)
             if CAREFUL:
                 S = tl.where(real[None, :] & ((DUPLICATES > 1) | (row[:, None] != col[None, :])), S, float("-inf"))
@@ -340,12 +339,13 @@ def _sums(
                 e = e * c[None, :]
                 if CAREFUL:
                     e = tl.where(itself, e * ((DUPLICATES - 1) / DUPLICATES), e)
-            if mask is None:  # one reduction, as the second of two would be made in another layout
+            if mask is None and not INTERPRETED:  # one reduction, as the second of two would be made in another layout
                 more_Z, more_A = tl.reduce((e, PS), 1, _add_pairs)
                 Z += more_Z
                 A += more_A
-            else:
+            else:  # the interpreter calls _add_pairs for every element
                 Z += tl.sum(e, 1)
+                A += tl.sum(PS, 1)
     return m, Z, A, W
 
 
