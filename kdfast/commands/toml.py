@@ -1,7 +1,6 @@
 """config.toml: a configuration as text, and back."""
 
 import hashlib
-import json
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields, is_dataclass, replace
@@ -11,6 +10,7 @@ from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 import tomlkit
 
+from kdfast import files
 from kdfast.commands.config import FREE_ON_RESUME
 
 C = TypeVar("C")
@@ -30,7 +30,7 @@ def fingerprint(config: Any) -> str:
     """Returns a text that changes with every option, except those that may change on resume and the places of images and teacher."""
     free = {*FREE_ON_RESUME, "dataset", "data_dir", "teacher"}
     options = asdict(config, dict_factory=lambda items: _plain([item for item in items if item[0] not in free]))
-    return hashlib.sha256(json.dumps(options, sort_keys=True).encode()).hexdigest()[:16]
+    return files.checksum(options)[:16]
 
 
 def of_run(folder: Path) -> Path:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from kdfast import files
 from kdfast.data.datasets import cache_folder
-from kdfast.data.images import PLAIN, decode_with_kind
+from kdfast.data.images import PLAIN, decode_with_kind, read_file
 from kdfast.data.protocol import DataError
 from kdfast.data.splits import ImageData, Split
 from kdfast.data.workers import iterate, make_loader
@@ -212,8 +212,9 @@ def _decode(paths: list[str]) -> list[_Outcome]:
         for path in paths:
             stamp = _read_stamp(path)
             try:
-                image, kind = decode_with_kind(path)
-                digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
+                data = read_file(path)
+                image, kind = decode_with_kind(path, data)
+                digest = hashlib.sha256(data).hexdigest()[:16]
                 outcomes.append(_Outcome(*stamp, image.shape[1], image.shape[2], kind, digest, bool(image.amax() <= DARK)))
             except DataError as error:
                 if isinstance(error.__cause__, OSError):

@@ -72,13 +72,13 @@ def decode(path: str) -> Tensor:
     return decode_with_kind(path)[0]
 
 
-def decode_with_kind(path: str) -> tuple[Tensor, str]:
-    """The image of decode(), and the kind of the file.
+def decode_with_kind(path: str, data: bytes | None = None) -> tuple[Tensor, str]:
+    """The image of decode(), and the kind of the file; `data` is the file's content, where it has been read.
 
     The kind is PLAIN for greyscale and YCbCr JPEG, "other jpeg" for CMYK, RGB and every JPEG that torchvision's decoder refuses, else the
     format in Pillow's words, such as "png".
     """
-    data = read_file(path)
+    data = read_file(path) if data is None else data
     if not data:
         raise DataError(f"{path}: the image file is empty (0 bytes)")
     if data.startswith(_JPEG):

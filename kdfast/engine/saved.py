@@ -5,8 +5,6 @@ RUN/checkpoint.pt                  the current stage: weights, optimizer, loader
 RUN/stages/<stage>/best.safetensors, last.safetensors, stage.json     a finished stage; stage.json is written last
 """
 
-import hashlib
-import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -128,8 +126,7 @@ class Saved:
         return self.folder / "stages" / stage / f"{which}.safetensors"
 
     def _name_epoch(self, stage: str, epoch: int) -> str:
-        run = hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()[:16]
-        return f"{epoch} of {stage} of run {run}"
+        return f"{epoch} of {stage} of run {files.checksum(self.identity)[:16]}"
 
     def _check_identity(self, path: Path, theirs: Mapping[str, str]) -> None:
         for name, ours in self.identity.items():

@@ -191,10 +191,10 @@ class SelfDistillationLoss(nn.Module):
         teacher = self.projection(teacher.to(self.projection.weight.dtype))
         student = student_intermediate.to(teacher.dtype)
         student = F.interpolate(student, size=teacher.shape[2:], mode="bilinear", align_corners=False)
-        if counts is None or rows is None:
+        if rows is None:
             return functional.hint_loss(student, teacher)
         mean = functional.hint_loss(student.where(rows, 0), teacher.where(rows, 0))
-        return mean * (len(counts) / counts.sum().clamp(min=1))
+        return mean * (len(rows) / rows.sum().clamp(min=1))
 
     def extra_repr(self) -> str:
         """Describes the options for print(module)."""

@@ -97,7 +97,7 @@ def test_a_stop_request_ends_the_check(tmp_path: Path):
         check(plant_all(tmp_path / "mixture"), progress=progress)
 
 
-def fail_to_decode(path: str) -> None:
+def fail_to_decode(path: str, data: bytes) -> None:
     raise SystemExit("the second process opened a file")
 
 

@@ -155,9 +155,9 @@ def test_outcomes_before_an_interruption_are_kept(mixture: list[str], few: int, 
 # ---- several processes ----------------------------------------------------------------------------------------------------------
 
 
-def decode_elsewhere(path: str) -> tuple[torch.Tensor, str]:
+def decode_elsewhere(path: str, data: bytes) -> tuple[torch.Tensor, str]:
     assert multiprocessing.parent_process() is not None
-    return decode_with_kind(path)
+    return decode_with_kind(path, data)
 
 
 def test_processes_find_the_same_as_one(mixture: list[str], monkeypatch: pytest.MonkeyPatch):
